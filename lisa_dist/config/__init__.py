@@ -1,0 +1,81 @@
+"""Every key, its type, its default and its checks, as dataclasses; one file a group.
+
+Nothing here imports torch, so that a mistake in the configuration is reported at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lisa_dist.config.commands import (
+    BenchConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    LaunchConfig,
+    PlanConfig,
+    SweepConfig,
+)
+from lisa_dist.config.data import DataConfig
+from lisa_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from lisa_dist.config.method import AlwaysActiveConfig, SamplerConfig, UpdateConfig
+from lisa_dist.config.model import ModelConfig
+from lisa_dist.config.optimization import OptimizerConfig, SchedulerConfig, TrainConfig
+from lisa_dist.config.placement import ParallelConfig, PrecisionConfig
+from lisa_dist.config.running import CheckpointConfig, LoggerConfig, RunConfig
+
+__all__ = [
+    "EXIT_DONE",
+    "EXIT_FAILED",
+    "EXIT_STOPPED",
+    "EXIT_USER_ERROR",
+    "AlwaysActiveConfig",
+    "BenchConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "GenerateConfig",
+    "LaunchConfig",
+    "LoggerConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PlanConfig",
+    "PrecisionConfig",
+    "RunConfig",
+    "SamplerConfig",
+    "SchedulerConfig",
+    "SweepConfig",
+    "TrainConfig",
+    "UpdateConfig",
+    "UserError",
+]
+
+
+@dataclass
+class Config:
+    """The whole configuration of a command; each part of the program receives only its own group."""
+
+    method: str = "custom"  # the name of the pair sampler x update, for records
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    always_active: AlwaysActiveConfig = field(default_factory=AlwaysActiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)

@@ -1,0 +1,86 @@
+"""Keys of the commands beyond training: ``export.*``, ``evaluate.*``, ``generate.*``, ``plan.*``, ``bench.*``, ``sweep.*``, ``launch.*``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lisa_dist.config.errors import check_at_least, check_choice
+
+
+@dataclass
+class ExportConfig:
+    path: str | None = None  # the Hugging Face directory to write
+    dtype: str | None = None  # null: that of the model's own weights
+    max_shard_size: str = "5GB"
+    step: int | None = None  # which checkpoint; null: the newest
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            check_choice("export.dtype", self.dtype, ["float32", "bfloat16", "float16"])
+
+
+@dataclass
+class EvaluateConfig:
+    path: str | None = None  # a Hugging Face directory; null: the checkpoint of run.dir
+    data: str | None = None  # null: the validation data of the run
+    tasks: list[str] = field(default_factory=list)  # of lm-evaluation-harness, from local task data
+    limit: int | None = None  # rows, or samples a task
+
+
+@dataclass
+class GenerateConfig:
+    path: str | None = None  # a Hugging Face directory; null: the checkpoint of run.dir
+    prompts: Any = field(default_factory=list)  # a list, or a file with one prompt a line
+    max_new_tokens: int = 128
+    temperature: float = 0.0  # 0: greedy
+    output: str | None = None  # a file; null: stdout
+
+
+@dataclass
+class PlanConfig:
+    gpu: str = "a100_80gb"  # a preset of conf/gpu
+    format: str = "table"  # table, json
+    search: bool = False  # the largest micro-batch and the fastest setting that fits
+    compare: list[str] = field(default_factory=list)  # methods side by side
+
+    def __post_init__(self) -> None:
+        check_choice("plan.format", self.format, ["table", "json"])
+
+
+@dataclass
+class BenchConfig:
+    steps: int = 20  # measured steps, after warm-up
+    warmup_steps: int = 3
+    compare: list[str] = field(default_factory=list)  # methods in the same run; bare: a plain FSDP2 loop
+    sweep: list[str] = field(default_factory=list)  # override lines measured one after the other
+    profile: bool = False  # write a trace of one step into the run directory
+    format: str = "table"  # table, json
+
+    def __post_init__(self) -> None:
+        check_choice("bench.format", self.format, ["table", "json"])
+        check_at_least("bench.steps", self.steps, 1)
+
+
+@dataclass
+class SweepConfig:
+    dir: str | None = None  # null: sweeps/<date and time>
+    parallel: int = 1  # jobs side by side
+
+    def __post_init__(self) -> None:
+        check_at_least("sweep.parallel", self.parallel, 1)
+
+
+@dataclass
+class LaunchConfig:
+    setup: list[str] = field(default_factory=list)  # shell lines before the run
+    nodes: int = 1
+    tasks_per_node: int = 1
+    gpus_per_node: int = 0  # 0: CPU nodes
+    time: str = "24:00:00"
+    partition: str | None = None
+    account: str | None = None
+    options: list[str] = field(default_factory=list)  # further sbatch options
+    container: str | None = None
+    script: str | None = None  # where the job script is written; null: in the run directory
+    dry_run: bool = False  # write and show, do not submit

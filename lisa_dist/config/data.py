@@ -1,0 +1,45 @@
+"""Keys of ``data.*``: what is trained on and how it becomes token sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lisa_dist.config.errors import UserError, check_at_least, check_choice
+
+FORMATS = ["auto", "alpaca", "chat", "sharegpt", "prompt_completion", "text"]
+
+
+@dataclass
+class DataConfig:
+    name: str = "custom"  # the preset's name, for records
+    path: str | None = None  # a file, a glob, a Hugging Face directory, a hub id, or builtin:demo
+    split: str = "train"  # the split of a directory or a hub data set
+    format: str = "auto"  # alpaca, chat, sharegpt, prompt_completion, text; auto looks at the first row
+    columns: dict[str, str] = field(default_factory=dict)  # the format's column -> the file's column
+    sequence_length: int = 512  # tokens a sequence
+    packing: bool = False  # several samples in one sequence, attention kept apart
+    preview: int | None = None  # show this many samples with their trained tokens marked
+    preview_file: str | None = None  # also write them as JSON
+    train_on_prompt: bool = False  # false: only answers carry loss
+    validation: str | None = None  # a path, or a fraction of the rows held out
+    on_bad_row: str = "error"  # error or skip
+    limit: int | None = None  # use only the first rows
+    cache_dir: str | None = None  # where tokenized rows are kept; null: ~/.cache/lisa_dist
+
+    def __post_init__(self) -> None:
+        check_choice("data.format", self.format, FORMATS)
+        check_choice("data.on_bad_row", self.on_bad_row, ["error", "skip"])
+        check_at_least("data.sequence_length", self.sequence_length, 2)
+        check_at_least("data.preview", self.preview, 1)
+        check_at_least("data.limit", self.limit, 1)
+        fraction = self.validation_fraction
+        if fraction is not None and not 0 < fraction < 1:
+            raise UserError(f"data.validation={self.validation}: a fraction must lie between 0 and 1, or give a path")
+
+    @property
+    def validation_fraction(self) -> float | None:
+        """The share of rows held out where ``validation`` is a number, else None."""
+        try:
+            return None if self.validation is None else float(self.validation)
+        except ValueError:
+            return None

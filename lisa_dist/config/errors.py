@@ -1,0 +1,40 @@
+"""Errors that a user can mend: one sentence on stderr, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75  # stopped on a signal after a saved checkpoint, to be requeued
+
+
+class UserError(Exception):
+    """A mistake in the configuration or the input; its message is one clear sentence."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return ``; did you mean X?`` for the valid name closest to ``name``, or an empty string."""
+    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def check_choice(key: str, value: str | None, allowed: Iterable[str]) -> None:
+    """Raise :class:`UserError` unless ``value`` is one of ``allowed``."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise UserError(f"{key}={value}: must be one of {', '.join(allowed)}{nearest(str(value), allowed)}")
+
+
+def check_at_least(key: str, value: float | None, minimum: float) -> None:
+    """Raise :class:`UserError` if ``value`` is given and smaller than ``minimum``."""
+    if value is not None and not value >= minimum:
+        raise UserError(f"{key}={value}: must be at least {minimum}")
+
+
+def check_fraction(key: str, value: float, *, below_one: bool = False) -> None:
+    """Raise :class:`UserError` unless 0 <= value <= 1 (``below_one``: < 1)."""
+    if not (0 <= value < 1 if below_one else 0 <= value <= 1):
+        raise UserError(f"{key}={value}: must be between 0 and 1{' (1 itself excluded)' if below_one else ''}")

@@ -1,0 +1,42 @@
+"""Keys of ``model.*``: which network is trained and what it starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lisa_dist.config.errors import UserError, check_choice
+
+BUILTIN_PREFIX = "builtin:"
+
+
+@dataclass
+class ModelConfig:
+    name: str = "custom"  # the preset's name, for records
+    path: str | None = None  # a Hugging Face directory, a hub id, or builtin:demo
+    tokenizer: str | None = None  # directory or hub id of the tokenizer; null: model.path
+    init: str | None = None  # pretrained or random; null: random for builtin: models, else pretrained
+    architecture: dict[str, Any] = field(
+        default_factory=dict
+    )  # fields of the Hugging Face config; lets plan run without weights
+    blocks: str | None = None  # dotted path of the stack of blocks where it is not found by structure
+    quantization: str = "none"  # storage of the frozen base under adapters: none, int8, nf4
+    trust_remote_code: bool = False  # run Python code that comes with the model
+    attention: str = "sdpa"  # attention kernel: sdpa, eager, flash_attention_2, flex_attention
+    loss_chunk: int = 1024  # tokens whose logits the loss head holds at a time
+    router_aux_loss: bool = False  # add a mixture-of-experts model's router loss
+
+    def __post_init__(self) -> None:
+        if self.init is not None:
+            check_choice("model.init", self.init, ["pretrained", "random"])
+        check_choice("model.quantization", self.quantization, ["none", "int8", "nf4"])
+        check_choice("model.attention", self.attention, ["sdpa", "eager", "flash_attention_2", "flex_attention"])
+        if self.loss_chunk < 1:
+            raise UserError(f"model.loss_chunk={self.loss_chunk}: must be at least 1 token")
+
+    @property
+    def initialization(self) -> str:
+        """``pretrained`` or ``random``, with the default resolved."""
+        if self.init is not None:
+            return self.init
+        return "random" if self.path is not None and self.path.startswith(BUILTIN_PREFIX) else "pretrained"

@@ -1,0 +1,66 @@
+"""Keys of ``optimizer.*``, ``scheduler.*`` and ``train.*``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lisa_dist.config.errors import UserError, check_at_least, check_choice, check_fraction
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = "adamw"  # adamw, adamw8bit
+    lr: float = 2e-5
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # applies to every trained parameter
+    grad_clip: float = 1.0  # largest global gradient norm; 0 turns clipping off
+    in_backward: bool = False  # update each block inside the backward pass
+    state_on_freeze: str = "discard"  # discard (LISA) or offload: keep moments in host memory until the block returns
+
+    def __post_init__(self) -> None:
+        check_choice("optimizer.name", self.name, ["adamw", "adamw8bit"])
+        check_choice("optimizer.state_on_freeze", self.state_on_freeze, ["discard", "offload"])
+        check_at_least("optimizer.lr", self.lr, 0)
+        check_at_least("optimizer.eps", self.eps, 0)
+        check_at_least("optimizer.weight_decay", self.weight_decay, 0)
+        check_at_least("optimizer.grad_clip", self.grad_clip, 0)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optimizer.betas={self.betas}: must be two numbers from 0 up to, but not, 1")
+
+
+@dataclass
+class SchedulerConfig:
+    name: str = "cosine"  # cosine, linear, constant
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0  # the last learning rate as a share of the first
+
+    def __post_init__(self) -> None:
+        check_choice("scheduler.name", self.name, ["cosine", "linear", "constant"])
+        check_at_least("scheduler.warmup_steps", self.warmup_steps, 0)
+        check_fraction("scheduler.min_lr_ratio", self.min_lr_ratio)
+
+
+@dataclass
+class TrainConfig:
+    max_steps: int | None = None  # optimizer steps; null: from epochs
+    epochs: float = 1.0  # passes over the data where max_steps is null
+    global_batch_size: int = 8  # sequences an optimizer step
+    micro_batch_size: int = 1  # sequences a forward pass of one rank
+    seed: int = 0  # of the data order, of random weights and of dropout
+    eval_every: int = 0  # steps between validations; 0: none
+    eval_batches: int | None = None  # micro-batches a rank of a validation; null: all
+    on_nonfinite: str = "stop"  # a loss or gradient that is not finite: stop, or skip the step
+    deterministic: bool = False  # refuse kernels whose results vary from run to run
+    sample_prompts: int = 0  # held-out prompts answered before and after training
+
+    def __post_init__(self) -> None:
+        check_at_least("train.max_steps", self.max_steps, 1)
+        if not self.epochs > 0:
+            raise UserError(f"train.epochs={self.epochs}: must be above 0")
+        check_at_least("train.global_batch_size", self.global_batch_size, 1)
+        check_at_least("train.micro_batch_size", self.micro_batch_size, 1)
+        check_at_least("train.eval_every", self.eval_every, 0)
+        check_at_least("train.eval_batches", self.eval_batches, 1)
+        check_at_least("train.sample_prompts", self.sample_prompts, 0)
+        check_choice("train.on_nonfinite", self.on_nonfinite, ["stop", "skip"])

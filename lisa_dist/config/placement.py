@@ -1,0 +1,57 @@
+"""Keys of ``parallel.*`` and ``precision.*``: where every byte lives and in which type."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lisa_dist.config.errors import UserError, check_at_least, check_choice
+
+
+def _check_auto_or_count(key: str, value: str) -> None:
+    if value != "auto" and not (value.isdigit() and int(value) >= 1):
+        raise UserError(f"{key}={value}: must be auto or a whole number of at least 1")
+
+
+@dataclass
+class ParallelConfig:
+    nproc_per_node: str = "auto"  # ranks on this machine; auto: the visible GPUs, without GPUs 1
+    nodes: int = 1  # machines, for plan and launch
+    replicate: int = 1  # replicas of the model (hybrid sharding)
+    shard: str = "auto"  # ranks a replica is sharded over; auto: all ranks / replicate
+    reshard_after_forward: bool = True  # free a block's gathered weights between forward and backward
+    offload: str = "none"  # none, frozen (frozen blocks live in host memory), all (FSDP2's CPU offload)
+    activation_checkpointing: str = "none"  # none, full, selective, auto
+    compile: bool = False  # torch.compile, block by block
+    optimizer_shard: str = "replica"  # replica, or world: masters and moments over every GPU of a hybrid mesh
+    frozen_gather: str = "bfloat16"  # what a frozen block is gathered in: bfloat16, int8
+    defer_reduction: bool = False  # reduce gradients once an optimizer step instead of once a micro-batch
+    timeout: int = 600  # seconds for a collective
+    cpu_threads: str = "auto"  # threads a rank on CPU; auto: cores / local ranks
+
+    def __post_init__(self) -> None:
+        _check_auto_or_count("parallel.nproc_per_node", self.nproc_per_node)
+        _check_auto_or_count("parallel.shard", self.shard)
+        _check_auto_or_count("parallel.cpu_threads", self.cpu_threads)
+        check_at_least("parallel.nodes", self.nodes, 1)
+        check_at_least("parallel.replicate", self.replicate, 1)
+        check_at_least("parallel.timeout", self.timeout, 1)
+        check_choice("parallel.offload", self.offload, ["none", "frozen", "all"])
+        check_choice(
+            "parallel.activation_checkpointing", self.activation_checkpointing, ["none", "full", "selective", "auto"]
+        )
+        check_choice("parallel.optimizer_shard", self.optimizer_shard, ["replica", "world"])
+        check_choice("parallel.frozen_gather", self.frozen_gather, ["bfloat16", "int8"])
+
+
+@dataclass
+class PrecisionConfig:
+    frozen: str = "bfloat16"  # storage of frozen blocks
+    active: str = "float32"  # storage of active blocks (the masters)
+    compute: str = "bfloat16"  # arithmetic of forward and backward
+    reduce: str = "float32"  # gradient reduction
+    on_freeze: str = "stochastic"  # rounding of masters when a block is frozen: stochastic, nearest
+
+    def __post_init__(self) -> None:
+        for name in ("frozen", "active", "compute", "reduce"):
+            check_choice(f"precision.{name}", getattr(self, name), ["float32", "bfloat16"])
+        check_choice("precision.on_freeze", self.on_freeze, ["stochastic", "nearest"])

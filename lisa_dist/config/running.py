@@ -1,0 +1,57 @@
+"""Keys of ``checkpoint.*``, ``run.*`` and ``logger.*``: what a run leaves behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lisa_dist.config.errors import check_at_least, check_choice
+
+
+class CheckpointConfig:
+    every: int = 0  # optimizer steps between checkpoints; 0: none but the last
+    keep: int = 3  # newest checkpoints kept; 0: all
+    resume: str = "none"  # none, or auto: go on from the newest complete checkpoint of the run directory
+    on_error: str = "stop"  # a checkpoint that can't be written: stop, or warn and go on
+
+    def __post_init__(self) -> None:
+        check_at_least("checkpoint.every", self.every, 0)
+        check_at_least("checkpoint.keep", self.keep, 0)
+        check_choice("checkpoint.resume", self.resume, ["none", "auto"])
+        check_choice("checkpoint.on_error", self.on_error, ["stop", "warn"])
+
+    @property
+    def in_background(self) -> bool:
+        """``checkpoint.async``: stage to host memory and write while training goes on."""
+        return bool(getattr(self, "async"))
+
+
+# ``async`` is a keyword of Python, so the field of that name is added by hand, outside __init__.
+CheckpointConfig.__annotations__["async"] = "bool"
+setattr(CheckpointConfig, "async", field(default=False, init=False, repr=False, compare=False))
+CheckpointConfig = dataclass(CheckpointConfig)  # type: ignore[misc]
+
+
+@dataclass
+class RunConfig:
+    dir: str | None = None  # where everything of a run lies; null: runs/<run.name or date and time>
+    name: str | None = None
+
+
+@dataclass
+class WandbConfig:
+    mode: str = "online"  # online, offline
+    project: str = "lisa-dist"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_choice("logger.wandb.mode", self.mode, ["online", "offline"])
+
+
+@dataclass
+class LoggerConfig:
+    name: str = "none"  # beside metrics.jsonl and the progress bar: none, wandb, tensorboard
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        check_choice("logger.name", self.name, ["none", "wandb", "tensorboard"])

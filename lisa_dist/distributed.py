@@ -1,0 +1,187 @@
+"""The process group, the device mesh, and the few collectives that the program makes outside FSDP2.
+
+Ranks come from RANK and WORLD_SIZE (torchrun, our own launcher), else from Slurm's step variables, else
+there is one rank. A function that issues a collective says so in its docstring.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lisa_dist.config import ParallelConfig, UserError
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+def rank() -> int:
+    """This process' rank, 0 outside a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks, 1 outside a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """This process' rank on its machine."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+
+
+def local_world_size() -> int:
+    """Number of ranks on this machine."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # "4" or "4(x2)"
+    return int(tasks.split("(")[0].split(",")[0]) if tasks and in_slurm_step() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one that prints and writes records."""
+    return rank() == 0
+
+
+def in_slurm_step() -> bool:
+    """Whether srun started this process as one of several tasks."""
+    return "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def has_ranks() -> bool:
+    """Whether a launcher (torchrun, our own, srun) already started this process as a rank."""
+    return "RANK" in os.environ or in_slurm_step()
+
+
+def device() -> torch.device:
+    """The device of this rank: its GPU, or the CPU where there is none."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def initialize(config: ParallelConfig) -> None:
+    """Join the process group and set this rank's device and thread count. Collective: every rank.
+
+    With no launcher's variables in the environment the world is one rank, through the same code.
+    """
+    if in_slurm_step() and "RANK" not in os.environ:
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    set_threads(config)
+    timeout = datetime.timedelta(seconds=config.timeout)
+    if dist.is_initialized():
+        return
+    here = device()
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+    backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def set_threads(config: ParallelConfig) -> None:
+    """Set the CPU threads of this rank, whoever launched it: results are bitwise only at equal counts."""
+    threads = config.cpu_threads
+    count = max(1, (os.cpu_count() or 1) // local_world_size()) if threads == "auto" else int(threads)
+    torch.set_num_threads(count)
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def make_mesh(config: ParallelConfig) -> DeviceMesh:
+    """Return the mesh: one axis ``shard``, or ``replicate`` x ``shard`` for hybrid sharding. Collective.
+
+    Raises:
+        UserError: the ranks are not replicate x shard.
+    """
+    ranks = world_size()
+    if ranks % config.replicate:
+        raise UserError(f"parallel.replicate={config.replicate}: must divide the number of ranks, {ranks}")
+    shard = ranks // config.replicate if config.shard == "auto" else int(config.shard)
+    if shard * config.replicate != ranks:
+        raise UserError(
+            f"parallel.shard={config.shard}: replicate x shard must equal the number of ranks, "
+            f"but {config.replicate} x {shard} is not {ranks}"
+        )
+    if config.replicate == 1:
+        return init_device_mesh(device().type, (shard,), mesh_dim_names=("shard",))
+    return init_device_mesh(device().type, (config.replicate, shard), mesh_dim_names=("replicate", "shard"))
+
+
+def broadcast_object(value: T, source: int = 0) -> T:
+    """Return the ``value`` of rank ``source`` on every rank. Collective: every rank."""
+    if world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return every rank's ``value``, in rank order, on every rank. Collective: every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def all_reduce_sum(values: list[float]) -> list[float]:
+    """Return the element-wise sum over ranks, in float64. Collective: every rank."""
+    return _all_reduce(values, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(values: list[float]) -> list[float]:
+    """Return the element-wise maximum over ranks, in float64. Collective: every rank."""
+    return _all_reduce(values, dist.ReduceOp.MAX)
+
+
+def _all_reduce(values: list[float], operation: Any) -> list[float]:
+    if world_size() == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64)  # on the CPU: the gloo half of the process group
+    dist.all_reduce(tensor, op=operation)
+    return tensor.tolist()
+
+
+def barrier() -> None:
+    """Wait for every rank. Collective: every rank."""
+    if world_size() > 1:
+        all_reduce_sum([0.0])  # through gloo, which needs no device
+
+
+@contextmanager
+def local_rank_zero_first() -> Iterator[bool]:
+    """Run the body on the first rank of each machine, then on the others, so that they find its cache.
+
+    Yields whether this rank is the first of its machine. Collective: every rank. Where the body raises
+    on a first rank, every rank learns of it and raises.
+    """
+    first = local_rank() == 0
+    failure: BaseException | None = None
+    if first:
+        try:
+            yield True
+        except BaseException as error:
+            failure = error
+    failures = [text for text in gather_objects(None if failure is None else f"{failure}") if text is not None]
+    if failure is not None:
+        raise failure
+    if failures:
+        raise UserError(failures[0])
+    if not first:
+        yield False
