@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from lisa_dist.config import ParallelConfig, UserError
 
@@ -120,6 +121,11 @@ def make_mesh(config: ParallelConfig) -> DeviceMesh:
     if config.replicate == 1:
         return init_device_mesh(device().type, (shard,), mesh_dim_names=("shard",))
     return init_device_mesh(device().type, (config.replicate, shard), mesh_dim_names=("replicate", "shard"))
+
+
+def local_shard(parameter: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a parameter, gradient or moment, without copying."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def broadcast_object(value: T, source: int = 0) -> T:

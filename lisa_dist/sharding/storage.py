@@ -1,0 +1,117 @@
+"""The storage of sharded parameters: every private API of FSDP2 that the project needs, one function each.
+
+A test of this file fails when torch changes one of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+ROUNDING_CHUNK = 1 << 22  # elements rounded at a time: bounds the temporaries of stochastic rounding
+
+
+def fsdp_groups(module: FSDPModule) -> list[Any]:
+    """Return the FSDP2 parameter groups of one wrapped module (private: ``_fsdp_param_groups``; one up to torch 2.12)."""
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def fsdp_parameters(model: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Map each parameter name of a resharded model to its (FSDPParam, FSDPParamGroup)."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in fsdp_groups(module):
+                for fsdp_param in group.fsdp_params:
+                    found[names[id(fsdp_param.sharded_param)]] = (fsdp_param, group)
+    return found
+
+
+def reshard_all(model: nn.Module) -> None:
+    """Put the sharded parameters back on every module.
+
+    FSDP2 leaves the root's group, and after an evaluation others, unsharded; what is set on such a
+    parameter is lost at the next reshard.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def replace_shard(fsdp_param: Any, shard: torch.Tensor, requires_grad: bool) -> nn.Parameter:
+    """Make ``shard`` the storage of a sharded parameter and return the new parameter.
+
+    Args:
+        fsdp_param: the FSDPParam whose storage is replaced; it must be in the sharded state.
+        shard: this rank's rows, unpadded, in the wanted dtype and on the wanted device.
+        requires_grad: whether the parameter trains.
+
+    The module's ``_apply`` does the same for a whole module; this serves single parameters, on ``meta`` too.
+    """
+    old = fsdp_param.sharded_param
+    tensor = DTensor.from_local(
+        shard, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
+    )
+    fsdp_param._setattr_on_modules(nn.Parameter(tensor, requires_grad=requires_grad))
+    fsdp_param.reset_sharded_param()
+    return fsdp_param.sharded_param
+
+
+def refresh_group(group: Any) -> None:
+    """Make a group read its parameters' dtypes and trainability again.
+
+    FSDP2 reads them once, at the first forward; a block frozen then would later reduce its gradients in the
+    wrong dtype or fail (https://github.com/pytorch/pytorch/issues/186998).
+    """
+    group._init_mp_dtypes()
+
+
+def reduce_dtype(group: Any) -> torch.dtype | None:
+    """Return the dtype in which a group with trainable parameters reduces its gradients, None without any."""
+    trainable = [p for p in group.fsdp_params if p.sharded_param.requires_grad]
+    if not trainable:
+        return None
+    return group._reduce_dtype or trainable[0].param_dtype or group._orig_dtype
+
+
+def rounding_seed(seed: int, period: int, name: str, shard_index: int) -> int:
+    """Return the seed of a shard's rounding noise: the same on every replica and after a resume."""
+    digest = hashlib.blake2b(f"{seed}/{period}/{name}/{shard_index}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big")
+
+
+def round_stochastically(values: torch.Tensor, seed: int) -> torch.Tensor:
+    """Round fp32 ``values`` to bf16 so that the expectation of the result is the value.
+
+    bf16 is the upper half of fp32, so 16 uniform random bits are added to the lower half, which is then cut
+    off: the chance to go up is the share of the way to the next bf16 number. Values that are not finite are
+    rounded to nearest.
+    """
+    generator = torch.Generator(device=values.device).manual_seed(seed)
+    source = values.contiguous().view(-1)
+    rounded = torch.empty_like(source, dtype=torch.bfloat16)
+    for start in range(0, source.numel(), ROUNDING_CHUNK):
+        chunk = source[start : start + ROUNDING_CHUNK]
+        # One draw of 64 bits serves four elements: drawing is the slowest part of a switch.
+        bits = torch.empty((chunk.numel() + 3) // 4, dtype=torch.int64, device=values.device)
+        bits.random_(-(2**63), None, generator=generator)
+        noise = bits.view(torch.int16)[: chunk.numel()].to(torch.int32).bitwise_and_(0xFFFF)
+        moved = (chunk.view(torch.int32) + noise).bitwise_and_(-65536).view(torch.float32)
+        rounded[start : start + ROUNDING_CHUNK] = torch.where(chunk.isfinite(), moved, chunk).to(torch.bfloat16)
+    return rounded.view(values.shape)
+
+
+def convert(values: torch.Tensor, dtype: torch.dtype, seed: int | None) -> torch.Tensor:
+    """Return ``values`` in ``dtype``; from fp32 to bf16 with stochastic rounding where ``seed`` is given."""
+    if seed is not None and values.dtype == torch.float32 and dtype == torch.bfloat16:
+        return round_stochastically(values, seed)
+    return values.to(dtype)

@@ -1,0 +1,163 @@
+"""The wrapping policy: which module becomes which FSDP2 group, on which mesh, and in which dtype it is stored.
+
+Every block is a group of its own; the always-active modules are groups of their own too, in one group
+where their weights are tied. Frozen parameters are stored in ``precision.frozen``, trained ones in
+``precision.active`` (the shard is the master weight: no other copy stays), and both are gathered in
+``precision.compute``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from lisa_dist.config import AlwaysActiveConfig, ParallelConfig, PrecisionConfig
+from lisa_dist.distributed import local_shard
+from lisa_dist.models.layer_map import LayerMap
+from lisa_dist.sharding import storage
+
+
+@dataclass
+class ShardedModel:
+    """A model whose parameters are sharded over a mesh, with the handles that a switch needs."""
+
+    module: nn.Module
+    layers: LayerMap
+    mesh: DeviceMesh
+    precision: PrecisionConfig
+    handles: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # parameter name -> (FSDPParam, its group)
+
+    @property
+    def shard_index(self) -> int:
+        """This rank's place on the mesh axis over which parameters are sharded."""
+        return self.mesh.get_local_rank("shard")
+
+    def block_parameters(self, block: int) -> list[str]:
+        """Return the names of all parameters of a block."""
+        return self.layers.parameter_names[f"block:{block}"]
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """Return the sharded parameter of that name."""
+        return self.handles[name][0].sharded_param
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return torch's dtype of that name."""
+    return getattr(torch, name)
+
+
+def shard_model(
+    model: nn.Module, layers: LayerMap, mesh: DeviceMesh, parallel: ParallelConfig, precision: PrecisionConfig
+) -> ShardedModel:
+    """Apply FSDP2 to a model on ``meta``, group by group. Nothing is allocated.
+
+    Gradients are summed over the ranks, never divided: the trainer divides by the number of label tokens of
+    the global batch. The sum is made with plain SUM reductions, which gloo needs.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype_of(precision.compute), reduce_dtype=dtype_of(precision.reduce), cast_forward_inputs=False
+    )
+    offload: OffloadPolicy = CPUOffloadPolicy() if parallel.offload == "all" else OffloadPolicy()
+
+    def wrap(modules: nn.Module | list[nn.Module]) -> None:
+        fully_shard(
+            modules,  # type: ignore[arg-type]
+            mesh=mesh,
+            mp_policy=policy,
+            offload_policy=offload,
+            reshard_after_forward=parallel.reshard_after_forward,
+        )
+
+    for block in layers.blocks:
+        wrap(block)
+    ends = [module for module in (*layers.embeddings, *layers.norm, layers.head) if any(module.parameters())]
+    if layers.tied:  # FSDP2 wants a shared parameter in one group only
+        wrap(list(dict.fromkeys(ends)))
+    else:
+        for modules in (layers.embeddings, layers.norm, [layers.head]):
+            if modules:
+                wrap(list(modules))
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    sharded = ShardedModel(model, layers, mesh, precision)
+    sharded.handles = storage.fsdp_parameters(model)
+    return sharded
+
+
+def always_active_parameters(layers: LayerMap, always_active: AlwaysActiveConfig) -> list[str]:
+    """Return the names of the parameters outside the blocks that train in every period.
+
+    Raises:
+        UserError: tied weights would be both trained and frozen.
+    """
+    always_active.check_tied(layers.tied)
+    trained = {"embeddings": always_active.embeddings, "norm": always_active.norm, "head": always_active.head}
+    return [name for role, active in trained.items() if active for name in layers.parameter_names[role]]
+
+
+def materialize(sharded: ShardedModel, trained: Iterable[str], device: torch.device) -> None:
+    """Allocate every shard, uninitialised, in the dtype of its state, and every buffer.
+
+    Args:
+        sharded: a model on ``meta``.
+        trained: names of the parameters that train from the start; all others are frozen.
+        device: where the shards live.
+    """
+    active = set(trained)
+    for name, (fsdp_param, _) in sharded.handles.items():
+        dtype = dtype_of(sharded.precision.active if name in active else sharded.precision.frozen)
+        shard = torch.empty(fsdp_param.sharded_size, dtype=dtype, device=device)
+        storage.replace_shard(fsdp_param, shard, requires_grad=name in active)
+    for module in sharded.module.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[key] = torch.empty_like(buffer, device=device)
+    _refresh_groups(sharded, sharded.handles)
+
+
+def recast(
+    sharded: ShardedModel, names: Iterable[str], trained: bool, seed_of: Callable[[str], int] | None = None
+) -> None:
+    """Freeze or thaw parameters: set their storage dtype and whether they train.
+
+    Args:
+        sharded: the model; none of its groups may be unsharded.
+        names: the parameters to recast; buffers and all other parameters are left alone.
+        trained: True stores them in ``precision.active``, False in ``precision.frozen``.
+        seed_of: the seed of a parameter's rounding noise; None rounds to nearest.
+    """
+    dtype = dtype_of(sharded.precision.active if trained else sharded.precision.frozen)
+    names = list(names)
+    for name in names:
+        fsdp_param, _ = sharded.handles[name]
+        shard = local_shard(fsdp_param.sharded_param.detach())
+        seed = seed_of(name) if seed_of is not None else None
+        storage.replace_shard(fsdp_param, storage.convert(shard, dtype, seed), requires_grad=trained)
+    _refresh_groups(sharded, names)
+
+
+def _refresh_groups(sharded: ShardedModel, names: Iterable[str]) -> None:
+    groups = {id(sharded.handles[name][1]): sharded.handles[name][1] for name in names}
+    for group in groups.values():
+        storage.refresh_group(group)
+
+
+def persistent_bytes(sharded: ShardedModel) -> dict[str, int]:
+    """Count this rank's bytes of parameters and gradients, by kind, as they lie in memory (padding left out)."""
+    counted = {"frozen_parameters": 0, "active_parameters": 0, "gradients": 0}
+    for fsdp_param, _ in sharded.handles.values():
+        parameter = fsdp_param.sharded_param
+        shard = local_shard(parameter.detach())
+        counted["active_parameters" if parameter.requires_grad else "frozen_parameters"] += shard.nbytes
+        if parameter.grad is not None:
+            counted["gradients"] += local_shard(parameter.grad).nbytes
+    return counted
