@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lisa_dist.config.errors import UserError, check_at_least
 
@@ -23,12 +23,36 @@ class SamplerConfig:
 
 @dataclass
 class UniformSamplerConfig(SamplerConfig):
+    """LISA: uniform draws without replacement."""
+
     name: str = "uniform"
 
 
 @dataclass
 class AllSamplerConfig(SamplerConfig):
+    """Every block in every period."""
+
     name: str = "all"
+
+
+@dataclass
+class FixedSamplerConfig(SamplerConfig):
+    """The same listed blocks in every period."""
+
+    name: str = "fixed"
+    blocks: list[int] = field(default_factory=list)  # indices of the blocks that train, from 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(set(self.blocks)) != len(self.blocks) or any(block < 0 for block in self.blocks):
+            raise UserError(f"sampler.blocks={self.blocks}: must be different block indices of at least 0")
+
+
+SAMPLER_CONFIGS: dict[str, type[SamplerConfig]] = {
+    "all": AllSamplerConfig,
+    "fixed": FixedSamplerConfig,
+    "uniform": UniformSamplerConfig,
+}
 
 
 @dataclass
@@ -41,6 +65,11 @@ class UpdateConfig:
 @dataclass
 class FullRankUpdateConfig(UpdateConfig):
     name: str = "full_rank"
+
+
+UPDATE_CONFIGS: dict[str, type[UpdateConfig]] = {
+    "full_rank": FullRankUpdateConfig,
+}
 
 
 @dataclass

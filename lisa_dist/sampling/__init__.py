@@ -1,1 +1,44 @@
+"""Which blocks train in a period: pure state machines, lists in, indices out; one file a sampler."""
 
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from lisa_dist.config import SamplerConfig, UserError
+from lisa_dist.sampling.all import AllSampler
+from lisa_dist.sampling.base import Sampler
+from lisa_dist.sampling.fixed import FixedSampler
+from lisa_dist.sampling.uniform import UniformSampler
+
+__all__ = ["Sampler", "build_sampler"]
+
+logger = logging.getLogger(__name__)
+
+SAMPLERS: dict[str, Callable[[Any, int], Sampler]] = {
+    "all": AllSampler,
+    "fixed": FixedSampler,
+    "uniform": UniformSampler,
+}
+
+
+def build_sampler(config: SamplerConfig, num_blocks: int) -> Sampler:
+    """Return the sampler of ``config`` for a model of ``num_blocks`` blocks.
+
+    Raises:
+        UserError: the model has too few blocks for what is asked, or a listed block does not exist.
+    """
+    sampler = SAMPLERS[config.name](config, num_blocks)
+    if sampler.num_active > num_blocks:
+        raise UserError(
+            f"sampler.active_layers={sampler.num_active}: must be at most {num_blocks}, "
+            "the number of blocks of this model"
+        )
+    if config.name in ("all", "fixed"):
+        logger.info(
+            "sampler=%s trains the same %d of %d blocks in every period: sampler.active_layers, sampler.period "
+            "and sampler.seed have no effect",
+            config.name, sampler.num_active, num_blocks,
+        )  # fmt: skip
+    return sampler

@@ -1,0 +1,108 @@
+"""What every sampler is: a state machine that is asked once a period which blocks train in it.
+
+A sampler sees no tensor, no model and no process group. What it wants to know of the model it asks by the
+name of a probe (``needs``); whoever runs the model measures it, reduced over ranks, and hands the numbers
+to ``observe`` before the draw.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from typing import Any
+
+from lisa_dist.config.method import SamplerConfig
+
+GRADIENT_NORMS = "gradient_norms"
+"""Probe: for each block sqrt(||g||^2 / number of its parameters), g the gradient of one batch; mean over batches."""
+
+WEIGHT_NORMS = "weight_norms"
+"""Probe: for each block the l2 norm of all its parameters taken together."""
+
+OUTLIERS = "outliers"
+"""Probe: for each block the share of entries of ||X_j||_2 |W_ij| that exceed ``threshold`` times their mean."""
+
+RESPONSE_SUPPRESSION = "response_suppression"
+"""Probe: for each set of ``suppressed_sets()`` the mean loss while the blocks of that set are suppressed."""
+
+
+class Sampler(ABC):
+    """Decides which blocks train in a period.
+
+    A period goes: ``observe`` if ``wants_probe``, then ``draw``. Runs with equal state and equal scores draw
+    equal blocks.
+
+    Attributes:
+        needs: name of the probe that ``observe`` expects, or None.
+        num_blocks: number of blocks of the model, indexed from 0.
+        num_active: number of blocks that each draw returns.
+        active: the last draw.
+        last_period: the period it was for, -1 before the first.
+    """
+
+    needs: str | None = None
+
+    def __init__(self, config: SamplerConfig, num_blocks: int, num_active: int | None = None) -> None:
+        self.num_blocks = num_blocks
+        self.num_active = config.active_layers if num_active is None else num_active
+        self.generator = random.Random(config.seed)
+        self.last_period = -1
+        self.active: list[int] = []
+
+    def draw(self, period: int) -> list[int]:
+        """Return the blocks that train in ``period``, as sorted indices.
+
+        Raises:
+            ValueError: ``period`` does not come after the last one drawn.
+        """
+        if period <= self.last_period:
+            raise ValueError(f"period {period} was drawn already; the last one was {self.last_period}")
+        self.active = sorted(self._choose(period))
+        self.last_period = period
+        return list(self.active)
+
+    @abstractmethod
+    def _choose(self, period: int) -> list[int]:
+        """Return the blocks of ``period`` in any order."""
+
+    def wants_probe(self, period: int) -> bool:
+        """Whether ``observe`` must be called before the draw of ``period``."""
+        return False
+
+    def suppressed_sets(self) -> list[list[int]]:
+        """Return the sets of blocks that the response suppression probe compares; empty for other samplers."""
+        return []
+
+    def observe(self, scores: list[float]) -> None:
+        """Take the result of the probe: one number a block, or one a set of ``suppressed_sets()``."""
+        raise TypeError(f"{type(self).__name__} needs no probe")
+
+    def scores(self) -> list[float] | None:
+        """What is known of each block now, for the record; None where the sampler keeps nothing."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next draws depend on, made of JSON's types."""
+        return {"generator": generator_state(self.generator), "last_period": self.last_period, "active": self.active}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``, as if the draws before it had been made here."""
+        set_generator_state(self.generator, state["generator"])
+        self.last_period = state["last_period"]
+        self.active = list(state["active"])
+
+    def _check_length(self, scores: list[float], expected: int) -> None:
+        if len(scores) != expected:
+            raise ValueError(f"{type(self).__name__} expects {expected} scores and got {len(scores)}")
+
+
+def generator_state(generator: random.Random) -> list[Any]:
+    """Return the generator's state as lists, for JSON."""
+    version, words, gauss = generator.getstate()
+    return [version, list(words), gauss]
+
+
+def set_generator_state(generator: random.Random, state: list[Any]) -> None:
+    """Restore what :func:`generator_state` returned."""
+    version, words, gauss = state
+    generator.setstate((version, tuple(words), gauss))

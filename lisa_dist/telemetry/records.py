@@ -1,0 +1,194 @@
+"""The run's own record: metrics.jsonl, layers.jsonl, summary.json. Written on rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from lisa_dist.distributed import is_main
+
+METRICS_FILE = "metrics.jsonl"
+LAYERS_FILE = "layers.jsonl"
+SUMMARY_FILE = "summary.json"
+
+Row = dict[str, Any]
+
+
+class MetricsWriter:
+    """Appends rows to metrics.jsonl and layers.jsonl; a row is on disk when the call returns.
+
+    On ranks other than 0 nothing is opened or written. Times are in seconds, memory in GiB.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.run_dir = Path(run_dir)
+        self._metrics: TextIO | None = None
+        self._layers: TextIO | None = None
+        if is_main():
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._open()
+
+    def write_step(
+        self,
+        *,
+        step: int,
+        epoch: float,
+        period: int,
+        active_layers: list[int],
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        tokens: int,
+        tokens_per_second: float,
+        step_seconds: float,
+        memory_gib: float,
+        **more: Any,
+    ) -> Row:
+        """Write and return the row of one optimizer step; ``more`` are further keys, such as times by part."""
+        row = {
+            "step": step,
+            "epoch": epoch,
+            "period": period,
+            "active_layers": active_layers,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens": tokens,
+            "tokens_per_second": tokens_per_second,
+            "step_seconds": step_seconds,
+            "memory_gib": memory_gib,
+            **more,
+        }
+        _append(self._metrics, row)
+        return row
+
+    def write_eval(self, *, step: int, eval_loss: float, **more: Any) -> Row:
+        """Write and return the row of one validation, which has ``eval_loss`` and no ``loss``."""
+        row = {"step": step, "eval_loss": eval_loss, **more}
+        _append(self._metrics, row)
+        return row
+
+    def write_period(
+        self, *, period: int, step: int, active_layers: list[int], scores: list[float] | None = None
+    ) -> Row:
+        """Write and return the row of one period: ``step`` is the first that trains these blocks."""
+        row: Row = {"period": period, "step": step, "active_layers": active_layers}
+        if scores is not None:
+            row["scores"] = scores
+        _append(self._layers, row)
+        return row
+
+    def cut_after(self, step: int) -> None:
+        """Drop what was recorded past the checkpoint of ``step``, before a run goes on from it.
+
+        Rows of metrics.jsonl with a later step go, and so do the periods of layers.jsonl that began later;
+        so does a last line that was torn by a kill. Each file is replaced at once or not at all.
+        """
+        if self._metrics is None or self._layers is None:
+            return
+        self.close()
+        for name in (METRICS_FILE, LAYERS_FILE):
+            path = self.run_dir / name
+            kept = [row for row in read_rows(path) if row["step"] <= step]
+            write_atomically(path, "".join(to_json(row) + "\n" for row in kept))
+        self._open()
+
+    def close(self) -> None:
+        """Close both files."""
+        for file in (self._metrics, self._layers):
+            if file is not None:
+                file.close()
+        self._metrics = self._layers = None
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        self._metrics = (self.run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._layers = (self.run_dir / LAYERS_FILE).open("a", encoding="utf-8")
+
+
+def write_summary(run_dir: str | Path, *, exit_reason: str, resumed_from: list[int], **figures: Any) -> None:
+    """Write summary.json at once or not at all, on rank 0.
+
+    Args:
+        exit_reason: ``finished``, ``signal``, or ``failed: <why>``.
+        resumed_from: the checkpoint steps this run went on from, oldest first.
+        figures: what is known at the end: ``final_loss``, ``best_eval_loss``, ``wall_seconds``,
+            ``trained_parameters``, ``persistent_bytes`` and so on.
+    """
+    if not is_main():
+        return
+    summary = {"exit_reason": exit_reason, "resumed_from": resumed_from, **figures}
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(run_dir) / SUMMARY_FILE, to_json(summary, indent=2) + "\n")
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Return the rows of a JSON-lines file, [] where there is none; a torn last line is left out.
+
+    Raises:
+        ValueError: a line before the last is not a JSON object.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        rows.append(row)
+    return rows
+
+
+def read_summary(run_dir: str | Path) -> Row | None:
+    """Return summary.json as a dict, or None where there is none."""
+    path = Path(run_dir) / SUMMARY_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return strict JSON: a number that is not finite becomes null, for JSON has no word for it."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` so that a reader, or a crash, finds the old file or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _append(file: TextIO | None, row: Row) -> None:
+    if file is not None:
+        file.write(to_json(row) + "\n")
+        file.flush()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

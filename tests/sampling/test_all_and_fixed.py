@@ -1,0 +1,33 @@
+import logging
+
+import pytest
+
+from lisa_dist.config import UserError
+from lisa_dist.config.method import AllSamplerConfig, FixedSamplerConfig
+from lisa_dist.sampling import build_sampler
+
+
+def test_all_trains_every_block_and_says_once_what_has_no_effect(caplog):
+    with caplog.at_level(logging.INFO):
+        sampler = build_sampler(AllSamplerConfig(active_layers=99), num_blocks=4)
+    assert [sampler.draw(0), sampler.draw(1)] == [[0, 1, 2, 3]] * 2
+    assert sampler.num_active == 4
+    assert len(caplog.records) == 1
+    message = caplog.records[0].getMessage()
+    assert all(key in message for key in ("sampler.active_layers", "sampler.period", "sampler.seed"))
+
+
+def test_fixed_trains_the_listed_blocks():
+    sampler = build_sampler(FixedSamplerConfig(blocks=[5, 0]), num_blocks=6)
+    assert [sampler.draw(0), sampler.draw(7)] == [[0, 5]] * 2
+    assert sampler.num_active == 2
+
+
+def test_fixed_refuses_blocks_that_do_not_exist():
+    with pytest.raises(UserError, match=r"sampler.blocks=\[0, 6\]: 6 must be at most 5"):
+        build_sampler(FixedSamplerConfig(blocks=[0, 6]), num_blocks=6)
+    with pytest.raises(UserError, match=r"sampler.blocks=\[\]"):
+        build_sampler(FixedSamplerConfig(), num_blocks=6)
+    for blocks in ([1, 1], [-1]):
+        with pytest.raises(UserError, match=r"sampler.blocks"):
+            FixedSamplerConfig(blocks=blocks)
