@@ -68,16 +68,25 @@ class ActiveOptimizer:
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    def state_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the state by ``<parameter name>.<exp_avg|exp_avg_sq|step>``: the live tensors, no copies."""
+    def moment_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the moments by ``<parameter name>.<exp_avg|exp_avg_sq>``: the live tensors, no copies."""
         if self._adamw is None:
             return {}
-        return {
-            f"{name}.{kind}": tensor
-            for name, parameter in self.parameters.items()
-            for kind, tensor in self._adamw.state[parameter].items()
-        }
+        state = self._adamw.state
+        return {f"{name}.{kind}": state[p][kind] for name, p in self.parameters.items() for kind in MOMENTS}
+
+    def step_counts(self) -> dict[str, int]:
+        """Return how many steps each parameter has made since it was adopted."""
+        if self._adamw is None:
+            return {}
+        return {name: int(self._adamw.state[parameter]["step"]) for name, parameter in self.parameters.items()}
+
+    def set_step_counts(self, counts: Mapping[str, int]) -> None:
+        """Restore what :meth:`step_counts` returned."""
+        if self._adamw is not None:
+            for name, parameter in self.parameters.items():
+                self._adamw.state[parameter]["step"].fill_(counts[name])
 
     def state_bytes(self) -> int:
-        """Return this rank's bytes of moments and step counts."""
-        return sum(local_shard(tensor).nbytes for tensor in self.state_tensors().values())
+        """Return this rank's bytes of moments."""
+        return sum(local_shard(tensor).nbytes for tensor in self.moment_tensors().values())

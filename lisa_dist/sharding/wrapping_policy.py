@@ -9,7 +9,7 @@ where their weights are tied. Frozen parameters are stored in ``precision.frozen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,16 +31,20 @@ class ShardedModel:
     layers: LayerMap
     mesh: DeviceMesh
     precision: PrecisionConfig
-    handles: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # parameter name -> (FSDPParam, its group)
+    handles: dict[str, tuple[Any, Any]]  # parameter name -> (FSDPParam, its group)
 
     @property
     def shard_index(self) -> int:
         """This rank's place on the mesh axis over which parameters are sharded."""
         return self.mesh.get_local_rank("shard")
 
+    def parameters_of(self, part: str) -> list[str]:
+        """Return the parameter names of a part: ``block:<i>``, ``embeddings``, ``norm`` or ``head``."""
+        return [name for name in self.handles if self.layers.group_of(name) == part]
+
     def block_parameters(self, block: int) -> list[str]:
         """Return the names of all parameters of a block."""
-        return self.layers.parameter_names[f"block:{block}"]
+        return self.parameters_of(f"block:{block}")
 
     def parameter(self, name: str) -> nn.Parameter:
         """Return the sharded parameter of that name."""
@@ -76,32 +80,29 @@ def shard_model(
 
     for block in layers.blocks:
         wrap(block)
-    ends = [module for module in (*layers.embeddings, *layers.norm, layers.head) if any(module.parameters())]
+    ends = [layers.embeddings, layers.norm, [layers.head]]
     if layers.tied:  # FSDP2 wants a shared parameter in one group only
-        wrap(list(dict.fromkeys(ends)))
-    else:
-        for modules in (layers.embeddings, layers.norm, [layers.head]):
-            if modules:
-                wrap(list(modules))
+        ends = [[module for modules in ends for module in modules]]
+    for modules in ends:
+        if modules:
+            wrap(modules)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    sharded = ShardedModel(model, layers, mesh, precision)
-    sharded.handles = storage.fsdp_parameters(model)
-    return sharded
+    return ShardedModel(model, layers, mesh, precision, storage.fsdp_parameters(model))
 
 
-def always_active_parameters(layers: LayerMap, always_active: AlwaysActiveConfig) -> list[str]:
+def always_active_parameters(sharded: ShardedModel, always_active: AlwaysActiveConfig) -> list[str]:
     """Return the names of the parameters outside the blocks that train in every period.
 
     Raises:
         UserError: tied weights would be both trained and frozen.
     """
-    always_active.check_tied(layers.tied)
+    always_active.check_tied(sharded.layers.tied)
     trained = {"embeddings": always_active.embeddings, "norm": always_active.norm, "head": always_active.head}
-    return [name for role, active in trained.items() if active for name in layers.parameter_names[role]]
+    return [name for role, active in trained.items() if active for name in sharded.parameters_of(role)]
 
 
 def materialize(sharded: ShardedModel, trained: Iterable[str], device: torch.device) -> None:

@@ -1,0 +1,87 @@
+"""The model with everything that changes it: built here once for training, bench and plan alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lisa_dist import distributed
+from lisa_dist.active_blocks import ActiveSet, RankSynchronizedSampler, switch_active_blocks, trained_parameters
+from lisa_dist.config import Config
+from lisa_dist.models.architecture import build_meta_model
+from lisa_dist.models.layer_map import find_layers
+from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
+from lisa_dist.models.loss_head import install_loss_head
+from lisa_dist.optim.active_optimizer import ActiveOptimizer
+from lisa_dist.sampling import build_sampler
+from lisa_dist.sharding.wrapping_policy import ShardedModel, always_active_parameters, materialize, shard_model
+from lisa_dist.updates import Update, build_update
+
+
+@dataclass
+class Learner:
+    """The model with everything that changes it: what a checkpoint holds, and what bench and plan drive too."""
+
+    config: Config
+    sharded: ShardedModel
+    update: Update
+    optimizer: ActiveOptimizer
+    sampler: RankSynchronizedSampler
+    active: ActiveSet
+
+    @property
+    def period_length(self) -> int:
+        """Optimizer steps of a period (K)."""
+        return self.config.sampler.period
+
+
+def build_learner(config: Config, device: torch.device) -> Learner:
+    """Build the model on ``meta``, shard it, and make its optimizer and sampler; weights are still on ``meta``.
+
+    Collective: every rank (the mesh).
+    """
+    module = build_meta_model(config.model)
+    update = build_update(config.update)
+    update.prepare_model(module)
+    layers = find_layers(module, config.model.blocks)
+    sampler = RankSynchronizedSampler(build_sampler(config.sampler, len(layers.blocks)))
+    install_loss_head(module, layers, config.model.loss_chunk)
+    mesh = distributed.make_mesh(config.parallel)
+    sharded = shard_model(module, layers, mesh, config.parallel, config.precision)
+    active = ActiveSet(always_active_parameters(sharded, config.always_active))
+    return Learner(config, sharded, update, ActiveOptimizer(config.optimizer), sampler, active)
+
+
+def allocate(learner: Learner, active_blocks: list[int], device: torch.device) -> None:
+    """Allocate shards and optimizer state for a set of active blocks; weights are not yet filled."""
+    learner.active.blocks = list(active_blocks)
+    trained = trained_parameters(learner.sharded, learner.update, learner.active)
+    materialize(learner.sharded, trained, device)
+    restore_buffers(learner.sharded.module)
+    learner.optimizer.adopt({name: learner.sharded.parameter(name) for name in trained})
+
+
+def load_initial_weights(learner: Learner, device: torch.device) -> None:
+    """Allocate the model and fill it from its directory, or at random. Collective: every rank."""
+    blocks = list(range(len(learner.sharded.layers.blocks)))
+    # Where every block trains in every period, weights never pass through the frozen dtype.
+    allocate(learner, blocks if learner.config.sampler.name == "all" else [], device)
+    if learner.config.model.initialization == "random":
+        initialize_random(learner.sharded.module, learner.config.train.seed)
+    else:
+        load_pretrained(learner.sharded.module, learner.config.model)
+
+
+def begin_period(learner: Learner, period: int) -> None:
+    """Draw the period's blocks and switch to them. Collective: every rank."""
+    blocks = learner.sampler.draw(period)
+    switch_active_blocks(
+        learner.sharded,
+        learner.optimizer,
+        learner.update,
+        learner.active,
+        blocks,
+        period,
+        learner.config.train.seed,
+    )

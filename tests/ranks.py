@@ -1,0 +1,111 @@
+"""Real ranks for tests: processes that join one gloo process group and stay for the whole session.
+
+``run_on_ranks(4, function, *args)`` calls ``function(*args)`` on every rank and returns the results in rank
+order. The function must be importable (module level). An exception on any rank is raised here with that
+rank's traceback, and the group is started afresh for the next test.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+TIMEOUT = 240  # seconds for one call
+
+_pools: dict[int, RankPool] = {}
+
+
+class RankPool:
+    """``world_size`` processes in one process group."""
+
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        handle, store = tempfile.mkstemp(prefix="ranks-store-")
+        os.close(handle)
+        Path(store).unlink()
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, store, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call the function on every rank and return the results in rank order."""
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        results, failures = [], []
+        for rank, pipe in enumerate(self.pipes):
+            if failures and not pipe.poll(5):
+                continue  # this rank waits in a collective for the one that failed
+            if not pipe.poll(TIMEOUT):
+                failures.append(f"rank {rank} did not answer within {TIMEOUT} s")
+                continue
+            try:
+                failed, value = pipe.recv()
+            except EOFError:
+                failed, value = True, f"rank {rank} died"
+            (failures if failed else results).append(value)
+        if failures:
+            raise AssertionError("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call ``function(*args)`` on every rank of a process group of that size; see the module's docstring."""
+    if world_size not in _pools:
+        _pools[world_size] = RankPool(world_size)
+    try:
+        return _pools[world_size].run(function, *args)
+    except BaseException:
+        _pools.pop(world_size).close()
+        raise
+
+
+@atexit.register
+def _close_all() -> None:
+    for pool in _pools.values():
+        pool.close()
+
+
+def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
+    import datetime
+
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=120),
+    )
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        try:
+            answer = (False, function(*args))
+        except BaseException:
+            answer = (True, f"rank {rank}:\n{traceback.format_exc()}")
+        pipe.send(answer)
