@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lisa_dist.config import UserError
 from lisa_dist.models.layer_map import LayerMap
@@ -107,7 +106,7 @@ def _chunk(
     index = targets.clamp_min(0)[:, None]
     log_sum = values.logsumexp(-1, keepdim=True)
     loss = ((log_sum - values.gather(1, index))[:, 0] * keep).sum()
-    slope = None if transform.cap is None else logits.square_().neg_().add_(1.0)  # frees no memory for capless models
+    slope = None if transform.cap is None else logits.square_().neg_().add_(1.0)  # of cap * tanh(x / cap)
     gradient = values.sub_(log_sum).exp_()
     gradient.scatter_add_(1, index, torch.full_like(log_sum, -1.0)).mul_(keep[:, None])
     if slope is not None:
@@ -222,7 +221,7 @@ def _probe_transform(model: nn.Module, head: nn.Module) -> LogitTransform | None
         return products.clone()
 
     try:
-        with _replaced_forward(model.base_model, lambda *a, **k: MoeModelOutputWithPast(last_hidden_state=hidden)):
+        with _replaced_forward(model.base_model, lambda *args, **kwargs: _DecoderOutput(hidden)):
             with _replaced_forward(head, stand_in_head):
                 logits = model.forward(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False).logits
     except Exception as error:  # whatever a foreign forward raises, its own head still works
@@ -231,6 +230,19 @@ def _probe_transform(model: nn.Module, head: nn.Module) -> LogitTransform | None
     if len(seen) != 1 or not torch.equal(seen[0], hidden) or logits.shape != products.shape:
         return None
     return _fit_transform(products, logits.float(), getattr(model.config, "final_logit_softcapping", None))
+
+
+class _DecoderOutput:
+    """A decoder's answer of which only the hidden states are known; every other field is None."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
 
 
 def _fit_transform(products: Tensor, logits: Tensor, cap: float | None) -> LogitTransform | None:
