@@ -1,0 +1,182 @@
+"""Turns YAML groups and ``key=value`` overrides into the dataclasses, with Hydra as a typed loader and nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lisa_dist.config import Config
+from lisa_dist.config.errors import UserError, check_choice, nearest
+from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS
+from lisa_dist.config.overrides import KeyOverride, all_keys, apply_override, parse_overrides
+
+T = TypeVar("T")
+
+GROUPS = ("model", "data", "method", "sampler", "update", "optimizer", "scheduler", "logger", "experiment")
+
+
+def conf_dir() -> Path:
+    """Return the folder of the YAML groups: inside the installed package, or at the top of a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def load(overrides: list[str], config_dir: str | None = None) -> Config:
+    """Compose the configuration from the groups, then set the keys that the user overrides.
+
+    Args:
+        overrides: Hydra's ``group=name`` and ``key=value``; the last of two for the same key counts.
+        config_dir: a folder with the user's own groups beside those of the package.
+
+    Raises:
+        UserError: an override names no key or group, or holds a wrong type or an impossible value.
+    """
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise UserError(f"--config-dir {config_dir}: must be a folder that exists")
+    parsed = parse_overrides(overrides)
+    groups = {override.key: override for override in parsed if override.key in GROUPS}
+    keys = [override for override in parsed if override.key not in GROUPS]
+    for override in groups.values():
+        _check_group(override, config_dir)
+    choices = _with_defaults({name: override.value for name, override in groups.items()}, {key.key for key in keys})
+    config = _one_sentence(lambda: _compose(choices, config_dir))
+    for override in keys:
+        apply_override(config, override)
+    return _to_dataclasses(config)
+
+
+def _with_defaults(choices: dict[str, str | None], keys: set[str]) -> dict[str, str | None]:
+    """Choose the demonstration where no model is chosen, and no preset of what the user brings along."""
+    demo = "experiment" not in choices and "model" not in choices and "model.path" not in keys
+    if choices.get("experiment") is None:  # an experiment's presets stay: the path may be a local copy of theirs
+        for group in ("model", "data"):
+            if f"{group}.path" in keys and group not in choices:
+                choices = {**choices, group: "custom"}
+    return {**choices, "experiment": "demo"} if demo else choices
+
+
+def group_choices(group: str, config_dir: str | None = None) -> list[str]:
+    """Return the names that ``group=NAME`` may choose from."""
+    folders = [conf_dir() / group] + ([Path(config_dir) / group] if config_dir else [])
+    return sorted({str(file.relative_to(folder).with_suffix("")) for folder in folders for file in folder.rglob("*.yaml")})
+
+
+def _check_group(override: KeyOverride, config_dir: str | None) -> None:
+    group, value = override.key, override.value
+    if override.text.startswith("+"):
+        raise UserError(f"{override.text}: write {override.text.lstrip('+')}, every group is there already")
+    if value is None and group == "experiment":
+        return
+    name = value if isinstance(value, str) else override.text.partition("=")[2]
+    if group in ("model", "data") and name not in group_choices(group, config_dir) and Path(name).exists():
+        raise UserError(f"{group}={name}: chooses a preset by name, a path goes into {group}.path={name}")
+    check_choice(group, name, group_choices(group, config_dir))
+
+
+def _compose(choices: dict[str, str | None], config_dir: str | None) -> DictConfig:
+    _register_schemas()
+    overrides = [f"{group}={name}" for group, name in choices.items() if name is not None]
+    if config_dir is not None:
+        address = f"file://{Path(config_dir).resolve()}".replace("\\", "\\\\").replace("'", "\\'")
+        overrides.append(f"hydra.searchpath=['{address}']")
+    with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+        return compose("config", overrides)
+
+
+def _register_schemas() -> None:
+    """Tell Hydra the dataclasses, so that every value of every YAML file is checked against its type."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group, classes in (("sampler", SAMPLER_CONFIGS), ("update", UPDATE_CONFIGS)):
+        for name, schema in classes.items():
+            store.store(group=group, name=f"schema_{name}", node=schema)
+
+
+def _to_dataclasses(config: DictConfig) -> Config:
+    result = _one_sentence(lambda: OmegaConf.to_object(config))
+    assert isinstance(result, Config), type(result)
+    for group, classes in (("sampler", SAMPLER_CONFIGS), ("update", UPDATE_CONFIGS)):
+        part = getattr(result, group)
+        if type(part) is not classes.get(part.name):
+            raise UserError(f"{group}.name={part.name}: is set by choosing {group}=NAME, one of {', '.join(classes)}")
+    return result
+
+
+def _one_sentence(build: Callable[[], T]) -> T:
+    """Call ``build``; Hydra's and OmegaConf's errors of many lines become a :class:`UserError` of one sentence."""
+    try:
+        return build()
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_sentence(error)) from None
+
+
+def _sentence(error: BaseException) -> str:
+    """Return what went wrong in a YAML file: the innermost error knows the key, the outermost the file."""
+    outer = str(error).strip().splitlines()[0].rstrip(".:")
+    inner: BaseException = error
+    while inner.__cause__ is not None:
+        inner = inner.__cause__
+    text = str(inner).strip().splitlines()[0].rstrip(".:")
+    key = getattr(inner, "full_key", None)
+    if key:
+        hint = nearest(key, all_keys(OmegaConf.structured(Config)))
+        where = "" if outer == text else f" ({outer})"
+        return f"{key}: {text}{where}{hint}"
+    return outer if outer == text else f"{outer}: {text}"
+
+
+def to_yaml(config: Config) -> str:
+    """Return the configuration as YAML, keys as the user writes them."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+
+
+def read_config(path: Path | str) -> Config:
+    """Read a ``config.yaml`` that :func:`to_yaml` wrote; strict, typed, plain YAML.
+
+    Raises:
+        UserError: the file is missing, no YAML, or holds a key or a value that the dataclasses do not know.
+    """
+    return _to_dataclasses(_read(Path(path)))
+
+
+def load_run(run_dir: str, overrides: list[str]) -> Config:
+    """Return the configuration of a run directory with the overrides on top; ``run.dir`` is ``run_dir``.
+
+    Raises:
+        UserError: no run is there, or an override is wrong or chooses a group, which a run has settled.
+    """
+    if not (Path(run_dir) / "config.yaml").is_file():
+        raise UserError(f"run.dir={run_dir}: must be the directory of a run, which has a config.yaml")
+    config = _read(Path(run_dir) / "config.yaml")
+    for override in parse_overrides(overrides):
+        if override.key in GROUPS:
+            raise UserError(f"{override.text}: the groups of a run that exists are settled, set single keys instead")
+        apply_override(config, override)
+    config.run.dir = run_dir
+    return _to_dataclasses(config)
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        content = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML, {str(error).splitlines()[0]}") from None
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{path}: must hold a configuration, as the config.yaml of a run does")
+    config = OmegaConf.structured(Config)
+    for group, classes in (("sampler", SAMPLER_CONFIGS), ("update", UPDATE_CONFIGS)):
+        name = (content.get(group) or {}).get("name", getattr(Config(), group).name)
+        check_choice(f"{path}: {group}.name", name, classes)
+        config[group] = classes[name]
+    return _one_sentence(lambda: OmegaConf.merge(config, content))  # type: ignore[return-value]

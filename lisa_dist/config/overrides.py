@@ -1,0 +1,148 @@
+"""Reads ``key=value`` overrides in Hydra's grammar and applies them one by one, so that an error names its key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lisa_dist.config.errors import UserError, nearest
+
+TYPE_DESCRIPTIONS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text (quote it where it holds blanks, commas or brackets)",
+}
+
+
+@dataclass(frozen=True)
+class KeyOverride:
+    """One ``key=value``: the parsed value, and the text as the user wrote it for messages."""
+
+    key: str
+    value: Any
+    text: str
+
+
+def parse_overrides(texts: list[str]) -> list[KeyOverride]:
+    """Parse Hydra's override grammar; the forms that would add or remove keys, or sweep, are refused.
+
+    Raises:
+        UserError: a text is no ``key=value``, or one of the refused forms.
+    """
+    return [_parse(text) for text in texts]
+
+
+def _parse(text: str) -> KeyOverride:
+    try:
+        override: Override = OverridesParser.create().parse_override(text)
+    except HydraException:
+        raise UserError(
+            f"{text}: cannot be read, it must be KEY=VALUE where a value that holds brackets, commas or = "
+            "stands in quotes, as in 'data.path=\"a=b.json\"'"
+        ) from None
+    key = override.key_or_group
+    if override.type == OverrideType.DEL:
+        raise UserError(f"{text}: a key cannot be removed, set it to null or to another value")
+    if override.package is not None:
+        raise UserError(f"{text}: a group cannot be moved to another place, write {key}=NAME")
+    if key.split(".")[0] == "hydra":
+        raise UserError(f"{text}: Hydra's own keys cannot be set, run.dir says where a run lies")
+    if override.is_sweep_override():
+        raise UserError(f"{text}: several values need --multirun, a list is written {key}=[A,B]")
+    return KeyOverride(key, override.value(), text)
+
+
+def apply_override(config: DictConfig, override: KeyOverride) -> None:
+    """Set one key of ``config``.
+
+    Raises:
+        UserError: there is no such key, or the value has the wrong type.
+    """
+    adds_key = override.text.startswith("+")
+    key_exists, inside_mapping = _locate(config, override.key)
+    if not key_exists or (adds_key and not inside_mapping):
+        raise UserError(f"{override.text}: there is no key {override.key}{_suggestion(config, override.key)}")
+    # Keys of a free mapping (data.columns, model.architecture) may be new; every other key exists already.
+    parent = OmegaConf.select(config, override.key.rpartition(".")[0]) if "." in override.key else config
+    node = None if inside_mapping else parent._get_node(override.key.rpartition(".")[2])
+    if isinstance(node, DictConfig) and OmegaConf.is_dict(node) and not _is_mapping(node):
+        example = next(iter(node))
+        raise UserError(
+            f"{override.text}: {override.key} is a group of keys, set one of them, for example "
+            f"{override.key}.{example}=VALUE"
+        )
+    try:
+        may_add = inside_mapping or isinstance(node, DictConfig)
+        OmegaConf.update(config, override.key, _text_if_wanted(node, override), force_add=may_add)
+    except (OmegaConfBaseException, ValueError, TypeError):
+        raise UserError(f"{override.text}: must be {describe_type(node)}") from None
+
+
+def _locate(config: DictConfig, key: str) -> tuple[bool, bool]:
+    """Return whether ``key`` exists, and whether it lies inside a free mapping, where any name is a key."""
+    node: Any = config
+    for part in key.split("."):
+        if not isinstance(node, DictConfig):
+            return False, False
+        if _is_mapping(node):
+            return True, True
+        if part not in node:
+            return False, False
+        node = node._get_node(part)
+    return True, False
+
+
+def _is_mapping(node: DictConfig) -> bool:
+    return not OmegaConf.is_missing(node, "") and OmegaConf.get_type(node) in (dict, None)
+
+
+def _text_if_wanted(node: Node | None, override: KeyOverride) -> Any:
+    """Return the text as written where the key holds a text: ``run.name=1e3`` is not 1000.0."""
+    wants_text = node is not None and node._metadata.ref_type is str
+    is_other_primitive = isinstance(override.value, bool | int | float)
+    return override.text.partition("=")[2].strip() if wants_text and is_other_primitive else override.value
+
+
+def describe_type(node: Node | None) -> str:
+    """Return in words what the key that ``node`` belongs to may hold."""
+    if node is None:
+        return "a value"
+    or_null = " or null" if node._is_optional() else ""
+    if isinstance(node, ListConfig):
+        return f"a list such as [A,B], each entry {TYPE_DESCRIPTIONS.get(node._metadata.element_type, 'a value')}{or_null}"
+    if isinstance(node, DictConfig):
+        return f"a mapping such as {{A:B}}{or_null}"
+    return TYPE_DESCRIPTIONS.get(node._metadata.ref_type, "a value") + or_null
+
+
+def all_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Yield every dotted key that an override may set."""
+    for name in config:
+        node = config._get_node(name)
+        key = f"{prefix}{name}"
+        if isinstance(node, DictConfig) and not _is_mapping(node):
+            yield from all_keys(node, f"{key}.")
+        else:
+            yield key
+
+
+def _suggestion(config: DictConfig, key: str) -> str:
+    """Return ``; did you mean X?`` or what the group has, for a key that does not exist."""
+    keys = list(all_keys(config))
+    last = key.rpartition(".")[2]
+    same_last = [candidate for candidate in keys if candidate.rpartition(".")[2] == last]
+    hint = f"; did you mean {same_last[0]}?" if len(same_last) == 1 else nearest(key, keys)
+    group = key.partition(".")[0]
+    siblings = [candidate.partition(".")[2] for candidate in keys if candidate.startswith(f"{group}.")]
+    if "." in key and siblings:
+        return f", {group} has {', '.join(siblings)}{hint}"
+    groups = [str(name) for name in config]
+    return f", the keys begin with {', '.join(groups)}{hint or nearest(group, groups)}"

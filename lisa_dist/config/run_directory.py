@@ -1,0 +1,34 @@
+"""Where a run lies: settled once, before the ranks start, so that all of them agree."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import datetime
+from pathlib import Path
+
+from lisa_dist.config import Config
+from lisa_dist.config.errors import UserError
+
+RECORDS = ("config.yaml", "metrics.jsonl", "summary.json", "checkpoints")  # any of them says that a run is here
+
+
+def resolve_run_dir(config: Config) -> Config:
+    """Return the configuration with ``run.dir`` settled as an absolute path; nothing is created.
+
+    The default is ``runs/<run.name or date and time>`` in the current directory.
+    """
+    name = config.run.name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    directory = Path(config.run.dir or Path("runs") / name).expanduser().resolve()
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(directory)))
+
+
+def check_run_dir_is_free(config: Config) -> None:
+    """Raise :class:`UserError` where training would write over a run that it does not continue."""
+    directory = Path(config.run.dir or "")
+    if config.checkpoint.resume == "none" and any((directory / record).exists() for record in RECORDS):
+        raise UserError(
+            f"run.dir={config.run.dir}: holds a run already, choose another directory or continue that run with "
+            "checkpoint.resume=auto"
+        )
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"run.dir={config.run.dir}: must be a directory, but is a file")

@@ -1,0 +1,46 @@
+"""Signals that ask a run to stop: a flag for the training loop to read at its next step.
+
+Handlers are installed before torch is imported, so that a signal in those seconds counts too.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+_requested = False
+
+
+def install_stop_handlers(*, ignore_interrupt: bool = False) -> None:
+    """Let TERM, USR1 and INT set the flag that :func:`stop_requested` reads.
+
+    Args:
+        ignore_interrupt: under our own launcher, where Ctrl-C reaches the ranks too, but the launcher alone
+            decides what it means and sends TERM.
+    """
+    global _requested
+    _requested = False
+    for number in STOP_SIGNALS:
+        signal.signal(number, _set_flag)
+    if ignore_interrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The launcher starts ranks with these signals held back; one that came meanwhile is delivered here.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def stop_requested() -> bool:
+    """Whether this process was asked to stop; any one rank may be the only one that was."""
+    return _requested
+
+
+def ignore_stop_signals() -> None:
+    """Ignore further stop signals: Slurm sends TERM to the others as soon as the first rank leaves with code 75."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _set_flag(number: int, frame: FrameType | None) -> None:
+    global _requested
+    _requested = True
