@@ -34,6 +34,12 @@ def check_at_least(key: str, value: float | None, minimum: float) -> None:
         raise UserError(f"{key}={value}: must be at least {minimum}")
 
 
+def check_above_zero(key: str, value: float) -> None:
+    """Raise :class:`UserError` unless ``value`` is larger than 0."""
+    if not value > 0:
+        raise UserError(f"{key}={value}: must be above 0")
+
+
 def check_fraction(key: str, value: float, *, below_one: bool = False) -> None:
     """Raise :class:`UserError` unless 0 <= value <= 1 (``below_one``: < 1)."""
     if not (0 <= value < 1 if below_one else 0 <= value <= 1):

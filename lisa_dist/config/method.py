@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lisa_dist.config.errors import UserError, check_at_least
+from lisa_dist.config.errors import UserError, check_above_zero, check_at_least, check_choice, check_fraction
 
 
 @dataclass
@@ -48,10 +48,143 @@ class FixedSamplerConfig(SamplerConfig):
             raise UserError(f"sampler.blocks={self.blocks}: must be different block indices of at least 0")
 
 
+@dataclass
+class WeightedSamplerConfig(SamplerConfig):
+    """Draws in proportion to a weight for each block."""
+
+    name: str = "weighted"
+    law: str = "increasing"  # increasing, decreasing, given, weight_norm, weight_norm_ratio
+    weights: list[float] = field(default_factory=list)  # for given: a weight a block; for weight_norm_ratio: w~
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(
+            "sampler.law", self.law, ["increasing", "decreasing", "given", "weight_norm", "weight_norm_ratio"]
+        )
+        reads_weights = self.law in ("given", "weight_norm_ratio")
+        if reads_weights != bool(self.weights):
+            raise UserError(
+                f"sampler.weights={self.weights}: sampler.law={self.law} "
+                + ("needs one number for each block" if reads_weights else "reads no weights; leave it out")
+            )
+        if any(weight < 0 for weight in self.weights):
+            raise UserError(f"sampler.weights={self.weights}: must not be negative")
+
+
+@dataclass
+class SweepSamplerConfig(SamplerConfig):
+    """BAdam: the blocks in turn, each once a sweep."""
+
+    name: str = "sweep"
+    order: str = "descending"  # ascending, descending, random (anew each sweep), given
+    sequence: list[int] = field(default_factory=list)  # for given: every block's index once
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("sampler.order", self.order, ["ascending", "descending", "random", "given"])
+        if (self.order == "given") != bool(self.sequence):
+            raise UserError(
+                f"sampler.sequence={self.sequence}: sampler.order={self.order} "
+                + ("needs every block's index once" if self.order == "given" else "reads no sequence; leave it out")
+            )
+
+
+@dataclass
+class CoverageSamplerConfig(SamplerConfig):
+    """Random draws that leave no block out for long."""
+
+    name: str = "coverage"
+    window: int | None = None  # any so many periods in a row train every block; null: twice the fewest possible
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("sampler.window", self.window, 1)
+        check_at_least("sampler.active_layers", self.active_layers, 1)
+
+
+@dataclass
+class GradientSamplerConfig(SamplerConfig):
+    """GRASS: blocks with large gradients are drawn more often."""
+
+    name: str = "gradient"
+    temperature: float = 1.0  # of the softmax over norms relative to their mean; large: nearly uniform
+    probe_every: int = 5  # periods between two probes
+    probe_batches: int = 1  # micro-batches a rank that a probe averages over
+    smoothing: float = 0.5  # share of the new norm in a trained block's estimate
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_above_zero("sampler.temperature", self.temperature)
+        check_at_least("sampler.probe_every", self.probe_every, 1)
+        check_at_least("sampler.probe_batches", self.probe_batches, 1)
+        check_fraction("sampler.smoothing", self.smoothing)
+
+
+@dataclass
+class OutlierSamplerConfig(SamplerConfig):
+    """OwLore: blocks with many outliers are drawn more often."""
+
+    name: str = "outlier"
+    threshold: float = 13.0  # M: an entry is an outlier above so many times the mean
+    reverse: bool = False  # draw blocks with few outliers more often
+    probe_batches: int = 4  # calibration micro-batches a rank, of the run's own data
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_above_zero("sampler.threshold", self.threshold)
+        check_at_least("sampler.probe_batches", self.probe_batches, 1)
+
+
+@dataclass
+class ImportanceSamplerConfig(SamplerConfig):
+    """IST: blocks whose suppression costs loss are drawn more often."""
+
+    name: str = "importance"
+    active_layers: int | None = None  # type: ignore[assignment]  # null: a quarter of the blocks
+    probe_every: int = 1  # periods between two probes
+    probe_batches: int = 1  # micro-batches a rank on which each set is scored
+    suppressed_sets: int = 3  # sets of blocks that a probe compares
+    suppressed_share: float = 0.5  # of the blocks, in each set
+    suppression_factor: float = 0.25  # what remains of a suppressed block's adapter
+    score_lr: float = 10.0  # step size of the scores
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("sampler.probe_every", self.probe_every, 1)
+        check_at_least("sampler.probe_batches", self.probe_batches, 1)
+        check_at_least("sampler.suppressed_sets", self.suppressed_sets, 2)
+        check_fraction("sampler.suppressed_share", self.suppressed_share, below_one=True)
+        check_fraction("sampler.suppression_factor", self.suppression_factor, below_one=True)
+        check_above_zero("sampler.score_lr", self.score_lr)
+
+
+@dataclass
+class BanditSamplerConfig(SamplerConfig):
+    """In the manner of MISA: learns from the blocks that trained which to draw next."""
+
+    name: str = "bandit"
+    eta: float = 1.0  # of the exponential weights over norms relative to their mean; 0: uniform
+    smoothing: float = 0.5  # share of the new norm in a trained block's estimate
+    probe_batches: int = 1  # micro-batches a rank that a probe averages over
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("sampler.eta", self.eta, 0)
+        check_fraction("sampler.smoothing", self.smoothing)
+        check_at_least("sampler.probe_batches", self.probe_batches, 1)
+
+
 SAMPLER_CONFIGS: dict[str, type[SamplerConfig]] = {
     "all": AllSamplerConfig,
+    "bandit": BanditSamplerConfig,
+    "coverage": CoverageSamplerConfig,
     "fixed": FixedSamplerConfig,
+    "gradient": GradientSamplerConfig,
+    "importance": ImportanceSamplerConfig,
+    "outlier": OutlierSamplerConfig,
+    "sweep": SweepSamplerConfig,
     "uniform": UniformSamplerConfig,
+    "weighted": WeightedSamplerConfig,
 }
 
 

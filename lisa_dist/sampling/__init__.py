@@ -8,9 +8,16 @@ from typing import Any
 
 from lisa_dist.config import SamplerConfig, UserError
 from lisa_dist.sampling.all import AllSampler
+from lisa_dist.sampling.bandit import BanditSampler
 from lisa_dist.sampling.base import Sampler
+from lisa_dist.sampling.coverage import CoverageSampler
 from lisa_dist.sampling.fixed import FixedSampler
+from lisa_dist.sampling.gradient import GradientSampler
+from lisa_dist.sampling.importance import ImportanceSampler
+from lisa_dist.sampling.outlier import OutlierSampler
+from lisa_dist.sampling.sweep import SweepSampler
 from lisa_dist.sampling.uniform import UniformSampler
+from lisa_dist.sampling.weighted import WeightedSampler
 
 __all__ = ["Sampler", "build_sampler"]
 
@@ -18,8 +25,15 @@ logger = logging.getLogger(__name__)
 
 SAMPLERS: dict[str, Callable[[Any, int], Sampler]] = {
     "all": AllSampler,
+    "bandit": BanditSampler,
+    "coverage": CoverageSampler,
     "fixed": FixedSampler,
+    "gradient": GradientSampler,
+    "importance": ImportanceSampler,
+    "outlier": OutlierSampler,
+    "sweep": SweepSampler,
     "uniform": UniformSampler,
+    "weighted": WeightedSampler,
 }
 
 

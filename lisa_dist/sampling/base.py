@@ -7,6 +7,7 @@ to ``observe`` before the draw.
 
 from __future__ import annotations
 
+import math
 import random
 from abc import ABC, abstractmethod
 from typing import Any
@@ -66,11 +67,17 @@ class Sampler(ABC):
         """Return the blocks of ``period`` in any order."""
 
     def wants_probe(self, period: int) -> bool:
-        """Whether ``observe`` must be called before the draw of ``period``."""
+        """Whether ``observe`` must be called before the draw of ``period``.
+
+        Depends on the period and the configuration alone, so that every rank answers alike.
+        """
         return False
 
     def suppressed_sets(self) -> list[list[int]]:
-        """Return the sets of blocks that the response suppression probe compares; empty for other samplers."""
+        """Return the sets of blocks that the response suppression probe compares; empty for other samplers.
+
+        They are random: to be asked on the rank that draws, and the same until ``observe``.
+        """
         return []
 
     def observe(self, scores: list[float]) -> None:
@@ -78,7 +85,7 @@ class Sampler(ABC):
         raise TypeError(f"{type(self).__name__} needs no probe")
 
     def scores(self) -> list[float] | None:
-        """What is known of each block now, for the record; None where the sampler keeps nothing."""
+        """What the sampler's source calls the score of each block, for the record; None where there is none."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,9 +98,11 @@ class Sampler(ABC):
         self.last_period = state["last_period"]
         self.active = list(state["active"])
 
-    def _check_length(self, scores: list[float], expected: int) -> None:
+    def _check_scores(self, scores: list[float], expected: int) -> None:
         if len(scores) != expected:
             raise ValueError(f"{type(self).__name__} expects {expected} scores and got {len(scores)}")
+        if not all(math.isfinite(score) for score in scores):
+            raise ValueError(f"a probe measured what is not finite: {scores}")
 
 
 def generator_state(generator: random.Random) -> list[Any]:
