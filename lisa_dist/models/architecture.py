@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -33,7 +34,9 @@ def local_directory(path: str) -> Path | None:
     if path.startswith(BUILTIN_PREFIX):
         directory = Path(__file__).parent / path.removeprefix(BUILTIN_PREFIX)
         if not (directory / CONFIG_FILE).is_file():
-            known = sorted(f"{BUILTIN_PREFIX}{found.parent.name}" for found in Path(__file__).parent.glob("*/config.json"))
+            known = sorted(
+                f"{BUILTIN_PREFIX}{found.parent.name}" for found in Path(__file__).parent.glob("*/config.json")
+            )
             raise UserError(f"model.path={path}: the built-in models are {', '.join(known)}{nearest(path, known)}")
         return directory
     directory = Path(path).expanduser()
@@ -95,20 +98,20 @@ def build_meta_model(config: ModelConfig, architecture: PretrainedConfig | None 
     except ImportError as error:
         raise UserError(f"model.attention={config.attention}: {_first_line(error)}") from error
     except ValueError as error:
-        raise UserError(f"model.path={config.path}: cannot be built as a causal language model: {_first_line(error)}") from error
+        reason = _first_line(error)
+        raise UserError(f"model.path={config.path}: is no causal language model that can be built: {reason}") from error
     return model.train()
 
 
-def original_class(model: nn.Module) -> type[nn.Module]:
+def original_class(model: nn.Module) -> Any:
     """Return the class of ``model`` as it was before ``fully_shard`` put its own in front."""
-    fsdp_module = torch.distributed.fsdp.FSDPModule
-    return next(cls for cls in type(model).__mro__ if not issubclass(cls, fsdp_module))
+    return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
 
 
 def meta_replica(model: nn.Module) -> Any:
     """Return an unsharded copy of ``model`` on meta: names, full shapes, ties, without any memory."""
     with torch.device("meta"):
-        return original_class(model)._from_config(model.config, dtype=torch.float32)  # type: ignore[attr-defined]
+        return original_class(model)._from_config(model.config, dtype=torch.float32)
 
 
 def _read_directory(config: ModelConfig, directory: Path) -> PretrainedConfig:

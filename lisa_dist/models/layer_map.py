@@ -61,7 +61,7 @@ def find_layers(model: nn.Module, blocks_path: str | None = None) -> LayerMap:
     stack = model.get_submodule(path)
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is None:
-        raise UserError(f"model.path: {type(model).__name__} has no language-model head, so there is no loss to train on")
+        raise UserError(f"model.path: {type(model).__name__} has no language-model head, so no loss to train on")
     head_name = next(name for name, module in model.named_modules() if module is head)
     outside = {
         name: module

@@ -31,7 +31,7 @@ WEIGHT_SLICES = 8  # the head's gradient is summed in this many slices of the vo
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to the head's product: ``cap * tanh(scale * product / cap)``, without a cap ``scale * product``."""
+    """What a model does to the head's product: ``cap * tanh(scale * product / cap)``; no cap: ``scale * product``."""
 
     scale: float = 1.0
     cap: float | None = None
@@ -144,6 +144,7 @@ def install_loss_head(
     """
     original = model.forward
     head = layer_map.head
+    decoder: Any = model.base_model
     balance = _router_loss(model) if router_aux_loss else None
     transform = _probe_transform(model, head)
     if transform is None:
@@ -164,7 +165,7 @@ def install_loss_head(
             outputs = original(*args, **kwargs)
             loss = plain_loss(outputs.logits, labels)
         else:
-            outputs = model.base_model(*args, **kwargs)
+            outputs = decoder(*args, **kwargs)
             loss = head(outputs.last_hidden_state, labels=labels)
         if balance is not None:
             loss = loss + balance(outputs.router_logits) * (shift_labels(labels) != IGNORED).sum()
@@ -203,7 +204,7 @@ def _router_loss(model: nn.Module) -> Callable[[Any], Tensor]:
     return lambda router_logits: coefficient * balance(router_logits, experts, chosen)
 
 
-def _probe_transform(model: nn.Module, head: nn.Module) -> LogitTransform | None:
+def _probe_transform(model: Any, head: Any) -> LogitTransform | None:
     """Find what the root's forward does between the decoder and the logits, by running it around stand-ins.
 
     The decoder is replaced by known hidden states and the head by known products, so no weight is touched (they
@@ -212,8 +213,8 @@ def _probe_transform(model: nn.Module, head: nn.Module) -> LogitTransform | None
     """
     if type(head).forward is not nn.Linear.forward or model.base_model is model:
         return None
-    hidden = torch.linspace(-1.0, 1.0, 2 * head.in_features).view(1, 2, -1)  # type: ignore[operator]
-    products = torch.linspace(-8.0, 8.0, 2 * head.out_features).view(1, 2, -1)  # type: ignore[operator]
+    hidden = torch.linspace(-1.0, 1.0, 2 * head.in_features).view(1, 2, -1)
+    products = torch.linspace(-8.0, 8.0, 2 * head.out_features).view(1, 2, -1)
     seen: list[Tensor] = []
 
     def stand_in_head(states: Tensor) -> Tensor:
@@ -221,9 +222,11 @@ def _probe_transform(model: nn.Module, head: nn.Module) -> LogitTransform | None
         return products.clone()
 
     try:
-        with _replaced_forward(model.base_model, lambda *args, **kwargs: _DecoderOutput(hidden)):
-            with _replaced_forward(head, stand_in_head):
-                logits = model.forward(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False).logits
+        with (
+            _replaced_forward(model.base_model, lambda *args, **kwargs: _DecoderOutput(hidden)),
+            _replaced_forward(head, stand_in_head),
+        ):
+            logits = model.forward(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False).logits
     except Exception as error:  # whatever a foreign forward raises, its own head still works
         logger.debug("%s cannot be run around stand-ins: %s", type(model).__name__, error)
         return None

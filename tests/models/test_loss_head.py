@@ -14,18 +14,14 @@ from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.loss_head import ChunkedCrossEntropy, LogitTransform, install_loss_head
 from tests.models.families import FAMILIES, tiny_config
 
-COHERE = {"model_type": "cohere", "logit_scale": 0.0625}
-GRANITE = {"model_type": "granite", "logits_scaling": 8.0}
-GPTJ = {"model_type": "gptj", "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8}
-
-
-def _small(fields: dict) -> PretrainedConfig:
-    llama = tiny_config("llama").to_dict()
-    shape = {} if fields["model_type"] == "gptj" else {
-        name: llama[name]
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    }
-    return AutoConfig.for_model(**{**shape, "vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **fields})
+LLAMA_SHAPE = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+GPTJ_SHAPE = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8}
+TOKENS = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+CASES = {name: tiny_config(name) for name in FAMILIES} | {
+    "cohere": AutoConfig.for_model("cohere", **LLAMA_SHAPE, **TOKENS, logit_scale=0.0625),
+    "granite": AutoConfig.for_model("granite", **LLAMA_SHAPE, **TOKENS, logits_scaling=8.0),
+    "gptj": AutoConfig.for_model("gptj", **GPTJ_SHAPE, **TOKENS),
+}
 
 
 def _model(config: PretrainedConfig) -> torch.nn.Module:
@@ -45,16 +41,13 @@ def _batch() -> tuple[torch.Tensor, torch.Tensor]:
     return input_ids, labels
 
 
-CASES = {name: tiny_config(name) for name in FAMILIES} | {
-    "cohere": _small(COHERE), "granite": _small(GRANITE), "gptj": _small(GPTJ)
-}
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_models_own_loss(name: str) -> None:
     plain = _model(copy.deepcopy(CASES[name]))
     chunked = copy.deepcopy(plain)
-    transform = install_loss_head(chunked, find_layers(chunked), chunk_tokens=5)  # 22 tokens: chunks of 5, the last of 2
+    transform = install_loss_head(
+        chunked, find_layers(chunked), chunk_tokens=5
+    )  # 22 tokens: chunks of 5, the last of 2
     assert transform is not None, "fell back to the plain loss"
     input_ids, labels = _batch()
     count = int((labels[:, 1:] != -100).sum())

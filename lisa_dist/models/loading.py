@@ -1,0 +1,324 @@
+"""Weights into a sharded model, each rank reading or making only what it keeps.
+
+The model is built on meta, sharded and allocated (uninitialised) by then. Parameters that were added to the
+architecture (adapters) are left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import PreTrainedModel
+
+from lisa_dist import distributed
+from lisa_dist.config import UserError
+from lisa_dist.models.architecture import local_directory, meta_replica
+from lisa_dist.models.conversion import Source, find_sources
+
+logger = logging.getLogger(__name__)
+
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHT_FILES = ["*.safetensors", INDEX_FILE, "config.json"]
+# safetensors' names of dtypes
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+
+class SafetensorsDirectory:
+    """The tensors of a Hugging Face directory, memory-mapped: reading a slice touches only its pages.
+
+    Raises:
+        UserError: there are no safetensors in it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        self.file_of: dict[str, str] = self._index()
+
+    def _index(self) -> dict[str, str]:
+        index = self.directory / INDEX_FILE
+        if index.is_file():
+            return json.loads(index.read_text())["weight_map"]
+        single = self.directory / "model.safetensors"
+        files = [single] if single.is_file() else sorted(self.directory.glob("*.safetensors"))
+        if not files:
+            pickled = sorted(file.name for file in self.directory.glob("*.bin"))
+            advice = (
+                f"has {pickled[0]} but no safetensors; unpickling runs code, so convert it first: "
+                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+                if pickled
+                else "has no *.safetensors, so there are no weights to load; model.init=random starts without"
+            )
+            raise UserError(f"model.path={self.directory}: {advice}")
+        return {name: file.name for file in files for name in self._open(file.name).keys()}  # noqa: SIM118
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            path = self.directory / file
+            if not path.is_file():
+                raise UserError(f"model.path={self.directory}: {INDEX_FILE} names {file}, which is not there")
+            self._files[file] = self._stack.enter_context(safe_open(path, framework="pt"))
+        return self._files[file]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return tuple(self._open(self.file_of[name]).get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor; uint8 stands for any that is no ordinary floating-point type."""
+        return DTYPES.get(self._open(self.file_of[name]).get_slice(name).get_dtype(), torch.uint8)
+
+    def read(self, name: str, region: tuple[slice, ...] = ()) -> Tensor:
+        """Return a tensor, or a region of it, in the file's dtype."""
+        file = self._open(self.file_of[name])
+        return file.get_slice(name)[region] if region else file.get_tensor(name)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._stack.close()
+
+
+def load_pretrained(model: nn.Module, path: str | Path) -> list[str]:
+    """Fill a sharded model from a Hugging Face directory or hub id; return the parameters left alone (adapters).
+
+    Each rank reads its slices, in the file's dtype, and copies them into its shards of whatever dtype. Where
+    transformers fuses tensors at load (the experts of a mixture), each rank fuses those of its shard.
+    Collective: every rank (only a hub id: the first rank of a machine downloads).
+
+    Raises:
+        UserError: no safetensors, or missing, unexpected or wrongly shaped tensors.
+    """
+    weights = SafetensorsDirectory(weights_directory(str(path)))
+    replica = meta_replica(model)
+    sources, unexpected = find_sources(replica, weights.file_of)
+    tensors, added = _own_tensors(model, replica)
+    _add_tied(replica, tensors, sources)
+    filled: set[str] = set()
+    for target, source in sources.items():
+        filled |= _fill(target, source, weights, replica, tensors)
+    weights.close()
+    _check_names(weights.directory, sorted(set(tensors) - filled), unexpected)
+    return added
+
+
+def weights_directory(path: str) -> Path:
+    """Return the directory with the weights of ``path``, downloaded first if it is a hub id. Collective: every rank."""
+    directory = local_directory(path)
+    if directory is not None:
+        return directory
+    with distributed.local_rank_zero_first():
+        try:
+            # "consolidated" files are the same weights in another layout
+            return Path(snapshot_download(path, allow_patterns=WEIGHT_FILES, ignore_patterns=["consolidated*"]))
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"model.path={path}: can't be downloaded from the hub ({reason})") from error
+
+
+def weights_dtype(path: str | Path) -> torch.dtype:
+    """Return the floating-point dtype of most of the weights of a directory."""
+    weights = SafetensorsDirectory(Path(path))
+    sizes: Counter[torch.dtype] = Counter()
+    for name in weights.file_of:
+        sizes[weights.dtype(name)] += torch.Size(weights.shape(name)).numel()
+    weights.close()
+    return max((dtype for dtype in sizes if dtype.is_floating_point), key=lambda dtype: sizes[dtype])
+
+
+def initialize_random(model: nn.Module, seed: int) -> list[str]:
+    """Fill a sharded model with the weights of its own initialisation; return the parameters left alone (adapters).
+
+    The same weights at any number of ranks and on any device: each block is made in full on the CPU, from a
+    generator keyed by ``seed`` and the block's name, and cut to the shard.
+    """
+    replica = meta_replica(model)
+    tensors, added = _own_tensors(model, replica)
+    for name, part, recurse in _parts(replica):
+        if not any(key in tensors for key in _part_state(name, part, recurse)):
+            continue
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_keyed_seed(seed, name))
+            _initialize(replica, name, part, recurse)
+        for key, value in _part_state(name, part, recurse).items():
+            if key in tensors:  # a tied head is not: its weight was made with the embeddings
+                _copy_region(tensors[key], value)
+        part.to_empty(device="meta", recurse=recurse)
+    return added
+
+
+def restore_buffers(model: nn.Module) -> None:
+    """Compute again the buffers that no checkpoint holds (rotary frequencies), which allocation left uninitialised.
+
+    They equal those of a model that was built the usual way (tested for every family): transformers' own
+    ``_init_weights`` makes them, as it does after its loading on meta.
+    """
+    replica = meta_replica(model)
+    for name, module in replica.named_modules():
+        names = [key for key in module._non_persistent_buffers_set if module._buffers.get(key) is not None]
+        if not names:
+            continue
+        for key in names:
+            module._buffers[key] = torch.empty_like(module.get_buffer(key), device="cpu")
+        _owner(replica, name)._init_weights(module)  # its parameters are on meta, where initialising does nothing
+        for key in names:
+            model.get_submodule(name).get_buffer(key).copy_(module.get_buffer(key))
+
+
+def _own_tensors(model: nn.Module, replica: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the model's parameters and persistent buffers by the architecture's names, and the names of all others.
+
+    An adapter that wraps a layer calls it ``base_layer``.
+    """
+    expected = _state(replica)
+    found, added = {}, []
+    for name, tensor in _state(model).items():
+        plain = name.replace(".base_layer.", ".")
+        if plain in expected:
+            found[plain] = tensor
+        else:
+            added.append(name)
+    lost = sorted(set(expected) - set(found))
+    if lost:
+        raise RuntimeError(f"the sharded model lacks {', '.join(lost[:5])} of its architecture")
+    return found, added
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and persistent buffers by name, each once."""
+    persistent = {
+        f"{prefix}.{key}" if prefix else key: buffer
+        for prefix, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None and key not in module._non_persistent_buffers_set
+    }
+    return {**dict(model.named_parameters()), **persistent}
+
+
+def _add_tied(replica: Any, tensors: dict[str, Tensor], sources: dict[str, Source]) -> None:
+    """Let a shared weight be read under either of its names, and once."""
+    names: dict[int, str] = {id(parameter): name for name, parameter in replica.named_parameters()}
+    for alias, parameter in replica.named_parameters(remove_duplicate=False):
+        canonical = names[id(parameter)]
+        if alias != canonical and alias in sources:
+            source = sources.pop(alias)
+            sources.setdefault(canonical, source)
+
+
+def _fill(
+    target: str, source: Source, weights: SafetensorsDirectory, replica: Any, tensors: dict[str, Tensor]
+) -> set[str]:
+    """Fill one parameter, or those that one conversion makes; return their names."""
+    if source.converter is None:
+        tensor = tensors[target]
+        _check_shape(weights.directory, target, weights.shape(source.name), tensor)
+        region = _local_region(tensor)
+        local = distributed.local_shard(tensor.detach())
+        if local.numel():
+            local.copy_(weights.read(source.name, region))
+        return {target}
+    if not source.by_expert:
+        converted = source.convert(target, replica, weights.read, slice(None))
+        for name, value in converted.items():
+            _check_shape(weights.directory, name, tuple(value.shape), tensors[name])
+            _copy_region(tensors[name], value)
+        return set(converted)
+    tensor = tensors[target]
+    counts = {len(names) for names in source.names.values()}
+    if counts != {tensor.shape[0]}:
+        raise UserError(
+            f"model.path={weights.directory}: {target} needs {tensor.shape[0]} experts, found {sorted(counts)}"
+        )
+    region = _local_region(tensor)
+    local = distributed.local_shard(tensor.detach())
+    for place, expert in enumerate(range(*region[0].indices(tensor.shape[0]))):
+        value = source.convert(target, replica, weights.read, slice(expert, expert + 1))[target]
+        _check_shape(weights.directory, target, (tensor.shape[0], *value.shape[1:]), tensor)
+        local[place].copy_(value[0][region[1:]])
+    return {target}
+
+
+def _local_region(tensor: Tensor) -> tuple[slice, ...]:
+    """Return the region of the full tensor that this rank keeps, one slice a dimension."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(offset, offset + size) for size, offset in zip(sizes, offsets))
+
+
+def _copy_region(tensor: Tensor, full: Tensor) -> None:
+    local = distributed.local_shard(tensor.detach())
+    if local.numel():
+        local.copy_(full.detach()[_local_region(tensor)])
+
+
+def _parts(replica: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Yield the members of the module lists that lie in no other, whole; then all other modules without children."""
+    members = [
+        f"{name}.{child}"
+        for name, module in replica.named_modules()
+        if isinstance(module, nn.ModuleList)
+        for child, _ in module.named_children()
+    ]
+    outermost = [name for name in members if not any(name.startswith(f"{other}.") for other in members)]
+    for name, module in replica.named_modules():
+        if name in outermost:
+            yield name, module, True
+        elif not any(name.startswith(f"{other}.") for other in outermost):
+            yield name, module, False
+
+
+def _part_state(name: str, part: nn.Module, recurse: bool) -> dict[str, Tensor]:
+    """Return a part's tensors by their full names; without ``recurse`` only those that are directly its own."""
+    prefix = f"{name}." if name else ""
+    return {f"{prefix}{key}": tensor for key, tensor in _state(part).items() if recurse or "." not in key}
+
+
+def _initialize(replica: nn.Module, name: str, part: nn.Module, recurse: bool) -> None:
+    """Allocate a part on the CPU and run the model's initialisation on it, children first."""
+    part.to_empty(device="cpu", recurse=recurse)
+    inner = list(part.named_modules(prefix=name)) if recurse else [(name, part)]
+    for path, module in reversed(inner):
+        _owner(replica, path)._init_weights(module)
+
+
+def _owner(replica: Any, name: str) -> PreTrainedModel:
+    """Return the innermost transformers model around a module: the one that knows how to initialise it."""
+    while name:
+        name = name.rpartition(".")[0]
+        module = replica.get_submodule(name)
+        if isinstance(module, PreTrainedModel):
+            return module
+    return replica
+
+
+def _keyed_seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest(), "big")
+
+
+def _check_shape(directory: Path, name: str, found: tuple[int, ...], tensor: Tensor) -> None:
+    if found != tuple(tensor.shape):
+        raise UserError(
+            f"model.path={directory}: {name} has shape {list(found)} in the weights, "
+            f"but {list(tensor.shape)} by config.json"
+        )
+
+
+def _check_names(directory: Path, missing: list[str], unexpected: list[str]) -> None:
+    for kind, names in (("lack", missing), ("hold the unexpected", unexpected)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(f"model.path={directory}: the weights {kind} {', '.join(names[:3])}{more}")
