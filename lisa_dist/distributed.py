@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -135,6 +135,21 @@ def broadcast_object(value: T, source: int = 0) -> T:
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=source)
     return box[0]
+
+
+def on_rank_zero(action: Callable[[], T]) -> T:
+    """Call ``action`` on rank 0 alone; every rank gets its result, or its exception. Collective: every rank."""
+    result: T | None = None
+    failure: Exception | None = None
+    if is_main():
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+    result, failure = broadcast_object((result, failure))
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]
 
 
 def gather_objects(value: T) -> list[T]:

@@ -70,7 +70,7 @@ def load_initial_weights(learner: Learner, device: torch.device) -> None:
     if learner.config.model.initialization == "random":
         initialize_random(learner.sharded.module, learner.config.train.seed)
     else:
-        load_pretrained(learner.sharded.module, learner.config.model)
+        load_pretrained(learner.sharded.module, str(learner.config.model.path))
 
 
 def begin_period(learner: Learner, period: int) -> None:

@@ -24,15 +24,16 @@ def newest_complete(directory: Path) -> Path | None:
 
     A damaged one is named in the log and passed over.
     """
-    found: Path | None = None
-    if distributed.is_main():
+
+    def look() -> Path | None:
         for candidate in list_checkpoints(directory):
             wrong = damage(candidate)
             if wrong is None:
-                found = candidate
-                break
+                return candidate
             logger.warning("checkpoint %s is passed over: %s", candidate, wrong)
-    return distributed.broadcast_object(found)
+        return None
+
+    return distributed.on_rank_zero(look)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

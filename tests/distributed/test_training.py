@@ -43,7 +43,7 @@ def make_config(**changes: Any) -> Config:
     config.model.init = "random"
     config.sampler.period = PERIOD
     config.precision = dataclasses.replace(config.precision, frozen="float32", compute="float32")
-    config.optimizer.lr, config.optimizer.weight_decay, config.optimizer.grad_clip = 3e-3, 0.1, 0.5
+    config.optimizer.lr, config.optimizer.weight_decay, config.optimizer.grad_clip = 1e-3, 0.1, 0.5
     config.scheduler.warmup_steps = 2
     for group, fields in changes.items():
         for name, value in fields.items():

@@ -1,0 +1,147 @@
+"""Loading on real ranks: the same weights as transformers' own loading, within the memory that is promised."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from lisa_dist.models.layer_map import find_layers
+from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
+from tests.models.families import FAMILIES, tiny_config
+from tests.ranks import run_on_ranks
+
+MIB = 1 << 20
+
+
+def sharded(config: Any, dtype: torch.dtype, mesh_shape: tuple[int, ...] | None = None) -> nn.Module:
+    """Build on meta, shard (each block, then the root) and allocate, filled with NaN."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    names = ("replicate", "shard")[-len(mesh_shape or (0,)) :]
+    mesh = init_device_mesh("cpu", mesh_shape or (dist.get_world_size(),), mesh_dim_names=names)
+    for block in find_layers(model).blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.to_empty(device="cpu")
+    model.tie_weights()  # to_empty gives each of two tied modules a tensor of its own
+    for parameter in model.parameters():
+        parameter.detach().to_local().fill_(float("nan"))
+    return model
+
+
+def full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def loaded_state(directory: str, dtype: torch.dtype, mesh_shape: tuple[int, ...] | None = None) -> dict[str, Tensor]:
+    config = AutoModelForCausalLM.from_pretrained(directory, device_map="meta").config
+    model = sharded(config, dtype, mesh_shape)
+    restore_buffers(model)
+    assert load_pretrained(model, directory) == []
+    return {name: full(tensor).detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def compare_with_transformers(root: str) -> None:
+    for family in FAMILIES:
+        directory = f"{root}/{family}"
+        theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        expected = dict([*theirs.named_parameters(), *theirs.named_buffers()])
+        ours = loaded_state(directory, torch.float32)
+        assert ours.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(ours[name], tensor), (family, name)
+    # other storage dtypes and a mesh with replicas: one dense family, one with fused experts
+    for family in ("llama", "mixtral"):
+        theirs = AutoModelForCausalLM.from_pretrained(f"{root}/{family}", dtype=torch.bfloat16)
+        ours = loaded_state(f"{root}/{family}", torch.bfloat16, (dist.get_world_size(), 1))
+        for name, tensor in theirs.named_parameters():
+            assert torch.equal(ours[name], tensor), (family, name)
+
+
+def test_equals_from_pretrained_for_every_family(tmp_path: Path) -> None:
+    """Hidden size 48 and 2 ranks divide; 3 norms of 4 experts, 128 tokens of 2 files and biases do in part."""
+    for family in FAMILIES:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.bfloat16)
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / family, max_shard_size="60KB")
+        assert len(list((tmp_path / family).glob("*.safetensors"))) > 1
+    run_on_ranks(2, compare_with_transformers, str(tmp_path))
+
+
+def random_state(family: str, changes: dict[str, Any]) -> dict[str, Tensor]:
+    model = sharded(tiny_config(family, **changes), torch.float32)
+    assert initialize_random(model, seed=3) == []
+    return {name: full(parameter).detach() for name, parameter in model.named_parameters()}
+
+
+def random_states() -> dict[str, dict[str, Tensor]]:
+    return {family: random_state(family, {}) for family in ("llama", "gemma3", "gpt2", "qwen3_moe")}
+
+
+def test_random_weights_do_not_depend_on_the_number_of_ranks() -> None:
+    one, three = run_on_ranks(1, random_states)[0], run_on_ranks(3, random_states)[2]  # 3 divides neither 128 nor 4
+    for family, state in one.items():
+        assert state.keys() == three[family].keys()
+        for name, tensor in state.items():
+            assert torch.equal(tensor, three[family][name]), (family, name)
+
+
+def private_bytes() -> int:
+    """Memory of this process that no file backs (RssAnon): pages of memory-mapped weights are the page cache's."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+
+def peak_while_loading(directory: str) -> tuple[int, int, int]:
+    """Return the peak private bytes above those before the model was allocated, the shard's and the largest tensor's."""
+    model = sharded(LlamaConfig.from_pretrained(directory), torch.float32)
+    load_pretrained(model, directory)  # once before: imports, thread pools and allocator pools are no part of it
+    del model
+    before, peak, done = private_bytes(), 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, private_bytes())
+            time.sleep(0.0005)
+
+    watch = threading.Thread(target=sample)
+    watch.start()
+    model = sharded(LlamaConfig.from_pretrained(directory), torch.float32)
+    load_pretrained(model, directory)
+    done.set()
+    watch.join()
+    shard = sum(parameter.to_local().nbytes for parameter in model.parameters())
+    largest = max(parameter.numel() * 4 for parameter in model.parameters())
+    return peak - before, shard, largest
+
+
+def test_peak_memory_is_below_the_shard_and_the_largest_tensor(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=8000, hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=12
+    )
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in AutoModelForCausalLM.from_config(config, dtype=torch.float32).named_parameters()}
+    weights = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    total = sum(tensor.nbytes for tensor in weights.values())
+    assert total >= 200 * MIB
+    config.save_pretrained(tmp_path)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    del weights
+    for peak, shard, largest in run_on_ranks(2, peak_while_loading, str(tmp_path)):
+        assert shard == pytest.approx(total / 2, rel=0.01)
+        assert shard * 0.9 < peak < 1.3 * shard + largest, "the lower bound shows that the measurement sees the shard"
