@@ -1,0 +1,187 @@
+"""Global batches: which sequences make up optimizer step s, and this rank's part of them.
+
+Nothing here has state. Epoch e is a permutation drawn from (seed, e), the epochs follow one another in one
+stream, and global batch s is ``stream[s * G : (s + 1) * G]``, parted into micro-batches in one way at any number
+of ranks. So the position in the data is the step, and a run resumes exactly on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from lisa_dist.data.encode import UNTRAINED
+from lisa_dist.data.sequences import Sequences, TokenSequence
+
+MicroBatch = dict[str, torch.Tensor]  # input_ids, labels, position_ids: int64, [sequences, tokens]
+
+EMPTY_TOKENS = 2  # length of a micro-batch without labels, where lengths are free
+STEPS_AHEAD = 2  # global batches that are made ready in the background
+
+
+def label_tokens(micro_batch: MicroBatch) -> int:
+    """Number of tokens that are predicted with a loss; the label at position 0 is nobody's prediction."""
+    return int((micro_batch["labels"][:, 1:] != UNTRAINED).sum())
+
+
+class GlobalBatches:
+    """The global batches of a run, by step, and one rank's micro-batches of each."""
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        sequence_length: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        pad_token_id: int,
+        fixed_length: bool = False,
+    ) -> None:
+        """Args:
+        sequences: what is trained on.
+        global_batch_size: sequences of an optimizer step, over all ranks.
+        micro_batch_size: sequences of one forward pass of one rank.
+        sequence_length: the longest a sequence may be.
+        seed: of the order.
+        rank, world_size: whose part.
+        pad_token_id: any token id; padding has no label.
+        fixed_length: pad to ``sequence_length`` instead of to the longest sequence of the micro-batch.
+        """
+        self.sequences = sequences
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.pad_token_id = pad_token_id
+        self.fixed_length = fixed_length
+        self._permutation = functools.lru_cache(maxsize=2)(self._draw_permutation)  # a batch may span two epochs
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of an epoch."""
+        return len(self.sequences)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps after which every sequence was seen; where the last batch is not full, the next epoch fills it."""
+        return math.ceil(self.num_sequences / self.global_batch_size)
+
+    def steps(self, epochs: float) -> int:
+        """Steps that ``epochs`` passes over the data take, at least one."""
+        return max(1, math.ceil(epochs * self.num_sequences / self.global_batch_size - 1e-9))
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data that ``step`` steps have made."""
+        return step * self.global_batch_size / self.num_sequences
+
+    def _draw_permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_sequences)
+
+    def global_batch(self, step: int) -> list[int]:
+        """Return the sequences, by index, of the ``step``-th optimizer step, counted from 0: the same on every rank."""
+        start = step * self.global_batch_size
+        places = range(start, start + self.global_batch_size)
+        return [int(self._permutation(place // self.num_sequences)[place % self.num_sequences]) for place in places]
+
+    def micro_batch_indices(self, step: int) -> list[list[int]]:
+        """Return the sequences of every micro-batch of a global batch, longest first: the same at any world size.
+
+        Sequences of like length share a micro-batch, so that little is padded and ranks are busy equally long.
+        """
+        batch = self.global_batch(step)
+        by_length = sorted(batch, key=lambda index: -self.sequences.lengths[index])
+        return _chunks(by_length, self.micro_batch_size)
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """Return this rank's micro-batches of a step: as many on every rank, those beyond the data without labels."""
+        parts = self.micro_batch_indices(step)
+        rounds = math.ceil(len(parts) / self.world_size)
+        return [self._own_part(parts, turn) for turn in range(rounds)]
+
+    def iterate(self, start_step: int, stop_step: int) -> Iterator[list[MicroBatch]]:
+        """Yield :meth:`micro_batches` of the steps from ``start_step`` up to ``stop_step``, made in the background."""
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+            ahead: deque[Future[list[MicroBatch]]] = deque()
+            for step in range(start_step, stop_step):
+                ahead.append(pool.submit(self.micro_batches, step))
+                if len(ahead) > STEPS_AHEAD:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+
+    def longest_micro_batch(self) -> MicroBatch:
+        """Return the micro-batch of the longest sequences: what fits with it fits with any."""
+        longest = np.argsort(-self.sequences.lengths, kind="stable")[: self.micro_batch_size]
+        return self.collate(longest.tolist())
+
+    def validation_batches(self, limit: int | None = None) -> Iterator[MicroBatch]:
+        """Yield this rank's part of one pass over all sequences in their order: as many on every rank.
+
+        Args:
+            limit: at most this many micro-batches a rank.
+        """
+        parts = _chunks(list(range(self.num_sequences)), self.micro_batch_size)
+        rounds = math.ceil(len(parts) / self.world_size)
+        for turn in range(rounds if limit is None else min(rounds, limit)):
+            yield self._own_part(parts, turn)
+
+    def _own_part(self, parts: list[list[int]], turn: int) -> MicroBatch:
+        place = turn * self.world_size + self.rank
+        return self.collate(parts[place]) if place < len(parts) else self.empty_micro_batch()
+
+    def empty_micro_batch(self) -> MicroBatch:
+        """Return a micro-batch without labels, for a rank that has none while others do."""
+        tokens = self.sequence_length if self.fixed_length else EMPTY_TOKENS
+        shape = (self.micro_batch_size, tokens)
+        return _ready(
+            {
+                "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.int64),
+                "labels": torch.full(shape, UNTRAINED, dtype=torch.int64),
+                "position_ids": torch.arange(tokens).expand(shape).contiguous(),
+            }
+        )
+
+    def collate(self, indices: list[int]) -> MicroBatch:
+        """Put sequences into tensors, padded at the right.
+
+        There is no attention mask: causal attention never looks at padding from before it, and transformers
+        keeps packed samples apart by their position ids only where no mask is given
+        (https://github.com/huggingface/transformers/pull/39194).
+        """
+        chosen: list[TokenSequence] = [self.sequences[index] for index in indices]
+        tokens = self.sequence_length if self.fixed_length else max(len(one.input_ids) for one in chosen)
+        batch = {
+            "input_ids": np.full((len(chosen), tokens), self.pad_token_id, dtype=np.int64),
+            "labels": np.full((len(chosen), tokens), UNTRAINED, dtype=np.int64),
+            "position_ids": np.zeros((len(chosen), tokens), dtype=np.int64),
+        }
+        for row, one in enumerate(chosen):
+            length = len(one.input_ids)
+            batch["input_ids"][row, :length] = one.input_ids
+            batch["labels"][row, :length] = one.labels
+            batch["position_ids"][row, :length] = one.position_ids
+            # Padding counts on from the last token, so that it looks like no further packed sample.
+            batch["position_ids"][row, length:] = one.position_ids[-1] + 1 + np.arange(tokens - length)
+        return _ready({name: torch.from_numpy(array) for name, array in batch.items()})
+
+
+def _chunks(items: list[int], size: int) -> list[list[int]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _ready(micro_batch: MicroBatch) -> MicroBatch:
+    """Pin the memory where there is a GPU, so that the copy to it can overlap with computation."""
+    if not torch.cuda.is_available():
+        return micro_batch
+    return {name: tensor.pin_memory() for name, tensor in micro_batch.items()}

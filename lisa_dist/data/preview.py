@@ -1,0 +1,106 @@
+"""Looking at the data: samples as text with their trained tokens marked, and prompts to be answered."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from lisa_dist.config import DataConfig, UserError
+from lisa_dist.data.encode import UNTRAINED
+from lisa_dist.data.prepare import PreparedData
+from lisa_dist.data.sequences import Sequences
+from lisa_dist.distributed import is_main
+
+SAMPLES_IN_FILE = 3  # where data.preview does not say how many
+TRAINED_STYLE = "bold green"
+OPEN, CLOSE = "⟦", "⟧"  # marks of trained text where there are no colours
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt as token ids, up to where the answer begins, and the answer that the data give."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+
+
+def show_preview(
+    config: DataConfig, data: PreparedData, tokenizer: PreTrainedTokenizerBase, console: Console | None = None
+) -> None:
+    """Print the first training samples and write them to ``data.preview_file``, as the keys ask; rank 0 only.
+
+    Samples are shown as they are before packing.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    if not is_main() or (config.preview is None and config.preview_file is None):
+        return
+    samples = first_samples(data.train, config.preview or SAMPLES_IN_FILE)
+    console = console or Console()
+    for number, (input_ids, labels) in enumerate(samples, start=1):
+        trained = sum(label != UNTRAINED for label in labels)
+        console.rule(f"sample {number}: {trained} of {len(labels)} tokens trained ({trained / len(labels):.0%})")
+        console.print(marked_text(tokenizer, input_ids, labels, brackets=console.color_system is None), soft_wrap=True)
+    counts = data.counts
+    console.rule(f"trained: {counts.trained_share:.1%} of {counts.tokens} tokens in {counts.rows} rows")
+    if config.preview_file is not None:
+        _write(config.preview_file, samples)
+
+
+def _write(path: str, samples: list[tuple[list[int], list[int]]]) -> None:
+    rows = [{"input_ids": input_ids, "labels": labels} for input_ids, labels in samples]
+    file = Path(path).expanduser()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(rows) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"data.preview_file={path}: can't be written ({error})") from error
+
+
+def first_samples(sequences: Sequences, count: int) -> list[tuple[list[int], list[int]]]:
+    """Return ``input_ids`` and ``labels`` (unshifted) of the first rows."""
+    rows = sequences.rows[: min(count, len(sequences.rows))]
+    return [(ids.tolist(), labels.tolist()) for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)]
+
+
+def marked_text(
+    tokenizer: PreTrainedTokenizerBase, input_ids: list[int], labels: list[int], *, brackets: bool = False
+) -> Text:
+    """Decode a sample with its trained tokens coloured, or with ``brackets`` put between ⟦ and ⟧."""
+    text = Text()
+    shown = ""
+    start = 0
+    for end in range(1, len(input_ids) + 1):
+        trained = labels[start] != UNTRAINED
+        if end < len(input_ids) and (labels[end] != UNTRAINED) == trained:
+            continue
+        decoded = tokenizer.decode(input_ids[:end], skip_special_tokens=False)  # the whole: pieces lose their spaces
+        piece, shown, start = decoded[len(shown) :], decoded, end
+        if trained:
+            text.append(f"{OPEN}{piece}{CLOSE}" if brackets else piece, style=TRAINED_STYLE)
+        else:
+            text.append(piece)
+    return text
+
+
+def sample_questions(sequences: Sequences, count: int) -> list[Question]:
+    """Return the first prompt and answer of ``count`` rows, spread evenly over the data; rows without a prompt are
+    passed over."""
+    questions: list[Question] = []
+    total = len(sequences.rows)
+    stride = max(1, total // max(count, 1))
+    for index in [*range(0, total, stride), *range(total)][: 4 * count]:
+        row = sequences.rows[index]
+        trained = [label != UNTRAINED for label in row["labels"].tolist()]
+        start = trained.index(True)
+        stop = trained.index(False, start) if False in trained[start:] else len(trained)
+        ids = row["input_ids"].tolist()
+        if start > 1 and len(questions) < count:
+            questions.append(Question(ids[:start], ids[start:stop]))
+    return questions

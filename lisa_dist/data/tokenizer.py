@@ -1,0 +1,137 @@
+"""Loading a tokenizer: a Hugging Face directory or hub id, a bare ``tokenizer.json`` or ``tokenizer.model``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lisa_dist.config import UserError
+from lisa_dist.config.errors import nearest
+
+logger = logging.getLogger(__name__)
+
+BUILTIN_PREFIX = "builtin:"
+MODELS = Path(__file__).parents[1] / "models"  # bundled model directories lie here, one a name
+
+# What tokenizers call the token that ends a text, where no configuration says it.
+USUAL_EOS = ["</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|end▁of▁sentence|>", "[SEP]"]
+USUAL_BOS = ["<s>", "<|begin_of_text|>", "<bos>", "<|begin▁of▁sentence|>", "[CLS]"]
+
+# The template for a tokenizer that has none. BOS and the end-of-text token are those of the tokenizer.
+FALLBACK_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}### Response:\n{{ message['content'] }}{{ eos_token }}"
+    "{% elif message['role'] == 'user' %}### Instruction:\n{{ message['content'] }}\n\n"
+    "{% else %}### {{ message['role'] | capitalize }}:\n{{ message['content'] }}\n\n"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}### Response:\n{% endif %}"
+)
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False, key: str = "model.tokenizer") -> PreTrainedTokenizerBase:
+    """Load a tokenizer and check that it can end a text.
+
+    Args:
+        path: a directory, a hub id, or ``builtin:demo``. A directory may hold no more than ``tokenizer.json``,
+            or a SentencePiece ``tokenizer.model``.
+        trust_remote_code: run Python code that comes with the tokenizer.
+        key: the configuration key that ``path`` came from, for messages.
+
+    Raises:
+        UserError: nothing is there, it can't be loaded, or it has no end-of-text token.
+    """
+    where = _locate(path, key)
+    try:
+        tokenizer = _load(where, trust_remote_code)
+    except Exception as error:  # transformers raises many kinds; all mean that this is no usable tokenizer
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{key}={path}: no tokenizer could be loaded ({reason})") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up where it finds no file
+        raise UserError(f"{key}={path}: no tokenizer found, needed is tokenizer.json or tokenizer.model")
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{key}={path}: the tokenizer has no eos_token, without which no answer can end; "
+            f"set eos_token in tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding carries no label, so any token does
+    return tokenizer
+
+
+def _locate(path: str, key: str) -> str:
+    if path.startswith(BUILTIN_PREFIX):
+        names = sorted(folder.name for folder in MODELS.iterdir() if (folder / "config.json").is_file())
+        name = path.removeprefix(BUILTIN_PREFIX)
+        if name not in names:
+            raise UserError(f"{key}={path}: bundled are {', '.join(BUILTIN_PREFIX + known for known in names)}")
+        return str(MODELS / name)
+    here = Path(path).expanduser()
+    if here.is_file():
+        raise UserError(f"{key}={path}: must be a directory, did you mean {here.parent}?")
+    if here.is_dir():
+        return str(here)
+    if here.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
+        parent = here.absolute().parent
+        hint = nearest(here.name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else ""
+        raise UserError(f"{key}={path}: no such directory{hint}")
+    return path
+
+
+def _load(where: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    folder = Path(where)
+    bare = (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file()
+    if not bare:
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    known = tokenizer.get_vocab()
+    for name, usual in (("eos_token", USUAL_EOS), ("bos_token", USUAL_BOS)):
+        token = next((token for token in usual if token in known), None)
+        if token is not None:
+            setattr(tokenizer, name, token)
+            logger.info("%s has no tokenizer_config.json: taking %s for its %s", where, token, name)
+    return tokenizer
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer begins a text with its BOS token by itself."""
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Give a tokenizer without a chat template the fallback, and say so; returns whether that was needed.
+
+    The template then belongs to the tokenizer, so an exported model answers in the form that it was trained in.
+    """
+    if tokenizer.chat_template:
+        return False
+    bos = "{{ bos_token }}" if adds_bos(tokenizer) else ""
+    tokenizer.chat_template = bos + FALLBACK_TEMPLATE
+    logger.info(
+        "the tokenizer has no chat template; using '### Instruction: ... ### Response: ...%s'", tokenizer.eos_token
+    )
+    return True
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, object]], *, prompt: bool = False) -> str:
+    """Render ``messages`` with the chat template; with ``prompt``, up to where the answer begins.
+
+    Raises:
+        jinja2.TemplateError: the template refuses these messages.
+    """
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    if not isinstance(text, str):
+        raise TemplateError(f"the chat template gave {type(text).__name__}, not text")
+    return text
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, object]]) -> list[int]:
+    """Return the token ids that a model is asked with: a user's question, or a list of messages.
+
+    The same template as in training, so call :func:`ensure_chat_template` before.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return tokenizer(render(tokenizer, messages, prompt=True), add_special_tokens=False).input_ids
