@@ -67,7 +67,9 @@ def _with_defaults(choices: dict[str, str | None], keys: set[str]) -> dict[str, 
 def group_choices(group: str, config_dir: str | None = None) -> list[str]:
     """Return the names that ``group=NAME`` may choose from."""
     folders = [conf_dir() / group] + ([Path(config_dir) / group] if config_dir else [])
-    return sorted({str(file.relative_to(folder).with_suffix("")) for folder in folders for file in folder.rglob("*.yaml")})
+    return sorted(
+        {str(file.relative_to(folder).with_suffix("")) for folder in folders for file in folder.rglob("*.yaml")}
+    )
 
 
 def _check_group(override: KeyOverride, config_dir: str | None) -> None:

@@ -74,7 +74,7 @@ def apply_override(config: DictConfig, override: KeyOverride) -> None:
     parent = OmegaConf.select(config, override.key.rpartition(".")[0]) if "." in override.key else config
     node = None if inside_mapping else parent._get_node(override.key.rpartition(".")[2])
     if isinstance(node, DictConfig) and OmegaConf.is_dict(node) and not _is_mapping(node):
-        example = next(iter(node))
+        example = str(next(iter(node)))
         raise UserError(
             f"{override.text}: {override.key} is a group of keys, set one of them, for example "
             f"{override.key}.{example}=VALUE"
@@ -117,7 +117,9 @@ def describe_type(node: Node | None) -> str:
         return "a value"
     or_null = " or null" if node._is_optional() else ""
     if isinstance(node, ListConfig):
-        return f"a list such as [A,B], each entry {TYPE_DESCRIPTIONS.get(node._metadata.element_type, 'a value')}{or_null}"
+        return (
+            f"a list such as [A,B], each entry {TYPE_DESCRIPTIONS.get(node._metadata.element_type, 'a value')}{or_null}"
+        )
     if isinstance(node, DictConfig):
         return f"a mapping such as {{A:B}}{or_null}"
     return TYPE_DESCRIPTIONS.get(node._metadata.ref_type, "a value") + or_null
@@ -127,7 +129,7 @@ def all_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
     """Yield every dotted key that an override may set."""
     for name in config:
         node = config._get_node(name)
-        key = f"{prefix}{name}"
+        key = f"{prefix}{name!s}"
         if isinstance(node, DictConfig) and not _is_mapping(node):
             yield from all_keys(node, f"{key}.")
         else:

@@ -9,8 +9,6 @@ from pathlib import Path
 from lisa_dist.config import Config
 from lisa_dist.config.errors import UserError
 
-RECORDS = ("config.yaml", "metrics.jsonl", "summary.json", "checkpoints")  # any of them says that a run is here
-
 
 def resolve_run_dir(config: Config) -> Config:
     """Return the configuration with ``run.dir`` settled as an absolute path; nothing is created.
@@ -25,10 +23,16 @@ def resolve_run_dir(config: Config) -> Config:
 def check_run_dir_is_free(config: Config) -> None:
     """Raise :class:`UserError` where training would write over a run that it does not continue."""
     directory = Path(config.run.dir or "")
-    if config.checkpoint.resume == "none" and any((directory / record).exists() for record in RECORDS):
+    if config.checkpoint.resume == "none" and _holds_run(directory):
         raise UserError(
             f"run.dir={config.run.dir}: holds a run already, choose another directory or continue that run with "
             "checkpoint.resume=auto"
         )
     if directory.exists() and not directory.is_dir():
         raise UserError(f"run.dir={config.run.dir}: must be a directory, but is a file")
+
+
+def _holds_run(directory: Path) -> bool:
+    """Whether a step was recorded or saved here; a start that failed before its first step may be repeated."""
+    metrics, checkpoints = directory / "metrics.jsonl", directory / "checkpoints"
+    return (metrics.is_file() and metrics.stat().st_size > 0) or (checkpoints.is_dir() and any(checkpoints.iterdir()))

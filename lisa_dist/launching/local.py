@@ -1,0 +1,198 @@
+"""Starts the ranks of this machine through torch's elastic agent, in this process.
+
+The configuration is handed to the ranks as it is: nothing is parsed a second time. The launcher decides what a
+signal means, gathers the exit codes and shows the first failure, and only that one. No rank outlives it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, Config, UserError
+from lisa_dist.launching.stop_watcher import StopWatcher
+from lisa_dist.rank_log import set_up_logging, write_rank_log
+from lisa_dist.signals import install_stop_handlers
+from lisa_dist.telemetry.records import SUMMARY_FILE, read_summary, write_summary
+
+PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that this process gets when its parent dies
+SHUTDOWN_SECONDS = 30  # torch kills the other ranks this long after one has failed
+
+
+@dataclass
+class Outcome:
+    """How one rank ended; written by the rank, read by the launcher."""
+
+    rank: int
+    code: int
+    message: str  # of the error, else empty
+    traceback: str  # of a fault of the program, else empty
+    time: float  # seconds since the epoch
+
+
+def launch_ranks(config: Config, entry: str = "lisa_dist.trainer:train") -> int:
+    """Run ``entry`` on every rank of this machine and return the exit code of the whole.
+
+    Args:
+        config: with ``run.dir`` settled; logs go to ``run.dir/logs/rank_N.log``.
+        entry: ``module:function``, a function of a Config that returns an exit code.
+
+    Returns:
+        0 where every rank returned 0, 75 where every rank stopped on a signal, else 1.
+
+    Raises:
+        UserError: the configuration asks for what this machine has not, or a rank raised one.
+    """
+    ranks = count_local_ranks(config)
+    run_dir = Path(config.run.dir or ".")
+    started = time.time()
+    with tempfile.TemporaryDirectory(prefix="lisa-dist-") as folder:
+        outcome_dir = Path(folder)
+        with StopWatcher(outcome_dir, ranks):
+            agent_failure = _run_agent(config, entry, ranks, outcome_dir, run_dir / "logs")
+        outcomes = [Outcome(**json.loads(file.read_text())) for file in outcome_dir.glob("outcome_*.json")]
+    codes = {outcome.code for outcome in outcomes}
+    if len(outcomes) == ranks and codes in ({EXIT_DONE}, {EXIT_STOPPED}):
+        return codes.pop()
+    first = _first_failure(outcomes, ranks, agent_failure)
+    _record_failure(run_dir, first.message, started)
+    if EXIT_USER_ERROR in codes:
+        raise UserError(min((o for o in outcomes if o.code == EXIT_USER_ERROR), key=lambda o: o.time).message)
+    log = run_dir / "logs" / f"rank_{first.rank}.log"
+    print(f"{first.traceback}rank {first.rank} failed: {first.message}; its log is {log}", file=sys.stderr)
+    return EXIT_FAILED
+
+
+def count_local_ranks(config: Config) -> int:
+    """Return the number of ranks to start here: the visible GPUs, without GPUs 1, or as many as are asked for."""
+    gpus = torch.cuda.device_count()
+    wanted = config.parallel.nproc_per_node
+    if wanted == "auto":
+        return max(gpus, 1)
+    if 0 < gpus < int(wanted):
+        raise UserError(
+            f"parallel.nproc_per_node={wanted}: must be at most {gpus}, the number of visible GPUs, or auto"
+        )
+    return int(wanted)
+
+
+def _run_agent(config: Config, entry: str, ranks: int, outcome_dir: Path, log_dir: Path) -> ChildFailedError | None:
+    """Start the ranks and wait for their end; returns what the agent says where a rank died."""
+    for name in ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # else 20 lines about a failure that we show ourselves
+    launch_config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        start_method="spawn",
+        monitor_interval=0.1,
+        signals_to_handle="SIGQUIT",  # the others are ours: the agent's handlers would lose the ranks' exit codes
+        logs_specs=DefaultLogsSpecs(log_dir=str(outcome_dir / "agent")),
+    )
+    old_quit_handler = signal.getsignal(signal.SIGQUIT)
+    try:
+        elastic_launch(launch_config, run_rank)(entry, config, outcome_dir, log_dir, os.getpid())
+    except ChildFailedError as failure:
+        return failure
+    finally:
+        os.environ.pop("TORCHELASTIC_SIGNALS_TO_HANDLE", None)
+        signal.signal(signal.SIGQUIT, old_quit_handler)
+    return None
+
+
+def run_rank(entry: str, config: Config, outcome_dir: Path, log_dir: Path, parent: int) -> int:
+    """Run ``entry`` in this process, which is a rank, and leave an :class:`Outcome` in ``outcome_dir``.
+
+    A code without a failure is returned, so that the agent waits for the other ranks; a failure ends the
+    process at once, so that the agent ends the others.
+    """
+    _die_with(parent)
+    install_stop_handlers(ignore_interrupt=True)
+    rank = int(os.environ["RANK"])
+    (outcome_dir / f"started_{rank}_{os.getpid()}").touch()
+    log = write_rank_log(log_dir, rank)
+    set_up_logging(verbose=True)
+    code, message, trace = EXIT_FAILED, "", ""
+    try:
+        module, _, function = entry.partition(":")
+        code = getattr(importlib.import_module(module), function)(config)
+    except UserError as error:
+        code, message = EXIT_USER_ERROR, str(error)
+    except BaseException as error:  # whatever it is, the launcher shows it
+        message, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
+        log.write(trace)
+    outcome = Outcome(rank, code, message, trace, time.time())
+    partial = outcome_dir / f"partial_{rank}"
+    partial.write_text(json.dumps(asdict(outcome)))
+    partial.rename(outcome_dir / f"outcome_{rank}.json")
+    if code in (EXIT_DONE, EXIT_STOPPED):
+        return code
+    _leave_at_once(code)
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """End this process without the interpreter's own end, which hangs in a process group that has lost a rank."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _die_with(parent: int) -> None:
+    """Have this process killed when its parent dies, however that happens."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(EXIT_FAILED)
+
+
+def _first_failure(outcomes: list[Outcome], ranks: int, agent_failure: ChildFailedError | None) -> Outcome:
+    """Return the failure that the others follow from: they lose their connection to the rank that failed first."""
+    now = time.time()
+    failed = sorted((outcome for outcome in outcomes if outcome.code != EXIT_DONE), key=lambda outcome: outcome.time)
+    silent = sorted(set(range(ranks)) - {outcome.rank for outcome in outcomes})
+    # A rank without an outcome was killed: by torch, long after another one failed, or as the first of all.
+    if silent and not (failed and now - failed[0].time > SHUTDOWN_SECONDS - 1):
+        return Outcome(silent[0], EXIT_FAILED, _how_it_died(silent[0], agent_failure), "", now)
+    if failed:
+        return failed[0]
+    return Outcome(0, EXIT_FAILED, f"the agent ended early, {agent_failure}", "", now)
+
+
+def _how_it_died(rank: int, agent_failure: ChildFailedError | None) -> str:
+    failure = agent_failure.failures.get(rank) if agent_failure else None
+    if failure is None or failure.exitcode >= 0:
+        return "it was killed"
+    name = signal.Signals(-failure.exitcode).name
+    return f"it was killed by {name}" + (
+        ", which is what a machine without free memory does" if name == "SIGKILL" else ""
+    )
+
+
+def _record_failure(run_dir: Path, message: str, started: float) -> None:
+    """Leave the reason in summary.json where the ranks could not."""
+    path = run_dir / SUMMARY_FILE
+    if path.exists() and path.stat().st_mtime >= started:
+        return
+    known = read_summary(run_dir) or {"resumed_from": []}
+    write_summary(run_dir, **{**known, "exit_reason": f"failed: {message}"})
