@@ -27,7 +27,9 @@ class CheckpointConfig:
 
 # ``async`` is a keyword of Python, so the field of that name is added by hand, outside __init__.
 CheckpointConfig.__annotations__["async"] = "bool"
-setattr(CheckpointConfig, "async", field(default=False, init=False, repr=False, compare=False))
+_MEANING = "stage to host memory and write while training goes on"
+_FIELD = field(default=False, init=False, repr=False, compare=False, metadata={"meaning": _MEANING})
+setattr(CheckpointConfig, "async", _FIELD)
 CheckpointConfig = dataclass(CheckpointConfig)  # type: ignore[misc]
 
 
