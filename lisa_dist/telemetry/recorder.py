@@ -1,0 +1,92 @@
+"""One object that the loop tells what happened: it writes the files, feeds the logger and moves the bar."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lisa_dist.config import Config
+from lisa_dist.telemetry.memory import current_memory_gib, peak_memory_gib
+from lisa_dist.telemetry.progress import ProgressDisplay
+from lisa_dist.telemetry.records import MetricsWriter, write_summary
+from lisa_dist.telemetry.sinks import build_sink
+
+
+@dataclass
+class Summary:
+    """What summary.json says beside why the run ended."""
+
+    resumed_from: list[int]
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+class Recorder:
+    """metrics.jsonl, layers.jsonl, summary.json, the logger and the progress bar. Does nothing but on rank 0."""
+
+    def __init__(self, config: Config, max_steps: int, first_step: int, summary: Summary) -> None:
+        self.run_dir = Path(config.run.dir or ".")
+        self.summary = summary
+        self.started = time.monotonic()
+        self.writer = MetricsWriter(self.run_dir)
+        self.writer.cut_after(first_step)
+        self.sink = build_sink(config, self.run_dir, first_step)
+        self.display = ProgressDisplay(max_steps, first_step)
+        self.first_step = first_step
+
+    def record_period(
+        self, period: int, step: int, active_layers: list[int], scores: list[float] | None
+    ) -> None:
+        """A period began: ``step`` is the first that trains these blocks."""
+        self.writer.write_period(period=period, step=step, active_layers=active_layers, scores=scores)
+
+    def record_step(self, *, tokens: int, step_seconds: float, loss: float, step: int, **figures: Any) -> None:
+        """An optimizer step was made."""
+        row = self.writer.write_step(
+            step=step,
+            loss=loss,
+            tokens=tokens,
+            tokens_per_second=tokens / step_seconds,
+            step_seconds=step_seconds,
+            memory_gib=current_memory_gib(),
+            **figures,
+        )
+        self._show(row)
+        self.summary.figures["final_step"] = step
+        self.summary.figures["final_loss"] = loss
+        self.summary.figures["tokens_seen"] = self.summary.figures.get("tokens_seen", 0) + tokens
+
+    def record_evaluation(self, step: int, eval_loss: float) -> None:
+        """The validation set was run through the model."""
+        self._show(self.writer.write_eval(step=step, eval_loss=eval_loss))
+        figures = self.summary.figures
+        figures["eval_loss"] = eval_loss
+        figures["best_eval_loss"] = min(eval_loss, figures.get("best_eval_loss", eval_loss))
+
+    def write_summary(self, exit_reason: str) -> None:
+        """The run ended: ``finished``, ``signal``, or ``failed: <why>``."""
+        seconds = time.monotonic() - self.started
+        figures = {
+            **self.summary.figures,
+            "wall_seconds": seconds,
+            "peak_memory_gib": peak_memory_gib(),
+            "tokens_per_second": self.summary.figures.get("tokens_seen", 0) / seconds,
+        }
+        write_summary(self.run_dir, exit_reason=exit_reason, resumed_from=self.summary.resumed_from, **figures)
+
+    def _show(self, row: dict[str, Any]) -> None:
+        self.sink.log(row)
+        self.display.update(row)
+
+    def __enter__(self) -> Recorder:
+        self.display.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.display.__exit__(kind, error, traceback)
+        self.sink.close()
+        self.writer.close()

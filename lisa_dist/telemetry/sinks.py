@@ -1,0 +1,131 @@
+"""Where rows go beside the run directory: Weights & Biases, TensorBoard, or nowhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from pathlib import Path
+from typing import Any, Protocol
+
+from lisa_dist.config import Config, UserError
+from lisa_dist.distributed import is_main
+
+
+class Sink(Protocol):
+    """Takes the rows that metrics.jsonl takes."""
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Take one row; its ``step`` says when, its other numbers are curves."""
+
+    def close(self) -> None:
+        """Send what is left."""
+
+
+class NullSink:
+    """Takes nothing: for ``logger=none`` and for ranks other than 0."""
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Drop the row."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class WandbSink:
+    """Sends rows to Weights & Biases; offline they are kept below the run directory for ``wandb sync``."""
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        import wandb  # slow, and of no use to other loggers
+
+        options = config.logger.wandb
+        try:
+            self.run = wandb.init(
+                project=options.project,
+                entity=options.entity,
+                tags=options.tags,
+                mode="offline" if options.mode == "offline" else "online",
+                name=config.run.name or run_dir.name,
+                id=_wandb_id(run_dir),
+                resume="allow" if options.mode == "online" else None,
+                dir=str(run_dir),
+                config=public_config(config),
+                settings=wandb.Settings(console="off", silent=options.mode == "offline"),
+            )
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"logger.wandb.mode={options.mode}: Weights & Biases said: {error}; "
+                "`wandb login` helps, or logger.wandb.mode=offline, which needs no account"
+            ) from error
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.run.log(numbers_of(row), step=row["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class TensorBoardSink:
+    """Writes event files to ``tensorboard/`` in the run directory."""
+
+    def __init__(self, run_dir: Path, first_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(
+                "logger=tensorboard: needs the package tensorboard, to be installed by "
+                "`pip install lisa-dist[tensorboard]`"
+            ) from error
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+
+    def log(self, row: dict[str, Any]) -> None:
+        for key, value in numbers_of(row).items():
+            self.writer.add_scalar(key, value, row["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def build_sink(config: Config, run_dir: str | Path, first_step: int = 0) -> Sink:
+    """Return the sink of ``config.logger``; on ranks other than 0 one that takes nothing.
+
+    Args:
+        first_step: steps already done, where a run goes on; later points of the first attempt are hidden.
+
+    Raises:
+        UserError: the service refuses, or its package is missing.
+    """
+    if not is_main():
+        return NullSink()
+    match config.logger.name:
+        case "wandb":
+            return WandbSink(config, Path(run_dir))
+        case "tensorboard":
+            return TensorBoardSink(Path(run_dir), first_step)
+    return NullSink()
+
+
+def public_config(config: Config) -> dict[str, Any]:
+    """Return the configuration as a dict without ``launch``, whose shell lines may hold tokens."""
+    values = dataclasses.asdict(config)
+    del values["launch"]
+    return values
+
+
+def numbers_of(row: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of a row that make a curve, nested ones as ``outer/inner``."""
+    numbers: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            numbers |= {f"{key}/{inner}": number for inner, number in numbers_of(value).items()}
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and key != "step":
+            numbers[key] = value
+    return numbers
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """Return the run's identity there, kept below the run directory so that a resumed run stays one run."""
+    file = run_dir / "wandb" / "run_id.txt"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(uuid.uuid4().hex[:12])
+    return file.read_text().strip()
