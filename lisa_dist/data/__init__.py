@@ -1,10 +1,11 @@
 """Data: sources, formats, chat templates and loss masks, packing, and resumable batches that ranks share."""
 
-from lisa_dist.data.batches import GlobalBatches, MicroBatch, label_tokens
+from lisa_dist.data.batches import GlobalBatches, MicroBatch, check_batch_sizes, label_tokens
 from lisa_dist.data.encode import UNTRAINED
-from lisa_dist.data.prepare import DataCounts, PreparedData, prepare_data, tokenize
+from lisa_dist.data.prepare import PreparedData, prepare_data
 from lisa_dist.data.preview import Question, sample_questions, show_preview
 from lisa_dist.data.sequences import Sequences
+from lisa_dist.data.tokenize import DataCounts, TokenizedRows, tokenize
 from lisa_dist.data.tokenizer import encode_prompt, ensure_chat_template, load_tokenizer
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "PreparedData",
     "Question",
     "Sequences",
+    "TokenizedRows",
+    "check_batch_sizes",
     "encode_prompt",
     "ensure_chat_template",
     "label_tokens",

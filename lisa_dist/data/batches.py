@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
+from lisa_dist.config import UserError
 from lisa_dist.data.encode import UNTRAINED
 from lisa_dist.data.sequences import Sequences, TokenSequence
 
@@ -28,6 +29,21 @@ STEPS_AHEAD = 2  # global batches that are made ready in the background
 def label_tokens(micro_batch: MicroBatch) -> int:
     """Number of tokens that are predicted with a loss; the label at position 0 is nobody's prediction."""
     return int((micro_batch["labels"][:, 1:] != UNTRAINED).sum())
+
+
+def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
+    """Check at a fresh start that every rank has the same number of full micro-batches; a resumed run need not.
+
+    Raises:
+        UserError: the global batch is no multiple of micro-batch x ranks.
+    """
+    step = micro_batch_size * world_size
+    if global_batch_size % step:
+        below, above = global_batch_size // step * step, (global_batch_size // step + 1) * step
+        raise UserError(
+            f"train.global_batch_size={global_batch_size}: must be a multiple of train.micro_batch_size x ranks, "
+            f"{micro_batch_size} x {world_size}; near are {f'{below} and {above}' if below else above}"
+        )
 
 
 class GlobalBatches:

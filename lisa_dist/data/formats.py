@@ -144,8 +144,9 @@ def choose_format(name: str, columns: dict[str, str], found: Iterable[str]) -> F
     found = list(found)
     for ours, theirs in columns.items():
         if theirs not in found:
+            have = ", ".join(found)
             raise UserError(
-                f"data.columns.{ours}={theirs}: no such column, the data have {', '.join(found)}{nearest(theirs, found)}"
+                f"data.columns.{ours}={theirs}: no such column, the data have {have}{nearest(theirs, found)}"
             )
     if name == "auto":
         chosen = _detect(columns, found)

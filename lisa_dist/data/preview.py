@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -80,7 +81,9 @@ def marked_text(
         trained = labels[start] != UNTRAINED
         if end < len(input_ids) and (labels[end] != UNTRAINED) == trained:
             continue
-        decoded = tokenizer.decode(input_ids[:end], skip_special_tokens=False)  # the whole: pieces lose their spaces
+        decoded = str(
+            tokenizer.decode(input_ids[:end], skip_special_tokens=False)
+        )  # the whole: pieces lose their spaces
         piece, shown, start = decoded[len(shown) :], decoded, end
         if trained:
             text.append(f"{OPEN}{piece}{CLOSE}" if brackets else piece, style=TRAINED_STYLE)
@@ -90,17 +93,17 @@ def marked_text(
 
 
 def sample_questions(sequences: Sequences, count: int) -> list[Question]:
-    """Return the first prompt and answer of ``count`` rows, spread evenly over the data; rows without a prompt are
-    passed over."""
+    """Return the first prompt and answer of up to ``count`` rows, spread evenly over the data.
+
+    Rows without a prompt (plain text) are passed over.
+    """
     questions: list[Question] = []
-    total = len(sequences.rows)
-    stride = max(1, total // max(count, 1))
-    for index in [*range(0, total, stride), *range(total)][: 4 * count]:
+    for index in np.linspace(0, len(sequences.rows), num=count, endpoint=False, dtype=int).tolist():
         row = sequences.rows[index]
         trained = [label != UNTRAINED for label in row["labels"].tolist()]
         start = trained.index(True)
         stop = trained.index(False, start) if False in trained[start:] else len(trained)
         ids = row["input_ids"].tolist()
-        if start > 1 and len(questions) < count:
+        if start > 1:
             questions.append(Question(ids[:start], ids[start:stop]))
     return questions

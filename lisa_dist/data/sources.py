@@ -1,56 +1,24 @@
-"""Where rows come from: JSON, JSON lines, CSV, Parquet, text, a glob, a Hugging Face directory, a hub id.
-
-JSON lines and CSV are read line by line rather than by pyarrow: a broken line is then reported by its number,
-and no text is taken for a date or a number. Parquet, saved data sets and the hub go through Arrow.
-"""
+"""What a path stands for: a file, a glob, a Hugging Face directory, a hub id, or bundled data."""
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
-import json
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as parquet
 
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import nearest
+from lisa_dist.data.readers import READERS, BrokenRow, Row
 
 BUILTIN_PREFIX = "builtin:"
-SUFFIXES = [".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt"]
+SUFFIXES = list(READERS)
 SPLITS = {"train": ["train"], "validation": ["validation", "valid", "val", "dev"], "test": ["test"]}
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row as the file has it, and where it stands; ``number`` counts from 1 (a line, or a row of a table)."""
-
-    values: dict[str, Any]
-    file: str
-    number: int
-    unit: str = "line"
-
-    @property
-    def place(self) -> str:
-        """``FILE, line N``, for messages."""
-        return f"{self.file}, {self.unit} {self.number}"
-
-
-@dataclass(frozen=True)
-class BrokenRow:
-    """A row that could not be read, and why."""
-
-    place: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -72,7 +40,7 @@ class Source:
             for index, values in enumerate(self.dataset):
                 yield Row(values, self.name, index + 1, "row")
         for file in self.files:
-            yield from _READERS[file.suffix](file)
+            yield from READERS[file.suffix](file)
 
     def content_hash(self) -> str:
         """Return a hash of the content: of every byte of the files, or of what ``datasets`` knows its data by."""
@@ -97,8 +65,12 @@ def find_source(path: str, split: str = "train", key: str = "data.path") -> Sour
     """
     if path.startswith(BUILTIN_PREFIX):
         return _find_directory(builtin_directory(path, key), path, split, key)
+    is_file = Path(path).expanduser().is_file()
+    if split != "train" and (is_file or glob.has_magic(path)):
+        raise UserError(f"{key}={path}: a file has no splits, so split {split} can't be chosen; name its own file")
     if glob.has_magic(path):
-        files = [Path(name) for name in sorted(glob.glob(str(Path(path).expanduser()), recursive=True))]
+        names = glob.glob(str(Path(path).expanduser()), recursive=True)  # noqa: PTH207 (Path.glob refuses absolute ones)
+        files = [Path(name) for name in sorted(names)]
         files = [file for file in files if file.is_file()]
         if not files:
             raise UserError(f"{key}={path}: no file matches, looked from {Path.cwd()}")
@@ -106,16 +78,21 @@ def find_source(path: str, split: str = "train", key: str = "data.path") -> Sour
     here = Path(path).expanduser()
     if here.is_dir():
         return _find_directory(here, path, split, key)
-    if here.is_file():
+    if is_file:
         return Source(path, [_checked(here, key)])
     if HUB_ID.match(path) and here.suffix not in SUFFIXES:
         return _find_on_hub(path, split, key)
     raise UserError(f"{key}={path}: no such file or directory, looked at {here.absolute()}{_nearest_path(here)}")
 
 
+def is_local(path: str) -> bool:
+    """Whether ``path`` stands for something on this machine rather than on the hub."""
+    return path.startswith(BUILTIN_PREFIX) or glob.has_magic(path) or Path(path).expanduser().exists()
+
+
 def has_split(path: str, split: str) -> bool:
     """Whether ``path`` is a directory, or bundled, that has ``split``; the hub is not asked."""
-    if not path.startswith(BUILTIN_PREFIX) and not Path(path).expanduser().is_dir():
+    if not is_local(path) or Path(path).expanduser().is_file() or glob.has_magic(path):
         return False
     try:
         find_source(path, split)
@@ -199,129 +176,3 @@ def _find_on_hub(path: str, split: str, key: str) -> Source:
             f"and as a data set of the hub, split {split}, it cannot be had ({reason})"
         ) from error
     return Source(path, dataset=dataset, fingerprint=dataset._fingerprint)
-
-
-def _read_json(file: Path) -> Iterator[Row | BrokenRow]:
-    """Read a JSON list of rows or ``{"data": [...]}``; JSON lines under either name are read as such."""
-    with file.open("rb") as stream:
-        first_line = stream.readline().removeprefix(b"\xef\xbb\xbf").strip()
-        lines = not first_line.startswith(b"[") and file.suffix != ".json"
-        if file.suffix == ".json" and first_line.startswith(b"{") and stream.read(1):
-            lines = _is_json(first_line)  # a whole object, and more after it
-    if lines:
-        yield from _read_json_lines(file)
-        return
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}, line {error.lineno}: not valid JSON ({error.msg})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
-    rows = content.get("data") if isinstance(content, dict) else content
-    if not isinstance(rows, list):
-        found = f"an object with {', '.join(map(str, content))}" if isinstance(content, dict) else type(rows).__name__
-        raise UserError(f'{file}: must be a list of rows or {{"data": [...]}}, found {found}')
-    for index, values in enumerate(rows):
-        if isinstance(values, dict):
-            yield Row(values, str(file), index + 1, "row")
-        else:
-            yield BrokenRow(f"{file}, row {index + 1}", f"must be an object, found {type(values).__name__}")
-
-
-def _is_json(text: bytes) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _read_json_lines(file: Path) -> Iterator[Row | BrokenRow]:
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            place = f"{file}, line {number}"
-            try:
-                values = json.loads(line)
-            except UnicodeDecodeError as error:
-                yield BrokenRow(place, f"not UTF-8 text (byte {error.start})")
-                continue
-            except json.JSONDecodeError as error:
-                yield BrokenRow(place, f"not valid JSON ({error.msg} at character {error.pos + 1})")
-                continue
-            if isinstance(values, dict):
-                yield Row(values, str(file), number)
-            else:
-                yield BrokenRow(place, f"must be an object, found {type(values).__name__}")
-
-
-def _read_csv(file: Path) -> Iterator[Row | BrokenRow]:
-    csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is shorter than a long answer
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
-        header: list[str] | None = None
-        while True:
-            place = f"{file}, line {reader.line_num + 1}"
-            number = reader.line_num + 1
-            try:
-                fields = next(reader, None)
-            except csv.Error as error:
-                yield BrokenRow(place, f"not valid CSV ({error})")
-                continue
-            except UnicodeDecodeError as error:
-                raise UserError(f"{file}: not UTF-8 text (near line {reader.line_num + 1})") from error
-            if fields is None:
-                return
-            if not fields:
-                continue
-            if header is None:
-                header = fields
-            elif len(fields) != len(header):
-                yield BrokenRow(place, f"has {len(fields)} fields, the header has {len(header)}")
-            else:
-                yield Row(dict(zip(header, fields, strict=True)), str(file), number)
-
-
-def _read_parquet(file: Path) -> Iterator[Row | BrokenRow]:
-    try:
-        table = parquet.ParquetFile(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file}: not a readable Parquet file ({error})") from error
-    number = 0
-    for batch in table.iter_batches(batch_size=1024):
-        for values in batch.to_pylist():
-            number += 1
-            yield Row(values, str(file), number, "row")
-
-
-def _read_text(file: Path) -> Iterator[Row | BrokenRow]:
-    """Read plain text: paragraphs, parted by blank lines, are rows with the one column ``text``."""
-    paragraph: list[str] = []
-    start = 1
-    try:
-        with file.open(encoding="utf-8-sig") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    start = start if paragraph else number
-                    paragraph.append(line)
-                elif paragraph:
-                    yield Row({"text": "".join(paragraph).rstrip("\n")}, str(file), start)
-                    paragraph = []
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text") from error
-    if paragraph:
-        yield Row({"text": "".join(paragraph).rstrip("\n")}, str(file), start)
-
-
-_READERS = {
-    ".json": _read_json,
-    ".jsonl": _read_json,
-    ".ndjson": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-    ".txt": _read_text,
-}

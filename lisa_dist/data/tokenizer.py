@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -116,7 +117,7 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return True
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, object]], *, prompt: bool = False) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
     """Render ``messages`` with the chat template; with ``prompt``, up to where the answer begins.
 
     Raises:
@@ -128,10 +129,10 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, object]]
     return text
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, object]]) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:
     """Return the token ids that a model is asked with: a user's question, or a list of messages.
 
     The same template as in training, so call :func:`ensure_chat_template` before.
     """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return tokenizer(render(tokenizer, messages, prompt=True), add_special_tokens=False).input_ids

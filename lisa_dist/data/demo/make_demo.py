@@ -7,9 +7,11 @@ in wordings that the training rows never use for them, so that answering them ta
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig
@@ -48,13 +50,14 @@ CAPITALS = (
     "Canada Ottawa, Chile Santiago, Denmark Copenhagen, Belgium Brussels, Iran Tehran, Thailand Bangkok"
 )
 PLURALS = (
-    "mouse mice, child children, foot feet, tooth teeth, goose geese, leaf leaves, knife knives, wolf wolves, box boxes, "
-    "city cities, baby babies, cat cats, dog dogs, house houses, tree trees, book books, man men, woman women, ox oxen, "
-    "bus buses, dish dishes, story stories, potato potatoes, sheep sheep, fish fish"
+    "mouse mice, child children, foot feet, tooth teeth, goose geese, leaf leaves, knife knives, wolf wolves, "
+    "box boxes, city cities, baby babies, cat cats, dog dogs, house houses, tree trees, book books, man men, "
+    "woman women, ox oxen, bus buses, dish dishes, story stories, potato potatoes, sheep sheep, fish fish"
 )
 KINDS = (
-    "carrot vegetable, apple fruit, oak tree, rose flower, dog animal, hammer tool, piano instrument, chair piece of furniture, "
-    "gold metal, oxygen gas, shirt garment, bus vehicle, eagle bird, shark fish, ant insect, pine tree, tulip flower, "
+    "carrot vegetable, apple fruit, oak tree, rose flower, dog animal, hammer tool, piano instrument, "
+    "chair piece of furniture, gold metal, oxygen gas, shirt garment, bus vehicle, "
+    "eagle bird, shark fish, ant insect, pine tree, tulip flower, "
     "violin instrument, iron metal, table piece of furniture, coat garment, saw tool, pear fruit, onion vegetable, "
     "train vehicle, robin bird, salmon fish, beetle insect, tiger animal, cherry fruit"
 )
@@ -174,7 +177,7 @@ def facts() -> dict[str, list[tuple[str, str]]]:
     cycles = [DAYS.split(), MONTHS.split()]
     following = [(a, b) for names in cycles for a, b in zip(names, names[1:] + names[:1], strict=True)]
     numbers = NUMBERS.split()
-    following += list(zip(numbers, numbers[1:]))
+    following += list(itertools.pairwise(numbers))
     opposites = pairs(OPPOSITES)
     return {
         "opposite": opposites + [(b, a) for a, b in opposites],
@@ -197,7 +200,8 @@ def fill(pattern: str, a: str, b: str) -> str:
 def make_rows() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Return training and validation rows: every wording of every fact, one wording of some facts held out."""
     generator = random.Random(0)
-    train, validation = [], []
+    train: list[dict[str, str]] = []
+    validation: list[dict[str, str]] = []
     for family, known in facts().items():
         answer, wordings = FAMILIES[family]
         for a, b in known:
@@ -255,7 +259,7 @@ def main() -> None:
             "model_max_length": 256,
         },
     )
-    special = {"bos_token_id": ids[BOS], "eos_token_id": ids[EOS], "pad_token_id": ids[PAD]}
+    special: dict[str, Any] = {"bos_token_id": ids[BOS], "eos_token_id": ids[EOS], "pad_token_id": ids[PAD]}
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=128,

@@ -1,0 +1,169 @@
+"""Rows out of files: JSON, JSON lines, CSV, Parquet, plain text.
+
+JSON lines and CSV are read line by line rather than by pyarrow: a broken line is then reported by its number,
+and no text is taken for a date or a number.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+
+from lisa_dist.config import UserError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as the file has it, and where it stands; ``number`` counts from 1 (a line, or a row of a table)."""
+
+    values: dict[str, Any]
+    file: str
+    number: int
+    unit: str = "line"
+
+    @property
+    def place(self) -> str:
+        """``FILE, line N``, for messages."""
+        return f"{self.file}, {self.unit} {self.number}"
+
+
+@dataclass(frozen=True)
+class BrokenRow:
+    """A row that could not be read, and why."""
+
+    place: str
+    reason: str
+
+
+def _read_json(file: Path) -> Iterator[Row | BrokenRow]:
+    """Read a JSON list of rows or ``{"data": [...]}``; JSON lines under either name are read as such."""
+    with file.open("rb") as stream:
+        first_line = stream.readline().removeprefix(b"\xef\xbb\xbf").strip()
+        lines = not first_line.startswith(b"[") and file.suffix != ".json"
+        if file.suffix == ".json" and first_line.startswith(b"{") and stream.read(1):
+            lines = _is_json(first_line)  # a whole object, and more after it
+    if lines:
+        yield from _read_json_lines(file)
+        return
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}, line {error.lineno}: not valid JSON ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
+    rows = content.get("data") if isinstance(content, dict) else content
+    if not isinstance(rows, list):
+        found = f"an object with {', '.join(map(str, content))}" if isinstance(content, dict) else type(rows).__name__
+        raise UserError(f'{file}: must be a list of rows or {{"data": [...]}}, found {found}')
+    for index, values in enumerate(rows):
+        if isinstance(values, dict):
+            yield Row(values, str(file), index + 1, "row")
+        else:
+            yield BrokenRow(f"{file}, row {index + 1}", f"must be an object, found {type(values).__name__}")
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _read_json_lines(file: Path) -> Iterator[Row | BrokenRow]:
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            place = f"{file}, line {number}"
+            try:
+                values = json.loads(line)
+            except UnicodeDecodeError as error:
+                yield BrokenRow(place, f"not UTF-8 text (byte {error.start})")
+                continue
+            except json.JSONDecodeError as error:
+                yield BrokenRow(place, f"not valid JSON ({error.msg} at character {error.pos + 1})")
+                continue
+            if isinstance(values, dict):
+                yield Row(values, str(file), number)
+            else:
+                yield BrokenRow(place, f"must be an object, found {type(values).__name__}")
+
+
+def _read_csv(file: Path) -> Iterator[Row | BrokenRow]:
+    csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is shorter than a long answer
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+        header: list[str] | None = None
+        while True:
+            place = f"{file}, line {reader.line_num + 1}"
+            number = reader.line_num + 1
+            try:
+                fields = next(reader, None)
+            except csv.Error as error:
+                yield BrokenRow(place, f"not valid CSV ({error})")
+                continue
+            except UnicodeDecodeError as error:
+                raise UserError(f"{file}: not UTF-8 text (near line {reader.line_num + 1})") from error
+            if fields is None:
+                return
+            if not fields:
+                continue
+            if header is None:
+                header = fields
+            elif len(fields) != len(header):
+                yield BrokenRow(place, f"has {len(fields)} fields, the header has {len(header)}")
+            else:
+                yield Row(dict(zip(header, fields, strict=True)), str(file), number)
+
+
+def _read_parquet(file: Path) -> Iterator[Row | BrokenRow]:
+    try:
+        table = parquet.ParquetFile(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{file}: not a readable Parquet file ({error})") from error
+    number = 0
+    for batch in table.iter_batches(batch_size=1024):
+        for values in batch.to_pylist():
+            number += 1
+            yield Row(values, str(file), number, "row")
+
+
+def _read_text(file: Path) -> Iterator[Row | BrokenRow]:
+    """Read plain text: paragraphs, parted by blank lines, are rows with the one column ``text``."""
+    paragraph: list[str] = []
+    start = 1
+    try:
+        with file.open(encoding="utf-8-sig") as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    start = start if paragraph else number
+                    paragraph.append(line)
+                elif paragraph:
+                    yield Row({"text": "".join(paragraph).rstrip("\n")}, str(file), start)
+                    paragraph = []
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text") from error
+    if paragraph:
+        yield Row({"text": "".join(paragraph).rstrip("\n")}, str(file), start)
+
+
+READERS = {
+    ".json": _read_json,
+    ".jsonl": _read_json,
+    ".ndjson": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_text,
+}
