@@ -1,7 +1,7 @@
 """The command line: ``lisa-dist COMMAND [key=value ...]``, one thin function a command.
 
-Command modules are imported when their command runs: importing torch takes seconds, which neither a mistake
-in the configuration nor ``--help`` should have to wait for.
+A command's module is imported when the command runs: importing torch takes seconds, which neither a mistake in
+the configuration nor ``--help`` should have to wait for.
 """
 
 from __future__ import annotations
@@ -11,30 +11,87 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from lisa_dist import __version__
-from lisa_dist.config import EXIT_DONE, EXIT_USER_ERROR, Config, UserError
+from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, Config, UserError
 from lisa_dist.config.errors import check_choice
-from lisa_dist.config.loading import load, load_run, to_yaml
+from lisa_dist.config.loading import GROUPS, group_choices, load, load_run, to_yaml
+from lisa_dist.config.reference import keys_of
 from lisa_dist.config.run_directory import check_run_dir_is_free, resolve_run_dir
 from lisa_dist.environment import environment_rank, has_ranks
 from lisa_dist.rank_log import set_up_logging
-from lisa_dist.signals import install_stop_handlers
+from lisa_dist.signals import ignore_stop_signals, install_stop_handlers
 
+
+@dataclass(frozen=True)
+class Command:
+    """What a command does, where its function is, and which keys its help lists."""
+
+    summary: str
+    function: str  # module:function, of a Config, returning an exit code
+    keys: tuple[str, ...]
+    in_ranks: bool = False  # runs in every rank
+    reads_run: bool = False  # takes its configuration from the run in run.dir
+
+
+TRAINING_KEYS = (
+    "model data sampler update always_active optimizer scheduler train parallel precision checkpoint logger run"
+)
 COMMANDS = {
-    "train": "trains; without a model or data, a complete demonstration",
-    "plan": "predicts memory per rank and step time, without weights and without GPUs",
-    "bench": "measures tokens per second, the parts of a step and peak memory",
-    "export": "writes a checkpoint as a Hugging Face directory",
-    "evaluate": "measures held-out loss and perplexity, or runs evaluation tasks",
-    "generate": "answers prompts from a checkpoint or a Hugging Face directory",
-    "report": "draws a run directory as one HTML page",
-    "launch": "launch slurm: writes, shows and submits the Slurm job script of a config",
-    "doctor": "checks torch, GPUs, NCCL, ports, disk and tokenizers",
+    "train": Command(
+        "trains; where no model is chosen, a small demonstration",
+        "lisa_dist.trainer:train",
+        tuple(TRAINING_KEYS.split()),
+        in_ranks=True,
+    ),
+    "plan": Command(
+        "predicts memory per rank and step time, without weights and without GPUs",
+        "lisa_dist.commands.plan:run",
+        ("plan", "model", "train", "parallel", "precision"),
+    ),
+    "bench": Command(
+        "measures tokens per second, the parts of a step and peak memory",
+        "lisa_dist.commands.bench:run",
+        ("bench", "model", "train", "parallel", "precision"),
+        in_ranks=True,
+    ),
+    "export": Command(
+        "writes a checkpoint as a Hugging Face directory",
+        "lisa_dist.commands.export:run",
+        ("export", "run"),
+        reads_run=True,
+    ),
+    "evaluate": Command(
+        "measures held-out loss and perplexity, or runs evaluation tasks",
+        "lisa_dist.commands.evaluate:run",
+        ("evaluate", "run"),
+        reads_run=True,
+    ),
+    "generate": Command(
+        "answers prompts from a checkpoint or a Hugging Face directory",
+        "lisa_dist.commands.generate:run",
+        ("generate", "run"),
+        reads_run=True,
+    ),
+    "report": Command(
+        "draws a run directory as one HTML page",
+        "lisa_dist.commands.report:run",
+        ("run",),
+        reads_run=True,
+    ),
+    "launch": Command(
+        "launch slurm: writes, shows and submits the Slurm job script of a configuration",
+        "lisa_dist.launching.slurm:run",
+        ("launch", "run"),
+    ),
+    "doctor": Command(
+        "checks torch, GPUs, NCCL, ports, disk and tokenizers, and says what to fix",
+        "lisa_dist.commands.doctor:run",
+        ("parallel",),
+    ),
 }
-RANK_ENTRIES = {"train": "lisa_dist.trainer:train", "bench": "lisa_dist.commands.bench:run"}  # these run in ranks
-RUN_READERS = {"export", "evaluate", "generate", "report"}  # these take their configuration from run.dir
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,6 +110,9 @@ def main(arguments: list[str] | None = None) -> int:
         if environment_rank() == 0:
             print(f"lisa-dist: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("lisa-dist: interrupted", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,53 +131,94 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"lisa-dist {__version__}")
         return EXIT_DONE
     if not arguments.words:
-        raise UserError("a command is missing, one of " + ", ".join(COMMANDS))
-    command, *overrides = arguments.words
-    check_choice("lisa-dist COMMAND", command, COMMANDS)
-    if command == "launch":
+        if not arguments.help:
+            raise UserError(f"a command is missing, one of {', '.join(COMMANDS)}; see lisa-dist --help")
+        print(help_text())
+        return EXIT_DONE
+    name, *overrides = arguments.words
+    check_choice("command", name, COMMANDS)
+    if arguments.help:
+        print(command_help_text(name))
+        return EXIT_DONE
+    if name == "launch":
         if overrides[:1] != ["slurm"]:
-            raise UserError("launch: must be followed by slurm, as in lisa-dist launch slurm model=NAME")
+            raise UserError("launch: must be followed by slurm, as in lisa-dist launch slurm experiment=NAME")
         overrides = overrides[1:]
     if arguments.multirun:
-        return _multirun(command, overrides, arguments.config_dir)
-    config = _configuration(command, overrides, arguments.config_dir)
+        return _multirun(name, overrides, arguments.config_dir)
+    config = _configuration(COMMANDS[name], overrides, arguments.config_dir)
     if arguments.cfg == "job":
-        print(to_yaml(config), end="")
+        if environment_rank() == 0:
+            print(to_yaml(config), end="")
         return EXIT_DONE
-    if command in RANK_ENTRIES:
-        return _in_ranks(command, config)
-    module = "lisa_dist.launching.slurm" if command == "launch" else f"lisa_dist.commands.{command}"
-    return _import_function(f"{module}:run")(config)
+    if name == "launch":  # the script repeats the overrides, which a reader understands, not the whole configuration
+        return _function(COMMANDS[name].function)(config, overrides, arguments.config_dir)
+    return _dispatch(name, config)
 
 
-def _multirun(command: str, overrides: list[str], config_dir: str | None) -> int:
-    if command != "train":
-        raise UserError(f"--multirun: sweeps train only, not {command}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("--multirun: must be started once and not in every rank, so without torchrun")
-    return importlib.import_module("lisa_dist.launching.sweep").run_sweep(overrides, config_dir)
-
-
-def _configuration(command: str, overrides: list[str], config_dir: str | None) -> Config:
+def _configuration(command: Command, overrides: list[str], config_dir: str | None) -> Config:
     run_dirs = [text.partition("=")[2] for text in overrides if text.startswith("run.dir=")]
-    if command in RUN_READERS and run_dirs:
+    if command.reads_run and run_dirs:
         return load_run(run_dirs[-1], overrides)
     return load(overrides, config_dir)
 
 
-def _in_ranks(command: str, config: Config) -> int:
-    """Run the command in this process where a launcher started it as a rank, else start the ranks."""
+def _dispatch(name: str, config: Config) -> int:
+    """Run the command here, or start the ranks that run it where no launcher has."""
+    command = COMMANDS[name]
+    set_up_logging(verbose=environment_rank() == 0)
+    if not command.in_ranks:
+        return _function(command.function)(config)
     if has_ranks():
         install_stop_handlers()
-        set_up_logging(verbose=environment_rank() == 0)
-        return _import_function(RANK_ENTRIES[command])(config)
+        exit_code = _function(command.function)(config)
+        ignore_stop_signals()
+        return exit_code
     config = resolve_run_dir(config)
-    if command == "train":
+    if name == "train":
         check_run_dir_is_free(config)
-    launch_ranks = importlib.import_module("lisa_dist.launching.local").launch_ranks
-    return launch_ranks(config, RANK_ENTRIES[command])
+    return _function("lisa_dist.launching.local:launch_ranks")(config, command.function)
 
 
-def _import_function(address: str) -> Callable[[Config], int]:
+def _multirun(name: str, overrides: list[str], config_dir: str | None) -> int:
+    if name != "train":
+        raise UserError(f"--multirun: sweeps train only, not {name}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or has_ranks():
+        raise UserError("--multirun: must be started once and not in every rank, so without torchrun or srun")
+    return _function("lisa_dist.launching.sweep:run_sweep")(overrides, config_dir)
+
+
+def _function(address: str) -> Callable[..., Any]:
+    """Import ``module:function``; late, for the reason at the top."""
     module, _, name = address.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def help_text() -> str:
+    """Return what ``lisa-dist --help`` prints."""
+    lines = [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
+    return (
+        "lisa-dist COMMAND [key=value ...] [--cfg job] [--config-dir DIR] [--multirun]\n\nCommands:\n"
+        + "\n".join(lines)
+        + "\n\n  --cfg job         prints the resolved configuration and does nothing else"
+        + "\n  --config-dir DIR  a folder with your own groups: DIR/model/NAME.yaml, DIR/experiment/NAME.yaml, ..."
+        + "\n  -m, --multirun    train once for every combination of values: optimizer.lr=1e-5,5e-5"
+        + "\n  --version         prints the version"
+        + "\n\nlisa-dist COMMAND --help lists the keys of a command."
+    )
+
+
+def command_help_text(name: str) -> str:
+    """Return what ``lisa-dist COMMAND --help`` prints: the groups to choose from and the keys with their defaults."""
+    command = COMMANDS[name]
+    lines = [f"lisa-dist {name}{' slurm' if name == 'launch' else ''} [key=value ...]: {command.summary}", ""]
+    if not command.reads_run:
+        lines += ["Groups, one NAME each:"]
+        lines += [f"  {group + '=NAME':<18}{', '.join(group_choices(group))}" for group in GROUPS]
+        lines += [""]
+    lines += ["Keys (default) and what they mean:"]
+    for group in command.keys:
+        for key in keys_of(group):
+            start = f"  {key.name} ({key.default})"
+            lines.append(f"{start:<46} {key.meaning}".rstrip())
+    return "\n".join(lines)

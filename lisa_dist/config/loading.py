@@ -67,9 +67,8 @@ def _with_defaults(choices: dict[str, str | None], keys: set[str]) -> dict[str, 
 def group_choices(group: str, config_dir: str | None = None) -> list[str]:
     """Return the names that ``group=NAME`` may choose from."""
     folders = [conf_dir() / group] + ([Path(config_dir) / group] if config_dir else [])
-    return sorted(
-        {str(file.relative_to(folder).with_suffix("")) for folder in folders for file in folder.rglob("*.yaml")}
-    )
+    names = {str(file.relative_to(folder).with_suffix("")) for folder in folders for file in folder.rglob("*.yaml")}
+    return sorted(names)
 
 
 def _check_group(override: KeyOverride, config_dir: str | None) -> None:
@@ -132,7 +131,8 @@ def _sentence(error: BaseException) -> str:
     text = str(inner).strip().splitlines()[0].rstrip(".:")
     key = getattr(inner, "full_key", None)
     if key:
-        hint = nearest(key, all_keys(OmegaConf.structured(Config)))
+        keys = list(all_keys(OmegaConf.structured(Config)))
+        hint = "" if key in keys else nearest(key, keys)
         where = "" if outer == text else f" ({outer})"
         return f"{key}: {text}{where}{hint}"
     return outer if outer == text else f"{outer}: {text}"

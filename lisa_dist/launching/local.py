@@ -17,7 +17,7 @@ import tempfile
 import time
 import traceback
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -71,10 +71,11 @@ def launch_ranks(config: Config, entry: str = "lisa_dist.trainer:train") -> int:
     codes = {outcome.code for outcome in outcomes}
     if len(outcomes) == ranks and codes in ({EXIT_DONE}, {EXIT_STOPPED}):
         return codes.pop()
-    first = _first_failure(outcomes, ranks, agent_failure)
-    _record_failure(run_dir, first.message, started)
-    if EXIT_USER_ERROR in codes:
-        raise UserError(min((o for o in outcomes if o.code == EXIT_USER_ERROR), key=lambda o: o.time).message)
+    mistakes = [outcome for outcome in outcomes if outcome.code == EXIT_USER_ERROR]
+    first = min(mistakes, key=lambda o: o.time) if mistakes else _first_failure(outcomes, ranks, agent_failure)
+    _record_failure(run_dir, first, started)
+    if mistakes:
+        raise UserError(first.message)
     log = run_dir / "logs" / f"rank_{first.rank}.log"
     print(f"{first.traceback}rank {first.rank} failed: {first.message}; its log is {log}", file=sys.stderr)
     return EXIT_FAILED
@@ -175,7 +176,7 @@ def _first_failure(outcomes: list[Outcome], ranks: int, agent_failure: ChildFail
     if silent and not (failed and now - failed[0].time > SHUTDOWN_SECONDS - 1):
         return Outcome(silent[0], EXIT_FAILED, _how_it_died(silent[0], agent_failure), "", now)
     if failed:
-        return failed[0]
+        return replace(failed[0], message=failed[0].message or f"it ended with code {failed[0].code}")
     return Outcome(0, EXIT_FAILED, f"the agent ended early, {agent_failure}", "", now)
 
 
@@ -184,15 +185,13 @@ def _how_it_died(rank: int, agent_failure: ChildFailedError | None) -> str:
     if failure is None or failure.exitcode >= 0:
         return "it was killed"
     name = signal.Signals(-failure.exitcode).name
-    return f"it was killed by {name}" + (
-        ", which is what a machine without free memory does" if name == "SIGKILL" else ""
-    )
+    return f"it was killed by {name}" + (", as the system does when memory runs out" if name == "SIGKILL" else "")
 
 
-def _record_failure(run_dir: Path, message: str, started: float) -> None:
-    """Leave the reason in summary.json where the ranks could not."""
+def _record_failure(run_dir: Path, failure: Outcome, started: float) -> None:
+    """Leave the reason in summary.json where the ranks could not; a mistake writes over nothing."""
     path = run_dir / SUMMARY_FILE
-    if path.exists() and path.stat().st_mtime >= started:
+    if path.exists() and (failure.code == EXIT_USER_ERROR or path.stat().st_mtime >= started):
         return
     known = read_summary(run_dir) or {"resumed_from": []}
-    write_summary(run_dir, **{**known, "exit_reason": f"failed: {message}"})
+    write_summary(run_dir, **{**known, "exit_reason": f"failed: {failure.message}"})

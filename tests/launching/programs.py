@@ -1,0 +1,61 @@
+"""What ranks run in the tests of the launcher: no model, only its own way to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, UserError
+from lisa_dist.signals import stop_requested
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def finish(config: Config) -> int:
+    """Print who we are and end well."""
+    print(f"this is rank {rank()} of {os.environ['WORLD_SIZE']} with {config.run.name}")
+    print(f"error line of rank {rank()}", file=sys.stderr)
+    os.system(f"echo native line of rank {rank()}")
+    return EXIT_DONE
+
+
+def fail(config: Config) -> int:
+    """Rank 1 fails; rank 0 fails a moment later, as it does when its peer is gone."""
+    if rank() == 1:
+        raise ValueError("the first failure")
+    time.sleep(0.5)
+    raise RuntimeError("a connection was lost")
+
+
+def die(config: Config) -> int:
+    """Rank 1 is killed by the system; rank 0 then fails."""
+    if rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.5)
+    raise RuntimeError("a connection was lost")
+
+
+def mistake(config: Config) -> int:
+    """Every rank finds the same mistake of the user."""
+    raise UserError("data.path=nowhere: must be a file")
+
+
+def stop_alone(config: Config) -> int:
+    """Rank 1 says that it was stopped, rank 0 that it is done: they disagree."""
+    return EXIT_STOPPED if rank() == 1 else EXIT_DONE
+
+
+def train_until_stopped(config: Config) -> int:
+    """Run until asked to stop; then take ``run.name`` seconds to save, and write that file."""
+    run_dir = Path(config.run.dir or "")
+    (run_dir / f"training_{rank()}_{os.getpid()}").touch()
+    while not stop_requested():
+        time.sleep(0.02)
+    time.sleep(float(config.run.name or 0))
+    (run_dir / f"saved_{rank()}").touch()
+    return EXIT_STOPPED
