@@ -51,6 +51,10 @@ class RankSynchronizedSampler:
         if distributed.is_main():
             self.sampler.observe(scores)
 
+    def scores(self) -> list[float] | None:
+        """Return what the sampler knows of each block, for the record; meant for rank 0."""
+        return self.sampler.scores()
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state of rank 0's sampler on every rank. Collective: every rank."""
         return distributed.broadcast_object(self.sampler.state_dict() if distributed.is_main() else {})
@@ -70,8 +74,8 @@ def verify_agreement(period: int, blocks: list[int], sent: int) -> None:
     held = distributed.gather_objects((blocks, checksum(period, blocks) == sent))
     if all(intact and other == held[0][0] for other, intact in held):
         return
-    sets = ", ".join(f"rank {rank}: {other}{'' if intact else ' (damaged)'}" for rank, (other, intact) in enumerate(held))
-    raise DisagreementError(f"ranks disagree on the active blocks of period {period}: {sets}")
+    sets = [f"rank {rank}: {other}{'' if intact else ' (damaged)'}" for rank, (other, intact) in enumerate(held)]
+    raise DisagreementError(f"ranks disagree on the active blocks of period {period}: {', '.join(sets)}")
 
 
 @dataclass

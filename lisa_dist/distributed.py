@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from lisa_dist.config import ParallelConfig, UserError
+from lisa_dist.environment import in_slurm_step
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -50,16 +51,6 @@ def local_world_size() -> int:
 def is_main() -> bool:
     """Whether this is rank 0, the one that prints and writes records."""
     return rank() == 0
-
-
-def in_slurm_step() -> bool:
-    """Whether srun started this process as one of several tasks."""
-    return "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-
-
-def has_ranks() -> bool:
-    """Whether a launcher (torchrun, our own, srun) already started this process as a rank."""
-    return "RANK" in os.environ or in_slurm_step()
 
 
 def device() -> torch.device:

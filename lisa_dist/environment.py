@@ -20,3 +20,8 @@ def environment_rank() -> int:
     if "RANK" in os.environ:
         return int(os.environ["RANK"])
     return int(os.environ["SLURM_PROCID"]) if in_slurm_step() else 0
+
+
+def restart_count() -> int:
+    """How often torch's elastic agent has restarted this rank."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -15,7 +15,13 @@ from lisa_dist.models.loading import initialize_random, load_pretrained, restore
 from lisa_dist.models.loss_head import install_loss_head
 from lisa_dist.optim.active_optimizer import ActiveOptimizer
 from lisa_dist.sampling import build_sampler
-from lisa_dist.sharding.wrapping_policy import ShardedModel, always_active_parameters, materialize, shard_model
+from lisa_dist.sharding.wrapping_policy import (
+    ShardedModel,
+    always_active_parameters,
+    materialize,
+    persistent_bytes,
+    shard_model,
+)
 from lisa_dist.updates import Update, build_update
 
 
@@ -36,7 +42,7 @@ class Learner:
         return self.config.sampler.period
 
 
-def build_learner(config: Config, device: torch.device) -> Learner:
+def build_learner(config: Config) -> Learner:
     """Build the model on ``meta``, shard it, and make its optimizer and sampler; weights are still on ``meta``.
 
     Collective: every rank (the mesh).
@@ -85,3 +91,17 @@ def begin_period(learner: Learner, period: int) -> None:
         period,
         learner.config.train.seed,
     )
+
+
+def count_persistent_bytes(learner: Learner) -> dict[str, int]:
+    """Count this rank's persistent bytes by kind; all are there between the last backward and the optimizer step."""
+    return {**persistent_bytes(learner.sharded), "optimizer_state": learner.optimizer.state_bytes()}
+
+
+def count_trained_parameters(learner: Learner) -> dict[str, int]:
+    """Count the parameters, of all ranks together, that train now, by part: blocks, embeddings, norm, head."""
+    counts = {"blocks": 0, "embeddings": 0, "norm": 0, "head": 0}
+    for name, parameter in learner.optimizer.parameters.items():
+        part = learner.sharded.layers.group_of(name)
+        counts["blocks" if part.startswith("block:") else part] += parameter.numel()
+    return counts

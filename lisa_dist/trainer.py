@@ -6,35 +6,26 @@ checkpoint on schedule or on a signal.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lisa_dist import distributed
-from lisa_dist.active_blocks import ActiveSet, RankSynchronizedSampler, switch_active_blocks, trained_parameters
-from lisa_dist.config import Config
-from lisa_dist.models.architecture import build_meta_model
-from lisa_dist.models.layer_map import find_layers
-from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
-from lisa_dist.models.loss_head import install_loss_head
-from lisa_dist.optim.active_optimizer import ActiveOptimizer
+from lisa_dist.checkpoint.save import save_checkpoint
+from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config
+from lisa_dist.data.batches import MicroBatch, label_tokens
+from lisa_dist.learner import Learner, begin_period, count_persistent_bytes, count_trained_parameters
 from lisa_dist.optim.clipping import normalize_and_clip
 from lisa_dist.optim.schedule import learning_rate
-from lisa_dist.sampling import build_sampler
-from lisa_dist.sharding.wrapping_policy import ShardedModel, always_active_parameters, materialize, shard_model
-from lisa_dist.updates import Update, build_update
+from lisa_dist.preparation import Run, announce_trained, checkpoint_directory, open_run_directory, prepare_run
+from lisa_dist.signals import ignore_stop_signals, stop_requested
+from lisa_dist.telemetry.logs import setup_logging
 
-logger = logging.getLogger(__name__)
-
-MicroBatch = dict[str, torch.Tensor]
 Stopwatch = Callable[[str], AbstractContextManager[None]]  # names the part of a step that its body is
 
 
@@ -69,24 +60,19 @@ def accumulate_gradients(
     """
     module = learner.sharded.module
     loss_sum = torch.zeros((), device=next(module.parameters()).device)
-    label_tokens = 0
+    tokens = 0
     for index, micro_batch in enumerate(micro_batches):
         assert isinstance(module, FSDPModule)
         if learner.config.parallel.defer_reduction:
             module.set_requires_gradient_sync(index == len(micro_batches) - 1)
-        label_tokens += count_label_tokens(micro_batch["labels"])
+        tokens += label_tokens(micro_batch)
         inputs = {key: tensor.to(loss_sum.device, non_blocking=True) for key, tensor in micro_batch.items()}
         with stopwatch("forward"):
             loss = module(**inputs)
         with stopwatch("backward"):
             loss.backward()
         loss_sum += loss.detach()
-    return loss_sum.item(), label_tokens
-
-
-def count_label_tokens(labels: torch.Tensor) -> int:
-    """Count the tokens that carry loss; the first position predicts nothing and never does."""
-    return int((labels[:, 1:] != -100).sum())
+    return loss_sum.item(), tokens
 
 
 def train_step(
@@ -126,15 +112,101 @@ def train_step(
 
 
 @torch.no_grad()
-def mean_loss(learner: Learner, micro_batches: Iterator[MicroBatch] | list[MicroBatch]) -> float:
+def mean_loss(learner: Learner, micro_batches: Iterable[MicroBatch]) -> float:
     """Return the mean loss over all label tokens of all ranks. Collective: every rank, equally many micro-batches."""
     module = learner.sharded.module
     module.eval()
     device = next(module.parameters()).device
-    loss_sum, label_tokens = torch.zeros((), device=device), 0
+    loss_sum, tokens = torch.zeros((), device=device), 0
     for micro_batch in micro_batches:
-        label_tokens += count_label_tokens(micro_batch["labels"])
+        tokens += label_tokens(micro_batch)
         loss_sum += module(**{key: tensor.to(device) for key, tensor in micro_batch.items()})
     module.train()
-    total, tokens = distributed.all_reduce_sum([loss_sum.item(), float(label_tokens)])
-    return total / max(tokens, 1)
+    total, counted = distributed.all_reduce_sum([loss_sum.item(), float(tokens)])
+    return total / max(counted, 1)
+
+
+def rehearse(learner: Learner, micro_batch: MicroBatch) -> dict[str, int]:
+    """Run the longest micro-batch once, so that a run that does not fit fails in its first minute.
+
+    Nothing is updated. Collective: every rank.
+
+    Returns:
+        This rank's persistent bytes by kind, counted while gradients are there.
+    """
+    accumulate_gradients(learner, [micro_batch])
+    counted = count_persistent_bytes(learner)
+    learner.optimizer.drop_gradients()
+    return counted
+
+
+def train(config: Config) -> int:
+    """Train in this rank and return its exit code. Collective: every rank.
+
+    Raises:
+        UserError: the configuration does not fit the model, the data or the ranks.
+    """
+    distributed.initialize(config.parallel)
+    config = open_run_directory(config)
+    setup_logging(config.run.dir)
+    run = prepare_run(config)
+    with run.recorder as recorder:
+        try:
+            stopped = train_steps(run)
+        except BaseException as error:
+            recorder.write_summary(f"failed: {type(error).__name__}: {error}")
+            raise
+        recorder.write_summary("signal" if stopped else "finished")
+    if stopped:
+        distributed.barrier()
+        ignore_stop_signals()
+    return EXIT_STOPPED if stopped else EXIT_DONE
+
+
+def train_steps(run: Run) -> bool:
+    """Train to the end, or until a rank is asked to stop; return whether it was. Collective: every rank."""
+    config, learner, progress, recorder = run.config, run.learner, run.progress, run.recorder
+    first_step = progress.step
+    evaluate(run)
+    for step, micro_batches in enumerate(run.batches.iterate(first_step, run.max_steps), start=first_step):
+        started = time.monotonic()
+        if step % learner.period_length == 0:
+            begin_period(learner, step // learner.period_length)
+            recorder.record_period(learner.active.period, step + 1, learner.active.blocks, learner.sampler.scores())
+        if step == first_step:
+            counted = rehearse(learner, run.batches.longest_micro_batch())
+            announce_trained(learner, counted)
+            recorder.figures |= {"persistent_bytes": counted, "trained_parameters": count_trained_parameters(learner)}
+        result = train_step(learner, micro_batches, step, run.max_steps, stop_requested())
+        progress.step += 1
+        recorder.record_step(
+            step=progress.step,
+            epoch=run.batches.epoch(progress.step),
+            period=learner.active.period,
+            active_layers=learner.active.blocks,
+            loss=result.loss,
+            lr=result.lr,
+            grad_norm=result.grad_norm,
+            tokens=result.tokens,
+            step_seconds=time.monotonic() - started,
+        )
+        last = progress.step == run.max_steps or result.stop_requested
+        if last or is_due(config.train.eval_every, progress.step):
+            evaluate(run)
+        if last or is_due(config.checkpoint.every, progress.step):
+            save_checkpoint(learner, progress, checkpoint_directory(config), config.checkpoint.keep)
+        if result.stop_requested:
+            break
+    return progress.step < run.max_steps
+
+
+def is_due(every: int, step: int) -> bool:
+    """Whether something that happens each ``every`` steps (0: never) happens after ``step`` steps."""
+    return every > 0 and step % every == 0
+
+
+def evaluate(run: Run) -> None:
+    """Record the mean loss of the validation set, where there is one. Collective: every rank."""
+    if run.validation is not None:
+        batches = run.validation.validation_batches(run.config.train.eval_batches)
+        run.recorder.record_evaluation(run.progress.step, mean_loss(run.learner, batches))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,30 +14,20 @@ from lisa_dist.telemetry.records import MetricsWriter, write_summary
 from lisa_dist.telemetry.sinks import build_sink
 
 
-@dataclass
-class Summary:
-    """What summary.json says beside why the run ended."""
-
-    resumed_from: list[int]
-    figures: dict[str, Any] = field(default_factory=dict)
-
-
 class Recorder:
     """metrics.jsonl, layers.jsonl, summary.json, the logger and the progress bar. Does nothing but on rank 0."""
 
-    def __init__(self, config: Config, max_steps: int, first_step: int, summary: Summary) -> None:
+    def __init__(self, config: Config, max_steps: int, first_step: int, resumed_from: list[int]) -> None:
         self.run_dir = Path(config.run.dir or ".")
-        self.summary = summary
+        self.resumed_from = resumed_from
+        self.figures: dict[str, Any] = {}  # of summary.json
         self.started = time.monotonic()
         self.writer = MetricsWriter(self.run_dir)
         self.writer.cut_after(first_step)
         self.sink = build_sink(config, self.run_dir, first_step)
         self.display = ProgressDisplay(max_steps, first_step)
-        self.first_step = first_step
 
-    def record_period(
-        self, period: int, step: int, active_layers: list[int], scores: list[float] | None
-    ) -> None:
+    def record_period(self, period: int, step: int, active_layers: list[int], scores: list[float] | None) -> None:
         """A period began: ``step`` is the first that trains these blocks."""
         self.writer.write_period(period=period, step=step, active_layers=active_layers, scores=scores)
 
@@ -54,27 +43,26 @@ class Recorder:
             **figures,
         )
         self._show(row)
-        self.summary.figures["final_step"] = step
-        self.summary.figures["final_loss"] = loss
-        self.summary.figures["tokens_seen"] = self.summary.figures.get("tokens_seen", 0) + tokens
+        self.figures["final_step"] = step
+        self.figures["final_loss"] = loss
+        self.figures["tokens_seen"] = self.figures.get("tokens_seen", 0) + tokens
 
     def record_evaluation(self, step: int, eval_loss: float) -> None:
         """The validation set was run through the model."""
         self._show(self.writer.write_eval(step=step, eval_loss=eval_loss))
-        figures = self.summary.figures
-        figures["eval_loss"] = eval_loss
-        figures["best_eval_loss"] = min(eval_loss, figures.get("best_eval_loss", eval_loss))
+        self.figures["eval_loss"] = eval_loss
+        self.figures["best_eval_loss"] = min(eval_loss, self.figures.get("best_eval_loss", eval_loss))
 
     def write_summary(self, exit_reason: str) -> None:
         """The run ended: ``finished``, ``signal``, or ``failed: <why>``."""
         seconds = time.monotonic() - self.started
         figures = {
-            **self.summary.figures,
+            **self.figures,
             "wall_seconds": seconds,
             "peak_memory_gib": peak_memory_gib(),
-            "tokens_per_second": self.summary.figures.get("tokens_seen", 0) / seconds,
+            "tokens_per_second": self.figures.get("tokens_seen", 0) / seconds,
         }
-        write_summary(self.run_dir, exit_reason=exit_reason, resumed_from=self.summary.resumed_from, **figures)
+        write_summary(self.run_dir, exit_reason=exit_reason, resumed_from=self.resumed_from, **figures)
 
     def _show(self, row: dict[str, Any]) -> None:
         self.sink.log(row)

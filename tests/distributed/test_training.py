@@ -83,7 +83,7 @@ def full_parameters(learner: Learner) -> dict[str, torch.Tensor]:
 def train_on_rank(config: Config, steps: int = STEPS) -> dict[str, Any]:
     """Build, train, and return what the tests compare. Runs on every rank."""
     device = torch.device("cpu")
-    learner = build_learner(config, device)
+    learner = build_learner(config)
     load_initial_weights(learner, device)
     initial = full_parameters(learner)
     losses, draws, reduce_dtypes, bytes_counted = [], [], [], []

@@ -1,0 +1,188 @@
+"""From a configuration to a run that is ready for its next step."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from lisa_dist import distributed
+from lisa_dist.checkpoint.restore import newest_complete, restore_checkpoint
+from lisa_dist.checkpoint.save import Progress
+from lisa_dist.config import Config, UserError
+from lisa_dist.config.loading import to_yaml
+from lisa_dist.config.run_directory import check_run_dir_is_free, resolve_run_dir
+from lisa_dist.data.batches import GlobalBatches
+from lisa_dist.data.prepare import PreparedData, prepare_data
+from lisa_dist.data.preview import show_preview
+from lisa_dist.data.sequences import Sequences
+from lisa_dist.data.tokenizer import load_tokenizer
+from lisa_dist.environment import restart_count
+from lisa_dist.learner import Learner, build_learner, count_trained_parameters, load_initial_weights
+from lisa_dist.models.architecture import read_architecture
+from lisa_dist.telemetry.progress import announce
+from lisa_dist.telemetry.recorder import Recorder
+from lisa_dist.telemetry.units import format_bytes, format_count
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """A run in progress: the learner with its data, its place and its record."""
+
+    config: Config
+    learner: Learner
+    tokenizer: PreTrainedTokenizerBase
+    batches: GlobalBatches
+    validation: GlobalBatches | None
+    max_steps: int
+    progress: Progress
+    recorder: Recorder
+
+
+def open_run_directory(config: Config) -> Config:
+    """Fix ``run.dir`` and write config.yaml there. Collective: rank 0 acts, every rank learns.
+
+    Raises:
+        UserError: a run is there that is not to be resumed, or the directory can't be written.
+    """
+
+    def claim() -> Config:
+        settled = resolve_run_dir(config)
+        if not resumes(settled):
+            check_run_dir_is_free(settled)
+        directory = Path(str(settled.run.dir))
+        try:
+            checkpoint_directory(settled).mkdir(parents=True, exist_ok=True)
+            (directory / "config.yaml").write_text(to_yaml(settled))
+        except OSError as error:
+            raise UserError(f"run.dir={directory}: can't be written ({error.strerror})") from error
+        return settled
+
+    return distributed.on_rank_zero(claim)
+
+
+def resumes(config: Config) -> bool:
+    """Whether the run may go on from a checkpoint: it is asked to, or the elastic agent restarted it."""
+    return config.checkpoint.resume == "auto" or restart_count() > 0
+
+
+def checkpoint_directory(config: Config) -> Path:
+    """Return where the run's checkpoints lie."""
+    return Path(str(config.run.dir)) / "checkpoints"
+
+
+def prepare_run(config: Config) -> Run:
+    """Read the data, build the model, and restore the newest checkpoint or load the weights to start from.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: the configuration does not fit the model, the data or the ranks.
+    """
+    device = distributed.device()
+    source = config.model.tokenizer or config.model.path
+    if source is None:
+        raise UserError("model.path=null: name a Hugging Face directory, a hub id or builtin:demo, or choose a preset")
+    check_vocabulary = read_architecture(config.model).vocab_size
+    tokenizer = load_tokenizer(source, config.model.trust_remote_code)
+    if len(tokenizer) > check_vocabulary:
+        raise UserError(
+            f"model.tokenizer={source}: has {len(tokenizer)} tokens but the model knows {check_vocabulary}; "
+            "choose the model's own tokenizer"
+        )
+    data = prepare_data(config.data, tokenizer, config.train.seed)
+    show_preview(config.data, data, tokenizer)
+    batches = make_batches(config, data.train, tokenizer)
+    validation = None if data.validation is None else make_batches(config, data.validation, tokenizer)
+    learner = build_learner(config)
+    progress = load_state(learner, config, device)
+    max_steps = config.train.max_steps or batches.steps(config.train.epochs)
+    announce_run(config, learner, data, batches, max_steps, progress)
+    recorder = Recorder(config, max_steps, progress.step, progress.resumed_from)
+    return Run(config, learner, tokenizer, batches, validation, max_steps, progress, recorder)
+
+
+def make_batches(config: Config, sequences: Sequences, tokenizer: PreTrainedTokenizerBase) -> GlobalBatches:
+    """Return this rank's view of the global batches over ``sequences``."""
+    return GlobalBatches(
+        sequences,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        sequence_length=config.data.sequence_length,
+        seed=config.train.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        pad_token_id=int(tokenizer.pad_token_id or 0),
+        fixed_length=config.data.packing or config.parallel.compile,
+    )
+
+
+def load_state(learner: Learner, config: Config, device: torch.device) -> Progress:
+    """Fill the model from the newest complete checkpoint, or from where it starts. Collective: every rank.
+
+    Raises:
+        UserError: at a fresh start, the global batch is not a multiple of what the ranks take at a time.
+    """
+    newest = newest_complete(checkpoint_directory(config)) if resumes(config) else None
+    if newest is not None:
+        progress = restore_checkpoint(learner, newest, device)
+        progress.resumed_from.append(progress.step)
+        logger.info("going on from %s", newest)
+        return progress
+    at_a_time = config.train.micro_batch_size * distributed.world_size()
+    if config.train.global_batch_size % at_a_time:
+        raise UserError(
+            f"train.global_batch_size={config.train.global_batch_size}: must be a multiple of {at_a_time}, "
+            f"train.micro_batch_size={config.train.micro_batch_size} x {distributed.world_size()} ranks"
+        )
+    load_initial_weights(learner, device)
+    return Progress()
+
+
+def announce_run(
+    config: Config, learner: Learner, data: PreparedData, batches: GlobalBatches, max_steps: int, progress: Progress
+) -> None:
+    """Print once what is effective."""
+    sharded, precision = learner.sharded, config.precision
+    mesh = " x ".join(f"{size} {name}" for name, size in zip(sharded.mesh.mesh_dim_names or (), sharded.mesh.shape))
+    total = sum(sharded.parameter(name).numel() for name in sharded.handles)
+    blocks = len(sharded.layers.blocks)
+    trained = f"{data.counts.trained_share:.0%} of {format_count(data.counts.tokens)} tokens trained"
+    announce(
+        {
+            "run": str(config.run.dir),
+            "ranks": f"{distributed.world_size()} ({mesh}), {distributed.device().type}, "
+            f"{torch.get_num_threads()} CPU threads a rank",
+            "model": f"{config.model.path or config.model.name}: {format_count(total)} parameters in {blocks} blocks"
+            f"{', head tied to the embeddings' if sharded.layers.tied else ''}, {config.model.initialization} weights",
+            "method": f"{config.method}: sampler {config.sampler.name}, {learner.sampler.sampler.num_active} of {blocks} "
+            f"blocks a period of {config.sampler.period} steps; update {config.update.name}",
+            "storage": f"frozen {precision.frozen}, active {precision.active}, compute {precision.compute}, "
+            f"gradients reduced in {precision.reduce}, {precision.on_freeze} rounding on freeze",
+            "attention": config.model.attention,
+            "data": f"{config.data.path}: {batches.num_sequences} sequences, format {data.format}, {trained}",
+            "steps": f"{progress.step} of {max_steps} done, global batch {config.train.global_batch_size} = "
+            f"{config.train.micro_batch_size} a micro-batch",
+            "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        },
+        title="lisa-dist",
+    )
+
+
+def announce_trained(learner: Learner, counted: dict[str, int]) -> None:
+    """Print what trains in the first period, and the bytes that this rank then holds."""
+    parts = count_trained_parameters(learner)
+    announce(
+        {
+            "trained parameters": f"{format_count(sum(parts.values()))}: "
+            + ", ".join(f"{format_count(count)} in {part}" for part, count in parts.items() if count),
+            "persistent bytes a rank": f"{format_bytes(sum(counted.values()))}: "
+            + ", ".join(f"{format_bytes(size)} {kind.replace('_', ' ')}" for kind, size in counted.items()),
+        }
+    )
