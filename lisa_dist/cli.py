@@ -21,7 +21,6 @@ from lisa_dist.config.loading import GROUPS, group_choices, load, load_run, to_y
 from lisa_dist.config.reference import keys_of
 from lisa_dist.config.run_directory import check_run_dir_is_free, resolve_run_dir
 from lisa_dist.environment import environment_rank, has_ranks
-from lisa_dist.rank_log import set_up_logging
 from lisa_dist.signals import ignore_stop_signals, install_stop_handlers
 
 
@@ -166,8 +165,8 @@ def _configuration(command: Command, overrides: list[str], config_dir: str | Non
 def _dispatch(name: str, config: Config) -> int:
     """Run the command here, or start the ranks that run it where no launcher has."""
     command = COMMANDS[name]
-    set_up_logging(verbose=environment_rank() == 0)
     if not command.in_ranks:
+        _function("lisa_dist.telemetry.logs:setup_logging")()
         return _function(command.function)(config)
     if has_ranks():
         install_stop_handlers()

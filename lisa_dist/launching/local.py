@@ -28,7 +28,6 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, Config, UserError
 from lisa_dist.launching.stop_watcher import StopWatcher
-from lisa_dist.rank_log import set_up_logging, write_rank_log
 from lisa_dist.signals import install_stop_handlers
 from lisa_dist.telemetry.records import SUMMARY_FILE, read_summary, write_summary
 
@@ -62,11 +61,12 @@ def launch_ranks(config: Config, entry: str = "lisa_dist.trainer:train") -> int:
     """
     ranks = count_local_ranks(config)
     run_dir = Path(config.run.dir or ".")
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     started = time.time()
     with tempfile.TemporaryDirectory(prefix="lisa-dist-") as folder:
         outcome_dir = Path(folder)
         with StopWatcher(outcome_dir, ranks):
-            agent_failure = _run_agent(config, entry, ranks, outcome_dir, run_dir / "logs")
+            agent_failure = _run_agent(config, entry, ranks, outcome_dir)
         outcomes = [Outcome(**json.loads(file.read_text())) for file in outcome_dir.glob("outcome_*.json")]
     codes = {outcome.code for outcome in outcomes}
     if len(outcomes) == ranks and codes in ({EXIT_DONE}, {EXIT_STOPPED}):
@@ -76,8 +76,11 @@ def launch_ranks(config: Config, entry: str = "lisa_dist.trainer:train") -> int:
     _record_failure(run_dir, first, started)
     if mistakes:
         raise UserError(first.message)
-    log = run_dir / "logs" / f"rank_{first.rank}.log"
-    print(f"{first.traceback}rank {first.rank} failed: {first.message}; its log is {log}", file=sys.stderr)
+    print(
+        f"{first.traceback}lisa-dist: rank {first.rank} failed: {first.message}; its log is "
+        f"{rank_log(run_dir, first.rank)}",
+        file=sys.stderr,
+    )
     return EXIT_FAILED
 
 
@@ -94,7 +97,7 @@ def count_local_ranks(config: Config) -> int:
     return int(wanted)
 
 
-def _run_agent(config: Config, entry: str, ranks: int, outcome_dir: Path, log_dir: Path) -> ChildFailedError | None:
+def _run_agent(config: Config, entry: str, ranks: int, outcome_dir: Path) -> ChildFailedError | None:
     """Start the ranks and wait for their end; returns what the agent says where a rank died."""
     for name in ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # else 20 lines about a failure that we show ourselves
@@ -114,7 +117,7 @@ def _run_agent(config: Config, entry: str, ranks: int, outcome_dir: Path, log_di
     )
     old_quit_handler = signal.getsignal(signal.SIGQUIT)
     try:
-        elastic_launch(launch_config, run_rank)(entry, config, outcome_dir, log_dir, os.getpid())
+        elastic_launch(launch_config, run_rank)(entry, config, outcome_dir, os.getpid())
     except ChildFailedError as failure:
         return failure
     finally:
@@ -123,7 +126,7 @@ def _run_agent(config: Config, entry: str, ranks: int, outcome_dir: Path, log_di
     return None
 
 
-def run_rank(entry: str, config: Config, outcome_dir: Path, log_dir: Path, parent: int) -> int:
+def run_rank(entry: str, config: Config, outcome_dir: Path, parent: int) -> int:
     """Run ``entry`` in this process, which is a rank, and leave an :class:`Outcome` in ``outcome_dir``.
 
     A code without a failure is returned, so that the agent waits for the other ranks; a failure ends the
@@ -133,8 +136,9 @@ def run_rank(entry: str, config: Config, outcome_dir: Path, log_dir: Path, paren
     install_stop_handlers(ignore_interrupt=True)
     rank = int(os.environ["RANK"])
     (outcome_dir / f"started_{rank}_{os.getpid()}").touch()
-    log = write_rank_log(log_dir, rank)
-    set_up_logging(verbose=True)
+    log = rank_log(Path(config.run.dir or "."), rank)
+    if rank > 0:
+        _send_output_to(log)
     code, message, trace = EXIT_FAILED, "", ""
     try:
         module, _, function = entry.partition(":")
@@ -143,7 +147,8 @@ def run_rank(entry: str, config: Config, outcome_dir: Path, log_dir: Path, paren
         code, message = EXIT_USER_ERROR, str(error)
     except BaseException as error:  # whatever it is, the launcher shows it
         message, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
-        log.write(trace)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(trace)
     outcome = Outcome(rank, code, message, trace, time.time())
     partial = outcome_dir / f"partial_{rank}"
     partial.write_text(json.dumps(asdict(outcome)))
@@ -151,6 +156,21 @@ def run_rank(entry: str, config: Config, outcome_dir: Path, log_dir: Path, paren
     if code in (EXIT_DONE, EXIT_STOPPED):
         return code
     _leave_at_once(code)
+
+
+def rank_log(run_dir: Path, rank: int) -> Path:
+    """Return the log file of a rank."""
+    return run_dir / "logs" / f"rank_{rank}.log"
+
+
+def _send_output_to(log: Path) -> None:
+    """Append to ``log`` what this process prints, native code too; rank 0 alone keeps the terminal."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with log.open("a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
 def _leave_at_once(code: int) -> NoReturn:
