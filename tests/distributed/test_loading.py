@@ -71,7 +71,7 @@ def compare_with_transformers(root: str) -> None:
 
 
 def test_equals_from_pretrained_for_every_family(tmp_path: Path) -> None:
-    """Hidden size 48 and 2 ranks divide; 3 norms of 4 experts, 128 tokens of 2 files and biases do in part."""
+    """Several files, tied and untied, dense and fused experts, stored in bfloat16."""
     for family in FAMILIES:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.bfloat16)
@@ -82,22 +82,32 @@ def test_equals_from_pretrained_for_every_family(tmp_path: Path) -> None:
     run_on_ranks(2, compare_with_transformers, str(tmp_path))
 
 
-def random_state(family: str, changes: dict[str, Any]) -> dict[str, Tensor]:
-    model = sharded(tiny_config(family, **changes), torch.float32)
-    assert initialize_random(model, seed=3) == []
-    return {name: full(parameter).detach() for name, parameter in model.named_parameters()}
+# 4 ranks divide neither 130 tokens nor 6 experts
+RANDOM_FAMILIES = {
+    "llama": {"vocab_size": 130},
+    "gemma3": {},
+    "gpt2": {"vocab_size": 130},
+    "qwen3_moe": {"num_experts": 6},
+}
 
 
 def random_states() -> dict[str, dict[str, Tensor]]:
-    return {family: random_state(family, {}) for family in ("llama", "gemma3", "gpt2", "qwen3_moe")}
+    states = {}
+    for family, changes in RANDOM_FAMILIES.items():
+        model = sharded(tiny_config(family, **changes), torch.float32)
+        assert initialize_random(model, seed=3) == []
+        states[family] = {name: full(parameter).detach() for name, parameter in model.named_parameters()}
+    return states
 
 
 def test_random_weights_do_not_depend_on_the_number_of_ranks() -> None:
-    one, three = run_on_ranks(1, random_states)[0], run_on_ranks(3, random_states)[2]  # 3 divides neither 128 nor 4
-    for family, state in one.items():
-        assert state.keys() == three[family].keys()
-        for name, tensor in state.items():
-            assert torch.equal(tensor, three[family][name]), (family, name)
+    ranks = run_on_ranks(4, random_states)[3]
+    for family, changes in RANDOM_FAMILIES.items():
+        alone = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32)
+        initialize_random(alone, seed=3)
+        assert ranks[family].keys() == dict(alone.named_parameters()).keys()
+        for name, parameter in alone.named_parameters():
+            assert torch.equal(parameter, ranks[family][name]), (family, name)
 
 
 def private_bytes() -> int:
@@ -107,7 +117,7 @@ def private_bytes() -> int:
 
 
 def peak_while_loading(directory: str) -> tuple[int, int, int]:
-    """Return the peak private bytes above those before the model was allocated, the shard's and the largest tensor's."""
+    """Return the peak private bytes above those before allocation, the shard's bytes and the largest tensor's."""
     model = sharded(LlamaConfig.from_pretrained(directory), torch.float32)
     load_pretrained(model, directory)  # once before: imports, thread pools and allocator pools are no part of it
     del model
@@ -135,8 +145,8 @@ def test_peak_memory_is_below_the_shard_and_the_largest_tensor(tmp_path: Path) -
         vocab_size=8000, hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=12
     )
     with torch.device("meta"):
-        shapes = {n: p.shape for n, p in AutoModelForCausalLM.from_config(config, dtype=torch.float32).named_parameters()}
-    weights = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    weights = {name: torch.zeros(parameter.shape) for name, parameter in model.named_parameters()}
     total = sum(tensor.nbytes for tensor in weights.values())
     assert total >= 200 * MIB
     config.save_pretrained(tmp_path)

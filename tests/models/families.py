@@ -25,6 +25,10 @@ _GPT2_SHAPE: dict[str, Any] = {
     **{"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 128},
     **{"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
 }
+_GEMMA3_LAYERS: dict[str, Any] = {  # both kinds of its attention, each with rotary frequencies of its own
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+}
 _NEOX_DROPOUT: dict[str, Any] = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "output_router_logits": False}
 
@@ -36,7 +40,7 @@ _FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {**_SHAPE, "sliding_window": None}),
     "gemma": ("gemma", {**_SHAPE, "head_dim": 16, "tie_word_embeddings": True}),
     "gemma2": ("gemma2", {**_SHAPE, "head_dim": 16, "sliding_window": 32, "final_logit_softcapping": 3.0}),
-    "gemma3": ("gemma3_text", {**_SHAPE, "head_dim": 16, "sliding_window": 32, "num_hidden_layers": 4}),
+    "gemma3": ("gemma3_text", {**_SHAPE, **_GEMMA3_LAYERS, "head_dim": 16, "sliding_window": 32}),
     "gpt2": ("gpt2", _GPT2_SHAPE),
     "gpt_neox": ("gpt_neox", {**_SHAPE, **_NEOX_DROPOUT, "rotary_pct": 0.5}),
     "phi": ("phi", {**_SHAPE, "partial_rotary_factor": 0.5, "embd_pdrop": 0.0, "resid_pdrop": 0.0}),

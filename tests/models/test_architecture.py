@@ -1,0 +1,114 @@
+"""Which configuration a model is built from, and what is said where there is none."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from lisa_dist.config import ModelConfig, UserError
+from lisa_dist.models.architecture import build_meta_model, local_directory, meta_replica, read_architecture
+from tests.models.families import tiny_config
+
+TINY = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16}
+
+
+def _write(directory: Path, fields: dict) -> str:
+    (directory / "config.json").write_text(json.dumps(fields))
+    return str(directory)
+
+
+def test_directory_comes_before_the_presets_fields(tmp_path: Path) -> None:
+    tiny_config("llama", use_cache=True).save_pretrained(tmp_path)
+    config = ModelConfig(path=str(tmp_path), architecture=TINY, attention="eager")
+    architecture = read_architecture(config)
+    assert architecture.hidden_size == 48
+    assert architecture.use_cache is False
+    assert architecture._attn_implementation == "eager"
+
+
+def test_fields_stand_in_for_a_hub_id_where_no_weights_are_read() -> None:
+    config = ModelConfig(path="somebody/model", architecture=TINY)
+    assert read_architecture(config, without_weights=True).hidden_size == 32
+    assert read_architecture(ModelConfig(path="somebody/model", init="random", architecture=TINY)).hidden_size == 32
+
+
+def test_built_in_model_is_in_the_package() -> None:
+    directory = local_directory("builtin:demo")
+    assert directory is not None and (directory / "config.json").is_file()
+    with pytest.raises(UserError, match="builtin:demo"):
+        local_directory("builtin:dmeo")
+
+
+def test_model_is_on_meta_in_float32(tmp_path: Path) -> None:
+    tiny_config("llama", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model = build_meta_model(ModelConfig(path=str(tmp_path)))
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.float32)}
+    replica = meta_replica(model)
+    assert {n: p.shape for n, p in replica.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+
+
+def test_only_the_language_model_of_several_modalities_is_taken(tmp_path: Path) -> None:
+    text = tiny_config("gemma3").to_dict()
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    AutoConfig.for_model("gemma3", text_config=text, vision_config=vision).save_pretrained(tmp_path)
+    architecture = read_architecture(ModelConfig(path=str(tmp_path)))
+    assert architecture.model_type == "gemma3_text" and architecture.num_hidden_layers == 4
+
+
+def test_router_outputs_are_off() -> None:
+    fields = tiny_config("mixtral", output_router_logits=True).to_dict()
+    assert read_architecture(ModelConfig(architecture=fields)).output_router_logits is False
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ModelConfig(), r"model\.path=null: name a Hugging Face directory"),
+        (ModelConfig(path="/no/such/place"), r"model\.path=/no/such/place: no such directory"),
+        (ModelConfig(path="./place"), r"model\.path=\./place: no such directory"),
+        (ModelConfig(architecture={"model_type": "lama"}), r"model_type=lama: unknown to .*did you mean llama\?"),
+        (
+            ModelConfig(path="a", architecture=TINY, attention="flash_attention_2"),
+            r"model\.attention=flash_attention_2",
+        ),
+    ],
+)
+def test_mistakes_are_named(config: ModelConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_meta_model(config, read_architecture(config, without_weights=True))
+
+
+def test_directory_without_or_with_a_broken_config(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        read_architecture(ModelConfig(path=str(tmp_path)))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="no valid JSON"):
+        read_architecture(ModelConfig(path=str(tmp_path)))
+    with pytest.raises(UserError, match=r"unknown to transformers.*did you mean mistral"):
+        read_architecture(ModelConfig(path=_write(tmp_path, {"model_type": "mistrall"})))
+
+
+def test_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"model\.path=nobody/nothing: no such directory, and the hub") as caught:
+        read_architecture(ModelConfig(path="nobody/nothing"))
+    assert "\n" not in str(caught.value)
+
+
+def test_code_that_comes_with_a_model_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = _write(tmp_path, {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}})
+    (tmp_path / "own.py").write_text(
+        "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    with pytest.raises(UserError, match=r"model\.trust_remote_code=true"):
+        read_architecture(ModelConfig(path=path))
+    with caplog.at_level(logging.WARNING):
+        architecture = read_architecture(ModelConfig(path=path, trust_remote_code=True))
+    assert architecture.model_type == "own"
+    assert "RUNS ON THIS MACHINE" in caplog.text

@@ -1,0 +1,201 @@
+"""Weights in and out of one process: errors, buffers, random weights and the way back to a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from lisa_dist.config import UserError
+from lisa_dist.models.conversion import export_conversion
+from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers, weights_dtype
+from tests.models.families import FAMILIES, tiny_config
+
+transformers_logging.disable_progress_bar()
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+GEMMA3_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
+
+def allocated(config: Any) -> nn.Module:
+    """A model on the CPU whose every tensor is NaN."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.detach().fill_(float("nan") if tensor.is_floating_point() else 0)
+    return model
+
+
+def saved(directory: Path, family: str = "llama") -> dict[str, torch.Tensor]:
+    """Write a tiny model; return its tensors."""
+    AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32).save_pretrained(directory)
+    return load_file(directory / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "llama3_rope", "gemma3_ropes"])
+def test_buffers_equal_those_of_a_model_built_the_usual_way(family: str) -> None:
+    config = {
+        "llama3_rope": lambda: tiny_config("llama", rope_parameters=LLAMA3_ROPE),
+        "gemma3_ropes": lambda: tiny_config("gemma3", rope_parameters=GEMMA3_ROPES),
+    }.get(family, lambda: tiny_config(family))()
+    expected = dict(AutoModelForCausalLM.from_config(config, dtype=torch.float32).named_buffers())
+    model = allocated(config)
+    restore_buffers(model)
+    ours = dict(model.named_buffers())
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], buffer) for name, buffer in expected.items())
+    if family == "gemma3_ropes":
+        assert len({tuple(b.tolist()) for n, b in ours.items() if n.endswith("inv_freq") and "original" not in n}) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_weights_follow_the_models_own_initialisation(family: str) -> None:
+    torch.manual_seed(0)
+    expected = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
+    model = allocated(tiny_config(family))
+    initialize_random(model, seed=0)
+    for name, parameter in model.named_parameters():
+        theirs = expected.get_parameter(name)
+        if theirs.std() == 0:  # zeros and ones, of norms and biases
+            assert torch.equal(parameter, theirs), name
+        else:  # the deviation of n samples has a relative error of about 1 / sqrt(2 n)
+            assert parameter.std().item() / theirs.std().item() == pytest.approx(
+                1, abs=6 / (2 * theirs.numel()) ** 0.5
+            ), name
+            assert not torch.equal(parameter, theirs)
+
+
+def test_random_weights_depend_on_the_seed_and_differ_between_blocks() -> None:
+    states = []
+    for seed in (1, 1, 2):
+        model = allocated(tiny_config("llama"))
+        before = torch.get_rng_state()
+        initialize_random(model, seed)
+        assert torch.equal(torch.get_rng_state(), before), "the global generator moved"
+        states.append(dict(model.named_parameters()))
+    weight = "model.layers.{}.self_attn.q_proj.weight"
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0][weight.format(0)], states[2][weight.format(0)])
+    assert not torch.equal(states[0][weight.format(0)], states[0][weight.format(1)])
+
+
+def test_adapters_are_left_alone_and_named(tmp_path: Path) -> None:
+    weights = saved(tmp_path)
+    model = allocated(tiny_config("llama"))
+    projection = model.model.layers[0].self_attn
+    wrapper = nn.Module()
+    wrapper.base_layer, wrapper.lora_A = projection.q_proj, nn.Linear(48, 2, bias=False)
+    projection.q_proj = wrapper
+    kept = wrapper.lora_A.weight.detach().clone()
+    added = "model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert load_pretrained(model, tmp_path) == [added]
+    assert torch.equal(wrapper.base_layer.weight, weights["model.layers.0.self_attn.q_proj.weight"])
+    assert initialize_random(model, 0) == [added]
+    assert torch.equal(wrapper.lora_A.weight, kept)
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
+    weights = saved(tmp_path)
+    file = tmp_path / "model.safetensors"
+    name = "model.layers.1.mlp.up_proj.weight"
+    for change, message in [
+        ({name: None}, rf"the weights lack {name}"),
+        ({"model.layers.0.extra": torch.zeros(1)}, r"hold the unexpected model\.layers\.0\.extra"),
+        ({name: torch.zeros(3, 3)}, rf"{name} has shape \[3, 3\] in the weights, but \[80, 48\] by config\.json"),
+    ]:
+        changed = {key: tensor for key, tensor in {**weights, **change}.items() if tensor is not None}
+        save_file(changed, file, metadata={"format": "pt"})
+        with pytest.raises(UserError, match=message):
+            load_pretrained(allocated(tiny_config("llama")), tmp_path)
+
+
+def test_directories_without_safetensors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no \*\.safetensors"):
+        load_pretrained(allocated(tiny_config("llama")), tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin but no safetensors.*convert it first"):
+        load_pretrained(allocated(tiny_config("llama")), tmp_path)
+
+
+def test_tied_weight_is_read_under_either_name(tmp_path: Path) -> None:
+    weights = saved(tmp_path, "qwen2")
+    assert "lm_head.weight" not in weights
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = allocated(tiny_config("qwen2"))
+    load_pretrained(model, tmp_path)
+    assert torch.equal(model.model.embed_tokens.weight, weights["lm_head.weight"])
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_language_model_is_read_out_of_a_checkpoint_of_several_modalities(tmp_path: Path, prefix: str) -> None:
+    weights = saved(tmp_path, "gemma3")
+    renamed = {name.replace("model.", prefix, 1): tensor for name, tensor in weights.items()}
+    renamed["vision_tower.patches.weight"] = torch.zeros(2)
+    save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = allocated(tiny_config("gemma3"))
+    load_pretrained(model, tmp_path)
+    assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in weights.items())
+
+
+def test_stored_dtype_is_that_of_most_weights(tmp_path: Path) -> None:
+    tensors = {"norm": torch.ones(3), "weight": torch.ones(4, 4, dtype=torch.bfloat16), "ids": torch.ones(99).long()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert weights_dtype(tmp_path) == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_way_back_equals_transformers_own_saving(family: str, tmp_path: Path) -> None:
+    """Parameter by parameter, the names and tensors are those that ``save_pretrained`` writes."""
+    model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    expected = load_file(tmp_path / "model.safetensors")
+    to_checkpoint = export_conversion(model)
+    ours = dict(
+        pair for name, parameter in model.named_parameters() for pair in to_checkpoint(name, parameter.detach())
+    )
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+    save_file(ours, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    _, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+
+
+def test_one_stored_tensor_may_fill_several_parameters(tmp_path: Path) -> None:
+    """A checkpoint that holds projections joined, which transformers splits at load."""
+    config = AutoConfig.for_model(
+        "hrm_text", **{k: v for k, v in tiny_config("llama").to_dict().items() if k != "model_type"}
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    assert len(load_file(tmp_path / "model.safetensors")) < len(list(model.parameters()))
+    loaded = allocated(config)
+    load_pretrained(loaded, tmp_path)
+    assert all(torch.equal(loaded.get_parameter(name), parameter) for name, parameter in model.named_parameters())
+    to_checkpoint = export_conversion(model)
+    ours = dict(
+        pair for name, parameter in model.named_parameters() for pair in to_checkpoint(name, parameter.detach())
+    )
+    save_file(ours, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert all(torch.equal(again.get_parameter(name), parameter) for name, parameter in model.named_parameters())
