@@ -167,7 +167,8 @@ def train_steps(run: Run) -> bool:
     """Train to the end, or until a rank is asked to stop; return whether it was. Collective: every rank."""
     config, learner, progress, recorder = run.config, run.learner, run.progress, run.recorder
     first_step = progress.step
-    evaluate(run)
+    if first_step == 0:
+        evaluate(run)
     for step, micro_batches in enumerate(run.batches.iterate(first_step, run.max_steps), start=first_step):
         started = time.monotonic()
         if step % learner.period_length == 0:

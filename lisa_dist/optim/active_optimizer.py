@@ -26,8 +26,11 @@ class ActiveOptimizer:
         self._adamw: torch.optim.AdamW | None = None  # torch refuses an optimizer without parameters
 
     def adopt(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Take parameters in, with zero state made at once, so that a checkpoint before the next step has it."""
-        self.parameters.update(parameters)
+        """Take parameters in, with zero state made at once, so that a checkpoint before the next step has it.
+
+        The order is that of the names, whatever came first: sums over parameters must not depend on history.
+        """
+        self.parameters = dict(sorted({**self.parameters, **parameters}.items()))
         if self._adamw is None and self.parameters:
             self._adamw = torch.optim.AdamW(
                 list(self.parameters.values()),
