@@ -5,7 +5,7 @@ from lisa_dist.data.encode import UNTRAINED
 from lisa_dist.data.prepare import PreparedData, prepare_data
 from lisa_dist.data.preview import Question, sample_questions, show_preview
 from lisa_dist.data.sequences import Sequences
-from lisa_dist.data.tokenize import DataCounts, TokenizedRows, tokenize
+from lisa_dist.data.tokenized import DataCounts, TokenizedRows, tokenize
 from lisa_dist.data.tokenizer import encode_prompt, ensure_chat_template, load_tokenizer
 
 __all__ = [

@@ -172,8 +172,8 @@ class GlobalBatches:
         """Put sequences into tensors, padded at the right.
 
         There is no attention mask: causal attention never looks at padding from before it, and transformers
-        keeps packed samples apart by their position ids only where no mask is given
-        (https://github.com/huggingface/transformers/pull/39194).
+        keeps packed samples apart by their position ids only where no mask is given and nothing is cached, so the
+        model must be called with ``use_cache=False`` (https://github.com/huggingface/transformers/pull/39194).
         """
         chosen: list[TokenSequence] = [self.sequences[index] for index in indices]
         tokens = self.sequence_length if self.fixed_length else max(len(one.input_ids) for one in chosen)

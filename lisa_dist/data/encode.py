@@ -62,7 +62,7 @@ class Encoder:
         else:
             try:
                 ids, trained = self._encode_messages(sample)
-            except TemplateError as error:
+            except (TemplateError, TypeError, ValueError) as error:  # templates add and compare what they find
                 raise BadRowError(f"the chat template refuses the messages ({error})") from error
         input_ids = np.asarray(ids[: self.sequence_length], dtype=np.int32)
         mask = np.asarray(trained[: self.sequence_length], dtype=bool)
@@ -99,6 +99,8 @@ class Encoder:
 
         def length_of(count: int, prompt: bool) -> int | None:
             """Characters that the first ``count`` messages take up in ``text``; None where they render otherwise."""
+            if count == 0:
+                return 0
             if (count, prompt) not in prefixes:
                 prefixes[count, prompt] = self._render_prefix(messages[:count], prompt)
             prefix = prefixes[count, prompt]
@@ -121,7 +123,11 @@ class Encoder:
     def _render_prefix(self, messages: list[Message], prompt: bool) -> str | None:
         try:
             return render(self.tokenizer, messages, prompt=prompt)
-        except TemplateError:  # some templates refuse a conversation that is empty or ends in a system message
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+        ):  # some templates refuse a conversation that is empty or ends in a system message
             return None
 
     def _content_span(self, text: str, message: Message, begin: int, bound: int) -> tuple[int, int, bool]:
@@ -145,12 +151,13 @@ class Encoder:
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         trained = [False] * len(encoding.input_ids)
         span = 0
-        for token, (start, end) in enumerate(encoding.offset_mapping):
+        for token, offsets in enumerate(encoding.offset_mapping):
+            start, end = min(offsets), max(offsets)  # where offsets are trimmed, those of a blank token are empty
             while span < len(spans) and spans[span][1] <= start:
                 span += 1
             if span == len(spans):
                 break
-            trained[token] = end > spans[span][0] and start < end  # a token that reaches into an answer belongs to it
+            trained[token] = end > spans[span][0]  # a token that reaches into an answer belongs to it
         return encoding.input_ids, trained
 
     def _mark_tokens_by_prefix(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lisa_dist.config import DataConfig, UserError
 from lisa_dist.data.sequences import Sequences
 from lisa_dist.data.sources import has_split, is_local
-from lisa_dist.data.tokenize import DataCounts, TokenizedRows, tokenize
+from lisa_dist.data.tokenized import DataCounts, TokenizedRows, tokenize
 
 VALIDATION_KEY = 20  # of the generator that draws the rows held out; no key changes it, so that runs can be compared
 

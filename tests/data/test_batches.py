@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lisa_dist.config import UserError
+from lisa_dist.data.batches import GlobalBatches, check_batch_sizes, label_tokens
+from lisa_dist.data.sequences import Sequences
+from tests.data.rows import make_rows
+
+LENGTHS = [3 + (7 * row) % 11 for row in range(37)]
+
+
+@pytest.fixture(scope="module")
+def sequences() -> Sequences:
+    return Sequences(make_rows(LENGTHS))
+
+
+def batches(sequences: Sequences, **changes) -> GlobalBatches:
+    options = dict(
+        global_batch_size=12, micro_batch_size=2, sequence_length=16, seed=5, rank=0, world_size=1, pad_token_id=0
+    )
+    return GlobalBatches(sequences, **{**options, **changes})
+
+
+def rows_in(micro_batch) -> list[int]:
+    """Which rows are in a micro-batch; empty ones hold none."""
+    return [] if label_tokens(micro_batch) == 0 else [int(ids[1]) - 1 for ids in micro_batch["input_ids"]]
+
+
+def test_same_global_batches_at_any_world_size(sequences):
+    for step in range(5):
+        expected = batches(sequences).global_batch(step)
+        for world_size in (1, 2, 3, 4, 8):
+            ranks = [batches(sequences, rank=rank, world_size=world_size) for rank in range(world_size)]
+            parts = [one.micro_batches(step) for one in ranks]
+            assert len({len(part) for part in parts}) == 1
+            seen = [row for part in parts for micro_batch in part for row in rows_in(micro_batch)]
+            assert sorted(seen) == sorted(expected)
+            assert sum(label_tokens(m) for part in parts for m in part) == sum(LENGTHS[row] - 1 for row in expected)
+
+
+def test_micro_batches_are_dealt_in_turn(sequences):
+    parts = batches(sequences).micro_batch_indices(3)
+    for rank in range(4):
+        mine = batches(sequences, rank=rank, world_size=4).micro_batches(3)
+        assert [rows_in(m) for m in mine] == [parts[rank], parts[rank + 4] if rank + 4 < len(parts) else []]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 60), st.integers(0, 1000), st.integers(1, 6))
+def test_each_epoch_holds_every_sequence_once(global_batch_size, seed, epochs):
+    mine = batches(Sequences(make_rows([2] * 23)), global_batch_size=global_batch_size, seed=seed)
+    steps = mine.steps(epochs)
+    stream = [index for step in range(steps) for index in mine.global_batch(step)]
+    assert len(stream) - global_batch_size < 23 * epochs <= len(stream)
+    for epoch in range(epochs):
+        assert sorted(stream[23 * epoch : 23 * (epoch + 1)]) == list(range(23))
+
+
+def test_order_follows_the_seed_and_changes_with_the_epoch():
+    mine = batches(Sequences(make_rows([2] * 24)))
+    assert mine.global_batch(0) != batches(mine.sequences, seed=6).global_batch(0)
+    assert mine.global_batch(0) + mine.global_batch(1) != mine.global_batch(2) + mine.global_batch(3)
+
+
+def test_steps_and_epochs(sequences):
+    mine = batches(sequences)  # 37 sequences, 12 a step
+    assert (mine.num_sequences, mine.steps_per_epoch) == (37, 4)
+    assert (mine.steps(1), mine.steps(3), mine.steps(0.1), mine.steps(12)) == (4, 10, 1, 37)
+    assert mine.epoch(37) == pytest.approx(12)
+
+
+def test_padding(sequences):
+    mine = batches(sequences)
+    batch = mine.collate([0, 1])  # 3 and 10 tokens
+    assert all(tensor.shape == (2, 10) and tensor.dtype == torch.int64 for tensor in batch.values())
+    assert set(batch) == {"input_ids", "labels", "position_ids"}  # a mask would switch packing off
+    assert batch["position_ids"].tolist() == [list(range(10))] * 2
+    assert batch["labels"][0, 3:].tolist() == [-100] * 7
+    assert label_tokens(batch) == 2 + 9
+    fixed = batches(sequences, fixed_length=True)
+    assert fixed.collate([0, 1])["input_ids"].shape == (2, 16)
+    assert fixed.empty_micro_batch()["labels"].shape == (2, 16)
+    assert label_tokens(fixed.empty_micro_batch()) == label_tokens(mine.empty_micro_batch()) == 0
+
+
+def test_longest_micro_batch(sequences):
+    longest = batches(sequences, micro_batch_size=5).longest_micro_batch()
+    lengths = (longest["labels"][:, 1:] != -100).sum(dim=1) + 1
+    assert sorted(lengths.tolist()) == sorted(LENGTHS)[-5:]
+
+
+def test_iterate_goes_on_at_any_step(sequences):
+    mine = batches(sequences, world_size=2, rank=1)
+    for start, stop in ((0, 5), (3, 4), (2, 9), (4, 4)):
+        got = list(mine.iterate(start, stop))
+        assert len(got) == stop - start
+        for step, micro_batches in zip(range(start, stop), got, strict=True):
+            for ours, expected in zip(micro_batches, mine.micro_batches(step), strict=True):
+                assert all(ours[name].equal(expected[name]) for name in expected)
+
+
+def test_iterate_hands_errors_on(sequences, monkeypatch):
+    mine = batches(sequences)
+    monkeypatch.setattr(mine, "collate", lambda indices: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(mine.iterate(0, 3))
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+def test_validation_goes_once_over_everything(sequences, world_size):
+    ranks = [batches(sequences, rank=rank, world_size=world_size, micro_batch_size=4) for rank in range(world_size)]
+    parts = [list(one.validation_batches()) for one in ranks]
+    assert len({len(part) for part in parts}) == 1
+    assert sorted(row for part in parts for m in part for row in rows_in(m)) == list(range(37))
+    assert [len(list(one.validation_batches(limit=1))) for one in ranks] == [1] * world_size
+
+
+def test_batch_sizes_must_fit_the_ranks():
+    check_batch_sizes(12, 2, 3)
+    with pytest.raises(UserError, match=r"train.global_batch_size=10: .* 2 x 3; near are 6 and 12"):
+        check_batch_sizes(10, 2, 3)
