@@ -1,0 +1,40 @@
+# make demo       set up .venv and train the demonstration on two CPU ranks
+# make test       set up .venv and run the tests
+# make soak       the long tests: many kills, many switches
+# make gpu-check  the tests that need a GPU
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TORCH_FOR_CPU := https://download.pytorch.org/whl/cpu
+RUN_DIR ?= runs/demo_$(shell date +%Y-%m-%d_%H-%M-%S)
+
+# The first Python of at least 3.11 that can make virtual environments; PYTHON=... chooses another.
+PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13 python3.14 python; do \
+	$$name -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
+
+.PHONY: demo test soak gpu-check install
+
+demo: $(INSTALLED)
+	$(BIN)/lisa-dist train parallel.nproc_per_node=2 run.dir=$(RUN_DIR)
+	$(BIN)/lisa-dist report run.dir=$(RUN_DIR)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not soak"
+
+soak: $(INSTALLED)
+	$(BIN)/python -m pytest -m soak --timeout=0
+
+gpu-check: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu
+
+install: $(INSTALLED)
+
+# On a machine without an NVIDIA driver torch comes without CUDA, which saves gigabytes, where its index can be reached.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later with its venv module is needed (Debian: python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@if ! command -v nvidia-smi >/dev/null && $(BIN)/python -c \
+		'import urllib.request as web; web.urlopen("$(TORCH_FOR_CPU)/torch/", timeout=5)' 2>/dev/null; \
+	then $(BIN)/pip install --quiet --no-deps -c constraints.txt --index-url $(TORCH_FOR_CPU) torch; fi
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	@touch $@
