@@ -1,0 +1,187 @@
+"""``lisa-dist report run.dir=DIR``: a run directory becomes one page, ``report.html`` in it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lisa_dist.config import EXIT_DONE, Config, UserError
+from lisa_dist.telemetry.page import Card, folded_text, render_page
+from lisa_dist.telemetry.plots import Period, Series, activity_heatmap, activity_shares, line_chart, moving_average
+from lisa_dist.telemetry.records import (
+    LAYERS_FILE,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    Row,
+    read_rows,
+    read_summary,
+    write_atomically,
+)
+from lisa_dist.telemetry.units import format_bytes, format_count, format_duration
+
+REPORT_FILE = "report.html"
+CONFIG_FILE = "config.yaml"
+SMOOTH_FROM = 60  # steps from which on the loss is also drawn smoothed
+
+
+def run(config: Config) -> int:
+    """Write the page of ``run.dir`` and print where it is.
+
+    Raises:
+        UserError: no run directory is named, or there is nothing in it to report.
+    """
+    if config.run.dir is None:
+        raise UserError("run.dir=null: name the directory of a run, as in lisa-dist report run.dir=runs/NAME")
+    path = write_report(Path(config.run.dir))
+    print(path)
+    return EXIT_DONE
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``report.html`` into ``run_dir`` and return its path.
+
+    Raises:
+        UserError: the directory does not exist, holds no record, or a file of the record is damaged.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"run.dir={run_dir}: must be the directory of a run, and there is no such directory")
+    try:
+        metrics, layers = read_rows(run_dir / METRICS_FILE), read_rows(run_dir / LAYERS_FILE)
+        summary = read_summary(run_dir)
+    except (ValueError, OSError) as error:
+        raise UserError(f"run.dir={run_dir}: its record is damaged: {error}") from None
+    if not metrics and summary is None:
+        raise UserError(
+            f"run.dir={run_dir}: must hold the record of a run, and there is neither a step in {METRICS_FILE} "
+            f"nor a {SUMMARY_FILE}"
+        )
+    path = run_dir / REPORT_FILE
+    write_atomically(path, _page(run_dir, metrics, layers, summary))
+    return path
+
+
+def _page(run_dir: Path, metrics: list[Row], layers: list[Row], summary: Row | None) -> str:
+    settings = _read_settings(run_dir)
+    steps = [row for row in metrics if "eval_loss" not in row]
+    evals = [row for row in metrics if "eval_loss" in row]
+    marks = (summary or {}).get("resumed_from") or []
+    loss, *other_charts = _charts(steps, evals, marks)
+    cards = [loss, _activity_card(steps, layers, summary), *other_charts]
+    if settings:
+        cards.append(Card("", folded_text("Configuration", yaml.safe_dump(settings, sort_keys=False)), wide=True))
+    if summary:
+        cards.append(Card("", folded_text("Summary", yaml.safe_dump(summary, sort_keys=False)), wide=True))
+    return render_page(
+        run_dir.resolve().name,
+        subtitle=_subtitle(settings),
+        banner=_banner(summary),
+        figures=_figures(steps, evals, summary),
+        cards=cards,
+    )
+
+
+def _charts(steps: list[Row], evals: list[Row], marks: list[float]) -> list[Card]:
+    x = [row["step"] for row in steps]
+
+    def chart(key: str, **options: Any) -> str:
+        return line_chart([Series(key, x, _column(steps, key))], marks=marks, **options)
+
+    loss = _column(steps, "loss")
+    smooth = len(loss) >= SMOOTH_FROM
+    lines = [Series("training, each step" if smooth else "training", x, loss, faint=smooth, color=0)]
+    if smooth:
+        lines.append(Series("training, smoothed", x, moving_average(loss, len(loss) / 60), color=0))
+    if evals:
+        at = [row["step"] for row in evals]
+        lines.append(Series("validation", at, _column(evals, "eval_loss"), dots=len(evals) <= 60, color=1))
+    note = "Dashed: the run went on from a checkpoint." if marks else ""
+    gib: Callable[[float], str] = lambda value: f"{value:.3g}"  # noqa: E731
+    return [
+        Card("Loss", line_chart(lines, marks=marks), note),
+        Card("Tokens per second", chart("tokens_per_second", from_zero=True, format_y=format_count)),
+        Card("Memory of rank 0, GiB", chart("memory_gib", from_zero=True, format_y=gib)),
+        Card("Gradient norm before clipping", chart("grad_norm", from_zero=True)),
+        Card("Learning rate", chart("lr", from_zero=True)),
+    ]
+
+
+def _activity_card(steps: list[Row], layers: list[Row], summary: Row | None) -> Card:
+    heading = "Which block trained when"
+    periods = [Period(row["step"], row["active_layers"]) for row in layers]
+    known = [max(period.active, default=-1) + 1 for period in periods] + [
+        len(row.get("scores") or []) for row in layers
+    ]
+    num_blocks = max([(summary or {}).get("num_blocks") or 0, *known])
+    if not periods or num_blocks == 0:
+        return Card(heading, activity_heatmap([], 0, 0))
+    last_step = max([row["step"] for row in steps] + [periods[-1].step])
+    shares = activity_shares(periods, num_blocks, last_step)
+    untouched = sum(share == 0 for share in shares)
+    note = (
+        f"Periods: {len(periods)}, blocks: {num_blocks}, the last on top; at the right each one's share of the steps, "
+        f"{min(shares):.0%} to {max(shares):.0%}." + (f" {untouched} never trained." if untouched else "")
+    )
+    return Card(heading, activity_heatmap(periods, num_blocks, last_step), note)
+
+
+def _figures(steps: list[Row], evals: list[Row], summary: Row | None) -> dict[str, str]:
+    summary = summary or {}
+    figures = {"steps": str(steps[-1]["step"]) if steps else "0"}
+    losses = [value for value in _column(steps, "loss") if value is not None]
+    if losses:
+        figures["last training loss"] = f"{losses[-1]:.4f}"
+    eval_losses = [value for value in _column(evals, "eval_loss") if value is not None]
+    if eval_losses:
+        figures["last validation loss"] = f"{eval_losses[-1]:.4f}"
+        figures["best validation loss"] = f"{min(eval_losses):.4f}"
+    speeds = [value for value in _column(steps, "tokens_per_second") if value is not None]
+    if speeds:
+        figures["tokens/s, median"] = format_count(statistics.median(speeds))
+    memory = [value for value in [*_column(steps, "memory_gib"), summary.get("peak_memory_gib")] if value is not None]
+    if memory:
+        figures["peak memory, rank 0"] = f"{max(memory):.3g} GiB"
+    seconds = summary.get("wall_seconds") or sum(value or 0 for value in _column(steps, "step_seconds"))
+    if seconds:
+        figures["wall time" if summary.get("wall_seconds") else "time in steps"] = format_duration(seconds)
+    if isinstance(summary.get("trained_parameters"), (int, float)):
+        figures["trained parameters"] = format_count(summary["trained_parameters"])
+    if isinstance(summary.get("persistent_bytes"), (int, float)):
+        figures["persistent, rank 0"] = format_bytes(summary["persistent_bytes"])
+    return figures
+
+
+def _subtitle(settings: dict[str, Any]) -> str:
+    named = [(group, settings.get(group)) for group in ("method", "model", "data")]
+    texts = [
+        f"{group} {value if isinstance(value, str) else (value.get('path') or value.get('name'))}"
+        for group, value in named
+        if isinstance(value, (str, dict))
+    ]
+    return "  ·  ".join(texts)
+
+
+def _banner(summary: Row | None) -> str:
+    if summary is None:
+        return "This run has no summary: it is still running, or it ended without being able to write one."
+    reason = str(summary.get("exit_reason", "unknown"))
+    return "" if reason == "finished" else f"This run did not finish: {reason}"
+
+
+def _read_settings(run_dir: Path) -> dict[str, Any]:
+    """Return config.yaml without ``launch``, whose shell lines may hold tokens: a page is passed around."""
+    path = run_dir / CONFIG_FILE
+    if not path.exists():
+        return {}
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"run.dir={run_dir}: its {CONFIG_FILE} is damaged: {' '.join(str(error).split())}") from None
+    return {key: value for key, value in settings.items() if key != "launch"} if isinstance(settings, dict) else {}
+
+
+def _column(rows: list[Row], key: str) -> list[float | None]:
+    return [row.get(key) for row in rows]
