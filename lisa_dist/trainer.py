@@ -23,6 +23,7 @@ from lisa_dist.learner import Learner, begin_period, count_persistent_bytes, cou
 from lisa_dist.optim.clipping import normalize_and_clip
 from lisa_dist.optim.schedule import learning_rate
 from lisa_dist.preparation import Run, announce_trained, checkpoint_directory, open_run_directory, prepare_run
+from lisa_dist.sample_answers import show_answers
 from lisa_dist.signals import ignore_stop_signals, stop_requested
 from lisa_dist.telemetry.logs import setup_logging
 
@@ -169,6 +170,7 @@ def train_steps(run: Run) -> bool:
     first_step = progress.step
     if first_step == 0:
         evaluate(run)
+        show_answers(run, "answers before training")
     for step, micro_batches in enumerate(run.batches.iterate(first_step, run.max_steps), start=first_step):
         started = time.monotonic()
         if step % learner.period_length == 0:
@@ -198,7 +200,10 @@ def train_steps(run: Run) -> bool:
             save_checkpoint(learner, progress, checkpoint_directory(config), config.checkpoint.keep)
         if result.stop_requested:
             break
-    return progress.step < run.max_steps
+    stopped = progress.step < run.max_steps
+    if not stopped:
+        show_answers(run, "answers after training")
+    return stopped
 
 
 def is_due(every: int, step: int) -> bool:
