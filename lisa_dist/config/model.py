@@ -22,7 +22,7 @@ class ModelConfig:
     blocks: str | None = None  # dotted path of the stack of blocks where it is not found by structure
     quantization: str = "none"  # storage of the frozen base under adapters: none, int8, nf4
     trust_remote_code: bool = False  # run Python code that comes with the model
-    attention: str = "sdpa"  # attention kernel: sdpa, eager, flash_attention_2, flex_attention
+    attention: str | None = None  # sdpa, eager, flash_attention_2, flex_attention; null: sdpa where the model has it
     loss_chunk: int = 1024  # tokens whose logits the loss head holds at a time
     router_aux_loss: bool = False  # add a mixture-of-experts model's router loss
 
@@ -30,7 +30,8 @@ class ModelConfig:
         if self.init is not None:
             check_choice("model.init", self.init, ["pretrained", "random"])
         check_choice("model.quantization", self.quantization, ["none", "int8", "nf4"])
-        check_choice("model.attention", self.attention, ["sdpa", "eager", "flash_attention_2", "flex_attention"])
+        if self.attention is not None:
+            check_choice("model.attention", self.attention, ["sdpa", "eager", "flash_attention_2", "flex_attention"])
         if self.loss_chunk < 1:
             raise UserError(f"model.loss_chunk={self.loss_chunk}: must be at least 1 token")
 

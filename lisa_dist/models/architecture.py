@@ -73,7 +73,8 @@ def read_architecture(config: ModelConfig, *, without_weights: bool = False) -> 
     architecture.use_cache = False
     if hasattr(architecture, "output_router_logits"):
         architecture.output_router_logits = False  # the loss head adds the router's loss where it is asked for
-    architecture._attn_implementation = config.attention
+    if config.attention is not None:
+        architecture._attn_implementation = config.attention
     return architecture
 
 
@@ -99,7 +100,12 @@ def build_meta_model(config: ModelConfig, architecture: PretrainedConfig | None 
         raise UserError(f"model.attention={config.attention}: {_first_line(error)}") from error
     except ValueError as error:
         reason = _first_line(error)
+        if "attn_implementation" in reason:
+            raise UserError(
+                f"model.attention={config.attention}: this model has no such kernel; null chooses"
+            ) from error
         raise UserError(f"model.path={config.path}: is no causal language model that can be built: {reason}") from error
+    model.tie_weights()  # transformers 5.0 leaves that out on meta
     return model.train()
 
 
@@ -111,7 +117,9 @@ def original_class(model: nn.Module) -> Any:
 def meta_replica(model: nn.Module) -> Any:
     """Return an unsharded copy of ``model`` on meta: names, full shapes, ties, without any memory."""
     with torch.device("meta"):
-        return original_class(model)._from_config(model.config, dtype=torch.float32)
+        replica = original_class(model)._from_config(model.config, dtype=torch.float32)
+    replica.tie_weights()
+    return replica
 
 
 def _read_directory(config: ModelConfig, directory: Path) -> PretrainedConfig:

@@ -60,6 +60,13 @@ def test_only_the_language_model_of_several_modalities_is_taken(tmp_path: Path) 
     assert architecture.model_type == "gemma3_text" and architecture.num_hidden_layers == 4
 
 
+def test_attention_kernel_is_the_models_own_choice_unless_named() -> None:
+    assert build_meta_model(ModelConfig(), tiny_config("llama")).config._attn_implementation == "sdpa"
+    assert build_meta_model(ModelConfig(), tiny_config("gemma2")).config._attn_implementation == "eager"
+    with pytest.raises(UserError, match=r"model\.attention=sdpa: this model has no such kernel"):
+        build_meta_model(ModelConfig(attention="sdpa"), tiny_config("gemma2"))
+
+
 def test_router_outputs_are_off() -> None:
     fields = tiny_config("mixtral", output_router_logits=True).to_dict()
     assert read_architecture(ModelConfig(architecture=fields)).output_router_logits is False

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
-from lisa_dist.config import UserError
+from lisa_dist.config import ModelConfig, UserError
+from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import LayerMap, find_layers
 from tests.models.families import FAMILIES, tiny_config
 
@@ -16,8 +15,7 @@ TIED = {"qwen2", "gemma", "gemma2", "gemma3", "gpt2"}
 
 
 def _meta(family: str) -> nn.Module:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
+    return build_meta_model(ModelConfig(), tiny_config(family))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -27,7 +25,7 @@ def test_parts_of_every_family(family: str) -> None:
     assert layers.blocks_path == STACKS.get(family, "model.layers")
     assert len(layers.blocks) == model.config.num_hidden_layers
     assert [model.get_submodule(name) for name in layers.block_names] == layers.blocks
-    assert layers.head is model.lm_head and layers.head_name == "lm_head"
+    assert layers.head is model.get_output_embeddings() is model.get_submodule(layers.head_name)
     assert layers.tied == (family in TIED)
     assert len(layers.embeddings) == (2 if family == "gpt2" else 1)  # token and position embeddings
     assert len(layers.norm) == (0 if family == "olmo" else 1)  # OLMo's norm has no parameters
@@ -36,7 +34,7 @@ def test_parts_of_every_family(family: str) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         members = {id(p) for module in parts[layers.group_of(name)] for p in module.parameters()}
         assert id(parameter) in members, name
-    assert layers.group_of("lm_head.weight") == ("embeddings" if layers.tied else "head")
+    assert layers.group_of(f"{layers.head_name}.weight") == ("embeddings" if layers.tied else "head")
 
 
 def test_parameters_added_to_a_block_belong_to_it() -> None:

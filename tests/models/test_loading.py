@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from lisa_dist.config import UserError
 from lisa_dist.models.conversion import export_conversion
-from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers, weights_dtype
+from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
+from lisa_dist.models.weight_files import weights_dtype
 from tests.models.families import FAMILIES, tiny_config
 
 transformers_logging.disable_progress_bar()
@@ -180,6 +182,7 @@ def test_way_back_equals_transformers_own_saving(family: str, tmp_path: Path) ->
     assert not report["missing_keys"] and not report["unexpected_keys"]
 
 
+@pytest.mark.skipif("hrm_text" not in CONFIG_MAPPING_NAMES, reason="newer than this transformers")
 def test_one_stored_tensor_may_fill_several_parameters(tmp_path: Path) -> None:
     """A checkpoint that holds projections joined, which transformers splits at load."""
     config = AutoConfig.for_model(
