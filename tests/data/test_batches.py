@@ -19,9 +19,15 @@ def sequences() -> Sequences:
 
 
 def batches(sequences: Sequences, **changes) -> GlobalBatches:
-    options = dict(
-        global_batch_size=12, micro_batch_size=2, sequence_length=16, seed=5, rank=0, world_size=1, pad_token_id=0
-    )
+    options = {
+        "global_batch_size": 12,
+        "micro_batch_size": 2,
+        "sequence_length": 16,
+        "seed": 5,
+        "rank": 0,
+        "world_size": 1,
+        "pad_token_id": 0,
+    }
     return GlobalBatches(sequences, **{**options, **changes})
 
 

@@ -50,9 +50,15 @@ def test_no_token_of_a_packed_sequence_sees_another_sample():
     packed = Sequences.packed(rows, 16, seed=0)
     alone = Sequences(rows)
     assert any(len(members) > 1 for members in packed.packing)
-    options = dict(
-        global_batch_size=4, micro_batch_size=4, sequence_length=16, seed=0, rank=0, world_size=1, pad_token_id=0
-    )
+    options = {
+        "global_batch_size": 4,
+        "micro_batch_size": 4,
+        "sequence_length": 16,
+        "seed": 0,
+        "rank": 0,
+        "world_size": 1,
+        "pad_token_id": 0,
+    }
     packed_batches = GlobalBatches(packed, **options, fixed_length=True)
     alone_batches = GlobalBatches(alone, **options)
     labels_packed = labels_alone = 0

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lisa_dist.config import DataConfig, UserError
+from lisa_dist.data import tokenized
+from lisa_dist.data.prepare import prepare_data, validation_split
+from lisa_dist.data.tokenized import tokenize
+from lisa_dist.data.tokenizer import load_tokenizer
+from tests.ranks import run_on_ranks
+
+ROWS = [{"prompt": f"What comes after {i}?", "completion": f"{i + 1}."} for i in range(20)]
+
+
+def write(file: Path, rows) -> str:
+    file.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def prepare(tmp_path, **options):
+    if "path" not in options:
+        options["path"] = write(tmp_path / "rows.jsonl", ROWS)
+    config = DataConfig(cache_dir=str(tmp_path / "cache"), **options)
+    return prepare_data(config, load_tokenizer("builtin:demo"), seed=0)
+
+
+def rows_of(sequences) -> list[list[int]]:
+    return [ids.tolist() for ids in sequences.rows["input_ids"]]
+
+
+def test_counts(tmp_path):
+    data = prepare(tmp_path)
+    tokenizer = load_tokenizer("builtin:demo")
+    texts = [f"<s><user>{row['prompt']}<assistant>{row['completion']}</s>" for row in ROWS]
+    expected = [tokenizer(text).input_ids for text in texts]
+    answers = [tokenizer(row["completion"] + "</s>").input_ids for row in ROWS]
+    assert rows_of(data.train) == expected
+    assert data.counts.tokens == sum(map(len, expected))
+    assert data.counts.trained_tokens == sum(map(len, answers))
+    assert data.counts.trained_share == pytest.approx(data.counts.trained_tokens / data.counts.tokens)
+    assert (data.counts.rows, data.counts.bad_rows, data.counts.dropped_rows, data.counts.cut_rows) == (20, 0, 0, 0)
+    assert data.validation is None
+    assert data.format == "prompt_completion"
+
+
+def test_long_rows_are_cut_and_rows_without_an_answer_dropped(tmp_path):
+    whole = prepare(tmp_path)
+    prompt = int((whole.train[0].labels != -100).argmax())
+    rows = [ROWS[0], {"prompt": ROWS[0]["prompt"] * 3, "completion": "x"}]
+    data = prepare(tmp_path, path=write(tmp_path / "long.jsonl", rows), sequence_length=prompt + 1)
+    assert (data.counts.rows, data.counts.dropped_rows, data.counts.cut_rows) == (1, 1, 2)
+    assert data.train[0].input_ids.tolist() == whole.train[0].input_ids[: prompt + 1].tolist()
+
+
+def test_nothing_left_to_train(tmp_path):
+    with pytest.raises(UserError, match=r"none of 20 rows keeps a trained token within data.sequence_length=4"):
+        prepare(tmp_path, sequence_length=4)
+    with pytest.raises(UserError, match=r"data.path=.*empty.jsonl: the data set is empty"):
+        prepare(tmp_path, path=write(tmp_path / "empty.jsonl", []))
+    with pytest.raises(UserError, match=r"data.path=null: must name a file"):
+        prepare(tmp_path, path=None)
+    assert not list((tmp_path / "cache").iterdir())  # nothing half-made stays
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("{\n", r"bad.jsonl, line 3: not valid JSON .*data.on_bad_row=skip"),
+        ('{"prompt": "q", "completion": null}\n', r"bad.jsonl, line 3: column completion must be text, found nothing"),
+    ],
+)
+def test_bad_rows(tmp_path, broken, message):
+    path = write(tmp_path / "bad.jsonl", [*ROWS[:2], broken, *ROWS[2:]])
+    with pytest.raises(UserError, match=message):
+        prepare(tmp_path, path=path)
+    data = prepare(tmp_path, path=path, on_bad_row="skip")
+    assert (data.counts.rows, data.counts.bad_rows) == (20, 1)
+    assert rows_of(data.train) == rows_of(prepare(tmp_path).train)
+    assert prepare(tmp_path, path=path, on_bad_row="skip", limit=3).counts.rows == 2
+    with pytest.raises(UserError, match=r"all 2 rows are bad"):
+        prepare(tmp_path, path=write(tmp_path / "worse.jsonl", ["{\n", "{\n"]), on_bad_row="skip")
+
+
+def test_cache_is_used_again_and_follows_what_changes_tokens(tmp_path, monkeypatch):
+    first = prepare(tmp_path)
+    made = []
+    write_tokens = tokenized._write_tokens
+    monkeypatch.setattr(tokenized, "_write_tokens", lambda *args: made.append(1) or write_tokens(*args))
+    again = prepare(tmp_path, packing=True, preview=2)  # neither changes a token
+    assert not made
+    assert again.counts == first.counts
+    for change in (
+        {"train_on_prompt": True},
+        {"sequence_length": 12},
+        {"limit": 3},
+        {"columns": {"prompt": "completion"}},
+    ):
+        made.clear()
+        assert prepare(tmp_path, **change).counts != first.counts
+        assert made == [1]
+    path = write(tmp_path / "rows.jsonl", ROWS[::-1])
+    assert rows_of(prepare(tmp_path, path=path).train) == rows_of(first.train)[::-1]
+
+
+def test_cache_that_can_not_be_written(tmp_path):
+    (tmp_path / "cache").write_text("a file in the way")
+    with pytest.raises(UserError, match=r"data.cache_dir=.*cache: can't be written"):
+        prepare(tmp_path)
+
+
+def test_fraction_held_out(tmp_path):
+    data = prepare(tmp_path, validation="0.25")
+    assert (len(data.train), len(data.validation)) == (15, 5)
+    everything = rows_of(prepare(tmp_path).train)
+    assert sorted(rows_of(data.train) + rows_of(data.validation)) == sorted(everything)
+    assert rows_of(prepare(tmp_path, validation="0.25").validation) == rows_of(data.validation)
+    with pytest.raises(UserError, match=r"data.validation=0.9: of 2 rows none would be left"):
+        prepare(tmp_path, validation="0.9", limit=2)
+
+
+def test_validation_path_and_split(tmp_path):
+    held_out = write(tmp_path / "other.jsonl", ROWS[:3])
+    data = prepare(tmp_path, validation=held_out)
+    assert (len(data.train), len(data.validation), data.validation_counts.rows) == (20, 3, 3)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder / "train.jsonl", ROWS)
+    write(folder / "val.jsonl", ROWS[:4])
+    assert len(prepare(tmp_path, path=str(folder)).validation) == 4
+    assert len(prepare(tmp_path, path=str(folder), validation=held_out).validation) == 3
+    (folder / "val.jsonl").rename(folder / "test.jsonl")
+    assert prepare(tmp_path, path=str(folder)).validation is None
+    assert validation_split(str(folder)) == "test"
+    with pytest.raises(UserError, match=r"data.validation=.*nothing.jsonl: no such file"):
+        prepare(tmp_path, validation=f"{tmp_path}/nothing.jsonl")
+
+
+def test_packing_fills_sequences(tmp_path):
+    data = prepare(tmp_path, packing=True, sequence_length=64)
+    assert len(data.train) < 20
+    assert data.train.lengths.sum() == data.counts.tokens
+    assert data.train.lengths.max() <= 64
+    sequence = data.train[0]
+    starts = np.flatnonzero(sequence.position_ids == 0)
+    assert len(starts) == len(data.train.packing[0]) > 1
+    assert (sequence.labels[starts] == -100).all()
+
+
+def test_fallback_template_comes_with_a_cached_result_too(tmp_path):
+    config = DataConfig(path=write(tmp_path / "rows.jsonl", ROWS), cache_dir=str(tmp_path / "cache"))
+    for _ in range(2):
+        tokenizer = load_tokenizer("builtin:demo")
+        tokenizer.chat_template = None
+        prepare_data(config, tokenizer, seed=0)
+        assert "### Response" in tokenizer.chat_template
+
+
+def prepare_on_rank(folder: str, path: str) -> tuple:
+    """What a rank gets: its tokens, or the error's text; and how often it tokenized itself."""
+    made = []
+    write_tokens = tokenized._write_tokens
+    tokenized._write_tokens = lambda *args: made.append(1) or write_tokens(*args)
+    try:
+        config = DataConfig(path=path, cache_dir=folder)
+        rows = tokenize(config, path, "train", load_tokenizer("builtin:demo"))
+        return rows.rows[:]["input_ids"], rows.counts, len(made)
+    except UserError as error:
+        return str(error), None, len(made)
+    finally:
+        tokenized._write_tokens = write_tokens
+
+
+def test_one_rank_tokenizes_and_all_agree(tmp_path):
+    good = run_on_ranks(2, prepare_on_rank, str(tmp_path / "cache"), write(tmp_path / "rows.jsonl", ROWS))
+    assert good[0][:2] == good[1][:2]
+    assert len(good[0][0]) == 20
+    assert [result[2] for result in good] == [1, 0]
+    bad = run_on_ranks(2, prepare_on_rank, str(tmp_path / "cache"), write(tmp_path / "bad.jsonl", ["{\n"]))
+    assert "bad.jsonl, line 1: not valid JSON" in bad[0][0]
+    assert bad[0][0] == bad[1][0]

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from lisa_dist.config import UserError
+from lisa_dist.data.readers import BrokenRow, Row
+from lisa_dist.data.sources import find_source, has_split
+
+ROWS = [{"instruction": f"q{i}", "output": f"a{i}"} for i in range(4)]
+
+
+def lines(rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def read(path, split="train") -> list:
+    return list(find_source(str(path), split).rows())
+
+
+def values(path, split="train") -> list[dict]:
+    return [row.values for row in read(path, split)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.json", json.dumps(ROWS)),
+        ("rows.json", json.dumps(ROWS, indent=2)),
+        ("rows.json", json.dumps({"data": ROWS})),
+        ("rows.json", json.dumps({"version": 1, "data": ROWS}, indent=2)),
+        ("rows.json", lines(ROWS)),
+        ("rows.jsonl", lines(ROWS)),
+        ("rows.jsonl", "\ufeff" + lines(ROWS).replace("\n", "\r\n\r\n")),
+        ("rows.jsonl", lines(ROWS).rstrip("\n")),
+        ("rows.jsonl", json.dumps(ROWS)),
+        ("rows.csv", "instruction,output\n" + "".join(f"q{i},a{i}\n" for i in range(4))),
+        ("rows.tsv", "instruction\toutput\n" + "".join(f"q{i}\ta{i}\n" for i in range(4))),
+    ],
+)
+def test_text_files(tmp_path, name, content):
+    file = tmp_path / name
+    file.write_text(content, encoding="utf-8")
+    assert values(file) == ROWS
+
+
+def test_parquet_saved_data_sets_and_globs(tmp_path):
+    dataset = datasets.Dataset.from_list(ROWS)
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    assert values(tmp_path / "rows.parquet") == ROWS
+    dataset.save_to_disk(tmp_path / "saved")
+    assert values(tmp_path / "saved") == ROWS
+    datasets.DatasetDict(train=dataset, test=dataset.select([1])).save_to_disk(tmp_path / "splits")
+    assert values(tmp_path / "splits") == ROWS
+    assert values(tmp_path / "splits", "test") == ROWS[1:2]
+    for number in (2, 1):
+        (tmp_path / f"part{number}.jsonl").write_text(lines(ROWS[number : number + 1]))
+    assert values(tmp_path / "part*.jsonl") == ROWS[1:3]
+
+
+def test_values_keep_their_types(tmp_path):
+    rows = [{"text": "2020-01-01", "more": {"a": 1}}, {"text": "07", "more": None}]
+    (tmp_path / "rows.jsonl").write_text(lines(rows))
+    assert values(tmp_path / "rows.jsonl") == rows
+
+
+def test_text_rows_are_paragraphs(tmp_path):
+    (tmp_path / "a.txt").write_text("\none\ntwo\n\n\n three\n")
+    assert [(row.values["text"], row.number) for row in read(tmp_path / "a.txt")] == [("one\ntwo", 2), (" three", 6)]
+
+
+@pytest.mark.parametrize(
+    ("files", "train", "validation"),
+    [
+        (["train.jsonl", "validation.jsonl"], ["train.jsonl"], ["validation.jsonl"]),
+        (["data/train-0.jsonl", "data/train-1.jsonl", "data/val-0.jsonl"],
+         ["train-0.jsonl", "train-1.jsonl"], ["val-0.jsonl"]),
+        (["train/a.jsonl", "dev/b.jsonl"], ["a.jsonl"], ["b.jsonl"]),
+        (["a.jsonl", "b.jsonl", ".hidden/c.jsonl"], ["a.jsonl", "b.jsonl"], None),
+    ],
+)  # fmt: skip
+def test_splits_of_a_directory(tmp_path, files, train, validation):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(lines(ROWS[:1]))
+    assert [Path(row.file).name for row in read(tmp_path)] == train
+    assert has_split(str(tmp_path), "validation") == (validation is not None)
+    if validation is None:
+        with pytest.raises(UserError, match="no split validation, it has train"):
+            read(tmp_path, "validation")
+    else:
+        assert [Path(row.file).name for row in read(tmp_path, "validation")] == validation
+
+
+def test_broken_lines_carry_file_and_number(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(
+        lines(ROWS[:1]).encode() + b'{"instruction": \n\n[1, 2]\n{"a": "\xff"}\n' + lines(ROWS[1:2]).encode()
+    )
+    rows = read(file)
+    assert [row.values for row in rows if isinstance(row, Row)] == ROWS[:2]
+    broken = [row for row in rows if isinstance(row, BrokenRow)]
+    assert [row.place for row in broken] == [f"{file}, line 2", f"{file}, line 4", f"{file}, line 5"]
+    assert "not valid JSON" in broken[0].reason
+    assert "must be an object, found list" in broken[1].reason
+    assert "not UTF-8" in broken[2].reason
+    assert rows[-1].place == f"{file}, line 6"
+
+
+def test_broken_rows_of_other_files(tmp_path):
+    (tmp_path / "rows.csv").write_text('a,b\n1,2\n"x\ny",3\n1,2,3\n4,5\n')
+    rows = read(tmp_path / "rows.csv")
+    assert [row.place for row in rows] == [f"{tmp_path}/rows.csv, line {n}" for n in (2, 3, 5, 6)]
+    assert rows[2].reason == "has 3 fields, the header has 2"
+    (tmp_path / "rows.json").write_text(json.dumps([ROWS[0], 7]))
+    assert read(tmp_path / "rows.json")[1] == BrokenRow(f"{tmp_path}/rows.json, row 2", "must be an object, found int")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.json", '[{"a": 1},\n {"a": }]', r"rows\.json, line 2: not valid JSON"),
+        ("rows.json", '{"rows": []}', r"must be a list of rows or .*, found an object with rows"),
+        ("rows.parquet", "nonsense", r"rows\.parquet: not a readable Parquet file"),
+        ("rows.xml", "<a/>", r"rows\.xml: the name must end in one of \.json, "),
+    ],
+)
+def test_files_broken_as_a_whole(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name)
+
+
+def test_missing_paths_name_the_nearest(tmp_path):
+    (tmp_path / "alpaca.json").write_text("[]")
+    with pytest.raises(UserError, match=rf"data.path={tmp_path}/alpacca.json: no such .*mean {tmp_path}/alpaca.json"):
+        find_source(f"{tmp_path}/alpacca.json")
+    with pytest.raises(UserError, match=r"looked at .*/nowhere/rows\.jsonl"):
+        find_source("nowhere/rows.jsonl")
+    with pytest.raises(UserError, match=r"no file matches"):
+        find_source(f"{tmp_path}/*.jsonl")
+    with pytest.raises(UserError, match=r"data.validation=builtin:dmo: bundled data are builtin:demo"):
+        find_source("builtin:dmo", key="data.validation")
+    with pytest.raises(UserError, match=r"holds no file that ends in one of"):
+        find_source(str(Path(__file__).parent))
+    with pytest.raises(UserError, match=r"a file has no splits, so split test can't be chosen"):
+        find_source(f"{tmp_path}/alpaca.json", "test")
+
+
+def test_hub_is_asked_for_names_like_its_own(monkeypatch):
+    asked = []
+
+    def load(path, split):
+        asked.append((path, split))
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(
+        UserError, match=r"data.path=org/name: no such file .*as a data set of the hub, split test.*offline"
+    ):
+        find_source("org/name", "test")
+    assert asked == [("org/name", "test")]
+
+
+def test_content_hash_follows_the_content(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(lines(ROWS))
+    first = find_source(str(file)).content_hash()
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(lines(ROWS))
+    assert find_source(str(copy)).content_hash() == first
+    file.write_text(lines(ROWS).replace("q1", "q9"))
+    assert find_source(str(file)).content_hash() != first

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from lisa_dist.config import UserError
+from lisa_dist.data.encode import Encoder
+from lisa_dist.data.tokenizer import MODELS, encode_prompt, ensure_chat_template, load_tokenizer
+from tests.data.templates import trained_runs
+
+DEMO = MODELS / "demo"
+
+
+def test_bundled_and_directory():
+    for path in ("builtin:demo", str(DEMO)):
+        tokenizer = load_tokenizer(path)
+        assert (tokenizer.eos_token, tokenizer.pad_token) == ("</s>", "<pad>")
+        assert encode_prompt(tokenizer, "What is an owl?")[0] == tokenizer.bos_token_id
+
+
+def test_bare_tokenizer_json(tmp_path):
+    shutil.copy(DEMO / "tokenizer.json", tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "</s>")
+    assert tokenizer("What").input_ids == load_tokenizer("builtin:demo")("What").input_ids
+
+
+def test_bare_sentencepiece_model(tmp_path):
+    text = (DEMO.parents[1] / "data" / "demo" / "train.jsonl").read_text()
+    (tmp_path / "text.txt").write_text(text)
+    (tmp_path / "model").mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "model" / "tokenizer"), vocab_size=400,
+        model_type="bpe", byte_fallback=True, character_coverage=0.999, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "model" / "tokenizer.vocab").unlink()
+    tokenizer = load_tokenizer(str(tmp_path / "model"))
+    assert (len(tokenizer), tokenizer.eos_token) == (400, "</s>")
+    assert tokenizer.decode(tokenizer("What is naïve 😀?").input_ids, skip_special_tokens=True) == "What is naïve 😀?"
+    assert ensure_chat_template(tokenizer)
+    answers = ["naïve 😀 one.", "two"]
+    messages = [{"role": role, "content": text} for text in answers for role in ("user", "assistant")]
+    encoded = Encoder(tokenizer, 512).encode(messages)
+    runs = trained_runs(tokenizer, encoded.input_ids.tolist(), encoded.labels.tolist())
+    assert runs == [answer + "</s>" for answer in answers]
+
+
+def test_no_eos_token(tmp_path):
+    shutil.copy(DEMO / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UserError, match=r"model.path=.* has no eos_token"):
+        load_tokenizer(str(tmp_path), key="model.path")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("builtin:dmo", "model.tokenizer=builtin:dmo: bundled are builtin:demo"),
+        (str(DEMO.with_name("demos")), "no such directory; did you mean demo?"),
+        (str(DEMO / "config.json"), "must be a directory, did you mean"),
+        (str(Path(__file__).parent), "no tokenizer"),
+    ],
+)
+def test_paths_without_a_tokenizer(path, message):
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(path)
