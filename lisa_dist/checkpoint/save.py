@@ -37,9 +37,11 @@ class Progress:
 
 
 def weight_tensors(learner: Learner) -> dict[str, torch.Tensor]:
-    """Return every parameter and persistent buffer by name, as the live shards."""
+    """Return every parameter and persistent buffer, tied ones once, by name: the live shards, no copies."""
     reshard_all(learner.sharded.module)
-    return {name: tensor.detach() for name, tensor in learner.sharded.module.state_dict(keep_vars=True).items()}
+    tensors = learner.sharded.module.state_dict(keep_vars=True)
+    first_names = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    return {name: tensors[name].detach() for name in tensors if first_names[id(tensors[name])] == name}
 
 
 def save_checkpoint(learner: Learner, progress: Progress, directory: Path, keep: int) -> Path:

@@ -106,7 +106,9 @@ def train_on_rank(config: Config, steps: int = STEPS) -> dict[str, Any]:
     }
 
 
-def train_reference(config: Config, initial: dict[str, torch.Tensor], draws: list[list[int]]) -> tuple[Any, list[float]]:
+def train_reference(
+    config: Config, initial: dict[str, torch.Tensor], draws: list[list[int]]
+) -> tuple[Any, list[float]]:
     fields = dict(config.model.architecture)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
     model.load_state_dict(initial, strict=False)

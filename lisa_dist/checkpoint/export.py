@@ -1,0 +1,146 @@
+"""A checkpoint as a Hugging Face directory, streamed: at most one file's worth of tensors is held at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import GenerationConfig
+
+from lisa_dist.checkpoint.manifest import checkpoint_name, damage, list_checkpoints, step_of
+from lisa_dist.checkpoint.save import WEIGHTS
+from lisa_dist.checkpoint.weights import ShardedTensors
+from lisa_dist.config import Config, UserError
+from lisa_dist.data.tokenizer import load_tokenizer
+from lisa_dist.models.architecture import build_meta_model, local_directory
+from lisa_dist.models.conversion import export_conversion
+from lisa_dist.models.weight_files import weights_dtype
+
+INDEX = "model.safetensors.index.json"
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def find_checkpoint(directory: Path, step: int | None) -> Path:
+    """Return the checkpoint of ``step``, or the newest complete one.
+
+    Raises:
+        UserError: there is none, or the one asked for is damaged.
+    """
+    found = list_checkpoints(directory)
+    steps = ", ".join(str(step_of(path)) for path in reversed(found)) or "none"
+    if step is not None:
+        chosen = directory / checkpoint_name(step)
+        if chosen not in found:
+            raise UserError(f"export.step={step}: {directory} has no checkpoint of that step; it has {steps}")
+        wrong = damage(chosen)
+        if wrong is not None:
+            raise UserError(f"export.step={step}: the checkpoint {chosen} is damaged: {wrong}")
+        return chosen
+    for candidate in found:
+        if damage(candidate) is None:
+            return candidate
+    raise UserError(f"run.dir={directory.parent}: has no complete checkpoint (steps found: {steps})")
+
+
+def parse_size(text: str) -> int:
+    """Return bytes from ``5GB``, ``500MB`` or a plain number.
+
+    Raises:
+        UserError: the text is no size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = match[2].upper() if match else ""
+    if match is None or (unit and unit not in UNITS):
+        raise UserError(f"export.max_shard_size={text}: must be a size such as 5GB or 500MB")
+    return max(1, int(float(match[1]) * UNITS.get(unit, 1)))
+
+
+def export_checkpoint(config: Config, checkpoint: Path, target: Path) -> list[str]:
+    """Write ``checkpoint`` to ``target`` as a directory that transformers loads, and return the files of weights.
+
+    Raises:
+        UserError: ``target`` holds something already, or can't be written.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"export.path={target}: must be a new or an empty directory, nothing is written over")
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        model = build_meta_model(config.model)
+        dtype = export_dtype(config)
+        with ShardedTensors(checkpoint / WEIGHTS) as tensors:
+            to_checkpoint = export_conversion(model)
+            stream = (pair for name in tensors for pair in to_checkpoint(name, tensors.read(name).to(dtype)))
+            files = write_files(stream, partial, parse_size(config.export.max_shard_size))
+        model.config.dtype = dtype
+        model.config.use_cache = True  # off while training
+        model.config.save_pretrained(partial)
+        _generation_config(config).save_pretrained(partial)
+        load_tokenizer(str(config.model.tokenizer or config.model.path)).save_pretrained(partial)
+        if target.exists():
+            target.rmdir()
+        partial.replace(target)
+    except OSError as error:
+        raise UserError(f"export.path={target}: can't be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return files
+
+
+def export_dtype(config: Config) -> torch.dtype:
+    """Return ``export.dtype``, by default that of the weights the run started from (bf16 for random ones)."""
+    if config.export.dtype is not None:
+        return getattr(torch, config.export.dtype)
+    directory = local_directory(str(config.model.path)) if config.model.path else None
+    if config.model.initialization == "random" or directory is None:
+        return torch.bfloat16
+    return weights_dtype(directory)
+
+
+def write_files(stream: Iterator[tuple[str, torch.Tensor]], directory: Path, limit: int) -> list[str]:
+    """Write tensors to files of at most ``limit`` bytes (one tensor at least) and their index; return the names."""
+    batches: list[list[str]] = []
+    held: dict[str, torch.Tensor] = {}
+    total = 0
+    for name, tensor in stream:
+        if held and sum(other.nbytes for other in held.values()) + tensor.nbytes > limit:
+            batches.append(_write_part(held, directory, len(batches)))
+            held = {}
+        held[name] = tensor.contiguous()
+        total += tensor.nbytes
+    batches.append(_write_part(held, directory, len(batches)))
+    if len(batches) == 1:
+        (directory / _part_name(0)).rename(directory / "model.safetensors")
+        return ["model.safetensors"]
+    final = [f"model-{number:05d}-of-{len(batches):05d}.safetensors" for number in range(1, len(batches) + 1)]
+    for number, name in enumerate(final):
+        (directory / _part_name(number)).rename(directory / name)
+    weight_map = {name: file for file, names in zip(final, batches) for name in names}
+    (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
+    return final
+
+
+def _part_name(number: int) -> str:
+    return f"part-{number}.safetensors"
+
+
+def _write_part(tensors: dict[str, torch.Tensor], directory: Path, number: int) -> list[str]:
+    file = directory / _part_name(number)
+    file.touch()
+    mode = file.stat().st_mode  # by the user's umask, which safetensors leaves aside
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
+    return list(tensors)
+
+
+def _generation_config(config: Config) -> GenerationConfig:
+    directory = local_directory(str(config.model.path)) if config.model.path else None
+    if directory is not None and (directory / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(directory)
+    return GenerationConfig.from_model_config(build_meta_model(config.model).config)

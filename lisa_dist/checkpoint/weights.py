@@ -1,0 +1,65 @@
+"""Reading single whole tensors out of a checkpoint's shards, without a process group."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rank's part of a tensor: rows ``offsets`` on, of shape ``shape``, in ``file``."""
+
+    file: Path
+    offsets: list[int]
+    shape: list[int]
+
+
+class ShardedTensors:
+    """The tensors of a directory that DCP's HuggingFaceStorageWriter wrote, one file a rank, memory-mapped."""
+
+    def __init__(self, directory: Path) -> None:
+        self._stack = ExitStack()
+        self._files: dict[Path, Any] = {}
+        self.pieces: dict[str, list[Piece]] = {}
+        for file in sorted(directory.glob("*.safetensors")):
+            opened = self._files[file] = self._stack.enter_context(safe_open(file, framework="pt"))
+            offsets = json.loads((opened.metadata() or {}).get(CUSTOM_METADATA_KEY, "{}"))
+            for name in opened.keys():  # noqa: SIM118  a safetensors file is no mapping
+                shape = opened.get_slice(name).get_shape()
+                start = offsets.get(name, {}).get(SAVED_OFFSETS_KEY, [0] * len(shape))
+                self.pieces.setdefault(name, []).append(Piece(file, start, shape))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.pieces))
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return the whole tensor of that name, in the dtype it was stored in."""
+        pieces = self.pieces[name]
+        if len(pieces) == 1:
+            return self._files[pieces[0].file].get_tensor(name)
+        size = [max(p.offsets[axis] + p.shape[axis] for p in pieces) for axis in range(len(pieces[0].shape))]
+        whole: torch.Tensor | None = None
+        for piece in pieces:
+            part = self._files[piece.file].get_tensor(name)
+            whole = torch.empty(size, dtype=part.dtype) if whole is None else whole
+            whole[tuple(slice(start, start + length) for start, length in zip(piece.offsets, piece.shape))] = part
+        assert whole is not None
+        return whole
+
+    def __enter__(self) -> ShardedTensors:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
