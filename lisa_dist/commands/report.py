@@ -147,10 +147,10 @@ def _figures(steps: list[Row], evals: list[Row], summary: Row | None) -> dict[st
     seconds = summary.get("wall_seconds") or sum(value or 0 for value in _column(steps, "step_seconds"))
     if seconds:
         figures["wall time" if summary.get("wall_seconds") else "time in steps"] = format_duration(seconds)
-    if isinstance(summary.get("trained_parameters"), (int, float)):
-        figures["trained parameters"] = format_count(summary["trained_parameters"])
-    if isinstance(summary.get("persistent_bytes"), (int, float)):
-        figures["persistent, rank 0"] = format_bytes(summary["persistent_bytes"])
+    if summary.get("trained_parameters"):
+        figures["trained parameters"] = format_count(_total(summary["trained_parameters"]))
+    if summary.get("persistent_bytes"):
+        figures["persistent, rank 0"] = format_bytes(_total(summary["persistent_bytes"]))
     return figures
 
 
@@ -181,6 +181,11 @@ def _read_settings(run_dir: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"run.dir={run_dir}: its {CONFIG_FILE} is damaged: {' '.join(str(error).split())}") from None
     return {key: value for key, value in settings.items() if key != "launch"} if isinstance(settings, dict) else {}
+
+
+def _total(value: float | dict[str, float]) -> float:
+    """Return a number that the summary holds whole or by kind."""
+    return sum(value.values()) if isinstance(value, dict) else value
 
 
 def _column(rows: list[Row], key: str) -> list[float | None]:

@@ -12,7 +12,7 @@ class SamplerConfig:
     """What every sampler shares; a sampler's own keys are in its subclass."""
 
     name: str = "uniform"
-    active_layers: int = 2  # gamma: blocks trained in a period
+    active_layers: int | None = 2  # gamma: blocks trained in a period; only sampler=importance has a null
     period: int = 20  # K: optimizer steps between two draws
     seed: int = 0  # of the draws, apart from train.seed
 
@@ -140,7 +140,7 @@ class ImportanceSamplerConfig(SamplerConfig):
     """IST: blocks whose suppression costs loss are drawn more often."""
 
     name: str = "importance"
-    active_layers: int | None = None  # type: ignore[assignment]  # null: a quarter of the blocks
+    active_layers: int | None = None  # null: a quarter of the blocks
     probe_every: int = 1  # periods between two probes
     probe_batches: int = 1  # micro-batches a rank on which each set is scored
     suppressed_sets: int = 3  # sets of blocks that a probe compares

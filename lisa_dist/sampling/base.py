@@ -12,6 +12,7 @@ import random
 from abc import ABC, abstractmethod
 from typing import Any
 
+from lisa_dist.config import UserError
 from lisa_dist.config.method import SamplerConfig
 
 GRADIENT_NORMS = "gradient_norms"
@@ -33,6 +34,10 @@ class Sampler(ABC):
     A period goes: ``observe`` if ``wants_probe``, then ``draw``. Runs with equal state and equal scores draw
     equal blocks.
 
+    Args:
+        num_blocks: number of blocks of the model.
+        num_active: how many each draw returns, where ``sampler.active_layers`` does not say it.
+
     Attributes:
         needs: name of the probe that ``observe`` expects, or None.
         num_blocks: number of blocks of the model, indexed from 0.
@@ -45,7 +50,10 @@ class Sampler(ABC):
 
     def __init__(self, config: SamplerConfig, num_blocks: int, num_active: int | None = None) -> None:
         self.num_blocks = num_blocks
-        self.num_active = config.active_layers if num_active is None else num_active
+        count = config.active_layers if num_active is None else num_active
+        if count is None:
+            raise UserError(f"sampler.active_layers=null: must be a number for sampler={config.name}")
+        self.num_active = count
         self.generator = random.Random(config.seed)
         self.last_period = -1
         self.active: list[int] = []

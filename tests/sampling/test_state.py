@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from lisa_dist.config.loading import conf_dir
+from lisa_dist.config.loading import conf_dir, load
 from lisa_dist.config.method import SAMPLER_CONFIGS
 from lisa_dist.sampling import SAMPLERS, build_sampler
 
@@ -75,4 +75,5 @@ def test_every_sampler_has_a_schema_and_a_preset():
     assert set(SAMPLERS) == set(SAMPLER_CONFIGS)
     assert {path.stem for path in (conf_dir() / "sampler").glob("*.yaml")} == set(SAMPLERS)
     for name, schema in SAMPLER_CONFIGS.items():
+        assert type(load([f"sampler={name}"]).sampler) is schema
         assert next(field.default for field in dataclasses.fields(schema) if field.name == "name") == name

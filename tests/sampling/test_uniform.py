@@ -38,6 +38,11 @@ def test_more_blocks_than_the_model_has_is_an_error_that_says_so():
         build_sampler(UniformSamplerConfig(active_layers=9), num_blocks=6)
 
 
+def test_the_number_of_blocks_must_be_given():
+    with pytest.raises(UserError, match=r"sampler.active_layers=null: must be a number for sampler=uniform"):
+        build_sampler(UniformSamplerConfig(active_layers=None), num_blocks=6)
+
+
 def test_a_period_cannot_be_drawn_twice():
     sampler = build_sampler(UniformSamplerConfig(), num_blocks=6)
     sampler.draw(4)
