@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from lisa_dist.config import Config
 from lisa_dist.config.errors import UserError, check_choice, nearest
-from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS
-from lisa_dist.config.overrides import KeyOverride, all_keys, apply_override, parse_overrides
+from lisa_dist.config.overrides import SCHEMAS, KeyOverride, all_keys, apply_override, describe_type, parse_overrides
 
 T = TypeVar("T")
 
 GROUPS = ("model", "data", "method", "sampler", "update", "optimizer", "scheduler", "logger", "experiment")
+
+
+@dataclass
+class _Schema(Config):
+    """The configuration while it is composed: the types of the chosen sampler and update stand, not of all."""
+
+    sampler: Any = MISSING
+    update: Any = MISSING
 
 
 def conf_dir() -> Path:
@@ -93,19 +103,20 @@ def _compose(choices: dict[str, str | None], config_dir: str | None) -> DictConf
         return compose("config", overrides)
 
 
+@functools.cache
 def _register_schemas() -> None:
     """Tell Hydra the dataclasses, so that every value of every YAML file is checked against its type."""
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
-    for group, classes in (("sampler", SAMPLER_CONFIGS), ("update", UPDATE_CONFIGS)):
+    store.store(name="schema", node=_Schema)
+    for group, classes in SCHEMAS.items():
         for name, schema in classes.items():
             store.store(group=group, name=f"schema_{name}", node=schema)
 
 
 def _to_dataclasses(config: DictConfig) -> Config:
-    result = _one_sentence(lambda: OmegaConf.to_object(config))
-    assert isinstance(result, Config), type(result)
-    for group, classes in (("sampler", SAMPLER_CONFIGS), ("update", UPDATE_CONFIGS)):
+    composed = _one_sentence(lambda: OmegaConf.to_object(config))
+    result = Config(**{field.name: getattr(composed, field.name) for field in fields(Config)})
+    for group, classes in SCHEMAS.items():
         part = getattr(result, group)
         if type(part) is not classes.get(part.name):
             raise UserError(f"{group}.name={part.name}: is set by choosing {group}=NAME, one of {', '.join(classes)}")
@@ -118,24 +129,32 @@ def _one_sentence(build: Callable[[], T]) -> T:
         return build()
     except UserError:
         raise
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(_sentence(error)) from None
 
 
 def _sentence(error: BaseException) -> str:
-    """Return what went wrong in a YAML file: the innermost error knows the key, the outermost the file."""
-    outer = str(error).strip().splitlines()[0].rstrip(".:")
-    inner: BaseException = error
-    while inner.__cause__ is not None:
-        inner = inner.__cause__
-    text = str(inner).strip().splitlines()[0].rstrip(".:")
-    key = getattr(inner, "full_key", None)
-    if key:
-        keys = list(all_keys(OmegaConf.structured(Config)))
-        hint = "" if key in keys else nearest(key, keys)
-        where = "" if outer == text else f" ({outer})"
-        return f"{key}: {text}{where}{hint}"
-    return outer if outer == text else f"{outer}: {text}"
+    """Return what is wrong in a YAML file: of a chain of errors one knows the key, and the first knows the file."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    lines = [str(link).strip().splitlines()[0].rstrip(".:") for link in chain]
+    file = re.match(r"In '([^']+)'", lines[0])
+    where = f" (in {file[1]}.yaml)" if file else ""
+    if isinstance(chain[-1], yaml.MarkedYAMLError):
+        return f"{chain[-1].problem_mark}: cannot be read as YAML, {chain[-1].problem}".strip()
+    keyed = [link for link in chain if getattr(link, "full_key", None)]
+    if not keyed:
+        return lines[0]
+    key = keyed[-1].full_key  # type: ignore[attr-defined]
+    schema = OmegaConf.structured(Config)
+    if isinstance(keyed[-1], ConfigKeyError | ConfigAttributeError):
+        return f"{key}: there is no such key{where}{nearest(key, all_keys(schema))}"
+    parent, _, name = key.rpartition(".")
+    if isinstance(keyed[-1], ValidationError) and key in all_keys(schema):
+        node = OmegaConf.select(schema, parent)._get_node(name) if parent else schema._get_node(name)
+        return f"{key}: must be {describe_type(node)}{where}"
+    return f"{key}: {str(keyed[-1]).splitlines()[0]}{where}"
 
 
 def to_yaml(config: Config) -> str:
@@ -176,9 +195,9 @@ def _read(path: Path) -> DictConfig:
         raise UserError(f"{path}: cannot be read as YAML, {str(error).splitlines()[0]}") from None
     if not isinstance(content, DictConfig):
         raise UserError(f"{path}: must hold a configuration, as the config.yaml of a run does")
-    config = OmegaConf.structured(Config)
-    for group, classes in (("sampler", SAMPLER_CONFIGS), ("update", UPDATE_CONFIGS)):
+    config = OmegaConf.structured(_Schema)
+    for group, classes in SCHEMAS.items():
         name = (content.get(group) or {}).get("name", getattr(Config(), group).name)
         check_choice(f"{path}: {group}.name", name, classes)
-        config[group] = classes[name]
+        config[group] = OmegaConf.structured(classes[name])
     return _one_sentence(lambda: OmegaConf.merge(config, content))  # type: ignore[return-value]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -13,7 +13,10 @@ from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lisa_dist.config.errors import UserError, nearest
+from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS
 
+# The groups whose dataclass depends on the name that is chosen.
+SCHEMAS: dict[str, dict[str, type[Any]]] = {"sampler": {**SAMPLER_CONFIGS}, "update": {**UPDATE_CONFIGS}}
 TYPE_DESCRIPTIONS = {
     bool: "true or false",
     int: "a whole number",
@@ -144,6 +147,9 @@ def _suggestion(config: DictConfig, key: str) -> str:
     hint = f"; did you mean {same_last[0]}?" if len(same_last) == 1 else nearest(key, keys)
     group = key.partition(".")[0]
     siblings = [candidate.partition(".")[2] for candidate in keys if candidate.startswith(f"{group}.")]
+    owners = [name for name, schema in SCHEMAS.get(group, {}).items() if last in {own.name for own in fields(schema)}]
+    if owners:
+        return f", it belongs to {' or '.join(f'{group}={name}' for name in owners)}"
     if "." in key and siblings:
         return f", {group} has {', '.join(siblings)}{hint}"
     groups = [str(name) for name in config]

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterator
 
 from lisa_dist.config import Config
-from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS
+from lisa_dist.config.overrides import SCHEMAS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,7 @@ def keys_of(group: str) -> list[Key]:
     """Return the keys of one group; a sampler's or an update's own keys follow those that all of them share."""
     keys = list(_keys(getattr(Config(), group), f"{group}."))
     shared = {key.name for key in keys}
-    schemas: dict[str, dict[str, type]] = {"sampler": {**SAMPLER_CONFIGS}, "update": {**UPDATE_CONFIGS}}
-    for name, schema in schemas.get(group, {}).items():
+    for name, schema in SCHEMAS.get(group, {}).items():
         own = [key for key in _keys(schema(), f"{group}.") if key.name not in shared]
         keys += [dataclasses.replace(key, meaning=f"{group}={name}: {key.meaning}".rstrip(": ")) for key in own]
     return keys

@@ -61,7 +61,7 @@ def launch_ranks(config: Config, entry: str = "lisa_dist.trainer:train") -> int:
     """
     ranks = count_local_ranks(config)
     run_dir = Path(config.run.dir or ".")
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    _make_log_dir(run_dir)
     started = time.time()
     with tempfile.TemporaryDirectory(prefix="lisa-dist-") as folder:
         outcome_dir = Path(folder)
@@ -161,6 +161,13 @@ def run_rank(entry: str, config: Config, outcome_dir: Path, parent: int) -> int:
 def rank_log(run_dir: Path, rank: int) -> Path:
     """Return the log file of a rank."""
     return run_dir / "logs" / f"rank_{rank}.log"
+
+
+def _make_log_dir(run_dir: Path) -> None:
+    try:
+        rank_log(run_dir, 0).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.dir={run_dir}: can't be written, {error.strerror}") from None
 
 
 def _send_output_to(log: Path) -> None:

@@ -1,0 +1,41 @@
+"""The run directory is settled once, and a run in it is never written over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lisa_dist.config import Config, RunConfig, UserError
+from lisa_dist.config.run_directory import check_run_dir_is_free, resolve_run_dir
+
+
+def test_default_lies_in_runs_under_name_or_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_run_dir(Config(run=RunConfig(name="first"))).run.dir == str(tmp_path / "runs" / "first")
+    by_time = resolve_run_dir(Config()).run.dir
+    assert by_time is not None and Path(by_time).parent == tmp_path / "runs"
+    settled = resolve_run_dir(Config(run=RunConfig(dir="out", name="first")))
+    assert settled.run.dir == str(tmp_path / "out")
+    assert resolve_run_dir(settled) == settled
+    assert not any(tmp_path.iterdir())  # nothing is created
+
+
+def test_a_run_is_not_written_over(tmp_path: Path) -> None:
+    config = Config(run=RunConfig(dir=str(tmp_path)))
+    check_run_dir_is_free(config)
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "config.yaml").write_text("train: {}\n")
+    (tmp_path / "checkpoints").mkdir()
+    check_run_dir_is_free(config)  # a start that failed before its first step may be repeated
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"run\.dir=.*checkpoint\.resume=auto"):
+        check_run_dir_is_free(config)
+    config.checkpoint.resume = "auto"
+    check_run_dir_is_free(config)
+
+
+def test_a_file_is_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="must be a directory"):
+        check_run_dir_is_free(Config(run=RunConfig(dir=str(tmp_path / "file"))))
