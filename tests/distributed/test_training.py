@@ -12,12 +12,15 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lisa_dist import distributed
+from lisa_dist.active_blocks import DisagreementError, RankSynchronizedSampler, checksum, verify_agreement
 from lisa_dist.config import Config
-from lisa_dist.learner import Learner, begin_period, build_learner, load_initial_weights
+from lisa_dist.config.method import UniformSamplerConfig
+from lisa_dist.learner import Learner, begin_period, build_learner, count_persistent_bytes, load_initial_weights
 from lisa_dist.optim.schedule import learning_rate
 from lisa_dist.sampling import build_sampler
 from lisa_dist.sharding import storage
-from lisa_dist.trainer import train_step
+from lisa_dist.trainer import accumulate_gradients, train_step
+from tests.models.families import FAMILIES, tiny_config
 from tests.plain_lisa import train_plainly
 from tests.ranks import run_on_ranks
 
@@ -145,3 +148,134 @@ def test_three_periods_equal_plain_pytorch(world_size: int, tied: bool) -> None:
         assert error < 1e-5, f"{name}: relative error {error}"
     for other in results[1:]:
         assert other["losses"] == first["losses"] and other["draws"] == first["draws"]
+
+
+def test_bf16_storage_follows_the_fp32_losses_and_reduces_in_fp32() -> None:
+    plain = run_on_ranks(2, train_on_rank, make_config())[0]
+    mixed = run_on_ranks(2, train_on_rank, make_config(precision={"frozen": "bfloat16", "compute": "bfloat16"}))[0]
+    assert mixed["losses"] == pytest.approx(plain["losses"], rel=0.01)
+    assert mixed["losses"] != plain["losses"]
+    assert all(dtypes == {torch.float32} for dtypes in mixed["reduce_dtypes"])
+
+
+def test_hybrid_sharding_equals_plain_sharding() -> None:
+    plain = run_on_ranks(4, train_on_rank, make_config())[0]
+    hybrid = run_on_ranks(4, train_on_rank, make_config(parallel={"replicate": 2}))[0]
+    assert hybrid["losses"] == pytest.approx(plain["losses"], rel=1e-6)
+    for name, parameter in hybrid["final"].items():
+        assert (parameter - plain["final"][name]).norm() / plain["final"][name].norm() < 1e-5, name
+
+
+def storage_over_periods(config: Config) -> list[dict[str, Any]]:
+    """Dtypes, bytes and frozen bits around each switch. Runs on every rank."""
+    device = torch.device("cpu")
+    learner = build_learner(config)
+    load_initial_weights(learner, device)
+    seen = []
+    for step, micro_batches in enumerate(make_global_batches()):
+        if step % PERIOD == 0:
+            begin_period(learner, step // PERIOD)
+            before = {name: learner.sharded.parameter(name).to_local().clone() for name in learner.sharded.handles}
+        mine = micro_batches[distributed.rank() :: distributed.world_size()]
+        accumulate_gradients(learner, mine)
+        counted = count_persistent_bytes(learner)
+        parameters = {name: learner.sharded.parameter(name) for name in learner.sharded.handles}
+        trained = set(learner.optimizer.parameters)
+        seen.append(
+            {
+                "blocks": list(learner.active.blocks),
+                "counted": counted,
+                "trained_elements": sum(parameters[name].to_local().numel() for name in trained),
+                "frozen_elements": sum(p.to_local().numel() for name, p in parameters.items() if name not in trained),
+                "dtypes_right": all(
+                    p.dtype == (torch.float32 if name in trained else torch.bfloat16) for name, p in parameters.items()
+                ),
+                "gradients_right": all((p.grad is not None) == (name in trained) for name, p in parameters.items()),
+                "moments_on_mesh": all(
+                    isinstance(moment, DTensor) and moment.device_mesh == learner.sharded.mesh
+                    for moment in learner.optimizer.moment_tensors().values()
+                ),
+                "counts": learner.optimizer.step_counts(),
+            }
+        )
+        learner.optimizer.step(1e-3)
+        storage.reshard_all(learner.sharded.module)
+        seen[-1]["frozen_bits_kept"] = all(
+            torch.equal(before[name], p.to_local()) for name, p in parameters.items() if name not in trained
+        )
+        seen[-1]["trained_bits_changed"] = any(
+            not torch.equal(before[name], p.to_local()) for name, p in parameters.items() if name in trained
+        )
+    return seen
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_memory_law_holds_on_every_rank_after_every_switch(world_size: int) -> None:
+    config = make_config(precision={"frozen": "bfloat16", "compute": "bfloat16"})
+    for rank_rows in run_on_ranks(world_size, storage_over_periods, config):
+        for step, row in enumerate(rank_rows):
+            active, frozen = row["trained_elements"], row["frozen_elements"]
+            assert row["counted"] == {
+                "frozen_parameters": 2 * frozen,
+                "active_parameters": 4 * active,
+                "gradients": 4 * active,
+                "optimizer_state": 8 * active,
+            }
+            assert row["dtypes_right"] and row["gradients_right"] and row["moments_on_mesh"]
+            assert row["frozen_bits_kept"] and row["trained_bits_changed"]
+            # Bias correction restarts for a block that was thawed, and goes on for the rest.
+            for name, count in row["counts"].items():
+                since = step % PERIOD
+                block = int(name.split(".")[2]) if ".layers." in name else None
+                first = step - since
+                while block is not None and first > 0 and block in rank_rows[first - 1]["blocks"]:
+                    first -= PERIOD
+                assert count == (step if block is None else step - first), name
+    assert len({tuple(row["blocks"]) for row in rank_rows}) > 1
+
+
+def draw_with_other_seeds(seeds: list[int]) -> list[list[int]]:
+    """Each rank seeds its sampler differently. Runs on every rank."""
+    own = UniformSamplerConfig(active_layers=2, seed=seeds[distributed.rank()])
+    sampler = RankSynchronizedSampler(build_sampler(own, 8))
+    return [sampler.draw(period) for period in range(20)]
+
+
+def test_ranks_seeded_differently_agree_on_every_set() -> None:
+    drawn = run_on_ranks(4, draw_with_other_seeds, [1, 2, 3, 4])
+    alone = [build_sampler(UniformSamplerConfig(active_layers=2, seed=seed), 8) for seed in (1, 2)]
+    assert all(other == drawn[0] for other in drawn)
+    assert drawn[0] == [alone[0].draw(period) for period in range(20)]
+    assert drawn[0] != [alone[1].draw(period) for period in range(20)]
+
+
+def disagree() -> str:
+    """Rank 1 holds another set than it was sent. Runs on every rank."""
+    blocks = [0, 3] if distributed.rank() == 1 else [0, 2]
+    try:
+        verify_agreement(7, blocks, checksum(7, [0, 2]))
+    except DisagreementError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_disagreement_names_ranks_and_sets() -> None:
+    for message in run_on_ranks(2, disagree):
+        assert "period 7" in message and "rank 0: [0, 2]" in message and "rank 1: [0, 3] (damaged)" in message
+
+
+def train_two_periods(architecture: dict[str, Any]) -> list[float]:
+    """A family's tiny instance in bf16 storage, two periods of two steps. Runs on every rank."""
+    config = make_config(
+        precision={"frozen": "bfloat16", "compute": "bfloat16"},
+        sampler={"period": 2, "active_layers": 1},
+        model={"architecture": architecture},
+    )
+    return train_on_rank(config, steps=4)["losses"]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_trains_two_periods(family: str) -> None:
+    losses = run_on_ranks(2, train_two_periods, tiny_config(family).to_dict())
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    assert all(0 < loss < 12 for loss in losses[0])
