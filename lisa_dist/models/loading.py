@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily  # has no public name up to torch 2.13
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
@@ -72,18 +73,27 @@ def restore_buffers(model: nn.Module) -> None:
     """Compute again the buffers that no checkpoint holds (rotary frequencies), which allocation left uninitialised.
 
     They equal those of a model that was built the usual way (tested for every family): transformers' own
-    ``_init_weights`` makes them, as it does after its loading on meta.
+    ``_init_weights`` makes them, as it does after its loading on meta. Fake tensors, of a plan, have no values to set.
     """
-    replica = meta_replica(model)
+    with unset_fake_temporarily():
+        buffers = _computed_buffers(meta_replica(model))
+    for name, value in buffers.items():
+        buffer = model.get_buffer(name)
+        if not isinstance(buffer, FakeTensor):
+            buffer.copy_(value)
+
+
+def _computed_buffers(replica: nn.Module) -> dict[str, Tensor]:
+    """Return the non-persistent buffers by name, on the CPU."""
+    computed = {}
     for name, module in replica.named_modules():
-        names = [key for key in module._non_persistent_buffers_set if module._buffers.get(key) is not None]
-        if not names:
-            continue
-        for key in names:
+        keys = [key for key in module._non_persistent_buffers_set if module._buffers.get(key) is not None]
+        for key in keys:
             module._buffers[key] = torch.empty_like(module.get_buffer(key), device="cpu")
-        _owner(replica, name)._init_weights(module)  # its parameters are on meta, where initialising does nothing
-        for key in names:
-            model.get_submodule(name).get_buffer(key).copy_(module.get_buffer(key))
+        if keys:
+            _owner(replica, name)._init_weights(module)  # its parameters are on meta, where initialising does nothing
+        computed.update({f"{name}.{key}" if name else key: module.get_buffer(key) for key in keys})
+    return computed
 
 
 def _own_tensors(model: nn.Module, replica: nn.Module) -> tuple[dict[str, Tensor], list[str]]:

@@ -132,8 +132,9 @@ def install_loss_head(
 ) -> LogitTransform | None:
     """Make ``model(input_ids=..., labels=...)`` return the summed loss, computed in chunks of ``chunk_tokens`` tokens.
 
-    Call it before ``fully_shard``, on any device. Labels are unshifted [b, t], -100 where there is no loss; the
-    result is a float32 scalar, the sum over label tokens. With ``labels=None`` the model answers as before.
+    Call it before ``fully_shard``, on any device, but outside ``FakeTensorMode``: it looks at a few values. Labels
+    are unshifted [b, t], -100 where there is no loss; the result is a float32 scalar, the sum over label tokens. With
+    ``labels=None`` the model answers as before.
     With ``router_aux_loss`` the router's loss times its coefficient is added for each label token.
 
     Returns what the model does to the head's product; None where it does something else (or has a head of its own

@@ -137,6 +137,13 @@ def test_directories_without_safetensors(tmp_path: Path) -> None:
         load_pretrained(allocated(tiny_config("llama")), tmp_path)
 
 
+def test_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"model\.path=nobody/nothing: can't be downloaded from the hub") as caught:
+        load_pretrained(allocated(tiny_config("llama")), "nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
 def test_tied_weight_is_read_under_either_name(tmp_path: Path) -> None:
     weights = saved(tmp_path, "qwen2")
     assert "lm_head.weight" not in weights

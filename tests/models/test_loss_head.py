@@ -7,10 +7,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from lisa_dist.config import UserError
+from lisa_dist.config import ModelConfig, UserError
+from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
+from lisa_dist.models.loading import restore_buffers
 from lisa_dist.models.loss_head import ChunkedCrossEntropy, LogitTransform, install_loss_head
 from tests.models.families import FAMILIES, tiny_config
 
@@ -75,6 +78,23 @@ def test_transforms_are_those_of_the_configuration() -> None:
     for name, transform in expected.items():
         model = _model(copy.deepcopy(CASES[name]))
         assert install_loss_head(model, find_layers(model), 16) == transform
+
+
+def test_whole_model_runs_under_fake_tensors() -> None:
+    """As the planner does: built and installed on meta, then run without memory."""
+    model = build_meta_model(ModelConfig(), tiny_config("gemma2"))
+    install_loss_head(model, find_layers(model), 4)
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape)))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+        restore_buffers(model)
+        tokens = torch.zeros(2, 6, dtype=torch.long)
+        model(input_ids=tokens, labels=tokens).backward()
+    assert all(isinstance(parameter.grad, FakeTensor) for parameter in model.parameters() if parameter.grad is not None)
+    assert isinstance(model.lm_head.weight.grad, FakeTensor)
 
 
 def test_unknown_head_falls_back_to_the_models_own() -> None:
