@@ -149,16 +149,12 @@ class Encoder:
         if not self.tokenizer.is_fast:
             return self._mark_tokens_by_prefix(text, spans)
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        trained = [False] * len(encoding.input_ids)
-        span = 0
-        for token, offsets in enumerate(encoding.offset_mapping):
-            start, end = min(offsets), max(offsets)  # where offsets are trimmed, those of a blank token are empty
-            while span < len(spans) and spans[span][1] <= start:
-                span += 1
-            if span == len(spans):
-                break
-            trained[token] = end > spans[span][0]  # a token that reaches into an answer belongs to it
-        return encoding.input_ids, trained
+        offsets = np.asarray(encoding.offset_mapping, dtype=np.int64).reshape(-1, 2)
+        first, last = offsets.min(axis=1), offsets.max(axis=1)  # where offsets are trimmed, a blank token's are empty
+        trained = np.zeros(len(offsets), dtype=bool)
+        for start, end in spans:
+            trained |= (last > start) & (first < end)  # a token that reaches into an answer belongs to it
+        return encoding.input_ids, trained.tolist()
 
     def _mark_tokens_by_prefix(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
         """Mark without offsets: a span begins where the tokens of the text before it cease to be those of the whole."""

@@ -1,4 +1,8 @@
-"""The formats of instruction data, and how each becomes one internal form: a list of messages, or plain text."""
+"""The formats of instruction data, and how each becomes one internal form: a list of messages, or plain text.
+
+The words around a question are the chat template's alone: an Alpaca row becomes a user's message (the
+instruction and, after a blank line, its input) and an answer, like every other format.
+"""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import datasets
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import nearest
 from lisa_dist.data.readers import READERS, BrokenRow, Row
+from lisa_dist.hub import stay_offline_where_unreachable
 
 BUILTIN_PREFIX = "builtin:"
 SUFFIXES = list(READERS)
@@ -166,6 +167,7 @@ def _open_saved(folder: Path, path: str, split: str, key: str) -> Source:
 
 
 def _find_on_hub(path: str, split: str, key: str) -> Source:
+    stay_offline_where_unreachable()
     try:
         dataset = datasets.load_dataset(path, split=split)
     except Exception as error:  # the client raises a dozen kinds; all mean that the data cannot be had

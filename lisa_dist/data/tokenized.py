@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 CACHE_VERSION = 1  # to be raised when the same rows give other tokens
 ROWS_A_BATCH = 1000
 BAD_ROWS_SHOWN = 3
+ROWS_A_REPORT = 50_000
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,8 @@ class RowReader:
         for index, row in enumerate(self.source.rows()):
             if index == self.limit:
                 return
+            if index and index % ROWS_A_REPORT == 0:
+                logger.info("tokenized %d rows of %s", index, self.source.name)
             if isinstance(row, BrokenRow):
                 self._bad(row.place, row.reason)
                 continue

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import nearest
+from lisa_dist.hub import stay_offline_where_unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, key: str = "model
         tokenizer = _load(where, trust_remote_code)
     except Exception as error:  # transformers raises many kinds; all mean that this is no usable tokenizer
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{key}={path}: no tokenizer could be loaded ({reason})") from error
+        absent = "" if Path(where).is_dir() else "is no directory here, and from the hub "
+        raise UserError(f"{key}={path}: {absent}no tokenizer could be loaded ({reason})") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up where it finds no file
         raise UserError(f"{key}={path}: no tokenizer found, needed is tokenizer.json or tokenizer.model")
     if tokenizer.eos_token_id is None:
@@ -79,6 +81,7 @@ def _locate(path: str, key: str) -> str:
         parent = here.absolute().parent
         hint = nearest(here.name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else ""
         raise UserError(f"{key}={path}: no such directory{hint}")
+    stay_offline_where_unreachable()
     return path
 
 

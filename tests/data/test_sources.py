@@ -7,6 +7,7 @@ import datasets
 import pytest
 
 from lisa_dist.config import UserError
+from lisa_dist.data import sources
 from lisa_dist.data.readers import BrokenRow, Row
 from lisa_dist.data.sources import find_source, has_split
 
@@ -158,11 +159,12 @@ def test_hub_is_asked_for_names_like_its_own(monkeypatch):
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(sources, "stay_offline_where_unreachable", lambda: asked.append("reachable?"))
     with pytest.raises(
         UserError, match=r"data.path=org/name: no such file .*as a data set of the hub, split test.*offline"
     ):
         find_source("org/name", "test")
-    assert asked == [("org/name", "test")]
+    assert asked == ["reachable?", ("org/name", "test")]
 
 
 def test_content_hash_follows_the_content(tmp_path):
