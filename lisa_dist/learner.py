@@ -52,7 +52,7 @@ def build_learner(config: Config) -> Learner:
     update.prepare_model(module)
     layers = find_layers(module, config.model.blocks)
     sampler = RankSynchronizedSampler(build_sampler(config.sampler, len(layers.blocks)))
-    install_loss_head(module, layers, config.model.loss_chunk)
+    install_loss_head(module, layers, config.model.loss_chunk, config.model.router_aux_loss)
     mesh = distributed.make_mesh(config.parallel)
     sharded = shard_model(module, layers, mesh, config.parallel, config.precision)
     active = ActiveSet(always_active_parameters(sharded, config.always_active))

@@ -165,7 +165,7 @@ def announce_run(
             f"blocks a period of {config.sampler.period} steps; update {config.update.name}",
             "storage": f"frozen {precision.frozen}, active {precision.active}, compute {precision.compute}, "
             f"gradients reduced in {precision.reduce}, {precision.on_freeze} rounding on freeze",
-            "attention": config.model.attention,
+            "attention": str(sharded.module.config._attn_implementation),
             "data": f"{config.data.path}: {batches.num_sequences} sequences, format {data.format}, {trained}",
             "steps": f"{progress.step} of {max_steps} done, global batch {config.train.global_batch_size} = "
             f"{config.train.micro_batch_size} a micro-batch",
