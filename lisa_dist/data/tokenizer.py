@@ -87,8 +87,11 @@ def _locate(path: str, key: str) -> str:
 
 def _load(where: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     folder = Path(where)
-    bare = (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file()
-    if not bare:
+    configured = (folder / "tokenizer_config.json").is_file()
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file() and not configured:
+        # Models that come with a bare SentencePiece file were trained with BOS before every text.
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, add_bos_token=True)
+    if configured or not (folder / "tokenizer.json").is_file():
         return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     known = tokenizer.get_vocab()

@@ -40,7 +40,9 @@ def test_bare_sentencepiece_model(tmp_path):
     tokenizer = load_tokenizer(str(tmp_path / "model"))
     assert (len(tokenizer), tokenizer.eos_token) == (400, "</s>")
     assert tokenizer.decode(tokenizer("What is naïve 😀?").input_ids, skip_special_tokens=True) == "What is naïve 😀?"
+    assert tokenizer("one").input_ids[0] == tokenizer.bos_token_id
     assert ensure_chat_template(tokenizer)
+    assert encode_prompt(tokenizer, "one")[0] == tokenizer.bos_token_id
     answers = ["naïve 😀 one.", "two"]
     messages = [{"role": role, "content": text} for text in answers for role in ("user", "assistant")]
     encoded = Encoder(tokenizer, 512).encode(messages)
