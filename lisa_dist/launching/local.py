@@ -61,11 +61,11 @@ def launch_ranks(config: Config, entry: str = "lisa_dist.trainer:train") -> int:
     """
     ranks = count_local_ranks(config)
     run_dir = Path(config.run.dir or ".")
-    _make_log_dir(run_dir)
     started = time.time()
     with tempfile.TemporaryDirectory(prefix="lisa-dist-") as folder:
         outcome_dir = Path(folder)
-        with StopWatcher(outcome_dir, ranks):
+        with StopWatcher(outcome_dir):
+            _make_log_dir(run_dir)
             agent_failure = _run_agent(config, entry, ranks, outcome_dir)
         outcomes = [Outcome(**json.loads(file.read_text())) for file in outcome_dir.glob("outcome_*.json")]
     codes = {outcome.code for outcome in outcomes}

@@ -28,9 +28,8 @@ class StopWatcher:
     they import torch. A second Ctrl-C, or the same signal again, kills.
     """
 
-    def __init__(self, outcome_dir: Path, ranks: int) -> None:
+    def __init__(self, outcome_dir: Path) -> None:
         self.outcome_dir = outcome_dir
-        self.ranks = ranks
         self.received: list[int] = []
         self.kill = False
         self.asked: set[int] = set()  # process ids that were asked to stop

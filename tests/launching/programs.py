@@ -17,10 +17,10 @@ def rank() -> int:
 
 
 def finish(config: Config) -> int:
-    """Print who we are and end well."""
-    print(f"this is rank {rank()} of {os.environ['WORLD_SIZE']} with {config.run.name}")
-    print(f"error line of rank {rank()}", file=sys.stderr)
-    os.system(f"echo native line of rank {rank()}")
+    """Print who we are, three ways, and end well."""
+    print(f"rank {rank()} of {os.environ['WORLD_SIZE']} with run.name={config.run.name}")
+    print(f"rank {rank()} on stderr", file=sys.stderr)
+    os.system(f"echo rank {rank()} natively")
     return EXIT_DONE
 
 
@@ -28,15 +28,16 @@ def fail(config: Config) -> int:
     """Rank 1 fails; rank 0 fails a moment later, as it does when its peer is gone."""
     if rank() == 1:
         raise ValueError("the first failure")
-    time.sleep(0.5)
+    _wait_for_the_end_of_rank_1(config)
     raise RuntimeError("a connection was lost")
 
 
 def die(config: Config) -> int:
     """Rank 1 is killed by the system; rank 0 then fails."""
     if rank() == 1:
+        (Path(config.run.dir or "") / "last_words").touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.5)
+    _wait_for_the_end_of_rank_1(config)
     raise RuntimeError("a connection was lost")
 
 
@@ -45,17 +46,24 @@ def mistake(config: Config) -> int:
     raise UserError("data.path=nowhere: must be a file")
 
 
-def stop_alone(config: Config) -> int:
-    """Rank 1 says that it was stopped, rank 0 that it is done: they disagree."""
+def disagree(config: Config) -> int:
+    """Rank 1 says that it was stopped, rank 0 that it is done."""
     return EXIT_STOPPED if rank() == 1 else EXIT_DONE
 
 
 def train_until_stopped(config: Config) -> int:
-    """Run until asked to stop; then take ``run.name`` seconds to save, and write that file."""
+    """Run until asked to stop, then take ``run.name`` seconds to save; files tell how far a rank has come."""
     run_dir = Path(config.run.dir or "")
-    (run_dir / f"training_{rank()}_{os.getpid()}").touch()
+    (run_dir / f"training_{rank()}_{os.getpid()}").write_text(f"terminal: {sys.stdout.isatty()}")
     while not stop_requested():
         time.sleep(0.02)
+    (run_dir / f"saving_{rank()}").touch()
     time.sleep(float(config.run.name or 0))
     (run_dir / f"saved_{rank()}").touch()
     return EXIT_STOPPED
+
+
+def _wait_for_the_end_of_rank_1(config: Config) -> None:
+    """Wait until the launcher asks this rank to stop, which it does when rank 1 has failed."""
+    while not stop_requested():
+        time.sleep(0.02)

@@ -1,0 +1,224 @@
+"""The launcher of local ranks: exit codes, logs, the first failure, signals, and no orphans. Real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lisa_dist.config import Config, ParallelConfig, RunConfig, UserError
+from lisa_dist.launching.local import count_local_ranks, launch_ranks
+
+PROGRAMS = "tests.launching.programs"
+PATIENCE = 120  # seconds for ranks to come up on a busy machine
+
+
+def two_ranks(run_dir: Path, name: str | None = None) -> Config:
+    return Config(parallel=ParallelConfig(nproc_per_node="2"), run=RunConfig(dir=str(run_dir), name=name))
+
+
+def summary(run_dir: Path) -> dict[str, object]:
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def test_all_done(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGQUIT)]
+    environment = dict(os.environ)
+    assert launch_ranks(two_ranks(tmp_path, "mine"), f"{PROGRAMS}:finish") == 0
+    terminal = capfd.readouterr()
+    assert terminal.out.splitlines() == ["rank 0 of 2 with run.name=mine", "rank 0 natively"]
+    assert "rank 0 on stderr" in terminal.err and "rank 1" not in terminal.err
+    assert sorted((tmp_path / "logs" / "rank_1.log").read_text().splitlines()) == [
+        "rank 1 natively",
+        "rank 1 of 2 with run.name=mine",
+        "rank 1 on stderr",
+    ]
+    assert not (tmp_path / "summary.json").exists()  # a run that ends well writes its own
+    # Nothing of the launch is left in this process.
+    assert handlers == [
+        signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGQUIT)
+    ]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+    assert os.environ == environment
+
+
+def test_first_failure_alone_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch_ranks(two_ranks(tmp_path), f"{PROGRAMS}:fail") == 1
+    shown = capfd.readouterr().err
+    assert shown.count("Traceback") == 1 and 'raise ValueError("the first failure")' in shown
+    assert "rank 1 failed: ValueError: the first failure" in shown and "rank_1.log" in shown
+    assert "a connection was lost" not in shown
+    assert "a connection was lost" in (tmp_path / "logs" / "rank_0.log").read_text()
+    assert "the first failure" in (tmp_path / "logs" / "rank_1.log").read_text()
+    assert summary(tmp_path)["exit_reason"] == "failed: ValueError: the first failure"
+
+
+def test_killed_rank_is_the_first_failure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch_ranks(two_ranks(tmp_path), f"{PROGRAMS}:die") == 1
+    shown = capfd.readouterr().err
+    assert "rank 1 failed: it was killed by SIGKILL" in shown and "memory" in shown
+    assert "a connection was lost" not in shown
+
+
+def test_mistake_of_the_user_is_raised_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "summary.json").write_text('{"exit_reason": "finished"}')
+    with pytest.raises(UserError, match=r"^data\.path=nowhere: must be a file$"):
+        launch_ranks(two_ranks(tmp_path), f"{PROGRAMS}:mistake")
+    assert "Traceback" not in capfd.readouterr().err
+    assert summary(tmp_path)["exit_reason"] == "finished"  # a mistake writes over nothing
+
+
+def test_ranks_that_disagree_have_failed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch_ranks(two_ranks(tmp_path), f"{PROGRAMS}:disagree") == 1
+    assert "rank 1 failed: it ended with code 75" in capfd.readouterr().err
+
+
+def test_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"run\.dir=.*can't be written"):
+        launch_ranks(two_ranks(tmp_path / "file"), f"{PROGRAMS}:finish")
+
+
+@pytest.mark.parametrize(("gpus", "wanted", "ranks"), [(0, "auto", 1), (4, "auto", 4), (0, "3", 3), (4, "2", 2)])
+def test_number_of_ranks(gpus: int, wanted: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert count_local_ranks(Config(parallel=ParallelConfig(nproc_per_node=wanted))) == ranks
+
+
+def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"parallel\.nproc_per_node=3: must be at most 2"):
+        count_local_ranks(Config(parallel=ParallelConfig(nproc_per_node="3")))
+
+
+class Launcher:
+    """A launcher in a process group of its own, training until it is stopped; its stdout is a terminal."""
+
+    def __init__(self, run_dir: Path, seconds_to_save: float) -> None:
+        self.run_dir = run_dir
+        terminal, its_end = pty.openpty()
+        call = (
+            "import sys; from tests.launching.test_local import *;"
+            f"sys.exit(launch_ranks(two_ranks(Path({str(run_dir)!r}), '{seconds_to_save}'),"
+            f" '{PROGRAMS}:train_until_stopped'))"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", call],
+            stdout=its_end,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        os.close(its_end)
+        self.terminal = terminal
+
+    def wait_for(self, *patterns: str) -> list[Path]:
+        """Wait for a file of each pattern and return them."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            found = [next(self.run_dir.glob(pattern), None) for pattern in patterns]
+            if None not in found:
+                return [path for path in found if path is not None]
+            assert time.monotonic() < deadline and self.process.poll() is None, (patterns, self.process.poll())
+            time.sleep(0.05)
+
+    def ranks(self) -> list[int]:
+        """The process ids of the ranks, once they train."""
+        return [int(path.name.split("_")[2]) for path in self.wait_for("training_0_*", "training_1_*")]
+
+    def press_control_c(self) -> None:
+        """What a terminal does: INT to the whole foreground group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+        os.close(self.terminal)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def quick(run_dir: Path) -> Iterator[Launcher]:
+    launcher = Launcher(run_dir, seconds_to_save=0.3)
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture
+def slow(run_dir: Path) -> Iterator[Launcher]:
+    launcher = Launcher(run_dir, seconds_to_save=600)
+    yield launcher
+    launcher.close()
+
+
+def gone(process: int) -> bool:
+    """Whether a process has ended; one that nobody has waited for yet counts."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return True
+    return state == "Z"
+
+
+def all_gone(processes: list[int]) -> bool:
+    """Whether all end within some seconds."""
+    deadline = time.monotonic() + 20
+    while not all(gone(process) for process in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_control_c_saves_and_stops(quick: Launcher) -> None:
+    ranks = quick.ranks()
+    assert quick.wait_for("training_0_*")[0].read_text() == "terminal: True"
+    assert quick.wait_for("training_1_*")[0].read_text() == "terminal: False"
+    quick.press_control_c()
+    _, stderr = quick.process.communicate(timeout=PATIENCE)
+    assert quick.process.returncode == 75
+    assert (quick.run_dir / "saved_0").exists() and (quick.run_dir / "saved_1").exists()
+    assert stderr.count("saves a checkpoint") == 1 and "Traceback" not in stderr
+    assert all_gone(ranks)
+
+
+def test_signal_while_the_ranks_start_is_not_lost(quick: Launcher) -> None:
+    quick.wait_for("logs")  # the launcher listens; its ranks have not even imported torch
+    quick.process.send_signal(signal.SIGUSR1)
+    quick.process.communicate(timeout=PATIENCE)
+    assert quick.process.returncode == 75
+    assert (quick.run_dir / "saved_0").exists() and (quick.run_dir / "saved_1").exists()
+
+
+def test_control_c_twice_kills(slow: Launcher) -> None:
+    ranks = slow.ranks()
+    slow.press_control_c()
+    slow.wait_for("saving_0", "saving_1")
+    slow.press_control_c()
+    _, stderr = slow.process.communicate(timeout=PATIENCE)
+    assert slow.process.returncode == 1
+    assert "the ranks are killed" in stderr
+    assert not (slow.run_dir / "saved_0").exists()
+    assert all_gone(ranks)
+
+
+def test_no_rank_outlives_a_killed_launcher(slow: Launcher) -> None:
+    ranks = slow.ranks()
+    assert not any(gone(rank) for rank in ranks)
+    slow.process.kill()
+    slow.process.wait()
+    assert all_gone(ranks)
