@@ -1,0 +1,201 @@
+"""The command line: what it prints, where it sends a command, and its exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lisa_dist import __version__, cli
+from lisa_dist.cli import COMMANDS, main
+from lisa_dist.config import Config, UserError
+from lisa_dist.config.loading import load, read_config, to_yaml
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Every function that the command line would import and call, with its arguments; each returns 7."""
+    recorded: list[tuple[Any, ...]] = []
+
+    def function(address: str) -> Any:
+        def record(*arguments: Any) -> int:
+            recorded.append((address, *arguments))
+            return 7
+
+        return record
+
+    monkeypatch.setattr(cli, "_function", function)
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    return recorded
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lisa-dist {__version__}\n"
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown and command.summary in shown for name, command in COMMANDS.items())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_lists_its_keys(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    for group in COMMANDS[name].keys:
+        part = getattr(Config(), group)
+        assert all(f"  {group}.{field.name}" in shown for field in dataclasses.fields(part))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "train, plan, bench"),
+        (["trian"], "did you mean train?"),
+        (["train", "sampler.perod=3"], "did you mean sampler.period?"),
+        (["train", "--cfg", "jo"], "--cfg"),
+        (["train", "--config-dir"], "--config-dir"),
+        (["train", "--frobnicate"], "--frobnicate"),
+        (["train", "--config-dir", "nowhere"], "nowhere"),
+        (["launch", "train.seed=1"], "launch slurm"),
+        (["plan", "--multirun", "train.seed=1,2"], "sweeps train only"),
+        (["report", "run.dir=nowhere"], "run.dir=nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("lisa-dist: ") and shown.err.count("\n") == 1
+    assert named in shown.err
+
+
+def test_only_rank_0_speaks_of_a_mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", "sampler.perod=3"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_cfg_job_prints_a_configuration_that_can_be_read_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["method=full", "train.seed=3", "model.path=/models/mine"]
+    assert main(["train", "--cfg", "job", *overrides]) == 0
+    (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
+    assert read_config(tmp_path / "config.yaml") == load(overrides)
+
+
+def test_options_may_stand_among_the_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ntrain: {seed: 9}\n")
+    assert main(["train", "train.epochs=2", "--config-dir", str(tmp_path), "experiment=mine", "--cfg", "job"]) == 0
+    shown = capsys.readouterr().out
+    assert "  seed: 9\n" in shown and "  epochs: 2.0\n" in shown
+
+
+def test_train_starts_ranks_with_a_settled_run_directory(
+    calls: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "run.name=first"]) == 7
+    (address, config, entry) = calls[0]
+    assert (address, entry) == ("lisa_dist.launching.local:launch_ranks", "lisa_dist.trainer:train")
+    assert config.run.dir == str(tmp_path / "runs" / "first")
+    assert config.optimizer == load([]).optimizer
+
+
+def test_train_does_not_write_over_a_run(calls: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    assert main(["train", f"run.dir={tmp_path}"]) == 2
+    assert calls == []
+    assert main(["train", f"run.dir={tmp_path}", "checkpoint.resume=auto"]) == 7
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"RANK": "0", "WORLD_SIZE": "2"}, {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}],
+)
+def test_a_rank_trains_in_its_own_process(
+    calls: list[tuple[Any, ...]], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signals: list[str] = []
+    monkeypatch.setattr(cli, "install_stop_handlers", lambda: signals.append("installed"))
+    monkeypatch.setattr(cli, "ignore_stop_signals", lambda: signals.append("ignored"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "train.seed=4"]) == 7
+    assert calls == [("lisa_dist.trainer:train", load(["train.seed=4"]))]
+    assert signals == ["installed", "ignored"]
+
+
+def test_one_task_of_srun_is_no_rank(calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert main(["train"]) == 7
+    assert calls[0][0] == "lisa_dist.launching.local:launch_ranks"
+
+
+def test_commands_on_a_run_get_its_configuration(calls: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    run = load(["train.seed=11", "method=full"])
+    (tmp_path / "config.yaml").write_text(to_yaml(run))
+    assert main(["export", f"run.dir={tmp_path}", "export.path=out"]) == 7
+    address, config = calls[-1]
+    assert address == "lisa_dist.commands.export:run"
+    assert (config.train.seed, config.method, config.export.path) == (11, "full", "out")
+
+
+def test_plan_composes_and_runs_here(calls: list[tuple[Any, ...]]) -> None:
+    assert main(["plan", "plan.format=json"]) == 7
+    assert calls[-1] == ("lisa_dist.commands.plan:run", load(["plan.format=json"]))
+
+
+def test_launch_slurm_gets_the_overrides_too(calls: list[tuple[Any, ...]]) -> None:
+    assert main(["launch", "slurm", "train.seed=2", "launch.dry_run=true"]) == 7
+    overrides = ["train.seed=2", "launch.dry_run=true"]
+    assert calls == [("lisa_dist.launching.slurm:run", load(overrides), overrides, None)]
+
+
+def test_multirun_goes_to_the_sweep(calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["train", "-m", "train.seed=1,2"]) == 7
+    assert calls == [("lisa_dist.launching.sweep:run_sweep", ["train.seed=1,2"], None)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "-m", "train.seed=1,2"]) == 2
+    assert len(calls) == 1
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "_function", lambda address: fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["plan"])
+
+
+def test_a_mistake_found_by_a_command_is_told_like_any_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def mistake(*arguments: Any) -> int:
+        raise UserError("plan.gpu=abacus: must be a preset")
+
+    monkeypatch.setattr(cli, "_function", lambda address: mistake)
+    assert main(["plan"]) == 2
+    assert capsys.readouterr().err == "lisa-dist: plan.gpu=abacus: must be a preset\n"
+
+
+def test_torchrun_shows_a_mistake_once() -> None:
+    """Under torchrun every rank reads the configuration; one of them speaks. Real processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run(
+        [*torchrun, "-m", "lisa_dist", "train", "sampler.perod=3"], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 1  # torchrun's own, whatever the ranks return
+    assert ended.stderr.count("did you mean sampler.period?") == 1
+    assert "exitcode  : 2" in ended.stderr

@@ -1,0 +1,35 @@
+"""The wheel holds everything that an installation away from the checkout needs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from lisa_dist.config.loading import conf_dir
+
+CHECKOUT = Path(__file__).parents[1]
+
+
+def test_wheel_works_away_from_the_checkout(tmp_path: Path) -> None:
+    build = f"from hatchling.build import build_wheel; print(build_wheel({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", build], cwd=CHECKOUT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
+    zipfile.ZipFile(wheel).extractall(installed)
+    elsewhere.mkdir()
+    groups = {str(file.relative_to(conf_dir())) for file in conf_dir().rglob("*.yaml")}
+    assert {str(file.relative_to(installed / "lisa_dist/conf")) for file in installed.rglob("conf/**/*.yaml")} == groups
+
+    def run(*arguments: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(installed)}
+        return subprocess.run(
+            [sys.executable, *arguments], cwd=elsewhere, env=environment, check=True, capture_output=True, text=True
+        ).stdout
+
+    where = "from lisa_dist.config.loading import conf_dir; print(conf_dir())"
+    assert run("-c", where).strip() == str(installed / "lisa_dist" / "conf")
+    assert "method: lisa\n" in run("-m", "lisa_dist", "train", "--cfg", "job")
+    assert not any(elsewhere.iterdir())
