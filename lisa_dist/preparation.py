@@ -86,20 +86,12 @@ def prepare_run(config: Config) -> Run:
         UserError: the configuration does not fit the model, the data or the ranks.
     """
     device = distributed.device()
-    source = config.model.tokenizer or config.model.path
-    if source is None:
-        raise UserError("model.path=null: name a Hugging Face directory, a hub id or builtin:demo, or choose a preset")
-    check_vocabulary = read_architecture(config.model).vocab_size
-    tokenizer = load_tokenizer(source, config.model.trust_remote_code)
-    if len(tokenizer) > check_vocabulary:
-        raise UserError(
-            f"model.tokenizer={source}: has {len(tokenizer)} tokens but the model knows {check_vocabulary}; "
-            "choose the model's own tokenizer"
-        )
+    tokenizer = open_tokenizer(config)
     data = prepare_data(config.data, tokenizer, config.train.seed)
     show_preview(config.data, data, tokenizer)
-    batches = make_batches(config, data.train, tokenizer)
-    validation = None if data.validation is None else make_batches(config, data.validation, tokenizer)
+    pad = int(tokenizer.pad_token_id or 0)
+    batches = make_batches(config, data.train, pad)
+    validation = None if data.validation is None else make_batches(config, data.validation, pad)
     learner = build_learner(config)
     progress = load_state(learner, config, device)
     max_steps = config.train.max_steps or batches.steps(config.train.epochs)
@@ -108,7 +100,26 @@ def prepare_run(config: Config) -> Run:
     return Run(config, learner, tokenizer, batches, validation, max_steps, progress, recorder)
 
 
-def make_batches(config: Config, sequences: Sequences, tokenizer: PreTrainedTokenizerBase) -> GlobalBatches:
+def open_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the model.
+
+    Raises:
+        UserError: there is none, or it has more tokens than the model knows.
+    """
+    source = config.model.tokenizer or config.model.path
+    if source is None:
+        raise UserError("model.path=null: name a Hugging Face directory, a hub id or builtin:demo, or choose a preset")
+    known = read_architecture(config.model).vocab_size
+    tokenizer = load_tokenizer(source, config.model.trust_remote_code)
+    if len(tokenizer) > known:
+        raise UserError(
+            f"model.tokenizer={source}: has {len(tokenizer)} tokens but the model knows {known}; "
+            "choose the model's own tokenizer"
+        )
+    return tokenizer
+
+
+def make_batches(config: Config, sequences: Sequences, pad_token_id: int) -> GlobalBatches:
     """Return this rank's view of the global batches over ``sequences``."""
     return GlobalBatches(
         sequences,
@@ -118,7 +129,7 @@ def make_batches(config: Config, sequences: Sequences, tokenizer: PreTrainedToke
         seed=config.train.seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        pad_token_id=int(tokenizer.pad_token_id or 0),
+        pad_token_id=pad_token_id,
         fixed_length=config.data.packing or config.parallel.compile,
     )
 

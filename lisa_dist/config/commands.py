@@ -23,18 +23,29 @@ class ExportConfig:
 @dataclass
 class EvaluateConfig:
     path: str | None = None  # a Hugging Face directory; null: the checkpoint of run.dir
-    data: str | None = None  # null: the validation data of the run
+    step: int | None = None  # which checkpoint of run.dir; null: the newest
+    data: str | None = None  # a file, a glob, a directory or a hub id; null: the validation data of the run
     tasks: list[str] = field(default_factory=list)  # of lm-evaluation-harness, from local task data
+    task_dir: str | None = None  # a folder with further tasks of lm-evaluation-harness (YAML)
     limit: int | None = None  # rows, or samples a task
+    output: str | None = None  # null: evaluation.json in run.dir, without a run in the current directory
+
+    def __post_init__(self) -> None:
+        check_at_least("evaluate.limit", self.limit, 1)
 
 
 @dataclass
 class GenerateConfig:
     path: str | None = None  # a Hugging Face directory; null: the checkpoint of run.dir
-    prompts: Any = field(default_factory=list)  # a list, or a file with one prompt a line
+    step: int | None = None  # which checkpoint of run.dir; null: the newest
+    prompts: Any = field(default_factory=list)  # a list; or a file: one prompt a line, or JSON lines with "prompt"
     max_new_tokens: int = 128
     temperature: float = 0.0  # 0: greedy
-    output: str | None = None  # a file; null: stdout
+    output: str | None = None  # a new file of JSON lines with prompt and answer; null: stdout, answers alone
+
+    def __post_init__(self) -> None:
+        check_at_least("generate.max_new_tokens", self.max_new_tokens, 1)
+        check_at_least("generate.temperature", self.temperature, 0)
 
 
 @dataclass
@@ -50,8 +61,9 @@ class PlanConfig:
 
 @dataclass
 class BenchConfig:
-    steps: int = 20  # measured steps, after warm-up
+    steps: int = 20  # measured steps of a method, after warm-up
     warmup_steps: int = 3
+    rounds: int = 7  # the steps are made in so many rounds, each after a switch; compared methods take turns
     compare: list[str] = field(default_factory=list)  # methods in the same run; bare: a plain FSDP2 loop
     sweep: list[str] = field(default_factory=list)  # override lines measured one after the other
     profile: bool = False  # write a trace of one step into the run directory
@@ -60,6 +72,8 @@ class BenchConfig:
     def __post_init__(self) -> None:
         check_choice("bench.format", self.format, ["table", "json"])
         check_at_least("bench.steps", self.steps, 1)
+        check_at_least("bench.warmup_steps", self.warmup_steps, 1)
+        check_at_least("bench.rounds", self.rounds, 1)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,11 @@ from lisa_dist.config.overrides import SCHEMAS, KeyOverride, all_keys, apply_ove
 
 T = TypeVar("T")
 
+VARIED = {
+    "method": ("method", "sampler", "update", "always_active"),
+    "sampler": ("sampler",),
+    "update": ("update",),
+}  # the groups that vary() may choose anew, and the keys that each of them settles
 GROUPS = ("model", "data", "method", "sampler", "update", "optimizer", "scheduler", "logger", "experiment")
 
 
@@ -186,6 +191,32 @@ def load_run(run_dir: str, overrides: list[str]) -> Config:
         apply_override(config, override)
     config.run.dir = run_dir
     return _to_dataclasses(config)
+
+
+def vary(config: Config, overrides: list[str]) -> Config:
+    """Return ``config`` with further overrides: single keys, and ``method``, ``sampler`` or ``update`` chosen anew.
+
+    A sampler that is chosen anew keeps the number of active blocks, the period and the seed that are set.
+
+    Raises:
+        UserError: an override is wrong, or chooses another group.
+    """
+    parsed = parse_overrides(overrides)
+    chosen = [override for override in parsed if override.key in GROUPS]
+    fresh = load(["model=custom", *(override.text for override in chosen)])
+    changes: dict[str, Any] = {}
+    for override in chosen:
+        if override.key not in VARIED:
+            raise UserError(f"{override.text}: only {', '.join(VARIED)} can be varied among the groups, or single keys")
+        changes |= {name: getattr(fresh, name) for name in VARIED[override.key]}
+    if "sampler" in changes and changes["sampler"].active_layers is not None:
+        kept = {name: getattr(config.sampler, name) for name in ("active_layers", "period", "seed")}
+        changes["sampler"] = replace(changes["sampler"], **kept)
+    varied = OmegaConf.structured(replace(config, **changes))
+    for override in parsed:
+        if override.key not in GROUPS:
+            apply_override(varied, override)
+    return _to_dataclasses(varied)
 
 
 def _read(path: Path) -> DictConfig:
