@@ -51,7 +51,6 @@ class TrainConfig:
     eval_every: int = 0  # steps between validations; 0: none
     eval_batches: int | None = None  # micro-batches a rank of a validation; null: all
     on_nonfinite: str = "stop"  # a loss or gradient that is not finite: stop, or skip the step
-    deterministic: bool = False  # refuse kernels whose results vary from run to run
     sample_prompts: int = 0  # held-out prompts answered before and after training
 
     def __post_init__(self) -> None:
