@@ -24,6 +24,8 @@ from lisa_dist.environment import in_slurm_step
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
+DISK_TIMEOUT = datetime.timedelta(hours=1)  # for a collective that waits for a disk: loading, saving
+
 
 def rank() -> int:
     """This process' rank, 0 outside a process group."""
@@ -143,13 +145,39 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def gather_objects(value: T) -> list[T]:
-    """Return every rank's ``value``, in rank order, on every rank. Collective: every rank."""
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return every rank's ``value``, in rank order, on every rank. Collective: every rank.
+
+    Args:
+        group: a group of all ranks, where this must not meet other collectives (see :func:`disk_group`).
+    """
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
+
+
+def disk_group() -> dist.ProcessGroup | None:
+    """Make a group of all ranks for agreements about files, None for one rank. Collective: every rank.
+
+    It is gloo's, so that a thread can use it while training goes on, and it waits as long as a disk may take.
+    """
+    return dist.new_group(backend="gloo", timeout=DISK_TIMEOUT) if world_size() > 1 else None
+
+
+@contextmanager
+def waiting_for_disks(timeout: int) -> Iterator[None]:
+    """Give collectives the time that a disk may take, and ``timeout`` seconds again afterwards. No communication."""
+    usual = datetime.timedelta(seconds=timeout)
+    if world_size() > 1:
+        # Private, and the only way to change it (https://github.com/pytorch/pytorch/pull/115141).
+        dist.distributed_c10d._set_pg_timeout(max(usual, DISK_TIMEOUT))
+    try:
+        yield
+    finally:
+        if world_size() > 1:
+            dist.distributed_c10d._set_pg_timeout(usual)
 
 
 def all_reduce_sum(values: list[float]) -> list[float]:

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lisa_dist import distributed
 from lisa_dist.checkpoint.restore import newest_complete, restore_checkpoint
-from lisa_dist.checkpoint.save import Progress
+from lisa_dist.checkpoint.save import CheckpointSaver, remove_leftovers
+from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import to_yaml
 from lisa_dist.config.run_directory import check_run_dir_is_free, resolve_run_dir
@@ -43,6 +44,7 @@ class Run:
     max_steps: int
     progress: Progress
     recorder: Recorder
+    checkpoints: CheckpointSaver
 
 
 def open_run_directory(config: Config) -> Config:
@@ -59,6 +61,7 @@ def open_run_directory(config: Config) -> Config:
         directory = Path(str(settled.run.dir))
         try:
             checkpoint_directory(settled).mkdir(parents=True, exist_ok=True)
+            remove_leftovers(checkpoint_directory(settled))
             (directory / "config.yaml").write_text(to_yaml(settled))
         except OSError as error:
             raise UserError(f"run.dir={directory}: can't be written ({error.strerror})") from error
@@ -93,11 +96,13 @@ def prepare_run(config: Config) -> Run:
     batches = make_batches(config, data.train, pad)
     validation = None if data.validation is None else make_batches(config, data.validation, pad)
     learner = build_learner(config)
-    progress = load_state(learner, config, device)
+    checkpoints = CheckpointSaver(learner, checkpoint_directory(config), to_yaml(config))
+    with distributed.waiting_for_disks(config.parallel.timeout):
+        progress = load_state(learner, checkpoints, device)
     max_steps = config.train.max_steps or batches.steps(config.train.epochs)
     announce_run(config, learner, data, batches, max_steps, progress)
     recorder = Recorder(config, max_steps, progress.step, progress.resumed_from)
-    return Run(config, learner, tokenizer, batches, validation, max_steps, progress, recorder)
+    return Run(config, learner, tokenizer, batches, validation, max_steps, progress, recorder, checkpoints)
 
 
 def open_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -134,15 +139,18 @@ def make_batches(config: Config, sequences: Sequences, pad_token_id: int) -> Glo
     )
 
 
-def load_state(learner: Learner, config: Config, device: torch.device) -> Progress:
+def load_state(learner: Learner, checkpoints: CheckpointSaver, device: torch.device) -> Progress:
     """Fill the model from the newest complete checkpoint, or from where it starts. Collective: every rank.
 
     Raises:
-        UserError: at a fresh start, the global batch is not a multiple of what the ranks take at a time.
+        UserError: at a fresh start, the global batch is not a multiple of what the ranks take at a time; at a
+            resume, every checkpoint is damaged, or it is that of another model or method.
     """
-    newest = newest_complete(checkpoint_directory(config)) if resumes(config) else None
+    config = learner.config
+    newest = newest_complete(checkpoints.directory) if resumes(config) else None
     if newest is not None:
-        progress = restore_checkpoint(learner, newest, device)
+        progress, state = restore_checkpoint(learner, newest, device)
+        checkpoints.continue_from(newest, state)
         progress.resumed_from.append(progress.step)
         logger.info("going on from %s", newest)
         return progress

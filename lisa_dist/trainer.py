@@ -16,13 +16,12 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from lisa_dist import distributed
-from lisa_dist.checkpoint.save import save_checkpoint
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config
 from lisa_dist.data.batches import MicroBatch, label_tokens
 from lisa_dist.learner import Learner, begin_period, count_persistent_bytes, count_trained_parameters
 from lisa_dist.optim.clipping import normalize_and_clip
 from lisa_dist.optim.schedule import learning_rate
-from lisa_dist.preparation import Run, announce_trained, checkpoint_directory, open_run_directory, prepare_run
+from lisa_dist.preparation import Run, announce_trained, open_run_directory, prepare_run
 from lisa_dist.sample_answers import show_answers
 from lisa_dist.signals import ignore_stop_signals, stop_requested
 from lisa_dist.telemetry.logs import setup_logging
@@ -175,12 +174,13 @@ def train_steps(run: Run) -> bool:
         started = time.monotonic()
         if step % learner.period_length == 0:
             begin_period(learner, step // learner.period_length)
+            run.checkpoints.note_trained()
             recorder.record_period(learner.active.period, step + 1, learner.active.blocks, learner.sampler.scores())
         if step == first_step:
             counted = rehearse(learner, run.batches.longest_micro_batch())
             announce_trained(learner, counted)
             recorder.figures |= {"persistent_bytes": counted, "trained_parameters": count_trained_parameters(learner)}
-        result = train_step(learner, micro_batches, step, run.max_steps, stop_requested())
+        result = train_step(learner, micro_batches, step, run.max_steps, stop_requested() or run.checkpoints.must_stop())
         progress.step += 1
         recorder.record_step(
             step=progress.step,
@@ -197,9 +197,10 @@ def train_steps(run: Run) -> bool:
         if last or is_due(config.train.eval_every, progress.step):
             evaluate(run)
         if last or is_due(config.checkpoint.every, progress.step):
-            save_checkpoint(learner, progress, checkpoint_directory(config), config.checkpoint.keep)
+            run.checkpoints.save(progress)
         if result.stop_requested:
             break
+    run.checkpoints.finish(stop_on_error=True)
     stopped = progress.step < run.max_steps
     if not stopped:
         show_answers(run, "answers after training")

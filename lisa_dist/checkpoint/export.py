@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from lisa_dist.checkpoint.manifest import checkpoint_name, damage, list_checkpoints, step_of
-from lisa_dist.checkpoint.save import WEIGHTS
+from lisa_dist.checkpoint.manifest import WEIGHTS, checkpoint_name, damage, list_checkpoints, step_of
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config, UserError
 from lisa_dist.data.tokenizer import load_tokenizer

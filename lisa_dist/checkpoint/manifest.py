@@ -1,4 +1,8 @@
-"""What makes a checkpoint complete: a manifest of every file with its size and checksum, written last."""
+"""What makes a checkpoint complete: a manifest of every file with its size and checksum, written last.
+
+An incremental checkpoint names the earlier ones that hold its unchanged weights; it is complete only while theirs
+are, and they are kept as long as it is.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,14 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from lisa_dist.checkpoint.shards import WrittenFile
 from lisa_dist.telemetry.records import write_atomically
 
-MANIFEST = "manifest.json"
+MANIFEST, WEIGHTS, MOMENTS, STATE, CONFIG = "manifest.json", "weights", "optimizer", "state.json", "config.yaml"
 _STEP = re.compile(r"step_(\d{8,})$")
 
 
@@ -25,33 +32,95 @@ def step_of(directory: Path) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def write_manifest(directory: Path) -> None:
-    """List every file of a checkpoint with size and SHA-256, flushed to disk."""
-    files = {
-        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": file_checksum(path)}
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
-    write_atomically(directory / MANIFEST, json.dumps({"files": files}, indent=1))
+def write_manifest(directory: Path, files: dict[str, WrittenFile], needs: list[str]) -> None:
+    """Write the manifest, flushed to disk.
+
+    Args:
+        directory: of the checkpoint.
+        files: every file by its path inside the checkpoint.
+        needs: names of the earlier checkpoints beside it that hold the rest of its weights.
+    """
+    content = {"files": {name: asdict(file) for name, file in sorted(files.items())}, "needs": needs}
+    write_atomically(directory / MANIFEST, json.dumps(content, indent=1))
 
 
-def damage(directory: Path) -> str | None:
-    """Return what is wrong with a checkpoint, None if it is complete and every checksum holds."""
-    manifest = directory / MANIFEST
+def describe_file(path: Path) -> WrittenFile:
+    """Return what a manifest says of a file that is there."""
+    with path.open("rb") as file:
+        return WrittenFile(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def damage(directory: Path, part: int = 0, parts: int = 1) -> str | None:
+    """Return what is wrong with a checkpoint, None if it is complete and every checksum holds.
+
+    Args:
+        directory: of the checkpoint.
+        part, parts: look at every ``parts``-th file only, from the ``part``-th on, so that ranks share the reading.
+    """
     try:
-        files = json.loads(manifest.read_text())["files"]
-        for name, expected in files.items():
-            path = directory / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-            if file_checksum(path) != expected["sha256"]:
-                return f"{name} has another checksum than when it was written"
+        files, needs = _read_manifest(directory)
+        if not {STATE, CONFIG} <= files.keys():
+            return f"{MANIFEST} does not list {STATE} and {CONFIG}"
+        checked = [(directory, name, expected) for name, expected in files.items()]
+        for base in needs:
+            files_of_base, _ = _read_manifest(directory.parent / base)
+            weights = [name for name in files_of_base if name.startswith(f"{WEIGHTS}/")]
+            checked += [(directory.parent / base, name, files_of_base[name]) for name in weights]
+        found = (_file_damage(*file) for file in checked[part::parts])
+        return next((wrong for wrong in found if wrong is not None), None)
+    except _ManifestError as error:
+        return str(error)
+
+
+def needed_by(directory: Path) -> list[str]:
+    """Return the names of the checkpoints that hold weights of this one, itself left out."""
+    try:
+        return _read_manifest(directory)[1]
+    except _ManifestError:
+        return []
+
+
+class _ManifestError(Exception):
+    """A manifest is missing or is not one."""
+
+
+def _read_manifest(directory: Path) -> tuple[dict[str, Any], list[str]]:
+    name = f"{directory.name}/{MANIFEST}"
+    try:
+        content = json.loads((directory / MANIFEST).read_text())
+        files, needs = dict(content["files"]), list(content["needs"])
     except FileNotFoundError:
-        return f"{MANIFEST} is missing: the checkpoint was never finished"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is not readable"
+        if not directory.is_dir():
+            raise _ManifestError(f"{directory.name} is missing, which holds a part of its weights") from None
+        raise _ManifestError(f"{name} is missing: the checkpoint was never finished") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise _ManifestError(f"{name} is not readable") from None
+    inside = all(isinstance(path, str) and _is_inside(path) for path in files)
+    if not inside or not all(isinstance(base, str) and _STEP.fullmatch(base) for base in needs):
+        raise _ManifestError(f"{name} names files outside the checkpoints")
+    return files, needs
+
+
+def _is_inside(name: str) -> bool:
+    """Whether ``name`` is a path that cannot lead out of the directory it is relative to."""
+    path = Path(name)
+    return "\0" not in name and not path.is_absolute() and ".." not in path.parts
+
+
+def _file_damage(directory: Path, name: str, expected: Any) -> str | None:
+    shown = f"{directory.name}/{name}"
+    try:
+        size, checksum = expected["bytes"], expected["sha256"]
+        if not (directory / name).is_file():
+            return f"{shown} is missing"
+        if (directory / name).stat().st_size != size:
+            return f"{shown} has {(directory / name).stat().st_size} bytes instead of {size}"
+        if describe_file(directory / name).sha256 != checksum:
+            return f"{shown} has another checksum than when it was written"
+    except OSError as error:
+        return f"{shown} can't be read ({error.strerror})"
+    except (KeyError, TypeError, ValueError):
+        return f"{directory.name}/{MANIFEST} is not readable"
     return None
 
 
@@ -61,14 +130,15 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: step_of(path) or 0, reverse=True)
 
 
-def remove_old(directory: Path, keep: int) -> None:
-    """Remove all but the ``keep`` newest checkpoints (0: keep all)."""
+def remove_old(directory: Path, newest: Path, keep: int) -> None:
+    """Remove all but the ``keep`` newest checkpoints (0: keep all) up to ``newest``, and those that they need.
+
+    Later ones, of a run that was taken back to an earlier step, are left alone: they may be damaged, and must not
+    push out a good one.
+    """
     if keep > 0:
-        for old in list_checkpoints(directory)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def file_checksum(path: Path) -> str:
-    """Return a file's SHA-256 in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        found = [path for path in list_checkpoints(directory) if (step_of(path) or 0) <= (step_of(newest) or 0)]
+        needed = {name for kept in found[:keep] for name in needed_by(kept)}
+        for old in found[keep:]:
+            if old.name not in needed:
+                shutil.rmtree(old, ignore_errors=True)

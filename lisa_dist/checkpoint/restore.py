@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,48 +11,63 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from lisa_dist import distributed
-from lisa_dist.checkpoint.manifest import damage, list_checkpoints
-from lisa_dist.checkpoint.save import MOMENTS, STATE, WEIGHTS, Progress, weight_tensors
+from lisa_dist.checkpoint.manifest import MOMENTS, WEIGHTS, damage, list_checkpoints
+from lisa_dist.checkpoint.state import Progress, check_identity, read_state, weight_tensors
+from lisa_dist.config import UserError
 from lisa_dist.learner import Learner, allocate
 
 logger = logging.getLogger(__name__)
 
 
 def newest_complete(directory: Path) -> Path | None:
-    """Return the newest undamaged checkpoint, None if there is none. Collective: rank 0 looks, all learn.
+    """Return the newest undamaged checkpoint, None if there is none at all. Collective: every rank reads a share.
 
     A damaged one is named in the log and passed over.
+
+    Raises:
+        UserError: there are checkpoints, but all are damaged: starting from scratch is the user's decision.
     """
-
-    def look() -> Path | None:
-        for candidate in list_checkpoints(directory):
-            wrong = damage(candidate)
-            if wrong is None:
-                return candidate
+    found = distributed.on_rank_zero(lambda: list_checkpoints(directory))
+    reasons = []
+    for candidate in found:
+        shares = distributed.gather_objects(damage(candidate, distributed.rank(), distributed.world_size()))
+        wrong = next((share for share in shares if share is not None), None)
+        if wrong is None:
+            return candidate
+        reasons.append(wrong)
+        if distributed.is_main():
             logger.warning("checkpoint %s is passed over: %s", candidate, wrong)
-        return None
-
-    return distributed.on_rank_zero(look)
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return the part of a checkpoint that is not tensors."""
-    return json.loads((checkpoint / STATE).read_text())
+    if reasons:
+        raise UserError(
+            f"checkpoint.resume=auto: every checkpoint in {directory} is damaged ({'; '.join(reasons)}); "
+            "mend one, or start again in another run.dir"
+        )
+    return None
 
 
-def restore_checkpoint(learner: Learner, checkpoint: Path, device: torch.device) -> Progress:
+def restore_checkpoint(learner: Learner, checkpoint: Path, device: torch.device) -> tuple[Progress, dict[str, Any]]:
     """Allocate the model for the checkpoint's active set and fill it. Collective: every rank.
 
     The active set comes first: moments exist for it alone, and storage dtypes follow it.
+
+    Returns:
+        Where the run stands, and the whole state of the checkpoint.
+
+    Raises:
+        UserError: the checkpoint is that of another model or method.
     """
-    state = read_state(checkpoint)
+    state = distributed.on_rank_zero(lambda: read_state(checkpoint))
+    check_identity(learner, checkpoint, state["identity"])
     allocate(learner, state["active_layers"], device)
     learner.active.period = state["period"]
-    _read_tensors(weight_tensors(learner), checkpoint / WEIGHTS)
+    weights = weight_tensors(learner)
+    for holder, names in state["elsewhere"].items():
+        _read_tensors({name: weights.pop(name) for name in names}, checkpoint.parent / holder / WEIGHTS)
+    _read_tensors(weights, checkpoint / WEIGHTS)
     _read_tensors(learner.optimizer.moment_tensors(), checkpoint / MOMENTS)
     learner.optimizer.set_step_counts(state["optimizer_steps"])
     learner.sampler.load_state_dict(state["sampler"])
-    return Progress(**state["progress"])
+    return Progress(**state["progress"]), state
 
 
 def _read_tensors(tensors: dict[str, torch.Tensor], directory: Path) -> None:

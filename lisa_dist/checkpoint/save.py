@@ -1,95 +1,279 @@
-"""Writing a checkpoint: weights and moments as sharded safetensors, everything else as JSON."""
+"""Writing checkpoints: at once or in the background, whole or only what changed.
+
+Every rank writes its own files under another name; when all have, rank 0 writes the manifest and renames the
+directory. So a directory of the name ``step_...`` is complete, whenever the program ends. No file is a pickle.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-import platform
+import os
 import shutil
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-import transformers
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from lisa_dist import __version__, distributed
-from lisa_dist.checkpoint.manifest import checkpoint_name, remove_old, write_manifest
+from lisa_dist import distributed
+from lisa_dist.checkpoint.manifest import (
+    CONFIG,
+    MOMENTS,
+    STATE,
+    WEIGHTS,
+    checkpoint_name,
+    describe_file,
+    remove_old,
+    write_manifest,
+)
+from lisa_dist.checkpoint.shards import Piece, WrittenFile, own_pieces, write_pieces
+from lisa_dist.checkpoint.state import Progress, state_of, weight_tensors
+from lisa_dist.config import CheckpointConfig
 from lisa_dist.learner import Learner
-from lisa_dist.sharding.storage import reshard_all
 from lisa_dist.telemetry.records import write_atomically
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS, MOMENTS, STATE = "weights", "optimizer", "state.json"
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; earlier ones are as they were."""
 
 
 @dataclass
-class Progress:
-    """Where a run stands: the next step follows from it alone."""
+class Snapshot:
+    """What one checkpoint will hold of this rank."""
 
-    step: int = 0  # optimizer steps done; also the data position
-    best_eval_loss: float | None = None
-    resumed_from: list[int] = field(default_factory=list)
-    skipped_steps: int = 0
-
-
-def weight_tensors(learner: Learner) -> dict[str, torch.Tensor]:
-    """Return every parameter and persistent buffer, tied ones once, by name: the live shards, no copies."""
-    reshard_all(learner.sharded.module)
-    tensors = learner.sharded.module.state_dict(keep_vars=True)
-    first_names = {id(tensor): name for name, tensor in reversed(tensors.items())}
-    return {name: tensors[name].detach() for name in tensors if first_names[id(tensors[name])] == name}
+    step: int
+    folders: dict[str, dict[str, Piece]]  # weights and moments
+    texts: dict[str, str]  # further files by name, written by rank 0
+    holders: dict[str, str]  # parameter name -> name of the checkpoint that then holds it
 
 
-def save_checkpoint(learner: Learner, progress: Progress, directory: Path, keep: int) -> Path:
-    """Write the checkpoint of ``progress.step`` under ``directory``. Collective: every rank.
+class CheckpointSaver:
+    """Writes the checkpoints of one run and remembers what the last one holds.
 
-    It is written under another name and renamed when its manifest is there, so that a directory of the name
-    ``step_...`` is complete. No file of it is a pickle.
+    With ``checkpoint.full_every=n`` every n-th is full; those between hold the weights that trained since the
+    checkpoint before, and name the checkpoints that hold the others. With ``checkpoint.async`` a thread writes
+    from a copy in host memory, and its outcome is the same on every rank by an agreement of the threads.
     """
-    final = directory / checkpoint_name(progress.step)
-    partial = directory / f".{final.name}.partial"
-    if distributed.is_main():
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / WEIGHTS).mkdir(parents=True)
-        (partial / MOMENTS).mkdir()
-    distributed.barrier()
-    state = state_of(learner, progress)
-    _write_tensors(weight_tensors(learner), partial / WEIGHTS)
-    _write_tensors(learner.optimizer.moment_tensors(), partial / MOMENTS)
-    distributed.barrier()
-    if distributed.is_main():
-        write_atomically(partial / STATE, json.dumps(state, indent=1))
-        write_manifest(partial)
-        shutil.rmtree(final, ignore_errors=True)
+
+    def __init__(self, learner: Learner, directory: Path, config_yaml: str) -> None:
+        """Collective: every rank (a group for the agreements).
+
+        Args:
+            learner: what is saved.
+            directory: where checkpoints lie.
+            config_yaml: the run's configuration, which each checkpoint repeats.
+        """
+        self.learner = learner
+        self.directory = directory
+        self.config_yaml = config_yaml
+        self.config: CheckpointConfig = learner.config.checkpoint
+        self.holders: dict[str, str] = {}  # of the newest complete checkpoint; empty: the next one is full
+        self.since_full = 0  # checkpoints since the last full one
+        self.changed: set[str] = set()  # parameters whose weights the newest complete checkpoint may not hold
+        self.changed_since_snapshot: set[str] = set()
+        self.buffers: dict[str, torch.Tensor] = {}  # host memory of the copies, used again and again
+        self.group = distributed.disk_group()
+        self.thread: threading.Thread | None = None
+        self.writing: Snapshot | None = None
+        self.failure: str | None = None  # of the write that was last in the background
+
+    def note_trained(self) -> None:
+        """Remember that the weights that train now change; to be called after every switch."""
+        self.changed |= set(self.learner.optimizer.parameters)
+        self.changed_since_snapshot |= set(self.learner.optimizer.parameters)
+
+    def continue_from(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Take the checkpoint that a run goes on from as the one that the next may build on."""
+        elsewhere = {name: holder for holder, names in state["elsewhere"].items() for name in names}
+        self.holders = {name: elsewhere.get(name, checkpoint.name) for name in weight_tensors(self.learner)}
+        self.since_full = state["since_full"]
+        self.changed = set(self.learner.optimizer.parameters)
+        self.changed_since_snapshot = set()
+
+    def save(self, progress: Progress) -> None:
+        """Write the checkpoint of ``progress.step``, or have it written. Collective: every rank.
+
+        Raises:
+            CheckpointError: this write, or the one before in the background, failed and ``on_error=stop``.
+        """
+        self.finish()
+        snapshot = self._take(progress)
+        if self.config.in_background:
+            snapshot.folders = {folder: self._stage(folder, pieces) for folder, pieces in snapshot.folders.items()}
+        self.writing = snapshot
+        if self.config.in_background:
+            self.thread = threading.Thread(target=self._write_in_background, args=(snapshot,), name="checkpoint", daemon=True)
+            self.thread.start()
+        else:
+            self._write(snapshot)
+            self.finish()
+
+    def finish(self, stop_on_error: bool | None = None) -> None:
+        """Wait for the write in the background and take note of its outcome. No communication by this thread.
+
+        Args:
+            stop_on_error: overrides ``checkpoint.on_error``.
+
+        Raises:
+            CheckpointError: it failed, on every rank alike.
+        """
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        snapshot, self.writing = self.writing, None
+        if snapshot is None:
+            return
+        if self.failure is None:
+            self.holders = snapshot.holders
+            self.since_full = json.loads(snapshot.texts[STATE])["since_full"]
+            self.changed = set(self.changed_since_snapshot)
+            return
+        failure, self.failure = self.failure, None
+        if self.config.on_error == "stop" if stop_on_error is None else stop_on_error:
+            raise CheckpointError(failure)
+        logger.warning("%s; the run goes on without it (checkpoint.on_error=warn)", failure)
+
+    def must_stop(self) -> bool:
+        """Whether a write in the background failed and the run is to stop; the next :meth:`finish` says why.
+
+        Ranks may learn of it a step apart.
+        """
+        ended = self.thread is not None and not self.thread.is_alive()
+        if not ended or self.failure is None:
+            return False
+        if self.config.on_error == "warn":
+            self.finish()
+            return False
+        return True
+
+    def _take(self, progress: Progress) -> Snapshot:
+        """Collective: every rank (the sampler's state)."""
+        weights = weight_tensors(self.learner)
+        trained = set(self.learner.optimizer.parameters)
+        name = checkpoint_name(progress.step)
+        full = not self.holders or self.since_full + 1 >= self.config.full_every
+        written = {key for key in weights if full or key in self.changed | trained or key not in self.holders}
+        # A checkpoint of the same step is replaced, so what it holds is written anew.
+        written |= {key for key, holder in self.holders.items() if holder == name}
+        holders = {key: name if key in written else self.holders[key] for key in weights}
+        elsewhere: dict[str, list[str]] = {}
+        for key, holder in holders.items():
+            if holder != name:
+                elsewhere.setdefault(holder, []).append(key)
+        state = state_of(self.learner, progress)
+        state |= {"elsewhere": elsewhere, "since_full": 0 if full else self.since_full + 1}
+        self.changed_since_snapshot = set(trained)
+        folders = {
+            WEIGHTS: own_pieces({key: weights[key] for key in weights if key in written}),
+            MOMENTS: own_pieces(self.learner.optimizer.moment_tensors()),
+        }
+        texts = {STATE: json.dumps(state, indent=1), CONFIG: self.config_yaml}
+        return Snapshot(progress.step, folders, texts, holders)
+
+    def _stage(self, folder: str, pieces: dict[str, Piece]) -> dict[str, Piece]:
+        """Copy to host memory; returns when the copies are there."""
+        staged = {}
+        for name, piece in pieces.items():
+            key, tensor = f"{folder}/{name}", piece.tensor
+            buffer = self.buffers.get(key)
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self.buffers[key] = buffer
+            staged[name] = Piece(buffer.copy_(tensor, non_blocking=True), piece.offsets)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        held = {f"{folder}/{name}" for name in pieces}
+        for key in [key for key in self.buffers if key.startswith(f"{folder}/") and key not in held]:
+            del self.buffers[key]  # of a block that is frozen again
+        return staged
+
+    def _write_in_background(self, snapshot: Snapshot) -> None:
+        try:
+            self._write(snapshot)
+        except Exception as error:  # a rank is gone: the main thread learns it in its own collective
+            self.failure = f"the checkpoint of step {snapshot.step} could not be written: {error}"
+
+    def _write(self, snapshot: Snapshot) -> None:
+        """Write a checkpoint and leave the outcome in ``self.failure``. Collective: every rank, in this group."""
+        partial = self.directory / f".{checkpoint_name(snapshot.step)}.partial"
+        self.failure = self._agree(lambda: _make_folders(partial) if distributed.is_main() else None, snapshot.step)
+        files: dict[str, WrittenFile] = {}
+        if self.failure is None:
+            self.failure = self._agree(lambda: files.update(_write_own_files(snapshot, partial)), snapshot.step)
+        if self.failure is None:
+            gathered = distributed.gather_objects(files, self.group)
+            everything = {name: file for of_rank in gathered for name, file in of_rank.items()}
+            self.failure = self._agree(lambda: self._complete(snapshot, partial, everything), snapshot.step)
+        if self.failure is not None and distributed.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _complete(self, snapshot: Snapshot, partial: Path, files: dict[str, WrittenFile]) -> None:
+        if not distributed.is_main():
+            return
+        final = self.directory / checkpoint_name(snapshot.step)
+        write_manifest(partial, files, sorted(set(snapshot.holders.values()) - {final.name}))
+        for folder in (partial / WEIGHTS, partial / MOMENTS, partial):
+            _flush_directory(folder)
+        replaced = self.directory / f".{final.name}.replaced"
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():
+            final.replace(replaced)
         partial.replace(final)
-        remove_old(directory, keep)
-    distributed.barrier()
-    return final
+        _flush_directory(self.directory)
+        shutil.rmtree(replaced, ignore_errors=True)
+        remove_old(self.directory, final, self.config.keep)
+
+    def _agree(self, action: Callable[[], object], step: int) -> str | None:
+        """Do something with files on every rank; returns the first failure of any rank. Collective: every rank."""
+        failure: str | None = None
+        try:
+            action()
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            failure = f"rank {distributed.rank()}: {error.strerror or error}{where}"
+        except Exception as error:  # the other ranks wait for this one's word
+            logger.exception("writing the checkpoint of step %d", step)
+            failure = f"rank {distributed.rank()}: {type(error).__name__}: {error}"
+        failures = [text for text in distributed.gather_objects(failure, self.group) if text is not None]
+        return f"the checkpoint of step {step} could not be written: {failures[0]}" if failures else None
 
 
-def state_of(learner: Learner, progress: Progress) -> dict[str, Any]:
-    """Return all that is not a tensor, ready for JSON. Collective: every rank."""
-    return {
-        "progress": vars(progress),
-        "period": learner.active.period,
-        "active_layers": learner.active.blocks,
-        "sampler": learner.sampler.state_dict(),
-        "optimizer_steps": learner.optimizer.step_counts(),
-        "world_size": distributed.world_size(),
-        "cpu_threads": torch.get_num_threads(),
-        "versions": {
-            "lisa_dist": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    }
+def remove_leftovers(directory: Path) -> None:
+    """Remove what writes that never ended left behind; where a replacement was cut short, the old one returns."""
+    for replaced in directory.glob(".step_*.replaced"):
+        final = directory / replaced.name.removeprefix(".").removesuffix(".replaced")
+        if not final.exists():
+            replaced.replace(final)
+    for leftover in [*directory.glob(".step_*.partial"), *directory.glob(".step_*.replaced")]:
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _write_tensors(tensors: dict[str, torch.Tensor], directory: Path) -> None:
-    if tensors:
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True))
+def _make_folders(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    for folder in (WEIGHTS, MOMENTS):
+        (partial / folder).mkdir(parents=True)
+
+
+def _write_own_files(snapshot: Snapshot, partial: Path) -> dict[str, WrittenFile]:
+    written = {}
+    for folder, pieces in snapshot.folders.items():
+        name = f"{folder}/rank_{distributed.rank():05d}.safetensors"
+        written[name] = write_pieces(pieces, partial / name)
+    if distributed.is_main():
+        for name, text in snapshot.texts.items():
+            write_atomically(partial / name, text)
+            written[name] = describe_file(partial / name)
+    return written
+
+
+def _flush_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

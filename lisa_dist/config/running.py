@@ -9,13 +9,15 @@ from lisa_dist.config.errors import check_at_least, check_choice
 
 class CheckpointConfig:
     every: int = 0  # optimizer steps between checkpoints; 0: none but the last
-    keep: int = 3  # newest checkpoints kept; 0: all
+    keep: int = 3  # newest checkpoints kept, and those that they need; 0: all
+    full_every: int = 1  # every n-th checkpoint is full, those between hold the weights that changed
     resume: str = "none"  # none, or auto: go on from the newest complete checkpoint of the run directory
     on_error: str = "stop"  # a checkpoint that can't be written: stop, or warn and go on
 
     def __post_init__(self) -> None:
         check_at_least("checkpoint.every", self.every, 0)
         check_at_least("checkpoint.keep", self.keep, 0)
+        check_at_least("checkpoint.full_every", self.full_every, 1)
         check_choice("checkpoint.resume", self.resume, ["none", "auto"])
         check_choice("checkpoint.on_error", self.on_error, ["stop", "warn"])
 

@@ -23,7 +23,7 @@ class Recorder:
         self.figures: dict[str, Any] = {}  # of summary.json
         self.started = time.monotonic()
         self.writer = MetricsWriter(self.run_dir)
-        self.writer.cut_after(first_step)
+        self.writer.cut_after(first_step or -1)  # at a fresh start the evaluation of step 0 is repeated too
         self.sink = build_sink(config, self.run_dir, first_step)
         self.display = ProgressDisplay(max_steps, first_step)
 

@@ -1,0 +1,107 @@
+"""A rank's part of sharded tensors as one safetensors file, in the layout that torch.distributed.checkpoint reads.
+
+The file is written here and not by DCP's own HuggingFaceStorageWriter, whose planning needs collectives, so
+that a thread can write while training goes on, one tensor is in host memory at a time, and the checksum costs no
+second reading. ``HuggingFaceStorageReader`` reads it at any world size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
+from torch.distributed.tensor import DTensor, Replicate
+
+from lisa_dist import distributed
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of a tensor that this rank writes."""
+
+    tensor: torch.Tensor  # a view, no copy
+    offsets: list[int]  # of its first element in the whole tensor
+
+
+def own_pieces(tensors: dict[str, torch.Tensor]) -> dict[str, Piece]:
+    """Return what this rank writes of each tensor: its shard on the first replica, plain tensors on rank 0."""
+    pieces = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor):
+            if distributed.is_main():
+                pieces[name] = Piece(tensor, [0] * tensor.dim())
+            continue
+        coordinate = tensor.device_mesh.get_coordinate() or []
+        first_replica = all(c == 0 for c, p in zip(coordinate, tensor.placements) if isinstance(p, Replicate))
+        shard = tensor.to_local()
+        if first_replica and shard.numel() > 0:
+            chunk = tensor.__create_chunk_list__()[0]  # DCP's own question to a DTensor: which part is here
+            pieces[name] = Piece(shard, list(chunk.offsets))
+    return pieces
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """What the manifest says of a file."""
+
+    bytes: int
+    sha256: str
+
+
+def write_pieces(pieces: dict[str, Piece], file: Path) -> WrittenFile:
+    """Write ``pieces`` to ``file``, flushed to disk.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    header = _header(pieces)
+    digest, size = hashlib.sha256(), 0
+    with file.open("wb") as stream:
+        for block in (len(header).to_bytes(8, "little"), header):
+            stream.write(block)
+            digest.update(block)
+            size += len(block)
+        for piece in pieces.values():
+            if piece.tensor.numel():
+                block = piece.tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+                stream.write(block)
+                digest.update(block)
+                size += block.nbytes
+        stream.flush()
+        os.fsync(stream.fileno())
+    return WrittenFile(size, digest.hexdigest())
+
+
+def _header(pieces: dict[str, Piece]) -> bytes:
+    """Return the JSON header of the safetensors format (https://github.com/huggingface/safetensors#format)."""
+    offsets = {name: {SAVED_OFFSETS_KEY: piece.offsets} for name, piece in pieces.items()}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", CUSTOM_METADATA_KEY: json.dumps(offsets)}}
+    start = 0
+    for name, piece in pieces.items():
+        stop = start + piece.tensor.nbytes
+        entries[name] = {
+            "dtype": DTYPES[piece.tensor.dtype],
+            "shape": list(piece.tensor.shape),
+            "data_offsets": [start, stop],
+        }
+        start = stop
+    text = json.dumps(entries).encode()
+    return text + b" " * (-len(text) % 8)

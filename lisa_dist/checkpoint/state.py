@@ -1,0 +1,111 @@
+"""What a checkpoint holds: the tensors of a learner, and all that is not a tensor.
+
+No random state is saved because none is carried along: dropout is keyed by (seed, step, rank), rounding by
+(seed, period, parameter, shard), the order of the data by (seed, epoch), the draw of blocks by the sampler's state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from lisa_dist import __version__, distributed
+from lisa_dist.checkpoint.manifest import STATE
+from lisa_dist.config import UserError
+from lisa_dist.learner import Learner
+from lisa_dist.sharding.storage import reshard_all
+
+
+@dataclass
+class Progress:
+    """Where a run stands: the next step follows from it alone."""
+
+    step: int = 0  # optimizer steps done, those left out for what was not finite included
+    best_eval_loss: float | None = None
+    resumed_from: list[int] = field(default_factory=list)
+    skipped_steps: int = 0  # steps left out because the loss or a gradient was not finite
+    skipped_batches: list[int] = field(default_factory=list)  # global batches, by number, that caused loss spikes
+    recent_losses: list[float] = field(default_factory=list)  # what a spike is measured by; empty where none is
+
+    def batch_of(self, step: int) -> int:
+        """Return the number of the global batch that step ``step`` (counted from 0) trains on."""
+        batch = step
+        for skipped in sorted(self.skipped_batches):
+            batch += skipped <= batch
+        return batch
+
+
+def weight_tensors(learner: Learner) -> dict[str, torch.Tensor]:
+    """Return every parameter and persistent buffer, tied ones once, by name: the live shards, no copies."""
+    reshard_all(learner.sharded.module)
+    tensors = learner.sharded.module.state_dict(keep_vars=True)
+    first_names = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    return {name: tensors[name].detach() for name in tensors if first_names[id(tensors[name])] == name}
+
+
+def state_of(learner: Learner, progress: Progress) -> dict[str, Any]:
+    """Return all that is not a tensor, ready for JSON. Collective: every rank."""
+    return {
+        "progress": asdict(progress),
+        "period": learner.active.period,
+        "active_layers": list(learner.active.blocks),
+        "sampler": learner.sampler.state_dict(),
+        "optimizer_steps": learner.optimizer.step_counts(),
+        "identity": identity(learner),
+        "world_size": distributed.world_size(),
+        "cpu_threads": torch.get_num_threads(),
+        "versions": {
+            "lisa_dist": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def identity(learner: Learner) -> dict[str, Any]:
+    """Return what a run must have in common with a checkpoint to go on from it."""
+    shapes = {name: list(learner.sharded.parameter(name).shape) for name in sorted(learner.sharded.handles)}
+    config = learner.config
+    return {
+        "parameters": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
+        "blocks": len(learner.sharded.layers.blocks),
+        "update.name": config.update.name,
+        "sampler.name": config.sampler.name,
+        "sampler.period": config.sampler.period,
+        "optimizer.name": config.optimizer.name,
+    }
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Return the part of a checkpoint that is not tensors."""
+    return json.loads((checkpoint / STATE).read_text())
+
+
+def check_identity(learner: Learner, checkpoint: Path, written: dict[str, Any]) -> None:
+    """Check that a checkpoint belongs to a run like this one.
+
+    Raises:
+        UserError: another model or another method wrote it.
+    """
+    wanted = identity(learner)
+    different = [key for key in wanted if written.get(key) != wanted[key]]
+    settings = ", ".join(f"{key}={written.get(key)}" for key in different if key != "parameters")
+    if "parameters" in different and not settings:
+        raise UserError(
+            f"checkpoint.resume=auto: {checkpoint} holds a model of other parameters than model.name="
+            f"{learner.config.model.name}; resume with the model it was written by or choose another run.dir"
+        )
+    if different:
+        ours = ", ".join(f"{key}={wanted[key]}" for key in different if key != "parameters")
+        raise UserError(
+            f"checkpoint.resume=auto: {checkpoint} was written with {settings}, this run has {ours}; "
+            "resume with the configuration it was written by or choose another run.dir"
+        )
