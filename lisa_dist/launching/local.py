@@ -32,6 +32,7 @@ from lisa_dist.signals import install_stop_handlers
 from lisa_dist.telemetry.records import SUMMARY_FILE, read_summary, write_summary
 
 PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that this process gets when its parent dies
+SECONDS_TO_LEAVE = 5
 SHUTDOWN_SECONDS = 30  # torch kills the other ranks this long after one has failed
 
 
@@ -155,7 +156,7 @@ def run_rank(entry: str, config: Config, outcome_dir: Path, parent: int) -> int:
     partial.rename(outcome_dir / f"outcome_{rank}.json")
     if code in (EXIT_DONE, EXIT_STOPPED):
         return code
-    _leave_at_once(code)
+    _leave_soon(code)
 
 
 def rank_log(run_dir: Path, rank: int) -> Path:
@@ -180,11 +181,11 @@ def _send_output_to(log: Path) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
-def _leave_at_once(code: int) -> NoReturn:
-    """End this process without the interpreter's own end, which hangs in a process group that has lost a rank."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def _leave_soon(code: int) -> NoReturn:
+    """End this process with ``code``, and by force where its end hangs in a process group that has lost a rank."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(SECONDS_TO_LEAVE)
+    sys.exit(code)
 
 
 def _die_with(parent: int) -> None:
