@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -62,15 +62,17 @@ class GlobalBatches:
         pad_token_id: int,
         fixed_length: bool = False,
     ) -> None:
-        """Args:
-        sequences: what is trained on.
-        global_batch_size: sequences of an optimizer step, over all ranks.
-        micro_batch_size: sequences of one forward pass of one rank.
-        sequence_length: the longest a sequence may be.
-        seed: of the order.
-        rank, world_size: whose part.
-        pad_token_id: any token id; padding has no label.
-        fixed_length: pad to ``sequence_length`` instead of to the longest sequence of the micro-batch.
+        """See the global batches from one rank.
+
+        Args:
+            sequences: what is trained on.
+            global_batch_size: sequences of an optimizer step, over all ranks.
+            micro_batch_size: sequences of one forward pass of one rank.
+            sequence_length: the longest a sequence may be.
+            seed: of the order.
+            rank, world_size: whose part.
+            pad_token_id: any token id; padding has no label.
+            fixed_length: pad to ``sequence_length`` instead of to the longest sequence of the micro-batch.
         """
         self.sequences = sequences
         self.global_batch_size = global_batch_size
@@ -125,16 +127,30 @@ class GlobalBatches:
         rounds = math.ceil(len(parts) / self.world_size)
         return [self._own_part(parts, turn) for turn in range(rounds)]
 
-    def iterate(self, start_step: int, stop_step: int) -> Iterator[list[MicroBatch]]:
-        """Yield :meth:`micro_batches` of the steps from ``start_step`` up to ``stop_step``, made in the background."""
+    def iterate(
+        self, start_step: int, stop_step: int, batch_of: Callable[[int], int] = int
+    ) -> Iterator[list[MicroBatch]]:
+        """Yield :meth:`micro_batches` of the steps from ``start_step`` up to ``stop_step``, made in the background.
+
+        Args:
+            batch_of: step -> number of its global batch, where some are left out.
+        """
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
             ahead: deque[Future[list[MicroBatch]]] = deque()
             for step in range(start_step, stop_step):
-                ahead.append(pool.submit(self.micro_batches, step))
+                ahead.append(pool.submit(self.micro_batches, batch_of(step)))
                 if len(ahead) > STEPS_AHEAD:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
+
+    def coming_micro_batches(self, step: int, count: int) -> list[MicroBatch]:
+        """Return this rank's next ``count`` micro-batches from the beginning of a step on, not yet trained on."""
+        found: list[MicroBatch] = []
+        while len(found) < count:
+            found += self.micro_batches(step)
+            step += 1
+        return found[:count]
 
     def longest_micro_batch(self) -> MicroBatch:
         """Return the micro-batch of the longest sequences: what fits with it fits with any."""

@@ -24,9 +24,11 @@ class Sequences:
     """Token rows by sequence. The rows stay memory-mapped; only lengths and the packing plan are held."""
 
     def __init__(self, rows: datasets.Dataset, packing: list[list[int]] | None = None) -> None:
-        """Args:
-        rows: with ``input_ids``, ``labels`` and ``length``.
-        packing: for each sequence its rows; None: each row is a sequence.
+        """Lay rows out as sequences.
+
+        Args:
+            rows: with ``input_ids``, ``labels`` and ``length``.
+            packing: for each sequence its rows; None: each row is a sequence.
         """
         self.rows = rows.with_format("numpy", columns=["input_ids", "labels"])
         self.packing = packing
