@@ -16,7 +16,7 @@ from lisa_dist.checkpoint.manifest import WEIGHTS, checkpoint_name, damage, list
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config, UserError
 from lisa_dist.data.tokenizer import load_tokenizer
-from lisa_dist.models.architecture import build_meta_model, local_directory
+from lisa_dist.models.architecture import build_meta_model, local_directory, read_architecture
 from lisa_dist.models.conversion import export_conversion
 from lisa_dist.models.weight_files import weights_dtype
 
@@ -71,15 +71,17 @@ def export_checkpoint(config: Config, checkpoint: Path, target: Path) -> list[st
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        model = build_meta_model(config.model)
+        architecture = read_architecture(config.model)
+        model = build_meta_model(config.model, architecture)
         dtype = export_dtype(config)
         with ShardedTensors(checkpoint / WEIGHTS) as tensors:
             to_checkpoint = export_conversion(model)
             stream = (pair for name in tensors for pair in to_checkpoint(name, tensors.read(name).to(dtype)))
             files = write_files(stream, partial, parse_size(config.export.max_shard_size))
-        model.config.dtype = dtype
-        model.config.use_cache = True  # off while training
-        model.config.save_pretrained(partial)
+        architecture.dtype = dtype
+        architecture.use_cache = True  # off while training
+        architecture.architectures = [type(model).__name__]
+        architecture.save_pretrained(partial)
         _generation_config(config).save_pretrained(partial)
         load_tokenizer(str(config.model.tokenizer or config.model.path)).save_pretrained(partial)
         if target.exists():
@@ -142,4 +144,4 @@ def _generation_config(config: Config) -> GenerationConfig:
     directory = local_directory(str(config.model.path)) if config.model.path else None
     if directory is not None and (directory / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(directory)
-    return GenerationConfig.from_model_config(build_meta_model(config.model).config)
+    return GenerationConfig.from_model_config(read_architecture(config.model))

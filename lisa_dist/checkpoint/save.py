@@ -107,7 +107,9 @@ class CheckpointSaver:
             snapshot.folders = {folder: self._stage(folder, pieces) for folder, pieces in snapshot.folders.items()}
         self.writing = snapshot
         if self.config.in_background:
-            self.thread = threading.Thread(target=self._write_in_background, args=(snapshot,), name="checkpoint", daemon=True)
+            self.thread = threading.Thread(
+                target=self._write_in_background, args=(snapshot,), name="checkpoint", daemon=True
+            )
             self.thread.start()
         else:
             self._write(snapshot)

@@ -49,7 +49,7 @@ def own_pieces(tensors: dict[str, torch.Tensor]) -> dict[str, Piece]:
             if distributed.is_main():
                 pieces[name] = Piece(tensor, [0] * tensor.dim())
             continue
-        coordinate = tensor.device_mesh.get_coordinate() or []
+        coordinate: list[int] = list(tensor.device_mesh.get_coordinate() or [])
         first_replica = all(c == 0 for c, p in zip(coordinate, tensor.placements) if isinstance(p, Replicate))
         shard = tensor.to_local()
         if first_replica and shard.numel() > 0:
@@ -75,16 +75,15 @@ def write_pieces(pieces: dict[str, Piece], file: Path) -> WrittenFile:
     header = _header(pieces)
     digest, size = hashlib.sha256(), 0
     with file.open("wb") as stream:
-        for block in (len(header).to_bytes(8, "little"), header):
-            stream.write(block)
-            digest.update(block)
-            size += len(block)
+        stream.write(start := len(header).to_bytes(8, "little") + header)
+        digest.update(start)
+        size += len(start)
         for piece in pieces.values():
             if piece.tensor.numel():
-                block = piece.tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-                stream.write(block)
-                digest.update(block)
-                size += block.nbytes
+                content = piece.tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+                stream.write(content)
+                digest.update(content)
+                size += content.nbytes
         stream.flush()
         os.fsync(stream.fileno())
     return WrittenFile(size, digest.hexdigest())

@@ -51,6 +51,10 @@ class TrainConfig:
     eval_every: int = 0  # steps between validations; 0: none
     eval_batches: int | None = None  # micro-batches a rank of a validation; null: all
     on_nonfinite: str = "stop"  # a loss or gradient that is not finite: stop, or skip the step
+    nonfinite_limit: int = 20  # steps that may be skipped for it in a run
+    spike_factor: float = 0.0  # a loss of more than so many times the recent median: back to the last checkpoint; 0: off
+    spike_window: int = 50  # losses that the median is of
+    spike_limit: int = 3  # times that a run may go back, each time without the batch that led to it
     sample_prompts: int = 0  # held-out prompts answered before and after training
 
     def __post_init__(self) -> None:
@@ -63,3 +67,8 @@ class TrainConfig:
         check_at_least("train.eval_batches", self.eval_batches, 1)
         check_at_least("train.sample_prompts", self.sample_prompts, 0)
         check_choice("train.on_nonfinite", self.on_nonfinite, ["stop", "skip"])
+        check_at_least("train.nonfinite_limit", self.nonfinite_limit, 0)
+        if self.spike_factor != 0:
+            check_at_least("train.spike_factor", self.spike_factor, 1)
+        check_at_least("train.spike_window", self.spike_window, 1)
+        check_at_least("train.spike_limit", self.spike_limit, 0)

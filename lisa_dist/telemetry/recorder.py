@@ -27,6 +27,10 @@ class Recorder:
         self.sink = build_sink(config, self.run_dir, first_step)
         self.display = ProgressDisplay(max_steps, first_step)
 
+    def cut_after(self, step: int) -> None:
+        """The run goes on from the checkpoint of ``step``: what was recorded past it is dropped."""
+        self.writer.cut_after(step)
+
     def record_period(self, period: int, step: int, active_layers: list[int], scores: list[float] | None) -> None:
         """A period began: ``step`` is the first that trains these blocks."""
         self.writer.write_period(period=period, step=step, active_layers=active_layers, scores=scores)

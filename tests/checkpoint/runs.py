@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -129,15 +128,21 @@ def resuming(config: Config) -> Config:
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without what a clock or the memory decides."""
     varying = {"tokens_per_second", "step_seconds", "memory_gib"}
-    return [{key: value for key, value in row.items() if key not in varying} for row in read_rows(run_dir / "metrics.jsonl")]
+    return [
+        {key: value for key, value in row.items() if key not in varying} for row in read_rows(run_dir / "metrics.jsonl")
+    ]
 
 
 def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
     """Every weight and moment of the newest checkpoint, whole."""
-    newest = list_checkpoints(run_dir / "checkpoints")[0]
+    return tensors_of(list_checkpoints(run_dir / "checkpoints")[0])
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every weight and moment that a checkpoint's own files hold, whole."""
     found = {}
     for folder in ("weights", "optimizer"):
-        with ShardedTensors(newest / folder) as tensors:
+        with ShardedTensors(checkpoint / folder) as tensors:
             found |= {f"{folder}/{name}": tensors.read(name).clone() for name in tensors}
     return found
 

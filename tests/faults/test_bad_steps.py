@@ -1,0 +1,141 @@
+"""Steps whose loss or gradient is not finite, and losses that leap up."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lisa_dist import distributed, trainer
+from lisa_dist.checkpoint.state import Progress
+from lisa_dist.config import Config, TrainConfig
+from lisa_dist.faults import LossSpikeError, NonFiniteError, is_spike
+from lisa_dist.telemetry.records import read_summary
+from tests.checkpoint.runs import (
+    STEPS,
+    Kill,
+    assert_same_run,
+    final_state,
+    final_tensors,
+    make_config,
+    metrics,
+    resuming,
+    tensors_of,
+    train_here,
+)
+from tests.ranks import run_on_ranks
+
+
+def train_with_bad_batches(config: Config, kind: str, bad: list[int], kill: Kill | None = None) -> Any:
+    """Train where the loss or gradient of some global batches is bad on the last rank; the error where one ends it.
+
+    Args:
+        kind: ``gradient`` (one element is inf), ``loss`` (nan) or ``spike`` (the loss is ten times what it is).
+        bad: the batches, by the number of the step that meets them first.
+    """
+    accumulate = trainer.accumulate_gradients
+    ordinary = trainer.train_step
+    seen: dict[int, int] = {}  # first token ids of a batch -> its number
+
+    def step(learner: Any, micro_batches: Any, number: int, *rest: Any, **more: Any) -> Any:
+        key = hash(tuple(micro_batches[0]["input_ids"].flatten().tolist()))
+        seen.setdefault(key, number + 1)
+        current[0] = seen[key]
+        return ordinary(learner, micro_batches, number, *rest, **more)
+
+    def gradients(learner: Any, micro_batches: Any, *rest: Any) -> tuple[float, int]:
+        loss, tokens = accumulate(learner, micro_batches, *rest)
+        if current[0] in bad and distributed.rank() == distributed.world_size() - 1:
+            if kind == "gradient":
+                gradient = next(iter(learner.optimizer.parameters.values())).grad
+                distributed.local_shard(gradient).view(-1)[0] = math.inf
+            loss = {"gradient": loss, "loss": math.nan, "spike": 10 * loss + 100 * tokens}[kind]
+        return loss, tokens
+
+    current = [0]
+    with mock.patch.multiple(trainer, train_step=step, accumulate_gradients=gradients):
+        try:
+            return train_here(config, kill)
+        except (NonFiniteError, LossSpikeError) as error:
+            return str(error)
+
+
+@pytest.mark.parametrize("kind", ["gradient", "loss"])
+def test_bad_steps_are_left_out_and_kept(kind: str, tmp_path: Path) -> None:
+    config = make_config(tmp_path, "train.on_nonfinite=skip")
+    assert run_on_ranks(2, train_with_bad_batches, config, kind, [3, 5]) == [0, 0]
+    rows = [row for row in metrics(tmp_path) if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    measured = "grad_norm" if kind == "gradient" else "loss"
+    assert [row["step"] for row in rows if row[measured] is None] == [3, 5]
+    assert all(row["loss"] is not None for row in rows if row["step"] not in (3, 5)), "the parameters stayed finite"
+    assert read_summary(tmp_path)["skipped_steps"] == 2
+    assert final_state(tmp_path)["progress"]["skipped_steps"] == 2
+    folder = tmp_path / "faults" / "step_00000003"
+    facts = json.loads((folder / "step.json").read_text())
+    assert facts["step"] == 3 and len(facts["sequences"]) == 8
+    kept = [load_file(folder / f"rank_0000{rank}.safetensors") for rank in range(2)]
+    labelled = sum(int((t[:, 1:] != -100).sum()) for part in kept for name, t in part.items() if "labels" in name)
+    assert labelled == rows[2]["tokens"]
+
+
+def test_a_left_out_step_changes_nothing(tmp_path: Path) -> None:
+    """The parameters after a left-out step are those before: the next loss of the same batch is the same."""
+    config = make_config(tmp_path / "a", "train.on_nonfinite=skip", "train.max_steps=2", "scheduler.name=constant")
+    assert run_on_ranks(2, train_with_bad_batches, config, "gradient", [2]) == [0, 0]
+    after = final_tensors(tmp_path / "a")
+    before = tensors_of(tmp_path / "a" / "checkpoints" / "step_00000001")
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in after)
+
+
+def test_stop_and_the_limit_name_the_step(tmp_path: Path) -> None:
+    for message in run_on_ranks(2, train_with_bad_batches, make_config(tmp_path / "a"), "gradient", [4]):
+        assert message.startswith("step 4: loss ") and "faults/step_00000004" in message
+    assert read_summary(tmp_path / "a")["exit_reason"].startswith("failed: NonFiniteError: step 4")
+    config = make_config(tmp_path / "b", "train.on_nonfinite=skip", "train.nonfinite_limit=1")
+    for message in run_on_ranks(2, train_with_bad_batches, config, "loss", [2, 5]):
+        assert message.startswith("step 5: loss nan") and "1 steps were left out before" in message
+
+
+SPIKES = ("train.spike_factor=3", "train.spike_window=3", "checkpoint.every=2")
+
+
+def test_a_spike_takes_the_run_back_without_its_batch(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "whole", *SPIKES)
+    assert run_on_ranks(2, train_with_bad_batches, config, "spike", [6]) == [0, 0]
+    state = final_state(tmp_path / "whole")
+    assert state["progress"]["skipped_batches"] == [5], "batch 5 is that of step 6"
+    rows = [row for row in metrics(tmp_path / "whole") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), "rows past the checkpoint are cut"
+    assert max(row["loss"] for row in rows) < 10
+    # The same with a kill after the roll-back: what is skipped survives.
+    killed = make_config(tmp_path / "killed", *SPIKES)
+    assert run_on_ranks(2, train_with_bad_batches, killed, "spike", [6], Kill("before", 8)) == [None, None]
+    assert run_on_ranks(2, train_with_bad_batches, resuming(killed), "spike", [-1]) == [0, 0]
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_spikes_end_a_run_at_their_limit(tmp_path: Path) -> None:
+    config = make_config(tmp_path, *SPIKES, "train.spike_limit=0")
+    for message in run_on_ranks(2, train_with_bad_batches, config, "spike", [6]):
+        assert message.startswith("step 6: loss ") and "train.spike_limit" in message
+
+
+def test_what_a_spike_is() -> None:
+    config = TrainConfig(spike_factor=2.0, spike_window=3)
+    assert not is_spike(config, [1.0, 1.0], 9.0), "too few losses to judge by"
+    assert is_spike(config, [1.0, 1.2, 5.0], 2.5) and not is_spike(config, [1.0, 1.2, 5.0], 2.4)
+    assert not is_spike(config, [1.0] * 3, math.nan) and not is_spike(config, [1.0] * 3, math.inf)
+    assert not is_spike(TrainConfig(spike_window=1), [1.0], 9.0), "off"
+
+
+def test_batches_left_out() -> None:
+    progress = Progress(skipped_batches=[5, 2, 3])
+    assert [progress.batch_of(step) for step in range(5)] == [0, 1, 4, 6, 7]
