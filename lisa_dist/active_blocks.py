@@ -46,6 +46,10 @@ class RankSynchronizedSampler:
         verify_agreement(period, blocks, sent)
         return blocks
 
+    def suppressed_sets(self) -> list[list[int]]:
+        """Return the sets that a response suppression probe compares, of rank 0's draw. Collective: every rank."""
+        return distributed.broadcast_object(self.sampler.suppressed_sets() if distributed.is_main() else [])
+
     def observe(self, scores: list[float]) -> None:
         """Hand scores, already reduced over ranks, to the sampler of rank 0."""
         if distributed.is_main():

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from lisa_dist import distributed
+from lisa_dist import distributed, probes
 from lisa_dist.active_blocks import ActiveSet, RankSynchronizedSampler, switch_active_blocks, trained_parameters
-from lisa_dist.config import Config
+from lisa_dist.config import Config, UserError
+from lisa_dist.data.batches import MicroBatch
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
 from lisa_dist.models.loss_head import install_loss_head
 from lisa_dist.optim.active_optimizer import ActiveOptimizer
 from lisa_dist.sampling import build_sampler
+from lisa_dist.sampling.base import GRADIENT_NORMS, OUTLIERS, RESPONSE_SUPPRESSION, WEIGHT_NORMS
 from lisa_dist.sharding.wrapping_policy import (
     ShardedModel,
     always_active_parameters,
@@ -23,6 +27,8 @@ from lisa_dist.sharding.wrapping_policy import (
     shard_model,
 )
 from lisa_dist.updates import Update, build_update
+
+ComingBatches = Callable[[int], list[MicroBatch]]  # count -> this rank's next so many micro-batches
 
 
 @dataclass
@@ -49,14 +55,14 @@ def build_learner(config: Config) -> Learner:
     """
     module = build_meta_model(config.model)
     update = build_update(config.update)
-    update.prepare_model(module)
     layers = find_layers(module, config.model.blocks)
+    update.prepare_model(module, layers)
     sampler = RankSynchronizedSampler(build_sampler(config.sampler, len(layers.blocks)))
     install_loss_head(module, layers, config.model.loss_chunk, config.model.router_aux_loss)
     mesh = distributed.make_mesh(config.parallel)
     sharded = shard_model(module, layers, mesh, config.parallel, config.precision)
     active = ActiveSet(always_active_parameters(sharded, config.always_active))
-    return Learner(config, sharded, update, ActiveOptimizer(config.optimizer), sampler, active)
+    return Learner(config, sharded, update, ActiveOptimizer(config.optimizer, update), sampler, active)
 
 
 def allocate(learner: Learner, active_blocks: list[int], device: torch.device) -> None:
@@ -74,13 +80,23 @@ def load_initial_weights(learner: Learner, device: torch.device) -> None:
     # Where every block trains in every period, weights never pass through the frozen dtype.
     allocate(learner, blocks if learner.config.sampler.name == "all" else [], device)
     if learner.config.model.initialization == "random":
-        initialize_random(learner.sharded.module, learner.config.train.seed)
+        added = initialize_random(learner.sharded.module, learner.config.train.seed)
     else:
-        load_pretrained(learner.sharded.module, str(learner.config.model.path))
+        added = load_pretrained(learner.sharded.module, str(learner.config.model.path))
+    parameters = {name: learner.sharded.parameter(name) for name in learner.sharded.handles}
+    learner.update.initialize(parameters, added, learner.config.train.seed)
 
 
-def begin_period(learner: Learner, period: int) -> None:
-    """Draw the period's blocks and switch to them. Collective: every rank."""
+def begin_period(learner: Learner, period: int, coming: ComingBatches | None = None) -> None:
+    """Probe the model where the sampler wants it, draw the period's blocks and switch to them.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: the sampler needs calibration data and ``coming`` is None.
+    """
+    if learner.sampler.sampler.wants_probe(period):
+        learner.sampler.observe(probe(learner, coming))
     blocks = learner.sampler.draw(period)
     switch_active_blocks(
         learner.sharded,
@@ -91,6 +107,30 @@ def begin_period(learner: Learner, period: int) -> None:
         period,
         learner.config.train.seed,
     )
+
+
+def probe(learner: Learner, coming: ComingBatches | None) -> list[float]:
+    """Return what the sampler needs to know: a number a block, or one a suppressed set. Collective: every rank.
+
+    Raises:
+        UserError: it needs calibration data and ``coming`` is None.
+    """
+    sharded, update = learner.sharded, learner.update
+    settings: Any = learner.config.sampler  # a sampler's own keys are in its subclass
+    needs = learner.sampler.sampler.needs
+    if needs == WEIGHT_NORMS:
+        return probes.weight_norms(sharded)
+    if coming is None:
+        raise UserError(f"sampler={settings.name}: needs calibration data, and there is none")
+    batches = coming(settings.probe_batches)
+    if needs == GRADIENT_NORMS:
+        return probes.gradient_norms(sharded, update, batches)
+    if needs == OUTLIERS:
+        return probes.outlier_shares(sharded, batches, settings.threshold)
+    if needs == RESPONSE_SUPPRESSION:
+        sets = learner.sampler.suppressed_sets()
+        return probes.suppressed_losses(sharded, update, batches, sets, settings.suppression_factor)
+    raise ValueError(f"there is no probe {needs}")
 
 
 def count_persistent_bytes(learner: Learner) -> dict[str, int]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -18,19 +19,17 @@ from torch.distributed.fsdp import FSDPModule
 from lisa_dist import distributed
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config
 from lisa_dist.data.batches import MicroBatch, label_tokens
+from lisa_dist.faults import is_spike, leave_out_step, remember_loss, roll_back
 from lisa_dist.learner import Learner, begin_period, count_persistent_bytes, count_trained_parameters
 from lisa_dist.optim.clipping import normalize_and_clip
 from lisa_dist.optim.schedule import learning_rate
 from lisa_dist.preparation import Run, announce_trained, open_run_directory, prepare_run
+from lisa_dist.probes import mean_loss
 from lisa_dist.sample_answers import show_answers
 from lisa_dist.signals import ignore_stop_signals, stop_requested
 from lisa_dist.telemetry.logs import setup_logging
 
 Stopwatch = Callable[[str], AbstractContextManager[None]]  # names the part of a step that its body is
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or a gradient is not finite."""
 
 
 @dataclass
@@ -85,14 +84,14 @@ def train_step(
 ) -> StepResult:
     """Make optimizer step ``step`` (counted from 0). Collective: every rank.
 
-    Raises:
-        NonFiniteError: with ``train.on_nonfinite=stop``; parameters are as they were before the step.
+    Where the loss or the gradient is not finite, parameters stay as they are and the result says ``skipped``.
     """
     config = learner.config
     # Dropout depends on the step and the rank alone, so a resumed run draws the same.
     torch.manual_seed(hash((config.train.seed, step, distributed.rank())) % 2**63)
     local_loss, local_tokens = accumulate_gradients(learner, micro_batches, stopwatch)
-    loss_sum, tokens, stops = distributed.all_reduce_sum([local_loss, local_tokens, float(stop_requested)])
+    with stopwatch("reduction of the loss"):
+        loss_sum, tokens, stops = distributed.all_reduce_sum([local_loss, local_tokens, float(stop_requested)])
     lr = learning_rate(config.scheduler, config.optimizer.lr, step, max_steps)
     with stopwatch("optimizer"):
         parameters = learner.optimizer.parameters.values()
@@ -102,28 +101,7 @@ def train_step(
             learner.optimizer.step(lr)
         else:
             learner.optimizer.drop_gradients()
-    result = StepResult(loss_sum / max(tokens, 1), norm, int(tokens), lr, stops > 0, skipped=not finite)
-    if not finite and config.train.on_nonfinite == "stop":
-        raise NonFiniteError(
-            f"step {step + 1}: loss {result.loss} and gradient norm {norm} are not both finite; "
-            "train.on_nonfinite=skip would leave such steps out"
-        )
-    return result
-
-
-@torch.no_grad()
-def mean_loss(learner: Learner, micro_batches: Iterable[MicroBatch]) -> float:
-    """Return the mean loss over all label tokens of all ranks. Collective: every rank, equally many micro-batches."""
-    module = learner.sharded.module
-    module.eval()
-    device = next(module.parameters()).device
-    loss_sum, tokens = torch.zeros((), device=device), 0
-    for micro_batch in micro_batches:
-        tokens += label_tokens(micro_batch)
-        loss_sum += module(**{key: tensor.to(device) for key, tensor in micro_batch.items()})
-    module.train()
-    total, counted = distributed.all_reduce_sum([loss_sum.item(), float(tokens)])
-    return total / max(counted, 1)
+    return StepResult(loss_sum / max(tokens, 1), norm, int(tokens), lr, stops > 0, skipped=not finite)
 
 
 def rehearse(learner: Learner, micro_batch: MicroBatch) -> dict[str, int]:
@@ -150,12 +128,13 @@ def train(config: Config) -> int:
     config = open_run_directory(config)
     setup_logging(config.run.dir)
     run = prepare_run(config)
-    with run.recorder as recorder:
+    with run.recorder as recorder, run.heartbeat:
         try:
             stopped = train_steps(run)
         except BaseException as error:
-            recorder.write_summary(f"failed: {type(error).__name__}: {error}")
-            raise
+            failure = run.heartbeat.explained(error)
+            recorder.write_summary(f"failed: {type(failure).__name__}: {failure}")
+            raise failure from (error if failure is not error else error.__cause__)
         recorder.write_summary("signal" if stopped else "finished")
     if stopped:
         distributed.barrier()
@@ -165,39 +144,35 @@ def train(config: Config) -> int:
 
 def train_steps(run: Run) -> bool:
     """Train to the end, or until a rank is asked to stop; return whether it was. Collective: every rank."""
-    config, learner, progress, recorder = run.config, run.learner, run.progress, run.recorder
+    config, learner, progress, heartbeat = run.config, run.learner, run.progress, run.heartbeat
     first_step = progress.step
     if first_step == 0:
         evaluate(run)
         show_answers(run, "answers before training")
-    for step, micro_batches in enumerate(run.batches.iterate(first_step, run.max_steps), start=first_step):
+        if config.train.spike_factor > 0:
+            save(run)  # what a first spike goes back to
+    for step, micro_batches in coming_steps(run):
         started = time.monotonic()
+        heartbeat.begin_step(step + 1)
         if step % learner.period_length == 0:
-            begin_period(learner, step // learner.period_length)
-            run.checkpoints.note_trained()
-            recorder.record_period(learner.active.period, step + 1, learner.active.blocks, learner.sampler.scores())
+            with heartbeat.phase("the draw and switch of active blocks"):
+                switch(run, step)
         if step == first_step:
-            counted = rehearse(learner, run.batches.longest_micro_batch())
-            announce_trained(learner, counted)
-            recorder.figures |= {"persistent_bytes": counted, "trained_parameters": count_trained_parameters(learner)}
-        result = train_step(learner, micro_batches, step, run.max_steps, stop_requested() or run.checkpoints.must_stop())
+            introduce(run)
+        stop = stop_requested() or run.checkpoints.must_stop()
+        result = train_step(learner, micro_batches, step, run.max_steps, stop, heartbeat.phase)
+        if is_spike(config.train, progress.recent_losses, result.loss):
+            roll_back(run, step, result.loss)
+            continue
         progress.step += 1
-        recorder.record_step(
-            step=progress.step,
-            epoch=run.batches.epoch(progress.step),
-            period=learner.active.period,
-            active_layers=learner.active.blocks,
-            loss=result.loss,
-            lr=result.lr,
-            grad_norm=result.grad_norm,
-            tokens=result.tokens,
-            step_seconds=time.monotonic() - started,
-        )
+        record(run, result, time.monotonic() - started)
+        if result.skipped:
+            leave_out_step(run, micro_batches, result.loss, result.grad_norm)
         last = progress.step == run.max_steps or result.stop_requested
         if last or is_due(config.train.eval_every, progress.step):
             evaluate(run)
         if last or is_due(config.checkpoint.every, progress.step):
-            run.checkpoints.save(progress)
+            save(run)
         if result.stop_requested:
             break
     run.checkpoints.finish(stop_on_error=True)
@@ -205,6 +180,56 @@ def train_steps(run: Run) -> bool:
     if not stopped:
         show_answers(run, "answers after training")
     return stopped
+
+
+def coming_steps(run: Run) -> Iterator[tuple[int, list[MicroBatch]]]:
+    """Yield each step to be made with this rank's micro-batches; after a roll-back, from the checkpoint's step on."""
+    progress = run.progress
+    while progress.step < run.max_steps:
+        first = progress.step
+        batches = run.batches.iterate(first, run.max_steps, progress.batch_of)
+        for step, micro_batches in enumerate(batches, start=first):
+            if step != progress.step:
+                break
+            yield step, micro_batches
+
+
+def switch(run: Run, step: int) -> None:
+    """Begin the period that starts with ``step``. Collective: every rank."""
+    learner, period = run.learner, step // run.learner.period_length
+    begin_period(learner, period, partial(run.batches.coming_micro_batches, run.progress.batch_of(step)))
+    run.checkpoints.note_trained()
+    run.recorder.record_period(period, step + 1, learner.active.blocks, learner.sampler.scores())
+
+
+def introduce(run: Run) -> None:
+    """Try the longest micro-batch, and print and record what trains. Collective: every rank."""
+    counted = rehearse(run.learner, run.batches.longest_micro_batch())
+    announce_trained(run.learner, counted)
+    trained = count_trained_parameters(run.learner)
+    run.recorder.figures |= {"persistent_bytes": counted, "trained_parameters": trained}
+
+
+def record(run: Run, result: StepResult, seconds: float) -> None:
+    """Record the step that was just made."""
+    remember_loss(run.config.train, run.progress.recent_losses, result.loss)
+    run.recorder.record_step(
+        step=run.progress.step,
+        epoch=run.batches.epoch(run.progress.step),
+        period=run.learner.active.period,
+        active_layers=run.learner.active.blocks,
+        loss=result.loss,
+        lr=result.lr,
+        grad_norm=result.grad_norm,
+        tokens=result.tokens,
+        step_seconds=seconds,
+    )
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of this step. Collective: every rank."""
+    with run.heartbeat.phase("the checkpoint", may_take_long=True):
+        run.checkpoints.save(run.progress)
 
 
 def is_due(every: int, step: int) -> bool:
@@ -216,4 +241,5 @@ def evaluate(run: Run) -> None:
     """Record the mean loss of the validation set, where there is one. Collective: every rank."""
     if run.validation is not None:
         batches = run.validation.validation_batches(run.config.train.eval_batches)
-        run.recorder.record_evaluation(run.progress.step, mean_loss(run.learner, batches))
+        with run.heartbeat.phase("the evaluation", may_take_long=True):
+            run.recorder.record_evaluation(run.progress.step, mean_loss(run.learner.sharded.module, batches))

@@ -197,11 +197,65 @@ class UpdateConfig:
 
 @dataclass
 class FullRankUpdateConfig(UpdateConfig):
+    """Every parameter of an active block."""
+
     name: str = "full_rank"
+
+
+@dataclass
+class LowRankUpdateConfig(UpdateConfig):
+    """GaLore: Adam on gradients projected to a low rank."""
+
+    name: str = "low_rank"
+    rank: int | None = None  # of the projections; null: preset_rank, cut to what a matrix has
+    preset_rank: int = 128
+    refresh_every: int = 200  # optimizer steps of a parameter between two projections (T)
+    scale: float = 0.25  # of the update that is projected back (alpha)
+
+    def __post_init__(self) -> None:
+        check_at_least("update.rank", self.rank, 1)
+        check_at_least("update.preset_rank", self.preset_rank, 1)
+        check_at_least("update.refresh_every", self.refresh_every, 1)
+        check_above_zero("update.scale", self.scale)
+
+
+@dataclass
+class LoraUpdateConfig(UpdateConfig):
+    """LoRA: a product of two thin matrices beside every linear layer of an active block."""
+
+    name: str = "lora"
+    rank: int | None = None  # of the adapters; null: preset_rank, cut to what the matrices have
+    preset_rank: int = 16
+    alpha: float = 32.0  # the adapter's product is scaled by alpha / rank
+    dropout: float = 0.0  # of the adapter's input
+    target_modules: list[str] = field(default_factory=list)  # names of linear layers, as q_proj; empty: all in the blocks
+    rslora: bool = False  # scale by alpha / sqrt(rank)
+    dora: bool = False  # train the norm of each row of the merged weight too
+
+    def __post_init__(self) -> None:
+        check_at_least("update.rank", self.rank, 1)
+        check_at_least("update.preset_rank", self.preset_rank, 1)
+        check_above_zero("update.alpha", self.alpha)
+        check_fraction("update.dropout", self.dropout, below_one=True)
+
+
+@dataclass
+class LoraFaUpdateConfig(LoraUpdateConfig):
+    """LoRA-FA: LoRA with the first matrix frozen, and the gradient of the second corrected for it."""
+
+    name: str = "lora_fa"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dora:
+            raise UserError("update.dora=true: belongs to update=lora, LoRA-FA's correction is not made for it")
 
 
 UPDATE_CONFIGS: dict[str, type[UpdateConfig]] = {
     "full_rank": FullRankUpdateConfig,
+    "lora": LoraUpdateConfig,
+    "lora_fa": LoraFaUpdateConfig,
+    "low_rank": LowRankUpdateConfig,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import nearest
@@ -82,6 +83,11 @@ def find_layers(model: nn.Module, blocks_path: str | None = None) -> LayerMap:
         head_name=head_name,
         tied=any(getattr(head, "weight", None) is module.weight for module in embeddings.values()),
     )
+
+
+def linear_layers(block: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """Return the linear layers inside a block by their names in it; GPT-2's hold their weight transposed."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
 def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:

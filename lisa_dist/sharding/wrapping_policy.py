@@ -8,7 +8,8 @@ where their weights are tied. Frozen parameters are stored in ``precision.frozen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +145,26 @@ def recast(
         seed = seed_of(name) if seed_of is not None else None
         storage.replace_shard(fsdp_param, storage.convert(shard, dtype, seed), requires_grad=trained)
     _refresh_groups(sharded, names)
+
+
+@contextmanager
+def also_trained(sharded: ShardedModel, names: Iterable[str]) -> Iterator[None]:
+    """Let parameters that are frozen have gradients too while the context lasts, in the dtype they are stored in.
+
+    Of one FSDP2 group all trainable parameters must then have one dtype, so name those of whole blocks.
+    """
+    names = [name for name in names if not sharded.parameter(name).requires_grad]
+    storage.reshard_all(sharded.module)
+    for name in names:
+        sharded.parameter(name).requires_grad_(True)
+    _refresh_groups(sharded, names)
+    try:
+        yield
+    finally:
+        storage.reshard_all(sharded.module)
+        for name in names:
+            sharded.parameter(name).requires_grad_(False).grad = None
+        _refresh_groups(sharded, names)
 
 
 def _refresh_groups(sharded: ShardedModel, names: Iterable[str]) -> None:

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from torch import nn
+from collections.abc import Callable
+from typing import Any
 
 from lisa_dist.config import UpdateConfig
-from lisa_dist.config.errors import UserError, nearest
+from lisa_dist.updates.base import Trained, Update
 from lisa_dist.updates.full_rank import FullRank
+from lisa_dist.updates.lora import Lora, LoraFa
+from lisa_dist.updates.low_rank import LowRank
 
+__all__ = ["Trained", "Update", "build_update"]
 
-class Update(Protocol):
-    """What an update must offer."""
-
-    def prepare_model(self, model: nn.Module) -> None:
-        """Change the model on ``meta``, before sharding: where adapters are put in."""
-
-    def trainable_parameters(self, names: list[str]) -> list[str]:
-        """Return which of a block's parameter names train while the block is active."""
+UPDATES: dict[str, Callable[[Any], Update]] = {
+    "full_rank": lambda config: FullRank(),
+    "lora": Lora,
+    "lora_fa": LoraFa,
+    "low_rank": LowRank,
+}
 
 
 def build_update(config: UpdateConfig) -> Update:
-    """Return the update that ``update.name`` names."""
-    match config.name:
-        case "full_rank":
-            return FullRank()
-    known = ["full_rank"]
-    raise UserError(f"update={config.name}: must be one of {', '.join(known)}{nearest(config.name, known)}")
+    """Return the update that ``config`` describes."""
+    return UPDATES[config.name](config)

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+from lisa_dist.updates.base import Update
 
 
-class FullRank:
+class FullRank(Update):
     """All parameters of a block train; nothing is added to the model and gradients stay as they are."""
-
-    def prepare_model(self, model: nn.Module) -> None:
-        """Leave the model as it is."""
-
-    def trainable_parameters(self, names: list[str]) -> list[str]:
-        """Return which of a block's parameter names train in an active block: all."""
-        return names

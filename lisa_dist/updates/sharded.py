@@ -1,0 +1,52 @@
+"""Small sharded tensors beside the model's parameters: adapters' initial values, projected gradients, projectors."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from lisa_dist.distributed import local_shard
+
+
+def sharded_zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return fp32 zeros of ``shape``, sharded over rows on the mesh of ``like``, on its device (``meta`` too)."""
+    if not isinstance(like, DTensor):
+        return like.detach().new_zeros(shape, dtype=torch.float32)
+    local_shape, _ = compute_local_shape_and_global_offset(shape, like.device_mesh, like.placements)
+    zeros = local_shard(like.detach()).new_zeros(local_shape, dtype=torch.float32)
+    return as_sharded(zeros, like, shape)
+
+
+def as_sharded(local: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the tensor of ``shape`` whose rows on this rank are ``local``, placed as ``like`` is."""
+    if not isinstance(like, DTensor):
+        return local
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def fill(tensor: Tensor, full: Tensor) -> None:
+    """Copy this rank's rows of ``full`` into a sharded tensor of the same shape."""
+    local = local_shard(tensor.detach())
+    if isinstance(tensor, DTensor):
+        shape, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        full = full[tuple(slice(start, start + size) for start, size in zip(offsets, shape))]
+    if local.numel():
+        local.copy_(full)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the unsharded tensor. Collective: every rank of its mesh."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def keyed_generator(seed: int, name: str) -> torch.Generator:
+    """Return a generator on the CPU that depends on the seed and a parameter's name alone."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
