@@ -55,9 +55,20 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def is_simulated() -> bool:
+    """Whether the other ranks are only imagined, as in a plan: nobody is there to talk to."""
+    return dist.is_initialized() and dist.get_backend() == "fake"
+
+
+def is_alone() -> bool:
+    """Whether no other process takes part: a world of one rank, or a simulated one."""
+    return world_size() == 1 or is_simulated()
+
+
 def device() -> torch.device:
-    """The device of this rank: its GPU, or the CPU where there is none."""
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    """The device of this rank: its GPU; the CPU where there is none and in a simulated world."""
+    has_gpu = torch.cuda.is_available() and not is_simulated()
+    return torch.device("cuda", local_rank()) if has_gpu else torch.device("cpu")
 
 
 def initialize(config: ParallelConfig) -> None:
@@ -123,7 +134,7 @@ def local_shard(parameter: torch.Tensor) -> torch.Tensor:
 
 def broadcast_object(value: T, source: int = 0) -> T:
     """Return the ``value`` of rank ``source`` on every rank. Collective: every rank."""
-    if world_size() == 1:
+    if is_alone():
         return value
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=source)
@@ -191,7 +202,7 @@ def all_reduce_max(values: list[float]) -> list[float]:
 
 
 def _all_reduce(values: list[float], operation: Any) -> list[float]:
-    if world_size() == 1:
+    if is_alone():
         return values
     tensor = torch.tensor(values, dtype=torch.float64)  # on the CPU: the gloo half of the process group
     dist.all_reduce(tensor, op=operation)
@@ -200,7 +211,7 @@ def _all_reduce(values: list[float], operation: Any) -> list[float]:
 
 def barrier() -> None:
     """Wait for every rank. Collective: every rank."""
-    if world_size() > 1:
+    if not is_alone():
         all_reduce_sum([0.0])  # through gloo, which needs no device
 
 

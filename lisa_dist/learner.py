@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from lisa_dist import distributed, probes
 from lisa_dist.active_blocks import ActiveSet, RankSynchronizedSampler, switch_active_blocks, trained_parameters
@@ -48,12 +49,16 @@ class Learner:
         return self.config.sampler.period
 
 
-def build_learner(config: Config) -> Learner:
+def build_learner(config: Config, architecture: PretrainedConfig | None = None) -> Learner:
     """Build the model on ``meta``, shard it, and make its optimizer and sampler; weights are still on ``meta``.
 
     Collective: every rank (the mesh).
+
+    Args:
+        config: the whole configuration.
+        architecture: in place of what ``model.*`` names.
     """
-    module = build_meta_model(config.model)
+    module = build_meta_model(config.model, architecture)
     update = build_update(config.update)
     layers = find_layers(module, config.model.blocks)
     update.prepare_model(module, layers)
