@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from lisa_dist.config import ModelConfig, UserError
 from lisa_dist.config.errors import nearest
 from lisa_dist.config.model import BUILTIN_PREFIX
+from lisa_dist.hub import stay_offline_where_unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +136,7 @@ def _read_directory(config: ModelConfig, directory: Path) -> PretrainedConfig:
 
 
 def _read_hub(config: ModelConfig, hub_id: str) -> PretrainedConfig:
+    stay_offline_where_unreachable()
     try:
         fields, _ = PretrainedConfig.get_config_dict(hub_id)
     except OSError as error:
