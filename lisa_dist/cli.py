@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lisa_dist import __version__
@@ -65,13 +68,15 @@ COMMANDS = {
     "evaluate": Command(
         "measures held-out loss and perplexity, or runs evaluation tasks",
         "lisa_dist.commands.evaluate:run",
-        ("evaluate", "run"),
+        ("evaluate", "run", "parallel"),
+        in_ranks=True,
         reads_run=True,
     ),
     "generate": Command(
         "answers prompts from a checkpoint or a Hugging Face directory",
         "lisa_dist.commands.generate:run",
-        ("generate", "run"),
+        ("generate", "run", "parallel"),
+        in_ranks=True,
         reads_run=True,
     ),
     "report": Command(
@@ -173,10 +178,22 @@ def _dispatch(name: str, config: Config) -> int:
         exit_code = _function(command.function)(config)
         ignore_stop_signals()
         return exit_code
-    config = resolve_run_dir(config)
+    launch_ranks = _function("lisa_dist.launching.local:launch_ranks")
     if name == "train":
+        config = resolve_run_dir(config)
         check_run_dir_is_free(config)
-    return _function("lisa_dist.launching.local:launch_ranks")(config, command.function)
+        return launch_ranks(config, command.function)
+    logs = Path(tempfile.mkdtemp(prefix=f"lisa-dist-{name}-"))  # the run's own logs are its training's
+    exit_code = EXIT_FAILED
+    try:
+        exit_code = launch_ranks(config, command.function, logs)
+    except UserError:
+        exit_code = EXIT_USER_ERROR
+        raise
+    finally:
+        if exit_code != EXIT_FAILED:  # the message about a failure names them
+            shutil.rmtree(logs, ignore_errors=True)
+    return exit_code
 
 
 def _multirun(name: str, overrides: list[str], config_dir: str | None) -> int:

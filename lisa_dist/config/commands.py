@@ -1,4 +1,4 @@
-"""Keys of the commands beyond training: ``export.*``, ``evaluate.*``, ``generate.*``, ``plan.*``, ``bench.*``, ``sweep.*``, ``launch.*``."""
+"""Keys of the commands beyond training: export, evaluate, generate, plan, bench, sweep and launch."""
 
 from __future__ import annotations
 

@@ -47,12 +47,14 @@ class Outcome:
     time: float  # seconds since the epoch
 
 
-def launch_ranks(config: Config, entry: str = "lisa_dist.trainer:train") -> int:
+def launch_ranks(config: Config, entry: str = "lisa_dist.trainer:train", log_dir: Path | None = None) -> int:
     """Run ``entry`` on every rank of this machine and return the exit code of the whole.
 
     Args:
-        config: with ``run.dir`` settled; logs go to ``run.dir/logs/rank_N.log``.
+        config: with ``run.dir`` settled where ``entry`` trains.
         entry: ``module:function``, a function of a Config that returns an exit code.
+        log_dir: logs go to ``log_dir/logs/rank_N.log``, and the run's summary.json is left alone; None: they go to
+            ``run.dir``, and a failure is noted in the summary.
 
     Returns:
         0 where every rank returned 0, 75 where every rank stopped on a signal, else 1.
@@ -61,20 +63,21 @@ def launch_ranks(config: Config, entry: str = "lisa_dist.trainer:train") -> int:
         UserError: the configuration asks for what this machine has not, or a rank raised one.
     """
     ranks = count_local_ranks(config)
-    run_dir = Path(config.run.dir or ".")
+    run_dir = log_dir or Path(config.run.dir or ".")
     started = time.time()
     with tempfile.TemporaryDirectory(prefix="lisa-dist-") as folder:
         outcome_dir = Path(folder)
         with StopWatcher(outcome_dir):
             _make_log_dir(run_dir)
-            agent_failure = _run_agent(config, entry, ranks, outcome_dir)
+            agent_failure = _run_agent(config, entry, ranks, outcome_dir, run_dir)
         outcomes = [Outcome(**json.loads(file.read_text())) for file in outcome_dir.glob("outcome_*.json")]
     codes = {outcome.code for outcome in outcomes}
     if len(outcomes) == ranks and codes in ({EXIT_DONE}, {EXIT_STOPPED}):
         return codes.pop()
     mistakes = [outcome for outcome in outcomes if outcome.code == EXIT_USER_ERROR]
     first = min(mistakes, key=lambda o: o.time) if mistakes else _first_failure(outcomes, ranks, agent_failure)
-    _record_failure(run_dir, first, started)
+    if log_dir is None:
+        _record_failure(run_dir, first, started)
     if mistakes:
         raise UserError(first.message)
     print(
@@ -98,7 +101,7 @@ def count_local_ranks(config: Config) -> int:
     return int(wanted)
 
 
-def _run_agent(config: Config, entry: str, ranks: int, outcome_dir: Path) -> ChildFailedError | None:
+def _run_agent(config: Config, entry: str, ranks: int, outcome_dir: Path, log_dir: Path) -> ChildFailedError | None:
     """Start the ranks and wait for their end; returns what the agent says where a rank died."""
     for name in ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # else 20 lines about a failure that we show ourselves
@@ -118,7 +121,7 @@ def _run_agent(config: Config, entry: str, ranks: int, outcome_dir: Path) -> Chi
     )
     old_quit_handler = signal.getsignal(signal.SIGQUIT)
     try:
-        elastic_launch(launch_config, run_rank)(entry, config, outcome_dir, os.getpid())
+        elastic_launch(launch_config, run_rank)(entry, config, outcome_dir, log_dir, os.getpid())
     except ChildFailedError as failure:
         return failure
     finally:
@@ -127,7 +130,7 @@ def _run_agent(config: Config, entry: str, ranks: int, outcome_dir: Path) -> Chi
     return None
 
 
-def run_rank(entry: str, config: Config, outcome_dir: Path, parent: int) -> int:
+def run_rank(entry: str, config: Config, outcome_dir: Path, log_dir: Path, parent: int) -> int:
     """Run ``entry`` in this process, which is a rank, and leave an :class:`Outcome` in ``outcome_dir``.
 
     A code without a failure is returned, so that the agent waits for the other ranks; a failure ends the
@@ -137,7 +140,7 @@ def run_rank(entry: str, config: Config, outcome_dir: Path, parent: int) -> int:
     install_stop_handlers(ignore_interrupt=True)
     rank = int(os.environ["RANK"])
     (outcome_dir / f"started_{rank}_{os.getpid()}").touch()
-    log = rank_log(Path(config.run.dir or "."), rank)
+    log = rank_log(log_dir, rank)
     if rank > 0:
         _send_output_to(log)
     code, message, trace = EXIT_FAILED, "", ""

@@ -1,0 +1,63 @@
+"""Floating-point operations of a training step, counted from the architecture, and what the GPU could do at most."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lisa_dist.learner import Learner
+
+# Dense bf16 matrix rate in FLOP/s, without sparsity, by a part of the device's name; from NVIDIA's data sheets.
+PEAK_RATES = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12}
+
+
+def parameter_flops_per_token(learner: Learner) -> float:
+    """Return the matrix operations that a token costs in the parameters that train now and in the frozen ones.
+
+    A parameter costs 2 in the forward pass, 2 for the gradient of its input and, where it trains, 2 for its own
+    gradient. Where the embeddings are frozen the backward pass ends at the lowest active block, so a block below
+    costs its forward pass only. Embedding tables are looked up, not multiplied, unless the head is tied to them;
+    of a mixture's experts those are counted that a token visits.
+    """
+    sharded, trained = learner.sharded, learner.optimizer.parameters
+    layers = sharded.layers
+    lowest = (
+        0 if any(layers.group_of(name) == "embeddings" for name in trained) else min(learner.active.blocks, default=0)
+    )
+    architecture = sharded.module.config
+    share = (getattr(architecture, "num_experts_per_tok", None) or 1) / _experts(architecture)
+    total = 0.0
+    for name in sharded.handles:
+        part = layers.group_of(name)
+        if part == "embeddings" and not layers.tied:
+            continue
+        below = part.startswith("block:") and int(part.removeprefix("block:")) < lowest
+        visited = share if ".experts." in name else 1.0
+        total += (2 if below else 6 if name in trained else 4) * visited * sharded.parameter(name).numel()
+    return total
+
+
+def attention_flops(learner: Learner, sequences: int, tokens: int) -> float:
+    """Return the operations of attention over ``sequences`` of ``tokens`` each, forward and backward.
+
+    12 x layers x heads x head size x tokens for each token (arXiv 2204.02311, appendix B): every query with every
+    key, as is the custom, though causal attention needs but half.
+    """
+    architecture: Any = learner.sharded.module.config
+    heads = architecture.num_attention_heads
+    head_size = getattr(architecture, "head_dim", None) or architecture.hidden_size // heads
+    return 12.0 * len(learner.sharded.layers.blocks) * heads * head_size * sequences * tokens * tokens
+
+
+def peak_rate(device: torch.device) -> float | None:
+    """Return the FLOP/s that one device reaches at most in bf16; None on a CPU and for a GPU that is not listed."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for part, rate in PEAK_RATES.items() if part in name), None)
+
+
+def _experts(architecture: object) -> int:
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next((count for name in names if (count := getattr(architecture, name, None))), 1)

@@ -1,0 +1,141 @@
+"""Rounds of measured steps: contestants take turns, so that what else the machine does hits all of them alike."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from lisa_dist import distributed
+from lisa_dist.commands.contestants import HORIZON, Contestant
+from lisa_dist.commands.flops import peak_rate
+from lisa_dist.commands.stopwatch import PeakMemory, Stopwatch, now, spread_of
+from lisa_dist.config import Config
+from lisa_dist.data.batches import GlobalBatches, MicroBatch, label_tokens
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("data", "forward", "backward", "optimizer", "other", "switch")
+
+
+@dataclass
+class Step:
+    """One measured optimizer step: seconds by this rank's clock, the rest summed over the ranks."""
+
+    seconds: float
+    parts: dict[str, float]
+    tokens: int = 0
+    label_tokens: int = 0
+    flops: float = 0.0
+
+
+@dataclass
+class Round:
+    """A switch, the step after it, which bears its after-effects, and the steps that are measured."""
+
+    switch_seconds: float
+    first: Step
+    steps: list[Step]
+
+    def median(self) -> float:
+        """Return the median seconds of the measured steps."""
+        return statistics.median(step.seconds for step in self.steps)
+
+
+@dataclass
+class Lane:
+    """A contestant with its data and what was measured of it."""
+
+    name: str
+    config: Config
+    contestant: Contestant
+    batches: Iterator[list[MicroBatch]]
+    peak_bytes: int
+    rounds: list[Round] = field(default_factory=list)
+
+
+def enter(name: str, config: Config, build: Callable[[Config], Contestant], batches: GlobalBatches) -> Lane:
+    """Build a contestant, warm it up over a switch, and note the most memory it took. Collective: every rank."""
+    logger.info("%s: warming up", name)
+    with PeakMemory(distributed.device()) as peak:
+        contestant = build(config)
+        lane = Lane(name, config, contestant, batches.iterate(0, HORIZON), 0)
+        contestant.switch()
+        contestant.rehearse(batches.longest_micro_batch())
+        for _ in range(config.bench.warmup_steps):
+            measure_step(lane)
+        contestant.switch()
+        measure_step(lane)
+    lane.peak_bytes = peak.bytes
+    return lane
+
+
+def take_turns(lanes: list[Lane], rounds: int, steps: int) -> None:
+    """Measure round by round, each time in the opposite order, so that noise hits all alike. Collective: every rank."""
+    for turn in range(rounds):
+        for lane in lanes if turn % 2 == 0 else reversed(lanes):
+            distributed.barrier()
+            started = now(distributed.device())
+            lane.contestant.switch()
+            switch_seconds = now(distributed.device()) - started
+            first = measure_step(lane)
+            lane.rounds.append(Round(switch_seconds, first, [measure_step(lane) for _ in range(steps)]))
+        logger.info("round %d of %d", turn + 1, rounds)
+
+
+def measure_step(lane: Lane) -> Step:
+    """Make one step and measure it. Collective: every rank."""
+    device = distributed.device()
+    stopwatch = Stopwatch(device)
+    started = now(device)
+    with stopwatch("data"):
+        micro_batches = next(lane.batches)
+    lane.contestant.step(micro_batches, stopwatch)
+    seconds = now(device) - started
+    parts = stopwatch.take()
+    parts["other"] = seconds - sum(parts.values())
+    tokens = sum(micro_batch["input_ids"].numel() for micro_batch in micro_batches)
+    labels = sum(label_tokens(micro_batch) for micro_batch in micro_batches)
+    flops = lane.contestant.flops(micro_batches) or 0.0
+    counted = distributed.all_reduce_sum([float(tokens), float(labels), flops])
+    return Step(seconds, parts, int(counted[0]), int(counted[1]), counted[2])
+
+
+def summarize(lane: Lane) -> dict[str, Any]:
+    """Return the figures of a contestant. Collective: every rank."""
+    steps = [step for round_ in lane.rounds for step in round_.steps]
+    seconds = spread_of([step.seconds for step in steps])
+    parts = {part: statistics.median(step.parts.get(part, 0.0) for step in steps) for part in PARTS}
+    after_effects = [
+        round_.first.seconds - statistics.median(s.seconds for s in round_.steps) for round_ in lane.rounds
+    ]
+    switch = spread_of([round_.switch_seconds + after for round_, after in zip(lane.rounds, after_effects)])
+    period = lane.config.sampler.period
+    parts["switch"] = switch.median / period
+    slowdown = 1 + switch.median / period / seconds.median
+    rate = statistics.median(step.tokens / step.seconds for step in steps) / slowdown
+    labels = statistics.median(step.label_tokens / step.seconds for step in steps) / slowdown
+    flops_rate = statistics.median(step.flops / step.seconds for step in steps) / slowdown
+    peak = peak_rate(distributed.device())
+    peaks = distributed.gather_objects(lane.peak_bytes)
+    known = peak is not None and flops_rate > 0
+    return {
+        "method": lane.name,
+        "tokens_per_second": rate,
+        "label_tokens_per_second": labels,
+        "step_seconds": {**vars(seconds), "by_part": parts},
+        "switch_seconds": vars(switch),
+        "switch_in_steps": switch.median / seconds.median,
+        "peak_bytes": max(peaks),
+        "peak_bytes_by_rank": peaks,
+        "flops_per_second": flops_rate or None,
+        "utilisation": flops_rate / (peak * distributed.world_size()) if known else None,  # type: ignore[operator]
+        "measured_steps": len(steps),
+    }
+
+
+def ratio(lane: Lane, reference: Lane) -> dict[str, float]:
+    """Return the step time relative to the reference's: a ratio each round, their median and quartile distance."""
+    return vars(spread_of([own.median() / other.median() for own, other in zip(lane.rounds, reference.rounds)]))

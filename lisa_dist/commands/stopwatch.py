@@ -1,0 +1,120 @@
+"""How long the parts of a step take, and how much memory they need."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+PEAK_MEANINGS = {
+    "cuda": "bytes of tensors, by torch.cuda.max_memory_allocated",
+    "cpu": "bytes of tensors, by the profiler's allocation events",
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median and the distance from the first to the third quartile, in the unit of the values."""
+
+    median: float
+    spread: float
+
+
+def spread_of(values: list[float]) -> Spread:
+    """Return the median of at least one value and the interquartile range (0 for a single value)."""
+    if len(values) < 2:
+        return Spread(values[0], 0.0)
+    quartiles = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(quartiles[1], quartiles[2] - quartiles[0])
+
+
+class Stopwatch:
+    """Adds up the seconds of each named part of a step; ``with stopwatch("forward"): ...``.
+
+    On a GPU the parts are timed by events on the current stream, so that measuring makes the host wait nowhere.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.seconds: dict[str, float] = {}
+        self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Time the body as a part of the step."""
+        if self.on_gpu:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self.events.append((part, start, end))
+            return
+        started = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+
+    def take(self) -> dict[str, float]:
+        """Return the seconds by part since the last call; waits for the GPU."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            for part, start, end in self.events:
+                self.seconds[part] = self.seconds.get(part, 0.0) + start.elapsed_time(end) / 1000
+            self.events.clear()
+        taken, self.seconds = self.seconds, {}
+        return taken
+
+
+def now(device: torch.device) -> float:
+    """Return a time in seconds, once the GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class PeakMemory:
+    """The most bytes of tensors that the body held at a time, beyond those that were there before.
+
+    On a GPU from the caching allocator (``max_memory_allocated``). On a CPU from the profiler's record of every
+    allocation: the resident set of the process, the other figure to be had, holds far more than tensors and its
+    peak can't be reset.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes = 0
+        self.before = 0
+        self.profile: profile | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            self.before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self.profile.__enter__()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self.profile is None:
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self.before
+            return
+        self.profile.__exit__(None, None, None)
+        self.bytes = _peak_of_events(self.profile)
+        self.profile = None
+
+
+def _peak_of_events(recorded: profile) -> int:
+    """Return the largest running sum of the allocations (positive) and releases (negative) on the CPU."""
+    results: Any = recorded.profiler.kineto_results  # type: ignore[union-attr]
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    peak = held = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
