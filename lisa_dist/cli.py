@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ class Command:
     reads_run: bool = False  # takes its configuration from the run in run.dir
 
 
+SECONDS_FOR_RANK_0 = 5
 TRAINING_KEYS = (
     "model data sampler update always_active optimizer scheduler train parallel precision checkpoint logger run"
 )
@@ -108,11 +110,15 @@ def main(arguments: list[str] | None = None) -> int:
 
     Any other exception than :class:`UserError` is a fault of the program and leaves with its full traceback.
     """
+    if has_ranks():
+        install_stop_handlers()  # as early as can be: a signal that comes while torch is imported counts too
     try:
         return _run(_parser().parse_intermixed_args(arguments))
     except UserError as error:
         if environment_rank() == 0:
             print(f"lisa-dist: {error}", file=sys.stderr)
+        else:
+            time.sleep(SECONDS_FOR_RANK_0)  # torchrun and srun end rank 0 when this one leaves before it has spoken
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("lisa-dist: interrupted", file=sys.stderr)
@@ -174,7 +180,6 @@ def _dispatch(name: str, config: Config) -> int:
         _function("lisa_dist.telemetry.logs:setup_logging")()
         return _function(command.function)(config)
     if has_ranks():
-        install_stop_handlers()
         exit_code = _function(command.function)(config)
         ignore_stop_signals()
         return exit_code

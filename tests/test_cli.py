@@ -78,9 +78,13 @@ def test_a_mistake_is_one_line_and_code_2(arguments: list[str], named: str, caps
 
 
 def test_only_rank_0_speaks_of_a_mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr(cli, "install_stop_handlers", lambda: None)
     monkeypatch.setenv("RANK", "1")
     assert main(["train", "sampler.perod=3"]) == 2
     assert capsys.readouterr().err == ""
+    assert waited  # for rank 0 to speak, before torchrun ends it
 
 
 def test_cfg_job_prints_a_configuration_that_can_be_read_back(

@@ -96,7 +96,7 @@ def changed(value: Any) -> Any:
     if isinstance(value, int):
         return value + 1
     if isinstance(value, float):
-        return value / 2 or 0.5
+        return value / 2 or 1.0
     return value
 
 
