@@ -162,7 +162,7 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     Args:
         group: a group of all ranks, where this must not meet other collectives (see :func:`disk_group`).
     """
-    if world_size() == 1:
+    if is_alone():
         return [value]
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value, group=group)
