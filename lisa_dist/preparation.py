@@ -25,6 +25,7 @@ from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.environment import restart_count
 from lisa_dist.learner import Learner, build_learner, count_trained_parameters, load_initial_weights
 from lisa_dist.models.architecture import read_architecture
+from lisa_dist.telemetry.heartbeat import Heartbeat
 from lisa_dist.telemetry.progress import announce
 from lisa_dist.telemetry.recorder import Recorder
 from lisa_dist.telemetry.units import format_bytes, format_count
@@ -45,6 +46,7 @@ class Run:
     progress: Progress
     recorder: Recorder
     checkpoints: CheckpointSaver
+    heartbeat: Heartbeat
 
 
 def open_run_directory(config: Config) -> Config:
@@ -102,7 +104,8 @@ def prepare_run(config: Config) -> Run:
     max_steps = config.train.max_steps or batches.steps(config.train.epochs)
     announce_run(config, learner, data, batches, max_steps, progress)
     recorder = Recorder(config, max_steps, progress.step, progress.resumed_from)
-    return Run(config, learner, tokenizer, batches, validation, max_steps, progress, recorder, checkpoints)
+    heartbeat = Heartbeat(Path(str(config.run.dir)), config.parallel.timeout)
+    return Run(config, learner, tokenizer, batches, validation, max_steps, progress, recorder, checkpoints, heartbeat)
 
 
 def open_tokenizer(config: Config) -> PreTrainedTokenizerBase:

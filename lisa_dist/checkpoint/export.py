@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from lisa_dist.checkpoint.manifest import WEIGHTS, checkpoint_name, damage, list_checkpoints, step_of
+from lisa_dist.checkpoint.manifest import checkpoint_name, damage, list_checkpoints, step_of
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config, UserError
 from lisa_dist.data.tokenizer import load_tokenizer
@@ -24,8 +24,13 @@ INDEX = "model.safetensors.index.json"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def find_checkpoint(directory: Path, step: int | None) -> Path:
+def find_checkpoint(directory: Path, step: int | None, key: str = "export.step") -> Path:
     """Return the checkpoint of ``step``, or the newest complete one.
+
+    Args:
+        directory: where the checkpoints of a run lie.
+        step: optimizer steps done; None: the most.
+        key: the configuration key that ``step`` came from, for messages.
 
     Raises:
         UserError: there is none, or the one asked for is damaged.
@@ -35,10 +40,10 @@ def find_checkpoint(directory: Path, step: int | None) -> Path:
     if step is not None:
         chosen = directory / checkpoint_name(step)
         if chosen not in found:
-            raise UserError(f"export.step={step}: {directory} has no checkpoint of that step; it has {steps}")
+            raise UserError(f"{key}={step}: {directory} has no checkpoint of that step; it has {steps}")
         wrong = damage(chosen)
         if wrong is not None:
-            raise UserError(f"export.step={step}: the checkpoint {chosen} is damaged: {wrong}")
+            raise UserError(f"{key}={step}: the checkpoint {chosen} is damaged: {wrong}")
         return chosen
     for candidate in found:
         if damage(candidate) is None:
@@ -74,7 +79,7 @@ def export_checkpoint(config: Config, checkpoint: Path, target: Path) -> list[st
         architecture = read_architecture(config.model)
         model = build_meta_model(config.model, architecture)
         dtype = export_dtype(config)
-        with ShardedTensors(checkpoint / WEIGHTS) as tensors:
+        with ShardedTensors.of_weights(checkpoint) as tensors:
             to_checkpoint = export_conversion(model)
             stream = (pair for name in tensors for pair in to_checkpoint(name, tensors.read(name).to(dtype)))
             files = write_files(stream, partial, parse_size(config.export.max_shard_size))

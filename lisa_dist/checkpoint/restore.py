@@ -60,14 +60,25 @@ def restore_checkpoint(learner: Learner, checkpoint: Path, device: torch.device)
     check_identity(learner, checkpoint, state["identity"])
     allocate(learner, state["active_layers"], device)
     learner.active.period = state["period"]
-    weights = weight_tensors(learner)
-    for holder, names in state["elsewhere"].items():
-        _read_tensors({name: weights.pop(name) for name in names}, checkpoint.parent / holder / WEIGHTS)
-    _read_tensors(weights, checkpoint / WEIGHTS)
+    restore_weights(learner, checkpoint, state)
     _read_tensors(learner.optimizer.moment_tensors(), checkpoint / MOMENTS)
     learner.optimizer.set_step_counts(state["optimizer_steps"])
     learner.sampler.load_state_dict(state["sampler"])
     return Progress(**state["progress"]), state
+
+
+def restore_weights(learner: Learner, checkpoint: Path, state: dict[str, Any]) -> None:
+    """Fill an allocated model with the weights of a checkpoint, in the dtypes it has. Collective: every rank.
+
+    Args:
+        learner: whose model is filled; its optimizer is left alone.
+        checkpoint: where to read.
+        state: of the checkpoint; names the earlier ones that hold the rest of its weights.
+    """
+    weights = weight_tensors(learner)
+    for holder, names in state["elsewhere"].items():
+        _read_tensors({name: weights.pop(name) for name in names}, checkpoint.parent / holder / WEIGHTS)
+    _read_tensors(weights, checkpoint / WEIGHTS)
 
 
 def _read_tensors(tensors: dict[str, torch.Tensor], directory: Path) -> None:

@@ -14,6 +14,9 @@ import torch
 from safetensors import safe_open
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 
+from lisa_dist.checkpoint.manifest import WEIGHTS
+from lisa_dist.checkpoint.state import read_state
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -25,19 +28,38 @@ class Piece:
 
 
 class ShardedTensors:
-    """The tensors of a directory that DCP's HuggingFaceStorageWriter wrote, one file a rank, memory-mapped."""
+    """The tensors of a directory of safetensors files, one a rank, in DCP's layout, memory-mapped."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, borrowed: dict[Path, list[str]] | None = None) -> None:
+        """Open every file.
+
+        Args:
+            directory: of the files.
+            borrowed: further directories, with the names of the tensors that are taken from each.
+        """
         self._stack = ExitStack()
         self._files: dict[Path, Any] = {}
         self.pieces: dict[str, list[Piece]] = {}
+        self._open(directory, None)
+        for other, names in (borrowed or {}).items():
+            self._open(other, set(names))
+
+    @classmethod
+    def of_weights(cls, checkpoint: Path) -> ShardedTensors:
+        """Open all weights of a checkpoint, those too that an earlier one holds."""
+        elsewhere = read_state(checkpoint)["elsewhere"]
+        borrowed = {checkpoint.parent / holder / WEIGHTS: names for holder, names in elsewhere.items()}
+        return cls(checkpoint / WEIGHTS, borrowed)
+
+    def _open(self, directory: Path, wanted: set[str] | None) -> None:
         for file in sorted(directory.glob("*.safetensors")):
             opened = self._files[file] = self._stack.enter_context(safe_open(file, framework="pt"))
             offsets = json.loads((opened.metadata() or {}).get(CUSTOM_METADATA_KEY, "{}"))
             for name in opened.keys():  # noqa: SIM118  a safetensors file is no mapping
-                shape = opened.get_slice(name).get_shape()
-                start = offsets.get(name, {}).get(SAVED_OFFSETS_KEY, [0] * len(shape))
-                self.pieces.setdefault(name, []).append(Piece(file, start, shape))
+                if wanted is None or name in wanted:
+                    shape = opened.get_slice(name).get_shape()
+                    start = offsets.get(name, {}).get(SAVED_OFFSETS_KEY, [0] * len(shape))
+                    self.pieces.setdefault(name, []).append(Piece(file, start, shape))
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self.pieces))

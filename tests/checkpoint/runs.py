@@ -139,18 +139,16 @@ def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every weight and moment that a checkpoint's own files hold, whole."""
-    found = {}
-    for folder in ("weights", "optimizer"):
-        with ShardedTensors(checkpoint / folder) as tensors:
-            found |= {f"{folder}/{name}": tensors.read(name).clone() for name in tensors}
-    return found
+    """Every weight and moment of a checkpoint, whole."""
+    with ShardedTensors.of_weights(checkpoint) as weights, ShardedTensors(checkpoint / "optimizer") as moments:
+        found = {f"weights/{name}": weights.read(name).clone() for name in weights}
+        return found | {f"optimizer/{name}": moments.read(name).clone() for name in moments}
 
 
 def final_state(run_dir: Path) -> dict[str, Any]:
-    """state.json of the newest checkpoint, without the record of resumes."""
+    """state.json of the newest checkpoint, without the record of resumes and of where weights lie."""
     state = json.loads((list_checkpoints(run_dir / "checkpoints")[0] / "state.json").read_text())
-    del state["progress"]["resumed_from"]
+    del state["progress"]["resumed_from"], state["elsewhere"], state["since_full"]
     return state
 
 

@@ -37,15 +37,15 @@ def train_with_bad_batches(config: Config, kind: str, bad: list[int], kill: Kill
 
     Args:
         kind: ``gradient`` (one element is inf), ``loss`` (nan) or ``spike`` (the loss is ten times what it is).
-        bad: the batches, by the number of the step that meets them first.
+        bad: the batches, by the order in which they are met first, from 1.
     """
     accumulate = trainer.accumulate_gradients
     ordinary = trainer.train_step
-    seen: dict[int, int] = {}  # first token ids of a batch -> its number
+    seen: dict[int, int] = {}  # hash of a batch -> its number
 
     def step(learner: Any, micro_batches: Any, number: int, *rest: Any, **more: Any) -> Any:
-        key = hash(tuple(micro_batches[0]["input_ids"].flatten().tolist()))
-        seen.setdefault(key, number + 1)
+        key = hash(tuple(token for batch in micro_batches for token in batch["input_ids"].flatten().tolist()))
+        seen.setdefault(key, len(seen) + 1)
         current[0] = seen[key]
         return ordinary(learner, micro_batches, number, *rest, **more)
 
