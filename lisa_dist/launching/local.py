@@ -220,9 +220,10 @@ def _how_it_died(rank: int, agent_failure: ChildFailedError | None) -> str:
 
 
 def _record_failure(run_dir: Path, failure: Outcome, started: float) -> None:
-    """Leave the reason in summary.json where the ranks could not; a mistake writes over nothing."""
+    """Leave the reason in summary.json, unless rank 0 has, which knows only its own; a mistake writes over nothing."""
     path = run_dir / SUMMARY_FILE
-    if path.exists() and (failure.code == EXIT_USER_ERROR or path.stat().st_mtime >= started):
+    written = path.exists() and path.stat().st_mtime >= started
+    if (written and failure.rank == 0) or (path.exists() and failure.code == EXIT_USER_ERROR):
         return
     known = read_summary(run_dir) or {"resumed_from": []}
     write_summary(run_dir, **{**known, "exit_reason": f"failed: {failure.message}"})

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, UserError
 from lisa_dist.signals import stop_requested
+from lisa_dist.telemetry.records import write_summary
 
 
 def rank() -> int:
@@ -25,10 +26,11 @@ def finish(config: Config) -> int:
 
 
 def fail(config: Config) -> int:
-    """Rank 1 fails; rank 0 fails a moment later, as it does when its peer is gone."""
+    """Rank 1 fails; rank 0 fails a moment later, as it does when its peer is gone, and sums up what it knows."""
     if rank() == 1:
         raise ValueError("the first failure")
     _wait_for_the_end_of_rank_1(config)
+    write_summary(config.run.dir or "", exit_reason="failed: a connection was lost", resumed_from=[3])
     raise RuntimeError("a connection was lost")
 
 

@@ -58,7 +58,8 @@ def test_first_failure_alone_is_shown(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert "a connection was lost" not in shown
     assert "a connection was lost" in (tmp_path / "logs" / "rank_0.log").read_text()
     assert "the first failure" in (tmp_path / "logs" / "rank_1.log").read_text()
-    assert summary(tmp_path)["exit_reason"] == "failed: ValueError: the first failure"
+    # Rank 0 has summed up with a reason of its own, which only follows from the first.
+    assert summary(tmp_path) == {"exit_reason": "failed: ValueError: the first failure", "resumed_from": [3]}
 
 
 def test_killed_rank_is_the_first_failure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
