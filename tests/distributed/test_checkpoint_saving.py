@@ -1,0 +1,251 @@
+"""Ways to write checkpoints, on real ranks: in the background, only what changed, on disks that fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+from lisa_dist.checkpoint.manifest import checkpoint_name, damage, list_checkpoints
+from lisa_dist.checkpoint.save import CheckpointError, CheckpointSaver, Snapshot
+from lisa_dist.checkpoint.weights import ShardedTensors
+from lisa_dist.config import Config, UserError
+from lisa_dist.telemetry.records import read_rows, read_summary
+from tests.checkpoint.runs import (
+    Kill,
+    assert_same_run,
+    make_config,
+    resuming,
+    tensors_of,
+    train,
+    train_here,
+)
+from tests.ranks import run_on_ranks
+
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two ranks that keeps every checkpoint, full and written at once."""
+    run_dir = tmp_path_factory.mktemp("plain")
+    train(2, make_config(run_dir, "checkpoint.keep=0"))
+    return run_dir
+
+
+def checkpoint(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / checkpoint_name(step)
+
+
+def own_weights(directory: Path) -> dict[str, int]:
+    """The weights that a checkpoint's own files hold, and their bytes."""
+    with ShardedTensors(directory / "weights") as tensors:
+        return {name: tensors.read(name).nbytes for name in tensors}
+
+
+def test_in_the_background_is_the_same(plain: Path, tmp_path: Path) -> None:
+    kills = [Kill("inside", 3), Kill("before", 8)]
+    train(2, make_config(tmp_path, "checkpoint.keep=0", "checkpoint.async=true"), *kills)
+    assert_same_run(tmp_path, plain)
+    for step in range(1, 10):
+        found, expected = tensors_of(checkpoint(tmp_path, step)), tensors_of(checkpoint(plain, step))
+        assert damage(checkpoint(tmp_path, step)) is None
+        assert all(torch.equal(found[name], expected[name]) for name in expected), f"step {step} was staged too late"
+
+
+def test_only_what_changed(plain: Path, tmp_path: Path) -> None:
+    """Between full checkpoints lie those weights alone that trained since the one before."""
+    config = make_config(tmp_path, "checkpoint.keep=0", "checkpoint.full_every=4", "sampler.active_layers=1")
+    reference = tmp_path / "full"
+    train(2, config, Kill("before", 6))
+    train(2, make_config(reference, "checkpoint.keep=0", "sampler.active_layers=1"))
+    assert_same_run(tmp_path, reference)
+    blocks = {row["step"]: row["active_layers"][0] for row in read_rows(tmp_path / "layers.jsonl")}
+    assert blocks[1] != blocks[4], "a seed whose draws differ is needed for this test"
+    everything = own_weights(checkpoint(reference, 1))
+    for step in range(1, 10):
+        written = own_weights(checkpoint(tmp_path, step))
+        if step in (1, 5, 9):  # every fourth, counted on over the resume
+            assert written.keys() == everything.keys()
+            continue
+        # The block that trains now, and at the first step of a period the one that was frozen just before.
+        now = (step - 1) // 3 * 3 + 1
+        active = {blocks[now]} | ({blocks[now - 3]} if step == now else set())
+        inside = {name for name in everything if ".layers." in name}
+        expected = {name for name in inside if int(name.split(".layers.")[1].split(".")[0]) in active}
+        assert written.keys() == expected | (everything.keys() - inside)
+        found = tensors_of(checkpoint(tmp_path, step))
+        assert all(torch.equal(found[name], t) for name, t in tensors_of(checkpoint(reference, step)).items())
+
+
+def test_a_chain_is_kept_and_restored(plain: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path, "checkpoint.keep=1", "checkpoint.full_every=100")
+    train(2, config, Kill("before", 8))
+    assert_same_run(tmp_path, plain)
+    kept = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
+    assert kept[0] == checkpoint_name(9) and checkpoint_name(1) in kept, "the base is needed"
+    needed = json.loads((checkpoint(tmp_path, 9) / "manifest.json").read_text())["needs"]
+    assert sorted(kept[1:]) == sorted(needed)
+
+
+def test_a_damaged_newest_falls_back_and_is_written_anew(plain: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path, "checkpoint.keep=3")
+    assert run_on_ranks(2, train_here, config, Kill("before", 7)) == [None, None]
+    shard = checkpoint(tmp_path, 6) / "weights" / "rank_00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    train(2, resuming(config))
+    assert_same_run(tmp_path, plain)
+    assert read_summary(tmp_path)["resumed_from"] == [5]
+
+
+def refusal(config: Config) -> str:
+    with pytest.raises(UserError) as caught:
+        train_here(config)
+    return str(caught.value)
+
+
+def test_never_silently_from_scratch(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "checkpoint.keep=0")
+    assert run_on_ranks(2, train_here, config, Kill("before", 3)) == [None, None]
+    (checkpoint(tmp_path, 1) / "manifest.json").unlink()
+    (checkpoint(tmp_path, 2) / "state.json").write_text("{}")
+    rows = (tmp_path / "metrics.jsonl").read_text()
+    for message in run_on_ranks(2, refusal, resuming(config)):
+        assert message.startswith("checkpoint.resume=auto: every checkpoint in ")
+        assert "step_00000001/manifest.json is missing" in message and "step_00000002/state.json has 2 bytes" in message
+    assert (tmp_path / "metrics.jsonl").read_text() == rows, "nothing is written over"
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("sampler=sweep", "was written with sampler.name=uniform, this run has sampler.name=sweep"),
+        ("sampler.period=4", "was written with sampler.period=3, this run has sampler.period=4"),
+        ("model.architecture.hidden_size=24", "holds a model of other parameters"),
+    ],
+)
+def test_a_checkpoint_of_another_run(override: str, told: str, plain: Path) -> None:
+    for message in run_on_ranks(2, refusal, resuming(make_config(plain, "checkpoint.keep=0", override))):
+        assert told in message
+
+
+def test_no_pickle_and_dcp_reads_it(plain: Path) -> None:
+    newest = list_checkpoints(plain / "checkpoints")[0]
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".json", ".yaml"}
+    for path in files:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as opened:
+                assert len(list(opened.keys())) > 0
+    expected = tensors_of(newest)
+    name = "model.layers.0.mlp.up_proj.weight"
+    whole = {name: torch.empty_like(expected[f"weights/{name}"])}
+    dcp.load(whole, storage_reader=HuggingFaceStorageReader(str(newest / "weights")), no_dist=True)
+    assert torch.equal(whole[name], expected[f"weights/{name}"])
+
+
+def test_replicas_write_once(tmp_path: Path) -> None:
+    train(4, make_config(tmp_path, "parallel.replicate=2", "train.max_steps=1"))
+    sizes = [path.stat().st_size for path in sorted(checkpoint(tmp_path, 1).glob("weights/*.safetensors"))]
+    assert len(sizes) == 4 and sum(size > 1000 for size in sizes) == 2, "the second replica's files are empty"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB, mounted where the checkpoints of a run in ``tmp_path/run`` go."""
+    directory = tmp_path / "run" / "checkpoints"
+    directory.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(directory)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    yield directory
+    subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
+def train_and_tell(config: Config) -> tuple[str, list[int]]:
+    """Train; how it ended, and the steps made until then."""
+    try:
+        ended = str(train_here(config))
+    except CheckpointError as error:
+        ended = str(error)
+    return ended, [row["step"] for row in read_rows(Path(str(config.run.dir)) / "metrics.jsonl") if "loss" in row]
+
+
+@AS_ROOT
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_full_disk(background: str, small_disk: Path) -> None:
+    run_dir = small_disk.parent
+    config = make_config(run_dir, "checkpoint.keep=0", f"checkpoint.async={background}")
+    results = run_on_ranks(2, train_and_tell, config)
+    for ended, _ in results:
+        assert ended.startswith("the checkpoint of step ") and "No space left on device" in ended
+    failed = int(results[0][0].split("step ")[1].split(" ")[0])
+    assert 1 < failed < 9 and results[0][1][-1] in ((failed,) if background == "false" else (failed + 1, failed + 2))
+    found = list_checkpoints(small_disk)
+    assert [path.name for path in found] == [checkpoint_name(step) for step in range(failed - 1, 0, -1)]
+    assert damage(found[0]) is None, "the one before is intact"
+    assert not list(small_disk.glob(".step*")), "what was begun is removed"
+
+
+@AS_ROOT
+def test_going_on_without_a_disk(small_disk: Path) -> None:
+    """With on_error=warn the run makes every step; only the last checkpoint's failure ends it."""
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    config = make_config(small_disk.parent, "checkpoint.async=true", "checkpoint.on_error=warn")
+    for ended, steps in run_on_ranks(2, train_and_tell, config):
+        assert ended.startswith("the checkpoint of step 9 could not be written: rank 0: Read-only file system")
+        assert steps == list(range(1, 10))
+    log = (small_disk.parent / "logs" / "rank_0.log").read_text()
+    assert "the checkpoint of step 1 could not be written" in log and "the run goes on without it" in log
+
+
+def write_while_training(config: Config) -> list[tuple[str, int]]:
+    """Train where every write in the background waits until a step was begun after it; what happened, in order."""
+    write, must_stop, finish = CheckpointSaver._write, CheckpointSaver.must_stop, CheckpointSaver.finish
+    gates = {step: threading.Event() for step in range(1, 10)}
+    events: list[tuple[str, int]] = []
+
+    def open_gate(saver: CheckpointSaver, event: str) -> None:
+        if saver.writing is not None and not gates[saver.writing.step].is_set():
+            events.append((event, saver.writing.step))
+            gates[saver.writing.step].set()
+
+    def held_write(saver: CheckpointSaver, snapshot: Snapshot) -> None:
+        gates[snapshot.step].wait(60)
+        events.append(("written", snapshot.step))
+        write(saver, snapshot)
+
+    def at_a_step(saver: CheckpointSaver) -> bool:
+        open_gate(saver, "a step was begun while waiting to write")
+        return must_stop(saver)
+
+    def at_the_end(saver: CheckpointSaver, stop_on_error: bool | None = None) -> None:
+        if stop_on_error:
+            open_gate(saver, "the run ended while waiting to write")
+        finish(saver, stop_on_error)
+
+    with mock.patch.multiple(CheckpointSaver, _write=held_write, must_stop=at_a_step, finish=at_the_end):
+        train_here(config)
+    return events
+
+
+def test_training_goes_on_while_it_writes(plain: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path, "checkpoint.keep=0", "checkpoint.async=true", "checkpoint.every=4")
+    for events in run_on_ranks(2, write_while_training, config):
+        expected = [("a step was begun while waiting to write", 4), ("written", 4)]
+        expected += [("a step was begun while waiting to write", 8), ("written", 8)]
+        expected += [("the run ended while waiting to write", 9), ("written", 9)]
+        assert events == expected
+    for step in (4, 8):  # what was staged is the state of that step, not of the one after
+        found, whole = tensors_of(checkpoint(tmp_path, step)), tensors_of(checkpoint(plain, step))
+        assert all(torch.equal(found[name], whole[name]) for name in whole)
