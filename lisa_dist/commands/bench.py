@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from rich.table import Table
 from torch.profiler import profile
 
 from lisa_dist import distributed
-from lisa_dist.commands.contestants import BARE, Bare, Contestant, Trainer
-from lisa_dist.commands.rounds import PARTS, Lane, enter, measure_step, ratio, summarize, take_turns
+from lisa_dist.commands.contestants import BARE, Bare, Trainer
+from lisa_dist.commands.rounds import PARTS, Builder, Lane, enter, measure_step, ratio, summarize, take_turns
 from lisa_dist.commands.stopwatch import PEAK_MEANINGS
 from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.config.errors import check_choice
@@ -62,9 +61,7 @@ def compare(config: Config) -> dict[str, Any]:
         if name != BARE:
             check_choice("bench.compare", name, [*group_choices("method"), BARE])
             variants.setdefault(name, vary(config, [f"method={name}"]))
-    builders: dict[str, tuple[Config, Callable[[Config], Contestant]]] = {
-        name: (variant, Trainer) for name, variant in variants.items()
-    }
+    builders: dict[str, tuple[Config, Builder]] = {name: (variant, Trainer) for name, variant in variants.items()}
     if BARE in config.bench.compare:
         builders[BARE] = (config, Bare)
     batches = bench_batches(config)

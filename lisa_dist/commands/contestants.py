@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +13,7 @@ from lisa_dist import distributed
 from lisa_dist.active_blocks import RankSynchronizedSampler
 from lisa_dist.commands.flops import attention_flops, parameter_flops_per_token
 from lisa_dist.config import Config, UserError
-from lisa_dist.data.batches import MicroBatch
+from lisa_dist.data.batches import GlobalBatches, MicroBatch
 from lisa_dist.learner import begin_period, build_learner, load_initial_weights
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
@@ -44,9 +45,10 @@ class Contestant(Protocol):
 class Trainer:
     """The trainer's own functions, as training calls them. Collective to build: every rank."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, batches: GlobalBatches) -> None:
         self.learner = build_learner(config)
         load_initial_weights(self.learner, distributed.device())
+        self.batches = batches
         self.period = 0
         self.steps = 0
 
@@ -54,7 +56,7 @@ class Trainer:
         rehearse(self.learner, micro_batch)
 
     def switch(self) -> None:
-        begin_period(self.learner, self.period)
+        begin_period(self.learner, self.period, partial(self.batches.coming_micro_batches, self.steps))
         self.period += 1
 
     def step(self, micro_batches: list[MicroBatch], stopwatch: Stopwatch) -> None:
@@ -74,7 +76,7 @@ class Bare:
     Collective to build: every rank.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, batches: GlobalBatches) -> None:
         if config.update.name != "full_rank":
             raise UserError(f"bench.compare={BARE}: trains whole blocks, so it needs update=full_rank")
         self.config = config

@@ -17,6 +17,8 @@ from lisa_dist.data.batches import GlobalBatches, MicroBatch, label_tokens
 
 logger = logging.getLogger(__name__)
 
+Builder = Callable[[Config, GlobalBatches], Contestant]
+
 PARTS = ("data", "forward", "backward", "optimizer", "other", "switch")
 
 
@@ -56,11 +58,13 @@ class Lane:
     rounds: list[Round] = field(default_factory=list)
 
 
-def enter(name: str, config: Config, build: Callable[[Config], Contestant], batches: GlobalBatches) -> Lane:
+def enter(
+    name: str, config: Config, build: Callable[[Config, GlobalBatches], Contestant], batches: GlobalBatches
+) -> Lane:
     """Build a contestant, warm it up over a switch, and note the most memory it took. Collective: every rank."""
     logger.info("%s: warming up", name)
     with PeakMemory(distributed.device()) as peak:
-        contestant = build(config)
+        contestant = build(config, batches)
         lane = Lane(name, config, contestant, batches.iterate(0, HORIZON), 0)
         contestant.switch()
         contestant.rehearse(batches.longest_micro_batch())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -14,6 +16,7 @@ def answer(
     max_new_tokens: int,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
+    ended: Callable[[list[int]], bool] = lambda answer: False,
 ) -> list[int]:
     """Return the tokens that the model goes on with, the most likely one each time, without the stopping one.
 
@@ -28,6 +31,7 @@ def answer(
         max_new_tokens: the longest answer.
         temperature: above 0 draws from the softmax of logits / temperature.
         generator: of the draws; the same on every rank.
+        ended: whether an answer so far is to be the whole one.
     """
     was_training = model.training
     model.eval()
@@ -44,5 +48,7 @@ def answer(
         if chosen in stop_ids:
             break
         ids.append(chosen)
+        if ended(ids[len(prompt_ids) :]):
+            break
     model.train(was_training)
     return ids[len(prompt_ids) :]

@@ -1,0 +1,111 @@
+"""``lisa-dist evaluate``: held-out loss and perplexity, or tasks of lm-evaluation-harness, of a trained model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lisa_dist import distributed
+from lisa_dist.commands.inference import OpenedModel, open_model
+from lisa_dist.config import EXIT_DONE, Config, UserError
+from lisa_dist.data.prepare import prepare_data, validation_split
+from lisa_dist.data.sequences import Sequences
+from lisa_dist.preparation import make_batches
+from lisa_dist.probes import mean_loss
+from lisa_dist.telemetry.logs import setup_logging
+from lisa_dist.telemetry.records import write_atomically
+
+logger = logging.getLogger(__name__)
+
+EVALUATION_FILE = "evaluation.json"
+
+
+def run(config: Config) -> int:
+    """Evaluate the model that ``evaluate.path`` or ``run.dir`` names, print and write the results.
+
+    With ``evaluate.tasks`` and without ``evaluate.data`` only the tasks are run. Collective: every rank.
+
+    Raises:
+        UserError: there is no such model or no data, or the results can't be written.
+    """
+    distributed.initialize(config.parallel)
+    setup_logging()
+    choice = config.evaluate
+    if choice.path is not None and choice.data is None and config.run.dir is None and not choice.tasks:
+        raise UserError("evaluate.data=null: name the data to evaluate evaluate.path on, or a run by run.dir=DIR")
+    opened = open_model(config, choice.path, choice.step, "evaluate")
+    results: dict[str, Any] = {"model": opened.source, "step": opened.step}
+    if choice.data is not None or not choice.tasks:
+        results |= held_out_loss(config, opened)
+    if choice.tasks:
+        results["tasks"] = run_tasks(config, opened)
+    distributed.on_rank_zero(lambda: _write(config, results))
+    return EXIT_DONE
+
+
+def held_out_loss(config: Config, opened: OpenedModel) -> dict[str, Any]:
+    """Return the mean loss over the label tokens and its exponential. Collective: every rank."""
+    name, sequences = held_out_sequences(config, opened)
+    batches = make_batches(config, sequences, int(opened.tokenizer.pad_token_id or 0))
+    loss = mean_loss(opened.learner.sharded.module, batches.validation_batches())
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return {"data": name, "sequences": len(sequences), "eval_loss": loss, "perplexity": perplexity}
+
+
+def held_out_sequences(config: Config, opened: OpenedModel) -> tuple[str, Sequences]:
+    """Return the name and the sequences of ``evaluate.data``, or of the run's validation data.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: the run held no data out, or the data can't be read.
+    """
+    path, limit = config.evaluate.data, config.evaluate.limit
+    if path is not None:
+        chosen = replace(config.data, path=path, split=validation_split(path), validation=None, limit=limit)
+        return path, prepare_data(chosen, opened.tokenizer, config.train.seed).train
+    held_out = prepare_data(config.data, opened.tokenizer, config.train.seed).validation
+    if held_out is None:
+        raise UserError("evaluate.data=null: the run held no data out, name a file, a directory or a hub id")
+    name = f"the validation data of {config.data.path}"
+    if limit is None or limit >= len(held_out):
+        return name, held_out
+    if held_out.packing is not None:
+        return name, Sequences(held_out.rows, held_out.packing[:limit])
+    return name, Sequences(held_out.rows.select(range(limit)))
+
+
+def run_tasks(config: Config, opened: OpenedModel) -> dict[str, Any]:
+    """Run ``evaluate.tasks`` and return the harness' figures by task. Collective: every rank.
+
+    Raises:
+        UserError: lm-evaluation-harness is not installed, or does not know a task.
+    """
+    try:
+        from lisa_dist.commands.harness import evaluate_tasks  # needs the optional package
+    except ImportError as error:
+        raise UserError(
+            f"evaluate.tasks={config.evaluate.tasks}: needs lm-evaluation-harness, "
+            f"pip install 'lisa-dist[eval]' ({error})"
+        ) from error
+    return evaluate_tasks(opened, config.evaluate, config.train.micro_batch_size, config.data.sequence_length)
+
+
+def _write(config: Config, results: dict[str, Any]) -> None:
+    directory = Path(config.run.dir) if config.run.dir is not None else Path()
+    file = Path(config.evaluate.output).expanduser() if config.evaluate.output else directory / EVALUATION_FILE
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(results, indent=1))
+    except OSError as error:
+        raise UserError(f"evaluate.output={file}: can't be written ({error.strerror})") from error
+    if "eval_loss" in results:
+        print(f"loss {results['eval_loss']:.4f}, perplexity {results['perplexity']:.2f} on {results['data']}")
+    for task, figures in results.get("tasks", {}).items():
+        numbers = (f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float))
+        print(f"{task}: {', '.join(numbers)}")
+    print(file)

@@ -1,0 +1,83 @@
+"""A trained model opened to be used and not trained: a checkpoint of a run, or a Hugging Face directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from lisa_dist import distributed
+from lisa_dist.checkpoint.export import find_checkpoint
+from lisa_dist.checkpoint.manifest import step_of
+from lisa_dist.checkpoint.restore import restore_weights
+from lisa_dist.checkpoint.state import read_state
+from lisa_dist.config import AlwaysActiveConfig, Config, UserError
+from lisa_dist.config.method import AllSamplerConfig, FullRankUpdateConfig
+from lisa_dist.data.prepare import prepare_data
+from lisa_dist.learner import Learner, allocate, build_learner
+from lisa_dist.models.loading import load_pretrained
+from lisa_dist.preparation import checkpoint_directory, open_tokenizer
+
+
+@dataclass
+class OpenedModel:
+    """A model whose blocks are all frozen and sharded over the ranks, and where it came from."""
+
+    learner: Learner
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    step: int | None  # of the checkpoint; None for a Hugging Face directory
+
+
+def open_model(config: Config, path: str | None, step: int | None, command: str) -> OpenedModel:
+    """Open the Hugging Face directory ``path``, or without one the checkpoint of ``run.dir``.
+
+    Collective: every rank.
+
+    Args:
+        config: of the run, or the defaults.
+        path: a directory or a hub id.
+        step: which checkpoint; None: the newest complete one.
+        command: whose keys are named in messages.
+
+    Raises:
+        UserError: neither is named, or there is nothing that can be opened.
+    """
+    frozen = without_training(config, path)
+    if path is not None:
+        tokenizer = open_tokenizer(frozen)
+        learner = build_learner(frozen)
+        allocate(learner, [], distributed.device())
+        load_pretrained(learner.sharded.module, path)
+        return OpenedModel(learner, tokenizer, path, None)
+    if config.run.dir is None:
+        raise UserError(f"{command}.path=null: name a Hugging Face directory, or a run by run.dir=DIR")
+    directory = checkpoint_directory(config)
+    checkpoint: Path = distributed.on_rank_zero(lambda: find_checkpoint(directory, step, f"{command}.step"))
+    tokenizer = open_tokenizer(frozen)
+    if not tokenizer.chat_template:
+        prepare_data(config.data, tokenizer, config.train.seed)  # gives it the fallback where training did
+    learner = build_learner(frozen)
+    allocate(learner, [], distributed.device())
+    restore_weights(learner, checkpoint, distributed.on_rank_zero(lambda: read_state(checkpoint)))
+    return OpenedModel(learner, tokenizer, str(checkpoint), step_of(checkpoint))
+
+
+def without_training(config: Config, path: str | None) -> Config:
+    """Return ``config`` with nothing that trains: everything frozen, and stored in the dtype of the arithmetic.
+
+    So no optimizer state is made, and a forward pass sees what it sees in training: masters are rounded to
+    ``precision.compute`` when they are read and not when they are gathered.
+    """
+    compute = config.precision.compute
+    quiet = replace(
+        config,
+        sampler=AllSamplerConfig(),  # never asked; unlike others it fits any number of blocks
+        always_active=AlwaysActiveConfig(embeddings=False, norm=False, head=False),
+        precision=replace(config.precision, frozen=compute, active=compute),
+    )
+    if path is None:
+        return quiet
+    model = replace(config.model, name=path, path=path, tokenizer=None, init="pretrained", architecture={}, blocks=None)
+    return replace(quiet, model=model, update=FullRankUpdateConfig())
