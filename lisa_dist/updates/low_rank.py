@@ -156,4 +156,3 @@ def project_back(step: Tensor, projector: Tensor, parameter: Tensor) -> Tensor:
     if parameter.shape[0] >= parameter.shape[1]:
         return local_shard(step) @ whole(projector).T
     return local_shard(projector) @ whole(step)
-

@@ -1,0 +1,202 @@
+"""Every update on real ranks against its formulas in plain PyTorch, and against peft."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lisa_dist import distributed
+from lisa_dist.config import Config
+from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS, AlwaysActiveConfig
+from lisa_dist.learner import begin_period, build_learner, load_initial_weights
+from lisa_dist.optim.schedule import learning_rate
+from lisa_dist.trainer import train_step
+from tests.distributed.test_training import full_parameters, make_config, make_global_batches
+from tests.plain_methods import PlainGaLore, train_by_hand
+from tests.ranks import run_on_ranks
+
+STEPS, BLOCKS, RANK = 6, 3, 5
+NONE_ALWAYS = AlwaysActiveConfig(embeddings=False, norm=False, head=False)
+
+
+def make_method(sampler: str, update: str, always: bool, **settings: Any) -> Config:
+    """A configuration of three blocks; ``settings`` are those of the update."""
+    config = make_config()
+    config.model.architecture["num_hidden_layers"] = BLOCKS
+    config.sampler = dataclasses.replace(SAMPLER_CONFIGS[sampler](), period=2, active_layers=1)
+    config.update = dataclasses.replace(UPDATE_CONFIGS[update](), **settings)
+    config.optimizer.lr = 1e-2
+    if not always:
+        config.always_active = NONE_ALWAYS
+    return config
+
+
+def train_on_rank(config: Config) -> dict[str, Any]:
+    """Train and return what the tests compare. Runs on every rank."""
+    learner = build_learner(config)
+    load_initial_weights(learner, torch.device("cpu"))
+    initial = full_parameters(learner)
+    losses, draws, trained = [], [], []
+    for step, micro_batches in enumerate(make_global_batches(STEPS)):
+        if step % config.sampler.period == 0:
+            begin_period(learner, step // config.sampler.period)
+            draws.append(list(learner.active.blocks))
+        trained.append(sorted(learner.optimizer.parameters))
+        mine = micro_batches[distributed.rank() :: distributed.world_size()]
+        losses.append(train_step(learner, mine, step, STEPS).loss)
+    state = learner.optimizer.moment_tensors()
+    return {
+        "initial": initial,
+        "final": full_parameters(learner),
+        "losses": losses,
+        "draws": draws,
+        "trained": trained,
+        "state_shapes": {name: tuple(tensor.shape) for name, tensor in state.items()},
+        "state_bytes": learner.optimizer.state_bytes(),
+        "all_sharded": all(
+            isinstance(tensor, DTensor) and tensor.placements[0].is_shard(0) for tensor in state.values()
+        ),
+    }
+
+
+def plain_model(config: Config) -> nn.Module:
+    fields = dict(config.model.architecture)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+
+
+def compare(result: dict[str, Any], model: nn.Module, config: Config, direction: Any, tolerance: float = 1e-3) -> None:
+    """Train ``model`` by hand from the same weights, on the same parameters, and compare losses and results."""
+    missing, unexpected = model.load_state_dict(result["initial"], strict=False)
+    assert not unexpected and not missing
+    rates = [learning_rate(config.scheduler, config.optimizer.lr, step, STEPS) for step in range(STEPS)]
+    losses = train_by_hand(
+        model,
+        lambda step: result["trained"][step],
+        make_global_batches(STEPS),
+        rates,
+        config.optimizer.weight_decay,
+        config.optimizer.grad_clip,
+        direction,
+    )
+    assert result["losses"] == pytest.approx(losses, rel=1e-5)
+    reference = dict(model.named_parameters())
+    for name, initial in result["initial"].items():
+        moved = (reference[name] - initial).norm()
+        difference = (result["final"][name] - reference[name]).norm()
+        assert difference <= tolerance * moved + 1e-7, f"{name}: {difference} of {moved}"
+    assert all(not torch.equal(result["final"][name], result["initial"][name]) for name in result["trained"][-1])
+
+
+def adam(optimizer: Any, name: str, gradient: torch.Tensor) -> torch.Tensor:
+    return optimizer.direction(name, gradient)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("kind", ["plain", "rslora", "dora"])
+def test_lora_equals_peft(world_size: int, kind: str) -> None:
+    config = make_method(
+        "all", "lora", always=False, rank=RANK, alpha=7.0, rslora=kind == "rslora", dora=kind == "dora"
+    )
+    result = run_on_ranks(world_size, train_on_rank, config)[0]
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    theirs = LoraConfig(
+        r=RANK, lora_alpha=7.0, target_modules=targets, use_rslora=kind == "rslora", use_dora=kind == "dora"
+    )
+    model = inject_adapter_in_model(theirs, plain_model(config))
+    assert result["trained"][0] == sorted(name for name, _ in model.named_parameters() if ".lora_" in name)
+    for name, tensor in result["initial"].items():
+        if ".lora_A." in name:
+            assert 0.9 < tensor.abs().max() * tensor.shape[1] ** 0.5 <= 1, name  # uniform up to 1 / sqrt(inputs)
+        elif ".lora_B." in name:
+            assert not tensor.any()
+    compare(result, model, config, adam)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_adapters_start_alike_at_any_number_of_ranks_and_from_different_values(world_size: int) -> None:
+    config = make_method("all", "lora", always=False, rank=RANK)
+    alone, here = (run_on_ranks(size, initial_adapters, config)[0] for size in (1, world_size))
+    assert all(torch.equal(alone[name], here[name]) for name in alone)
+    first = [tensor for name, tensor in alone.items() if "q_proj.lora_A" in name]
+    assert len(first) == BLOCKS and not torch.equal(first[0], first[1])
+
+
+def initial_adapters(config: Config) -> dict[str, torch.Tensor]:
+    """The adapters before training, whole. Runs on every rank."""
+    learner = build_learner(config)
+    load_initial_weights(learner, torch.device("cpu"))
+    return {name: tensor for name, tensor in full_parameters(learner).items() if ".lora_" in name}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_lora_fa_equals_its_formula(world_size: int) -> None:
+    config = make_method("all", "lora_fa", always=False, rank=RANK, alpha=7.0, target_modules=["q_proj", "down_proj"])
+    result = run_on_ranks(world_size, train_on_rank, config)[0]
+    theirs = LoraConfig(r=RANK, lora_alpha=7.0, target_modules=["q_proj", "down_proj"])
+    model = inject_adapter_in_model(theirs, plain_model(config))
+    assert result["trained"][0] == sorted(name for name, _ in model.named_parameters() if ".lora_B." in name)
+    assert all(
+        torch.equal(result["final"][name], value) for name, value in result["initial"].items() if "lora_A" in name
+    )
+
+    def corrected(optimizer: Any, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        a = result["initial"][name.replace("lora_B", "lora_A")]
+        return adam(optimizer, name, (RANK / 7.0) ** 2 * gradient @ torch.linalg.inv(a @ a.T + 1e-8 * torch.eye(RANK)))
+
+    compare(result, model, config, corrected)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_galore_equals_its_formula(world_size: int) -> None:
+    config = make_method("all", "low_rank", always=True, rank=RANK, refresh_every=4, scale=0.5)
+    results = run_on_ranks(world_size, train_on_rank, config)
+    result = results[0]
+    galore = PlainGaLore(RANK, 4, 0.5)
+
+    def direction(optimizer: Any, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        is_projected = ".layers." in name and gradient.dim() == 2
+        return galore.direction(optimizer, name, gradient) if is_projected else adam(optimizer, name, gradient)
+
+    compare(result, plain_model(config), config, direction, tolerance=2e-3)
+    # Projectors and moments are thin and sharded over the ranks.
+    shapes = result["state_shapes"]
+    assert shapes["model.layers.0.mlp.up_proj.weight.exp_avg"] == (101, RANK)  # of [101, 54]
+    assert shapes["model.layers.0.mlp.up_proj.weight.projector"] == (54, RANK)
+    assert shapes["model.layers.0.mlp.down_proj.weight.exp_avg"] == (RANK, 101)  # of [54, 101]
+    assert shapes["model.layers.0.mlp.down_proj.weight.projector"] == (54, RANK)
+    assert all(entry["all_sharded"] for entry in results)
+    elements = sum(torch.Size(shape).numel() for shape in shapes.values())
+    assert sum(entry["state_bytes"] for entry in results) == 4 * elements
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_low_rank_updates_of_sampled_blocks_forget_frozen_ones(world_size: int) -> None:
+    config = make_method("uniform", "low_rank", always=True, rank=RANK, refresh_every=100, scale=1.0)
+    config.sampler.seed = 3
+    result = run_on_ranks(world_size, train_on_rank, config)[0]
+    assert len({tuple(draw) for draw in result["draws"]}) > 1, "a seed whose draws differ is needed for this test"
+    galore = PlainGaLore(RANK, 100, 1.0)
+
+    def direction(optimizer: Any, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        if ".layers." not in name or gradient.dim() != 2:
+            return adam(optimizer, name, gradient)
+        if name not in optimizer.state:
+            galore.steps[name] = 0  # the block was thawed: its moments are gone, and so is its projector
+        return galore.direction(optimizer, name, gradient)
+
+    compare(result, plain_model(config), config, direction, tolerance=2e-3)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_badam_trains_each_block_once_a_sweep(world_size: int) -> None:
+    config = make_method("sweep", "full_rank", always=False)
+    result = run_on_ranks(world_size, train_on_rank, config)[0]
+    assert result["draws"] == [[2], [1], [0]]
+    compare(result, plain_model(config), config, adam)

@@ -1,0 +1,96 @@
+"""The neighbours of LISA in plain PyTorch, from their formulas: one process, no part of the package."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+BETAS, EPS = (0.9, 0.999), 1e-8
+Batch = dict[str, torch.Tensor]
+
+
+class PlainAdamW:
+    """AdamW (arXiv 1711.05101, Algorithm 2) on one tensor at a time."""
+
+    def __init__(self, weight_decay: float) -> None:
+        self.weight_decay = weight_decay
+        self.state: dict[str, list[Any]] = {}
+
+    def direction(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """The bias-corrected direction of a step along a gradient; to be multiplied by minus the learning rate."""
+        step, first, second = self.state.setdefault(name, [0, torch.zeros_like(gradient), torch.zeros_like(gradient)])
+        step += 1
+        first = BETAS[0] * first + (1 - BETAS[0]) * gradient
+        second = BETAS[1] * second + (1 - BETAS[1]) * gradient**2
+        self.state[name] = [step, first, second]
+        return (first / (1 - BETAS[0] ** step)) / ((second / (1 - BETAS[1] ** step)).sqrt() + EPS)
+
+
+class PlainGaLore:
+    """GaLore (arXiv 2403.03507, Algorithm 2): AdamW in the space of the first singular vectors of the gradient."""
+
+    def __init__(self, rank: int, refresh_every: int, scale: float) -> None:
+        self.rank, self.refresh_every, self.scale = rank, refresh_every, scale
+        self.projections: dict[str, torch.Tensor] = {}
+        self.steps: dict[str, int] = {}
+
+    def direction(self, adam: PlainAdamW, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        step = self.steps.get(name, 0)
+        self.steps[name] = step + 1
+        tall = gradient.shape[0] >= gradient.shape[1]
+        if step % self.refresh_every == 0:
+            left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+            self.projections[name] = right[: self.rank, :] if tall else left[:, : self.rank]
+        basis = self.projections[name]
+        if tall:
+            return self.scale * adam.direction(name, gradient @ basis.T) @ basis
+        return self.scale * basis @ adam.direction(name, basis.T @ gradient)
+
+
+def train_by_hand(
+    model: nn.Module,
+    trained: Callable[[int], list[str]],
+    global_batches: list[list[Batch]],
+    learning_rates: list[float],
+    weight_decay: float,
+    grad_clip: float,
+    direction: Callable[[PlainAdamW, str, torch.Tensor], torch.Tensor],
+) -> list[float]:
+    """Train ``model`` in place and return the losses.
+
+    Args:
+        trained: the names of the parameters that train in a step; state of all others is forgotten.
+        direction: the step of a parameter along its (clipped) gradient.
+    """
+    adam = PlainAdamW(weight_decay)
+    parameters = dict(model.named_parameters())
+    losses = []
+    for step, lr in enumerate(learning_rates):
+        names = trained(step)
+        adam.state = {name: state for name, state in adam.state.items() if name in names}
+        loss = mean_loss(model, global_batches[step])
+        gradients = dict(zip(names, torch.autograd.grad(loss, [parameters[name] for name in names])))
+        norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
+        factor = min(1.0, grad_clip / (norm + 1e-6))
+        with torch.no_grad():
+            for name, gradient in gradients.items():
+                parameters[name].mul_(1 - lr * weight_decay)
+                parameters[name].sub_(lr * direction(adam, name, gradient * factor))
+        losses.append(loss.item())
+    return losses
+
+
+def mean_loss(model: nn.Module, micro_batches: list[Batch]) -> torch.Tensor:
+    """The mean loss over the label tokens of several micro-batches."""
+    total = torch.zeros(())
+    for batch in micro_batches:
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+        total = total + functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), reduction="sum"
+        )
+    return total / sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches)
