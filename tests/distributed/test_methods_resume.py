@@ -1,0 +1,62 @@
+"""Runs of every kind of update and of probing sampler, cut short and resumed, on as many ranks or on fewer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lisa_dist.checkpoint.manifest import list_checkpoints
+from lisa_dist.checkpoint.restore import restore_checkpoint
+from lisa_dist.config import Config
+from lisa_dist.learner import build_learner
+from lisa_dist.telemetry.records import read_rows
+from tests.checkpoint.runs import PERIOD, STEPS, Kill, assert_same_run, final_tensors, make_config, resuming, train, train_here
+from tests.ranks import run_on_ranks
+
+PAIRS = {
+    "ist": ["method=ist"],
+    "owlore": ["method=owlore", "update.refresh_every=2", "sampler.threshold=2"],
+    "lora_fa by gradient": ["method=lora_fa", "sampler=gradient", "sampler.probe_every=1"],
+}
+
+
+def sampler_state(config: Config, checkpoint: Path) -> dict[str, Any]:
+    """The sampler's state and the active blocks after loading a checkpoint. Runs on every rank."""
+    learner = build_learner(config)
+    restore_checkpoint(learner, checkpoint, torch.device("cpu"))
+    return {"sampler": learner.sampler.state_dict(), "active_layers": learner.active.blocks}
+
+
+@pytest.mark.parametrize("pair", sorted(PAIRS))
+def test_a_resumed_run_equals_the_uninterrupted_one(pair: str, tmp_path: Path) -> None:
+    whole, cut = make_config(tmp_path / "whole", *PAIRS[pair]), make_config(tmp_path / "cut", *PAIRS[pair])
+    train(2, whole)
+    train(2, cut, Kill("inside", PERIOD + 2), Kill("before", 2 * PERIOD + 1))
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    scores = [row["scores"] for row in read_rows(tmp_path / "cut" / "layers.jsonl")]
+    assert len(scores) == STEPS // PERIOD and any(len(set(row)) > 1 for row in scores), "no probe had a result"
+    # At another world size the sampler and the active set are those that were saved.
+    newest = list_checkpoints(tmp_path / "cut" / "checkpoints")[0]
+    saved = json.loads((newest / "state.json").read_text())
+    assert run_on_ranks(1, sampler_state, cut, newest)[0] == {key: saved[key] for key in ("sampler", "active_layers")}
+
+
+@pytest.mark.parametrize("update", ["lora", "low_rank"])
+def test_a_run_goes_on_with_fewer_ranks(update: str, tmp_path: Path) -> None:
+    chosen = [f"update={update}", "sampler=sweep", "sampler.order=random"]
+    exact = ["precision.frozen=float32", "precision.compute=float32"]
+    whole, cut = (make_config(tmp_path / name, *chosen, *exact, dropout=0.0) for name in ("whole", "cut"))
+    train(2, whole)
+    assert run_on_ranks(2, train_here, cut, Kill("before", PERIOD + 2)) == [None, None]
+    train(1, resuming(cut))
+    rows, expected = (read_rows(tmp_path / name / "layers.jsonl") for name in ("cut", "whole"))
+    assert [row["active_layers"] for row in rows] == [row["active_layers"] for row in expected]
+    found, reference = final_tensors(tmp_path / "cut"), final_tensors(tmp_path / "whole")
+    assert found.keys() == reference.keys()
+    for name, tensor in reference.items():
+        if name.startswith("weights/"):
+            assert (found[name].float() - tensor.float()).norm() <= 1e-3 * tensor.float().norm() + 1e-6, name
