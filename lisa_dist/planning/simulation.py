@@ -1,0 +1,223 @@
+"""Runs the trainer's own step for one rank of an imagined cluster, under fake tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
+from transformers import PretrainedConfig
+
+from lisa_dist import distributed
+from lisa_dist.active_blocks import RankSynchronizedSampler
+from lisa_dist.config import Config
+from lisa_dist.config.method import FixedSamplerConfig
+from lisa_dist.data.batches import MicroBatch
+from lisa_dist.learner import Learner, allocate, begin_period, build_learner, count_persistent_bytes
+from lisa_dist.models.architecture import read_architecture
+from lisa_dist.planning.ledger import Ledger, Work, sum_of_work
+from lisa_dist.sampling import build_sampler
+from lisa_dist.trainer import train_step
+
+SWITCH = "switch of active blocks"
+MAX_SIMULATED_MICRO_BATCHES = 3  # the first, one like all in between, the last
+
+
+@dataclass
+class Trace:
+    """What one rank, the one with the largest shards, needs in a step and in the switch before it.
+
+    A moment is ``switch of active blocks``, ``optimizer``, or ``forward of X`` and ``backward of X`` where X is
+    ``embeddings``, ``norm``, ``head`` or ``block I of L``.
+    """
+
+    num_blocks: int
+    num_active: int  # blocks that train at a time
+    persistent_bytes: dict[str, int]  # by kind, as the learner counts them before the optimizer's step
+    host_bytes: int  # of these, in host memory
+    peaks: dict[str, int]  # the most device bytes alive at once, by moment
+    work: Work  # of one optimizer step
+    tokens: int  # of one optimizer step, over all ranks
+
+    @property
+    def peak_at(self) -> str:
+        """The moment of the peak."""
+        return max(self.peaks, key=lambda moment: self.peaks[moment])
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most device bytes alive at once."""
+        return self.peaks[self.peak_at]
+
+
+def num_ranks(config: Config) -> int:
+    """Return the ranks of the cluster that ``parallel.nodes`` and ``parallel.nproc_per_node`` describe."""
+    return config.parallel.nodes * ranks_per_node(config)
+
+
+def ranks_per_node(config: Config) -> int:
+    """Return the ranks of one machine; ``auto`` is one: the GPUs of this machine say nothing of the cluster's."""
+    return 1 if config.parallel.nproc_per_node == "auto" else int(config.parallel.nproc_per_node)
+
+
+def micro_batches_per_step(config: Config) -> int:
+    """Return the micro-batches of a rank in a step, rounded up to equally many on every rank."""
+    return math.ceil(config.train.global_batch_size / (config.train.micro_batch_size * num_ranks(config)))
+
+
+def architecture_of(config: Config, num_blocks: int | None = None) -> PretrainedConfig:
+    """Return the architecture that ``model.*`` names, without reading weights; with another number of blocks."""
+    architecture = read_architecture(config.model, without_weights=True)
+    if num_blocks is not None:
+        architecture.num_hidden_layers = num_blocks
+    return architecture
+
+
+@contextmanager
+def simulated_world(ranks: int) -> Iterator[None]:
+    """Let this process be rank 0, whose shards are the largest, of a world without any other process."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def simulate(config: Config, num_blocks: int | None = None) -> Trace:
+    """Build the learner and make a switch and a step for one rank of the configured cluster. No memory is used.
+
+    The blocks that train are those for which the need is largest: the last, whose gradients arrive while all
+    activations are alive; where the embeddings are frozen also the first, so that no block's backward is left out.
+
+    Args:
+        config: the configuration of a training run on that cluster.
+        num_blocks: another depth of the model.
+
+    Raises:
+        UserError: the configuration fits neither the model nor the cluster.
+    """
+    micro_batches = micro_batches_per_step(config)
+    ranks = num_ranks(config)
+    with simulated_world(ranks):
+        learner = build_learner(config, architecture_of(config, num_blocks))
+        before, blocks = _extreme_sets(learner)
+        ledger = Ledger(ranks_per_node(config))
+        with FakeTensorMode(allow_non_fake_inputs=True), ledger:
+            allocate(learner, before, torch.device("cpu"))
+            clock = _Clock(learner, ledger)
+            clock.watch_modules()
+            clock.move_to_host()
+            ledger.moment = ledger.stretch = SWITCH
+            learner.sampler = _fixed_sampler(blocks, len(learner.sharded.layers.blocks))
+            begin_period(learner, 0)
+            clock.move_to_host()
+            batches = [_micro_batch(config) for _ in range(min(micro_batches, MAX_SIMULATED_MICRO_BATCHES))]
+            train_step(learner, batches, 0, 2, stopwatch=clock)
+        return Trace(
+            num_blocks=len(learner.sharded.layers.blocks),
+            num_active=len(blocks),
+            persistent_bytes=clock.persistent_bytes,
+            host_bytes=clock.host_bytes,
+            peaks={moment: peak for moment, peak in ledger.peaks.items() if moment != "start"},
+            work=_work_of_step(ledger.work, micro_batches),
+            tokens=micro_batches * config.train.micro_batch_size * ranks * config.data.sequence_length,
+        )
+
+
+class _Clock:
+    """The stopwatch that the step is given: tells the ledger which moment it is, and counts persistent bytes."""
+
+    def __init__(self, learner: Learner, ledger: Ledger) -> None:
+        self.learner = learner
+        self.ledger = ledger
+        self.micro_batch = -1
+        self.persistent_bytes: dict[str, int] = {}
+        self.host_bytes = 0
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        if part == "forward":
+            self.micro_batch += 1
+            self.ledger.stretch = f"micro-batch {self.micro_batch}"
+        elif part == "optimizer":
+            self.ledger.moment = self.ledger.stretch = part
+            self.host_bytes = self.move_to_host()
+            self.persistent_bytes = count_persistent_bytes(self.learner)
+        yield
+
+    def watch_modules(self) -> None:
+        """Set the moment as the forward and the backward pass enter each part of the model."""
+        layers = self.learner.sharded.layers
+        for index, block in enumerate(layers.blocks):
+            self._watch(block, f"block {index} of {len(layers.blocks)}")
+        for modules, name in ((layers.embeddings, "embeddings"), (layers.norm, "norm"), ([layers.head], "head")):
+            for module in modules:
+                self._watch(module, name)
+
+    def _watch(self, module: nn.Module, name: str) -> None:
+        def begin_forward(*_: Any) -> None:
+            self.ledger.moment = f"forward of {name}"
+
+        def begin_backward(_: torch.Tensor) -> None:
+            self.ledger.moment = f"backward of {name}"
+
+        def end_forward(module: nn.Module, args: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            if tensor.requires_grad:
+                tensor.register_hook(begin_backward)
+
+        module.register_forward_pre_hook(begin_forward, prepend=True)  # before FSDP2 gathers
+        module.register_forward_hook(end_forward)
+
+    def move_to_host(self) -> int:
+        """Take what the configuration keeps in host memory out of the ledger; return its bytes."""
+        if self.learner.config.parallel.offload != "all":
+            return 0
+        parameters = [self.learner.sharded.parameter(name) for name in self.learner.sharded.handles]
+        tensors = [parameter.detach() for parameter in parameters]
+        tensors += [parameter.grad for parameter in parameters if parameter.grad is not None]
+        local = [distributed.local_shard(tensor) for tensor in tensors]
+        local += [distributed.local_shard(moment) for moment in self.learner.optimizer.moment_tensors().values()]
+        self.ledger.to_host(local)
+        return sum(tensor.nbytes for tensor in local)
+
+
+def _extreme_sets(learner: Learner) -> tuple[list[int], list[int]]:
+    """Return the blocks that train before the switch and after it."""
+    num_blocks, settings = len(learner.sharded.layers.blocks), learner.config.sampler
+    if settings.name == "fixed":
+        blocks: list[int] = settings.blocks  # type: ignore[attr-defined]
+        return blocks, blocks
+    count = learner.sampler.sampler.num_active
+    last = list(range(num_blocks - count, num_blocks))
+    if count and not learner.config.always_active.embeddings:
+        last[0] = 0
+    return list(range(count)), last
+
+
+def _fixed_sampler(blocks: list[int], num_blocks: int) -> RankSynchronizedSampler:
+    return RankSynchronizedSampler(build_sampler(FixedSamplerConfig(blocks=blocks), num_blocks))
+
+
+def _micro_batch(config: Config) -> MicroBatch:
+    shape = (config.train.micro_batch_size, config.data.sequence_length)
+    return {
+        "input_ids": torch.zeros(shape, dtype=torch.int64),
+        "labels": torch.zeros(shape, dtype=torch.int64),
+        "position_ids": torch.arange(shape[1]).expand(shape).contiguous(),
+    }
+
+
+def _work_of_step(work: dict[str, Work], micro_batches: int) -> Work:
+    """Return the work of a step of ``micro_batches``, of which only the first, the second and the last were made."""
+    made = [work[f"micro-batch {index}"] for index in range(min(micro_batches, MAX_SIMULATED_MICRO_BATCHES))]
+    total = sum_of_work([*made, work["optimizer"]], [1] * (len(made) + 1))
+    left_out = micro_batches - len(made)
+    return sum_of_work([total, made[1]], [1, left_out]) if left_out else total

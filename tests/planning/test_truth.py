@@ -1,0 +1,92 @@
+"""What a plan predicts against what real ranks count and what the profiler sees."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from lisa_dist import distributed
+from lisa_dist.commands.stopwatch import PeakMemory
+from lisa_dist.config import Config
+from lisa_dist.config.method import AllSamplerConfig, FixedSamplerConfig
+from lisa_dist.learner import allocate, begin_period, build_learner, count_persistent_bytes
+from lisa_dist.planning.simulation import Trace, simulate
+from lisa_dist.trainer import accumulate_gradients, train_step
+from tests.ranks import run_on_ranks
+
+BLOCKS, TOKENS, VOCABULARY = 4, 96, 515
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "num_key_value_heads": 5, "intermediate_size": 201},
+    "qwen3 with tied weights": {
+        "model_type": "qwen3",
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "intermediate_size": 150,
+        "tie_word_embeddings": True,
+    },
+    "gemma2": {"model_type": "gemma2", "num_key_value_heads": 5, "head_dim": 24, "intermediate_size": 170},
+}
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "lisa": {},
+    "full, two micro-batches": {"sampler": {"name": "all"}, "train": {"global_batch_size": 8}},
+    "fp32, larger micro-batch": {
+        "precision": {"frozen": "float32", "compute": "float32"},
+        "train": {"micro_batch_size": 3, "global_batch_size": 6},
+    },
+    "gathered weights kept, gradients reduced once": {
+        "parallel": {"reshard_after_forward": False, "defer_reduction": True},
+        "train": {"global_batch_size": 8},
+    },
+}
+
+
+def make_config(model: str, setting: str) -> Config:
+    config = Config()
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 90, "num_hidden_layers": BLOCKS}
+    config.model.architecture = {**sizes, "num_attention_heads": 5, **MODELS[model]}
+    config.model.init = "random"
+    config.model.loss_chunk = 64
+    config.data.sequence_length = TOKENS
+    config.train.global_batch_size, config.train.micro_batch_size = 4, 2
+    config.parallel.nproc_per_node = "2"
+    config.sampler = FixedSamplerConfig(blocks=[BLOCKS - 2, BLOCKS - 1])
+    for group, fields in SETTINGS[setting].items():
+        if fields.get("name") == "all":
+            config.sampler = AllSamplerConfig()
+        else:
+            setattr(config, group, dataclasses.replace(getattr(config, group), **fields))
+    return config
+
+
+def measure(config: Config) -> tuple[dict[str, int], int]:
+    """Count persistent bytes, and record the peak of a switch and a step. Runs on every rank."""
+    learner = build_learner(config)
+    ranks = distributed.world_size()
+    batch = {
+        "input_ids": torch.randint(0, VOCABULARY, (config.train.micro_batch_size, TOKENS)),
+        "labels": torch.randint(0, VOCABULARY, (config.train.micro_batch_size, TOKENS)),
+        "position_ids": torch.arange(TOKENS).expand(config.train.micro_batch_size, TOKENS).contiguous(),
+    }
+    batches = [batch] * (config.train.global_batch_size // config.train.micro_batch_size // ranks)
+    with PeakMemory(torch.device("cpu")) as measured:
+        allocate(learner, [0, 1] if config.sampler.name == "fixed" else list(range(BLOCKS)), torch.device("cpu"))
+        for name in learner.sharded.handles:
+            distributed.local_shard(learner.sharded.parameter(name).detach()).fill_(0.01)
+        begin_period(learner, 0)
+        train_step(learner, batches, 0, 2)
+    accumulate_gradients(learner, batches)
+    counted = count_persistent_bytes(learner)
+    return counted, measured.bytes
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("model", MODELS)
+def test_predicted_bytes_are_those_of_a_real_rank(model: str, setting: str) -> None:
+    config = make_config(model, setting)
+    counted, peak = run_on_ranks(2, measure, config)[0]
+    predicted: Trace = simulate(config)
+    assert predicted.persistent_bytes == counted
+    assert predicted.peak_bytes == pytest.approx(peak, rel=0.1)
