@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
+from lisa_dist.checkpoint.adapters import merged_tensors, write_adapter
 from lisa_dist.checkpoint.manifest import checkpoint_name, damage, list_checkpoints, step_of
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config, UserError
@@ -76,18 +77,8 @@ def export_checkpoint(config: Config, checkpoint: Path, target: Path) -> list[st
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        architecture = read_architecture(config.model)
-        model = build_meta_model(config.model, architecture)
-        dtype = export_dtype(config)
-        with ShardedTensors.of_weights(checkpoint) as tensors:
-            to_checkpoint = export_conversion(model)
-            stream = (pair for name in tensors for pair in to_checkpoint(name, tensors.read(name).to(dtype)))
-            files = write_files(stream, partial, parse_size(config.export.max_shard_size))
-        architecture.dtype = dtype
-        architecture.use_cache = True  # off while training
-        architecture.architectures = [type(model).__name__]
-        architecture.save_pretrained(partial)
-        _generation_config(config).save_pretrained(partial)
+        write = write_adapter if config.export.adapter else write_model
+        files = write(config, checkpoint, partial)
         load_tokenizer(str(config.model.tokenizer or config.model.path)).save_pretrained(partial)
         if target.exists():
             target.rmdir()
@@ -96,6 +87,24 @@ def export_checkpoint(config: Config, checkpoint: Path, target: Path) -> list[st
         raise UserError(f"export.path={target}: can't be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return files
+
+
+def write_model(config: Config, checkpoint: Path, directory: Path) -> list[str]:
+    """Write weights, adapters merged into them, and the configuration files; return the files of weights."""
+    architecture = read_architecture(config.model)
+    model = build_meta_model(config.model, architecture)
+    dtype = export_dtype(config)
+    with ShardedTensors.of_weights(checkpoint) as tensors:
+        to_checkpoint = export_conversion(model)
+        merged = merged_tensors(tensors, config.update, model)
+        stream = (pair for name, tensor in merged for pair in to_checkpoint(name, tensor.to(dtype)))
+        files = write_files(stream, directory, parse_size(config.export.max_shard_size))
+    architecture.dtype = dtype
+    architecture.use_cache = True  # off while training
+    architecture.architectures = [type(model).__name__]
+    architecture.save_pretrained(directory)
+    _generation_config(config).save_pretrained(directory)
     return files
 
 

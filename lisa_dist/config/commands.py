@@ -11,6 +11,7 @@ from lisa_dist.config.errors import check_at_least, check_choice
 @dataclass
 class ExportConfig:
     path: str | None = None  # the Hugging Face directory to write
+    adapter: bool = False  # of LoRA updates: write the adapters alone, as a PEFT directory, instead of merging them
     dtype: str | None = None  # null: that of the model's own weights
     max_shard_size: str = "5GB"
     step: int | None = None  # which checkpoint; null: the newest
@@ -88,13 +89,18 @@ class SweepConfig:
 @dataclass
 class LaunchConfig:
     setup: list[str] = field(default_factory=list)  # shell lines before the run
-    nodes: int = 1
-    tasks_per_node: int = 1
+    nodes: int | None = None  # null: parallel.nodes
+    tasks_per_node: int | None = None  # null: one a GPU; without GPUs parallel.nproc_per_node, or 1
     gpus_per_node: int = 0  # 0: CPU nodes
-    time: str = "24:00:00"
+    time: str = "24:00:00"  # the limit of one start; the job goes on after it
     partition: str | None = None
     account: str | None = None
-    options: list[str] = field(default_factory=list)  # further sbatch options
-    container: str | None = None
+    options: list[str] = field(default_factory=list)  # further sbatch options, such as --mem=100G
+    container: str | None = None  # a file *.sif runs in apptainer, another image through pyxis
     script: str | None = None  # where the job script is written; null: in the run directory
     dry_run: bool = False  # write and show, do not submit
+
+    def __post_init__(self) -> None:
+        check_at_least("launch.nodes", self.nodes, 1)
+        check_at_least("launch.tasks_per_node", self.tasks_per_node, 1)
+        check_at_least("launch.gpus_per_node", self.gpus_per_node, 0)

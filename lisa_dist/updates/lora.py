@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import nearest
@@ -37,6 +38,7 @@ class Lora(Update):
 
     def __init__(self, config: LoraUpdateConfig) -> None:
         self.config = config
+        self.transposed: set[str] = set()  # the layers that hold their weight as [inputs, outputs]
 
     def prepare_model(self, model: nn.Module, layers: LayerMap) -> None:
         """Put adapters into the linear layers of every block.
@@ -46,6 +48,7 @@ class Lora(Update):
         """
         from peft import inject_adapter_in_model  # takes seconds to import
 
+        self.transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
         inject_adapter_in_model(adapter_config(self.config, layers), model, ADAPTER, low_cpu_mem_usage=True)
 
     def initialize(self, parameters: Mapping[str, nn.Parameter], added: list[str], seed: int) -> None:
@@ -62,9 +65,9 @@ class Lora(Update):
             elif ".lora_B." in name:
                 local_shard(parameter.detach()).zero_()
             else:
-                base = whole(parameters[f"{name.partition('.lora_')[0]}.base_layer.weight"].detach()).float()
-                outputs = 0 if base.shape[0] == parameter.shape[0] else 1
-                fill(parameter, base.norm(dim=1 - outputs))
+                layer = name.partition(".lora_")[0]
+                base = whole(parameters[f"{layer}.base_layer.weight"].detach()).float()
+                fill(parameter, base.norm(dim=0 if layer in self.transposed else 1))
 
     def trainable_parameters(self, names: list[str]) -> list[str]:
         """Return the adapters' names."""
@@ -152,10 +155,34 @@ def adapter_config(config: LoraUpdateConfig, layers: LayerMap) -> Any:
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # any number works
         lora_dropout=config.dropout,
         target_modules=rf"{re.escape(layers.blocks_path)}\.\d+\.(?:{paths})",
+        fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in linear_layers(layers.blocks[0]).values()),
         use_rslora=config.rslora,
         use_dora=config.dora,
         task_type="CAUSAL_LM",
     )
+
+
+def merge(
+    base: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor | None = None, transposed: bool = False
+) -> Tensor:
+    """Return the weight that acts as base and adapter together do, in fp32 (DoRA, arXiv 2402.09353, equation 5).
+
+    Args:
+        base: [outputs, inputs].
+        a, b: [rank, inputs] and [outputs, rank].
+        scaling: of their product.
+        magnitude: DoRA's norms of the rows, [outputs].
+        transposed: base is [inputs, outputs], as GPT-2 holds it.
+    """
+    merged = (base.float().T if transposed else base.float()) + scaling * (b.float() @ a.float())
+    if magnitude is not None:
+        merged *= (magnitude.float() / merged.norm(dim=1))[:, None]
+    return merged.T if transposed else merged
+
+
+def scaling_of(config: LoraUpdateConfig, rank: int) -> float:
+    """Return what multiplies the product of the adapters."""
+    return config.alpha / (math.sqrt(rank) if config.rslora else rank)
 
 
 def is_chosen(path: str, targets: list[str]) -> bool:

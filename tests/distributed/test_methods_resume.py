@@ -14,7 +14,17 @@ from lisa_dist.checkpoint.restore import restore_checkpoint
 from lisa_dist.config import Config
 from lisa_dist.learner import build_learner
 from lisa_dist.telemetry.records import read_rows
-from tests.checkpoint.runs import PERIOD, STEPS, Kill, assert_same_run, final_tensors, make_config, resuming, train, train_here
+from tests.checkpoint.runs import (
+    PERIOD,
+    STEPS,
+    Kill,
+    assert_same_run,
+    final_tensors,
+    make_config,
+    resuming,
+    train,
+    train_here,
+)
 from tests.ranks import run_on_ranks
 
 PAIRS = {

@@ -1,0 +1,74 @@
+"""LoRA adapters out of a checkpoint: merged into their weights, or by themselves as a PEFT directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lisa_dist.checkpoint.weights import ShardedTensors
+from lisa_dist.config import Config, UpdateConfig, UserError
+from lisa_dist.config.method import LoraUpdateConfig
+from lisa_dist.models.architecture import build_meta_model
+from lisa_dist.models.layer_map import find_layers
+from lisa_dist.updates.lora import ADAPTER, adapter_config, merge, scaling_of
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def merged_tensors(
+    tensors: ShardedTensors, update: UpdateConfig, model: nn.Module
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every weight under the name it has without adapters, those that carry one merged, one at a time.
+
+    Args:
+        model: the model without adapters, on ``meta``.
+    """
+    for name in tensors:
+        if ".lora_" in name:
+            continue
+        if not isinstance(update, LoraUpdateConfig) or not name.endswith(".base_layer.weight"):
+            yield name.replace(".base_layer.", "."), tensors.read(name)
+            continue
+        layer = name.removesuffix(".base_layer.weight")
+        a, b = (tensors.read(f"{layer}.lora_{kind}.{ADAPTER}.weight") for kind in "AB")
+        magnitude = tensors.read(f"{layer}.lora_magnitude_vector.{ADAPTER}.weight") if update.dora else None
+        transposed = isinstance(model.get_submodule(layer), Conv1D)
+        scaling = scaling_of(update, a.shape[0])
+        yield f"{layer}.weight", merge(tensors.read(name), a, b, scaling, magnitude, transposed)
+
+
+def write_adapter(config: Config, checkpoint: Path, directory: Path) -> list[str]:
+    """Write the adapters of a checkpoint as a directory that peft loads, and return the files of weights.
+
+    Raises:
+        UserError: the run has no adapters, or more than adapters was trained.
+    """
+    if not isinstance(config.update, LoraUpdateConfig):
+        raise UserError(f"export.adapter=true: this run has no adapters, its update is {config.update.name}")
+    ends = [end for end in ("embeddings", "norm", "head") if getattr(config.always_active, end)]
+    if ends:
+        raise UserError(
+            f"export.adapter=true: trained were also the {', '.join(ends)}; leave the key out to export all, merged"
+        )
+    dtype = getattr(torch, config.export.dtype or "float32")
+    with ShardedTensors.of_weights(checkpoint) as tensors:
+        adapters = {_peft_name(name): tensors.read(name).to(dtype) for name in tensors if ".lora_" in name}
+        save_file(adapters, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    described = adapter_config(config.update, find_layers(build_meta_model(config.model), config.model.blocks))
+    described.base_model_name_or_path = config.model.path
+    described.inference_mode = True
+    described.save_pretrained(str(directory))
+    return [WEIGHTS_FILE]
+
+
+def _peft_name(name: str) -> str:
+    """Return the name that a parameter has in PEFT's files: without the adapter's, under a wrapped model."""
+    plain = name.replace(f".{ADAPTER}.", ".")
+    if ".lora_magnitude_vector." in plain:
+        plain = plain.removesuffix(".weight")
+    return f"base_model.model.{plain}"

@@ -1,0 +1,118 @@
+"""Exported adapters and merged models, loaded by peft and transformers, answer as the trained model does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lisa_dist.checkpoint.export import export_checkpoint, find_checkpoint
+from lisa_dist.checkpoint.weights import ShardedTensors
+from lisa_dist.config import Config, UserError
+from lisa_dist.config.loading import load
+from lisa_dist.models.architecture import build_meta_model
+from lisa_dist.models.layer_map import find_layers
+from lisa_dist.updates import build_update
+from tests.checkpoint.runs import train
+from tests.models.families import tiny_config
+
+IDS = torch.arange(3, 30)[None]
+
+
+def make_run(directory: Path, base: Path, *overrides: str) -> Config:
+    """A run of two steps from a tiny model on disk."""
+    return load(
+        [
+            f"model.path={base}",
+            "model.tokenizer=builtin:demo",
+            "data=demo",
+            "data.limit=8",
+            "train.max_steps=2",
+            "train.global_batch_size=4",
+            "precision.frozen=float32",
+            "precision.compute=float32",
+            "parallel.cpu_threads=1",
+            "checkpoint.every=2",
+            f"run.dir={directory}",
+            *overrides,
+        ]
+    )
+
+
+def make_base(directory: Path, family: str) -> Path:
+    architecture = tiny_config(family, vocab_size=1024, max_position_embeddings=512, n_positions=512)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(architecture).save_pretrained(directory)
+    return directory
+
+
+def trained_logits(config: Config, checkpoint: Path) -> torch.Tensor:
+    """The logits of the model as it was trained, adapters beside their weights, from the checkpoint's tensors."""
+    model = build_adapted(config)
+    with ShardedTensors.of_weights(checkpoint) as tensors:
+        model.load_state_dict({name: tensors.read(name) for name in tensors}, strict=False, assign=True)
+    model.tie_weights()
+    return model(input_ids=IDS).logits
+
+
+def build_adapted(config: Config) -> torch.nn.Module:
+    """The model with its adapters on the CPU, without any sharding."""
+    model = build_meta_model(config.model)
+    build_update(config.update).prepare_model(model, find_layers(model))
+    plain = AutoModelForCausalLM.from_pretrained(str(config.model.path))
+    model.to_empty(device="cpu")
+    for name, buffer in plain.named_buffers():
+        model.get_buffer(name).copy_(buffer)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("llama", ["method=lora", "update.rank=3", "update.target_modules=[q_proj,down_proj]"]),
+        ("llama", ["method=lora", "update.dora=true", "update.rslora=true"]),
+        ("gpt2", ["method=lora_fa"]),
+    ],
+)
+@torch.no_grad()
+def test_both_exports_answer_as_the_trained_model(family: str, overrides: list[str], tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", family)
+    config = make_run(tmp_path / "run", base, "optimizer.lr=0.05", *overrides)
+    train(1, config)
+    checkpoint = find_checkpoint(tmp_path / "run" / "checkpoints", None)
+    expected = trained_logits(config, checkpoint)
+    plain = AutoModelForCausalLM.from_pretrained(base).eval()
+    assert not torch.allclose(expected, plain(input_ids=IDS).logits, atol=1e-2), "training changed nothing"
+
+    config.export.dtype = "float32"
+    export_checkpoint(config, checkpoint, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+    config.export.adapter = True
+    export_checkpoint(config, checkpoint, tmp_path / "adapter")
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names and "config.json" not in names
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        base
+    )
+    adapted = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    torch.testing.assert_close(adapted(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=lisa"], "export.adapter=true: this run has no adapters, its update is full_rank"),
+        (["method=lora", "always_active.norm=true"], "export.adapter=true: trained were also the norm"),
+    ],
+)
+def test_what_is_no_adapter_is_refused(overrides: list[str], message: str, tmp_path: Path) -> None:
+    config = make_run(tmp_path / "run", tmp_path, *overrides, "export.adapter=true")
+    with pytest.raises(UserError, match=message):
+        export_checkpoint(config, tmp_path, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
