@@ -82,15 +82,15 @@ COMMANDS = {
         reads_run=True,
     ),
     "report": Command(
-        "draws a run directory as one HTML page",
+        "draws a run directory as one HTML page, or compares the jobs of a sweep",
         "lisa_dist.commands.report:run",
-        ("run",),
+        ("run", "sweep"),
         reads_run=True,
     ),
     "launch": Command(
         "launch slurm: writes, shows and submits the Slurm job script of a configuration",
         "lisa_dist.launching.slurm:run",
-        ("launch", "run"),
+        ("launch", "run", "sweep"),
     ),
     "doctor": Command(
         "checks torch, GPUs, NCCL, ports, disk and tokenizers, and says what to fix",
@@ -202,6 +202,8 @@ def _dispatch(name: str, config: Config) -> int:
 
 
 def _multirun(name: str, overrides: list[str], config_dir: str | None) -> int:
+    if name == "launch":
+        return _function("lisa_dist.launching.slurm:run_sweep")(overrides, config_dir)
     if name != "train":
         raise UserError(f"--multirun: sweeps train only, not {name}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or has_ranks():

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from lisa_dist.config import EXIT_DONE, Config, UserError
+from lisa_dist.telemetry.comparison import PAGE_FILE, write_comparison
 from lisa_dist.telemetry.page import Card, folded_text, render_page
 from lisa_dist.telemetry.plots import Period, Series, activity_heatmap, activity_shares, line_chart, moving_average
 from lisa_dist.telemetry.records import (
@@ -29,11 +30,16 @@ SMOOTH_FROM = 60  # steps from which on the loss is also drawn smoothed
 
 
 def run(config: Config) -> int:
-    """Write the page of ``run.dir`` and print where it is.
+    """Write the page of ``run.dir``, or the comparison of ``sweep.dir``, and print where it is.
 
     Raises:
-        UserError: no run directory is named, or there is nothing in it to report.
+        UserError: no directory is named, or there is nothing in it to report.
     """
+    if config.run.dir is None and config.sweep.dir is not None:
+        sweep_dir = Path(config.sweep.dir)
+        write_comparison(sweep_dir)
+        print(sweep_dir / PAGE_FILE)
+        return EXIT_DONE
     if config.run.dir is None:
         raise UserError("run.dir=null: name the directory of a run, as in lisa-dist report run.dir=runs/NAME")
     path = write_report(Path(config.run.dir))
