@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from lisa_dist.config import ParallelConfig, UserError
 from lisa_dist.environment import in_slurm_step
+from lisa_dist.rendezvous import meet
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -89,7 +90,8 @@ def initialize(config: ParallelConfig) -> None:
         torch.cuda.set_device(here)
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = meet(timeout)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,14 +53,19 @@ class Run:
 def open_run_directory(config: Config) -> Config:
     """Fix ``run.dir`` and write config.yaml there. Collective: rank 0 acts, every rank learns.
 
+    Where the elastic agent restarted a rank, the run is resumed, whatever ``checkpoint.resume`` says.
+
     Raises:
         UserError: a run is there that is not to be resumed, or the directory can't be written.
     """
 
+    restarted = max(distributed.gather_objects(restart_count())) > 0
+
     def claim() -> Config:
-        settled = resolve_run_dir(config)
-        if not resumes(settled):
-            check_run_dir_is_free(settled)
+        settled = copy.deepcopy(resolve_run_dir(config))
+        if restarted:
+            settled.checkpoint.resume = "auto"
+        check_run_dir_is_free(settled)
         directory = Path(str(settled.run.dir))
         try:
             checkpoint_directory(settled).mkdir(parents=True, exist_ok=True)
@@ -70,11 +76,6 @@ def open_run_directory(config: Config) -> Config:
         return settled
 
     return distributed.on_rank_zero(claim)
-
-
-def resumes(config: Config) -> bool:
-    """Whether the run may go on from a checkpoint: it is asked to, or the elastic agent restarted it."""
-    return config.checkpoint.resume == "auto" or restart_count() > 0
 
 
 def checkpoint_directory(config: Config) -> Path:
@@ -150,7 +151,7 @@ def load_state(learner: Learner, checkpoints: CheckpointSaver, device: torch.dev
             resume, every checkpoint is damaged, or it is that of another model or method.
     """
     config = learner.config
-    newest = newest_complete(checkpoints.directory) if resumes(config) else None
+    newest = newest_complete(checkpoints.directory) if config.checkpoint.resume == "auto" else None
     if newest is not None:
         progress, state = restore_checkpoint(learner, newest, device)
         checkpoints.continue_from(newest, state)
@@ -183,8 +184,8 @@ def announce_run(
             f"{torch.get_num_threads()} CPU threads a rank",
             "model": f"{config.model.path or config.model.name}: {format_count(total)} parameters in {blocks} blocks"
             f"{', head tied to the embeddings' if sharded.layers.tied else ''}, {config.model.initialization} weights",
-            "method": f"{config.method}: sampler {config.sampler.name}, {learner.sampler.sampler.num_active} of {blocks} "
-            f"blocks a period of {config.sampler.period} steps; update {config.update.name}",
+            "method": f"{config.method}: sampler {config.sampler.name}, {learner.sampler.sampler.num_active} of "
+            f"{blocks} blocks a period of {config.sampler.period} steps; update {config.update.name}",
             "storage": f"frozen {precision.frozen}, active {precision.active}, compute {precision.compute}, "
             f"gradients reduced in {precision.reduce}, {precision.on_freeze} rounding on freeze",
             "attention": str(sharded.module.config._attn_implementation),

@@ -169,7 +169,7 @@ def train_steps(run: Run) -> bool:
         if result.skipped:
             leave_out_step(run, micro_batches, result.loss, result.grad_norm)
         last = progress.step == run.max_steps or result.stop_requested
-        if last or is_due(config.train.eval_every, progress.step):
+        if progress.step == run.max_steps or is_due(config.train.eval_every, progress.step):
             evaluate(run)
         if last or is_due(config.checkpoint.every, progress.step):
             save(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -122,7 +123,9 @@ def train(world_size: int, config: Config, *kills: Kill) -> None:
 
 def resuming(config: Config) -> Config:
     """The same run, to be continued."""
-    return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, resume="auto"))
+    config = copy.deepcopy(config)
+    config.checkpoint.resume = "auto"
+    return config
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

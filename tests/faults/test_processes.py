@@ -104,7 +104,7 @@ def test_a_rank_that_stands_still_is_named(tmp_path: Path) -> None:
     log = tmp_path / "run" / "summary.json"
     while not log.exists() and time.monotonic() - begun < 6 * timeout:
         time.sleep(0.1)
-    run.kill(stopped)  # torch gives it half a minute otherwise
+    run.kill(stopped, signal.SIGCONT)  # torch gives it half a minute to end
     code, output = run.finish()
     assert code == EXIT_FAILED
     reason = read_summary(tmp_path / "run")["exit_reason"]
