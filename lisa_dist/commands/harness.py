@@ -29,7 +29,7 @@ Request = tuple[Any, list[int], list[int]]  # texts, context, continuation
 def evaluate_tasks(
     opened: OpenedModel, config: EvaluateConfig, batch_size: int, longest: int
 ) -> dict[str, dict[str, Any]]:
-    """Run the tasks of lm-evaluation-harness that ``config`` names; return its figures. Collective: every rank.
+    """Run the tasks of lm-evaluation-harness that ``config`` names; rank 0 gets its figures. Collective: every rank.
 
     Raises:
         UserError: a task is unknown.
@@ -41,7 +41,7 @@ def evaluate_tasks(
             raise UserError(f"evaluate.tasks={config.tasks}: the harness knows no task {task}{hint}")
     model = ShardedModelOfHarness(opened, batch_size, longest)
     found = simple_evaluate(model, tasks=list(config.tasks), limit=config.limit, task_manager=manager)
-    return found["results"]
+    return found["results"] if found is not None else {}  # the harness gives them to rank 0 alone
 
 
 class ShardedModelOfHarness(TemplateLM):

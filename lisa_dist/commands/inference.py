@@ -13,7 +13,7 @@ from lisa_dist.checkpoint.manifest import step_of
 from lisa_dist.checkpoint.restore import restore_weights
 from lisa_dist.checkpoint.state import read_state
 from lisa_dist.config import AlwaysActiveConfig, Config, UserError
-from lisa_dist.config.method import AllSamplerConfig, FullRankUpdateConfig
+from lisa_dist.config.method import FullRankUpdateConfig, UniformSamplerConfig
 from lisa_dist.data.prepare import prepare_data
 from lisa_dist.learner import Learner, allocate, build_learner
 from lisa_dist.models.loading import load_pretrained
@@ -73,7 +73,7 @@ def without_training(config: Config, path: str | None) -> Config:
     compute = config.precision.compute
     quiet = replace(
         config,
-        sampler=AllSamplerConfig(),  # never asked; unlike others it fits any number of blocks
+        sampler=UniformSamplerConfig(active_layers=1),  # never asked; it fits any number of blocks
         always_active=AlwaysActiveConfig(embeddings=False, norm=False, head=False),
         precision=replace(config.precision, frozen=compute, active=compute),
     )
