@@ -2,8 +2,8 @@
 
 Torch's own trackers overstate the optimizer step. The first time that DTensor meets an operator it infers the result's
 shape by running it on fake tensors of the *unsharded* shapes; a tracker above books these, and the fused AdamW takes
-all parameters, gradients and moments at once: 16 bytes for each active parameter, not divided by the ranks. Here nothing is
-booked while shapes are inferred.
+all parameters, gradients and moments at once: 16 bytes for each active parameter, not divided by the ranks. Here
+nothing is booked while shapes are inferred.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Ledger(TorchDispatchMode):
         # FSDP2 frees gathered parameters by resizing their storage, which is no operator.
         resize = torch.UntypedStorage.resize_
 
-        def counted_resize(storage: torch.UntypedStorage, size: int) -> Any:
+        def counted_resize(storage: Any, size: int) -> Any:
             result = resize(storage, size)
             self._book(storage, only_known=True)
             return result
@@ -123,7 +123,7 @@ class Ledger(TorchDispatchMode):
             finally:
                 self._infers_shapes = before
 
-        ShardingPropagator._propagate_tensor_meta_non_cached = uncounted_infer  # type: ignore[method-assign]
+        ShardingPropagator._propagate_tensor_meta_non_cached = uncounted_infer  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:
@@ -213,9 +213,9 @@ def _tensors(tree: Any) -> Iterable[torch.Tensor]:
 def _group_ranks(args: Any) -> list[int]:
     """Return the global ranks of a collective operator's process group."""
     for argument in args:
-        if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in argument._type().name():
+        if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
             return sorted(dist.get_process_group_ranks(dist.ProcessGroup.unbox(argument)))
-    name = [argument for argument in args if isinstance(argument, str)][-1]
+    name: Any = [argument for argument in args if isinstance(argument, str)][-1]
     return sorted(dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(name)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # registers t
 from transformers import PretrainedConfig
 
 from lisa_dist import distributed
-from lisa_dist.active_blocks import RankSynchronizedSampler
 from lisa_dist.config import Config
 from lisa_dist.config.method import FixedSamplerConfig
 from lisa_dist.data.batches import MicroBatch
@@ -72,12 +71,28 @@ def micro_batches_per_step(config: Config) -> int:
     return math.ceil(config.train.global_batch_size / (config.train.micro_batch_size * num_ranks(config)))
 
 
-def architecture_of(config: Config, num_blocks: int | None = None) -> PretrainedConfig:
-    """Return the architecture that ``model.*`` names, without reading weights; with another number of blocks."""
-    architecture = read_architecture(config.model, without_weights=True)
-    if num_blocks is not None:
-        architecture.num_hidden_layers = num_blocks
-    return architecture
+def architecture_of(config: Config) -> PretrainedConfig:
+    """Return the architecture that ``model.*`` names, without reading weights."""
+    return read_architecture(config.model, without_weights=True)
+
+
+def extreme_sets(config: Config, own_depth: int, num_blocks: int | None = None) -> tuple[list[int], list[int]]:
+    """Return the sets of blocks, before and after a switch, that need the most memory.
+
+    Args:
+        config: names the sampler.
+        own_depth: blocks of the model.
+        num_blocks: the depth to choose the sets for.
+    """
+    if isinstance(config.sampler, FixedSamplerConfig):
+        return config.sampler.blocks, config.sampler.blocks
+    depth = own_depth if num_blocks is None else num_blocks
+    count = build_sampler(config.sampler, own_depth).num_active
+    count = depth if count == own_depth else count
+    last = list(range(depth - count, depth))
+    if last and not config.always_active.embeddings:
+        last[0] = 0
+    return list(range(count)), last
 
 
 @contextmanager
@@ -98,16 +113,20 @@ def simulate(config: Config, num_blocks: int | None = None) -> Trace:
 
     Args:
         config: the configuration of a training run on that cluster.
-        num_blocks: another depth of the model.
+        num_blocks: another depth of the model; as many blocks train as at its own depth, or again all.
 
     Raises:
         UserError: the configuration fits neither the model nor the cluster.
     """
+    architecture = architecture_of(config)
+    before, blocks = extreme_sets(config, architecture.num_hidden_layers, num_blocks)
+    if num_blocks is not None:
+        architecture.num_hidden_layers = num_blocks
+    config = replace(config, sampler=FixedSamplerConfig(blocks=blocks, period=config.sampler.period))
     micro_batches = micro_batches_per_step(config)
     ranks = num_ranks(config)
     with simulated_world(ranks):
-        learner = build_learner(config, architecture_of(config, num_blocks))
-        before, blocks = _extreme_sets(learner)
+        learner = build_learner(config, architecture)
         ledger = Ledger(ranks_per_node(config))
         with FakeTensorMode(allow_non_fake_inputs=True), ledger:
             allocate(learner, before, torch.device("cpu"))
@@ -115,7 +134,6 @@ def simulate(config: Config, num_blocks: int | None = None) -> Trace:
             clock.watch_modules()
             clock.move_to_host()
             ledger.moment = ledger.stretch = SWITCH
-            learner.sampler = _fixed_sampler(blocks, len(learner.sharded.layers.blocks))
             begin_period(learner, 0)
             clock.move_to_host()
             batches = [_micro_batch(config) for _ in range(min(micro_batches, MAX_SIMULATED_MICRO_BATCHES))]
@@ -187,23 +205,6 @@ class _Clock:
         local += [distributed.local_shard(moment) for moment in self.learner.optimizer.moment_tensors().values()]
         self.ledger.to_host(local)
         return sum(tensor.nbytes for tensor in local)
-
-
-def _extreme_sets(learner: Learner) -> tuple[list[int], list[int]]:
-    """Return the blocks that train before the switch and after it."""
-    num_blocks, settings = len(learner.sharded.layers.blocks), learner.config.sampler
-    if settings.name == "fixed":
-        blocks: list[int] = settings.blocks  # type: ignore[attr-defined]
-        return blocks, blocks
-    count = learner.sampler.sampler.num_active
-    last = list(range(num_blocks - count, num_blocks))
-    if count and not learner.config.always_active.embeddings:
-        last[0] = 0
-    return list(range(count)), last
-
-
-def _fixed_sampler(blocks: list[int], num_blocks: int) -> RankSynchronizedSampler:
-    return RankSynchronizedSampler(build_sampler(FixedSamplerConfig(blocks=blocks), num_blocks))
 
 
 def _micro_batch(config: Config) -> MicroBatch:

@@ -1,0 +1,48 @@
+"""The figures of a GPU that a plan needs: one file of ``conf/gpu`` each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import yaml
+
+from lisa_dist.config.errors import UserError, nearest
+from lisa_dist.config.loading import conf_dir
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What one GPU can do at most, in SI units, as its maker states it."""
+
+    description: str
+    matrix_flops: float  # dense bf16 operations a second
+    memory_bytes: int
+    memory_bandwidth: float  # bytes a second
+    link_bandwidth_within_node: float  # to the other GPUs of its machine, bytes a second, one direction
+    link_bandwidth_across_nodes: float  # its share of the machine's network, bytes a second, one direction
+    host_bandwidth: float  # to and from host memory, bytes a second, one direction
+
+
+def read_gpu(name: str) -> Gpu:
+    """Return the figures of a preset of ``conf/gpu``, or those of a file ``*.yaml`` of the same keys.
+
+    Raises:
+        UserError: there is no such preset or file, or the file lacks a key.
+    """
+    presets = {file.stem: file for file in sorted((conf_dir() / "gpu").glob("*.yaml"))}
+    path = presets.get(name, Path(name))
+    if path.suffix != ".yaml" or not path.is_file():
+        raise UserError(
+            f"plan.gpu={name}: must be one of {', '.join(presets)}, or a file of the same keys{nearest(name, presets)}"
+        )
+    figures = yaml.safe_load(path.read_text())
+    wanted = {field.name for field in fields(Gpu)}
+    if not isinstance(figures, dict) or set(figures) != wanted:
+        raise UserError(f"plan.gpu={name}: the file must have exactly the keys {', '.join(sorted(wanted))}")
+    description = str(figures.pop("description"))
+    try:
+        numbers = {key: float(value) for key, value in figures.items()}
+    except (TypeError, ValueError):
+        raise UserError(f"plan.gpu={name}: every key but description must be a number") from None
+    return Gpu(description, **{**numbers, "memory_bytes": int(numbers["memory_bytes"])})  # type: ignore[arg-type]

@@ -1,0 +1,90 @@
+"""The prediction for a deep model from two simulations of shallow ones, exact because its blocks are alike."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from lisa_dist.config import Config
+from lisa_dist.config.method import FixedSamplerConfig
+from lisa_dist.models.architecture import build_meta_model
+from lisa_dist.models.layer_map import find_layers
+from lisa_dist.planning.ledger import sum_of_work
+from lisa_dist.planning.simulation import Trace, architecture_of, extreme_sets, simulate
+
+EDGE = 2  # frozen blocks at either end, and before the active ones, that are looked at one by one
+
+
+def predict(config: Config) -> Trace:
+    """Return what :func:`simulate` returns, within seconds at any depth.
+
+    One frozen block more adds the same bytes, operations and communication at every moment. So where all blocks
+    are alike, two depths settle the line. The moments within the blocks in between are left out: activations
+    only grow in the forward and only shrink in the backward pass, so the peak is at an end.
+
+    Raises:
+        UserError: the configuration fits neither the model nor the cluster.
+    """
+    depth = architecture_of(config).num_hidden_layers
+    num_active = len(extreme_sets(config, depth)[1])
+    shallow = 2 * EDGE + 1 + (0 if num_active == depth else num_active)
+    if isinstance(config.sampler, FixedSamplerConfig) or shallow + 2 >= depth or not has_equal_blocks(config):
+        return simulate(config)
+    return extrapolate(simulate(config, shallow), simulate(config, shallow + 1), depth)
+
+
+def has_equal_blocks(config: Config) -> bool:
+    """Whether all blocks of the model have parameters of the same names and shapes, and attention of one kind."""
+    architecture = architecture_of(config)
+    blocks = find_layers(build_meta_model(config.model, architecture), config.model.blocks).blocks
+    shapes = [[(name, parameter.shape) for name, parameter in block.named_parameters()] for block in blocks]
+    kinds = set(getattr(architecture, "layer_types", None) or [])
+    return len(kinds) <= 1 and all(other == shapes[0] for other in shapes)
+
+
+def extrapolate(shallow: Trace, deeper: Trace, num_blocks: int) -> Trace:
+    """Follow the line through two traces, of which the second is of one block more, to ``num_blocks``."""
+    more = num_blocks - shallow.num_blocks
+
+    def follow(first: int, second: int) -> int:
+        return first + more * (second - first)
+
+    all_active = shallow.num_active == shallow.num_blocks
+    num_active = num_blocks if all_active else shallow.num_active
+    tail = EDGE + (0 if all_active else num_active)
+    peaks = {
+        _absolute(moment, num_blocks): follow(peak, _relative_peaks(deeper, tail)[moment])
+        for moment, peak in _relative_peaks(shallow, tail).items()
+    }
+    return replace(
+        shallow,
+        num_blocks=num_blocks,
+        num_active=num_active,
+        persistent_bytes={
+            kind: follow(size, deeper.persistent_bytes[kind]) for kind, size in shallow.persistent_bytes.items()
+        },
+        host_bytes=follow(shallow.host_bytes, deeper.host_bytes),
+        peaks=peaks,
+        work=sum_of_work([shallow.work, deeper.work], [1 - more, more]),
+    )
+
+
+def _relative_peaks(trace: Trace, tail: int) -> dict[str, int]:
+    """Return the peaks with the last ``tail`` blocks counted from the end (-1) and those in the middle left out."""
+    found = {}
+    for moment, peak in trace.peaks.items():
+        named = re.fullmatch(r"(.*) of block (\d+) of (\d+)", moment)
+        if named is None:
+            found[moment] = peak
+            continue
+        index, depth = int(named[2]), int(named[3])
+        if index < EDGE:
+            found[f"{named[1]} of block {index}"] = peak
+        elif index >= depth - tail:
+            found[f"{named[1]} of block {index - depth}"] = peak
+    return found
+
+
+def _absolute(moment: str, num_blocks: int) -> str:
+    named = re.fullmatch(r"(.*) of block (-?\d+)", moment)
+    return moment if named is None else f"{named[1]} of block {int(named[2]) % num_blocks} of {num_blocks}"

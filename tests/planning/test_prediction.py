@@ -1,0 +1,75 @@
+"""The extrapolation over the depth against simulations of the whole depth."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from lisa_dist.config import Config
+from lisa_dist.config.method import AllSamplerConfig, UniformSamplerConfig
+from lisa_dist.planning import prediction
+from lisa_dist.planning.prediction import has_equal_blocks, predict
+from lisa_dist.planning.simulation import simulate
+
+ARCHITECTURE = {
+    "model_type": "llama",
+    "vocab_size": 301,
+    "hidden_size": 54,
+    "intermediate_size": 101,
+    "num_hidden_layers": 9,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "lisa": {},
+    "full checkpointing, where a large vocabulary hides the blocks at small depths": {
+        "parallel": {"activation_checkpointing": "full"},
+        "vocab_size": 3001,
+    },
+    "all blocks": {"sampler": AllSamplerConfig()},
+    "accumulation over 5 micro-batches, hybrid mesh": {
+        "train": {"global_batch_size": 40},
+        "parallel": {"replicate": 2, "nodes": 2},
+    },
+    "frozen embeddings": {"always_active": {"embeddings": False}},
+}
+
+
+def make_config(case: dict[str, Any]) -> Config:
+    config = Config()
+    config.model.architecture = {**ARCHITECTURE, "vocab_size": case.get("vocab_size", 301)}
+    config.data.sequence_length = 40
+    config.sampler = case.get("sampler", UniformSamplerConfig(active_layers=1))
+    config.train.global_batch_size = 4
+    for group in ("parallel", "train", "always_active"):
+        setattr(config, group, dataclasses.replace(getattr(config, group), **case.get(group, {})))
+    config.parallel.nproc_per_node = "4"
+    return config
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_prediction_from_two_depths_equals_the_whole_simulation(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(CASES[case])
+    depths = []
+    whole = simulate(config)
+    monkeypatch.setattr(prediction, "simulate", lambda c, depth=None: depths.append(depth) or simulate(c, depth))
+    predicted = predict(config)
+    assert None not in depths and max(depths) < 9
+    for field in ("num_blocks", "num_active", "persistent_bytes", "host_bytes", "peak_bytes", "peak_at", "work"):
+        assert getattr(predicted, field) == getattr(whole, field), field
+    assert predicted.tokens == whole.tokens
+    assert all(whole.peaks[moment] == peak for moment, peak in predicted.peaks.items())
+
+
+def test_blocks_that_differ_are_simulated_one_by_one() -> None:
+    config = make_config({})
+    assert has_equal_blocks(config)
+    config.model.architecture = {
+        **ARCHITECTURE,
+        "model_type": "gemma3_text",
+        "layer_types": ["sliding_attention"] * 8 + ["full_attention"],
+        "head_dim": 18,
+    }
+    assert not has_equal_blocks(config)
