@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from lisa_dist import distributed
 from lisa_dist.checkpoint.restore import newest_complete, restore_checkpoint
 from lisa_dist.checkpoint.save import CheckpointSaver, remove_leftovers
 from lisa_dist.checkpoint.state import Progress
-from lisa_dist.config import Config, UserError
+from lisa_dist.config import Config, LaunchConfig, UserError
 from lisa_dist.config.loading import to_yaml
 from lisa_dist.config.run_directory import check_run_dir_is_free, resolve_run_dir
 from lisa_dist.data.batches import GlobalBatches
@@ -26,6 +26,7 @@ from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.environment import restart_count
 from lisa_dist.learner import Learner, build_learner, count_trained_parameters, load_initial_weights
 from lisa_dist.models.architecture import read_architecture
+from lisa_dist.redaction import hide_secrets
 from lisa_dist.telemetry.heartbeat import Heartbeat
 from lisa_dist.telemetry.progress import announce
 from lisa_dist.telemetry.recorder import Recorder
@@ -70,12 +71,17 @@ def open_run_directory(config: Config) -> Config:
         try:
             checkpoint_directory(settled).mkdir(parents=True, exist_ok=True)
             remove_leftovers(checkpoint_directory(settled))
-            (directory / "config.yaml").write_text(to_yaml(settled))
+            (directory / "config.yaml").write_text(public_yaml(settled))
         except OSError as error:
             raise UserError(f"run.dir={directory}: can't be written ({error.strerror})") from error
         return settled
 
     return distributed.on_rank_zero(claim)
+
+
+def public_yaml(config: Config) -> str:
+    """Return what config.yaml holds: no secrets, and not the job script's shell lines, which may hold some."""
+    return hide_secrets(to_yaml(replace(config, launch=LaunchConfig())))
 
 
 def checkpoint_directory(config: Config) -> Path:
@@ -99,7 +105,7 @@ def prepare_run(config: Config) -> Run:
     batches = make_batches(config, data.train, pad)
     validation = None if data.validation is None else make_batches(config, data.validation, pad)
     learner = build_learner(config)
-    checkpoints = CheckpointSaver(learner, checkpoint_directory(config), to_yaml(config))
+    checkpoints = CheckpointSaver(learner, checkpoint_directory(config), public_yaml(config))
     with distributed.waiting_for_disks(config.parallel.timeout):
         progress = load_state(learner, checkpoints, device)
     max_steps = config.train.max_steps or batches.steps(config.train.epochs)

@@ -115,7 +115,7 @@ def _from_sharegpt(values: dict[str, Any]) -> Sample:
         messages.append({"role": "system", "content": _text(values, "system")})
     for turn in _turns(values, "conversations"):
         speaker = turn.get("from", turn.get("role"))
-        if speaker not in SHAREGPT_ROLES:
+        if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
             raise BadRowError(f"a turn's speaker must be one of {', '.join(SHAREGPT_ROLES)}, found {speaker!r}")
         content = turn.get("value", turn.get("content"))
         messages.append({"role": SHAREGPT_ROLES[speaker], "content": _content({"content": content})})

@@ -28,6 +28,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, Config, UserError
 from lisa_dist.launching.stop_watcher import StopWatcher
+from lisa_dist.redaction import hide_secrets
 from lisa_dist.signals import install_stop_handlers
 from lisa_dist.telemetry.records import SUMMARY_FILE, read_summary, write_summary
 
@@ -150,7 +151,7 @@ def run_rank(entry: str, config: Config, outcome_dir: Path, log_dir: Path, paren
     except UserError as error:
         code, message = EXIT_USER_ERROR, str(error)
     except BaseException as error:  # whatever it is, the launcher shows it
-        message, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
+        message, trace = hide_secrets(f"{type(error).__name__}: {error}"), hide_secrets(traceback.format_exc())
         with log.open("a", encoding="utf-8") as file:
             file.write(trace)
     outcome = Outcome(rank, code, message, trace, time.time())

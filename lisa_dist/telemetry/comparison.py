@@ -16,7 +16,7 @@ from lisa_dist.telemetry.plots import Series, line_chart, moving_average
 from lisa_dist.telemetry.records import METRICS_FILE, Row, read_rows, read_summary, write_atomically
 from lisa_dist.telemetry.units import format_count
 
-JOBS_FILE = "jobs.txt"  # a line a job: its overrides, quoted for the shell, then RESUME and run.dir=
+JOBS_FILE = "jobs.txt"  # a line a job, quoted for the shell: its folder, its overrides, RESUME and run.dir=
 EXIT_CODE_FILE = "exit_code"  # in a job's run directory, once it has ended
 LOG_FILE = "job.log"  # in a job's run directory: what the job printed
 CSV_FILE = "sweep.csv"
@@ -111,9 +111,8 @@ def read_jobs(sweep_dir: Path) -> list[JobRecord]:
 
 
 def _read_job(sweep_dir: Path, number: int, line: str) -> JobRecord:
-    *overrides, _, run_dir_override = shlex.split(line)
-    # Found beside the file of jobs, so that a sweep may be moved.
-    run_dir = sweep_dir / Path(run_dir_override.removeprefix("run.dir=")).name
+    name, *overrides, _, _ = shlex.split(line)
+    run_dir = sweep_dir / name
     code = run_dir / EXIT_CODE_FILE
     try:
         return JobRecord(

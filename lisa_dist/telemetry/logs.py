@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 from lisa_dist.distributed import rank
+from lisa_dist.redaction import RedactingFormatter
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 FOREIGN = ("transformers", "datasets", "huggingface_hub", "peft", "wandb", "torch")
@@ -40,12 +41,12 @@ def setup_logging(run_dir: str | Path | None = None) -> None:
     redirected = file is not None and _stderr_is(file)
     if rank() == 0 or redirected:
         terminal = TerminalHandler()
-        terminal.setFormatter(logging.Formatter(FORMAT if redirected else "%(message)s"))
+        terminal.setFormatter(RedactingFormatter(FORMAT if redirected else "%(message)s"))
         root.addHandler(terminal)
     if file is not None and not redirected:
         file.parent.mkdir(parents=True, exist_ok=True)
         to_file = logging.FileHandler(file, encoding="utf-8")
-        to_file.setFormatter(logging.Formatter(FORMAT))
+        to_file.setFormatter(RedactingFormatter(FORMAT))
         root.addHandler(to_file)
     if not root.handlers:
         root.addHandler(logging.NullHandler())

@@ -9,7 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from lisa_dist.config import UserError
 from lisa_dist.distributed import is_main
+from lisa_dist.redaction import hide_secrets
 
 METRICS_FILE = "metrics.jsonl"
 LAYERS_FILE = "layers.jsonl"
@@ -87,13 +89,19 @@ class MetricsWriter:
 
         Rows of metrics.jsonl with a later step go, and so do the periods of layers.jsonl that began later;
         so does a last line that was torn by a kill. Each file is replaced at once or not at all.
+
+        Raises:
+            UserError: a row is not one.
         """
         if self._metrics is None or self._layers is None:
             return
         self.close()
         for name in (METRICS_FILE, LAYERS_FILE):
             path = self.run_dir / name
-            kept = [row for row in read_rows(path) if row["step"] <= step]
+            try:
+                kept = [row for row in read_rows(path) if row["step"] <= step]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"run.dir={self.run_dir}: {name} is damaged, mend or move it ({error})") from error
             write_atomically(path, "".join(to_json(row) + "\n" for row in kept))
         self._open()
 
@@ -128,7 +136,7 @@ def write_summary(run_dir: str | Path, *, exit_reason: str, resumed_from: list[i
     """
     if not is_main():
         return
-    summary = {"exit_reason": exit_reason, "resumed_from": resumed_from, **figures}
+    summary = {"exit_reason": hide_secrets(exit_reason), "resumed_from": resumed_from, **figures}
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     write_atomically(Path(run_dir) / SUMMARY_FILE, to_json(summary, indent=2) + "\n")
 

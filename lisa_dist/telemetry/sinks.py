@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from lisa_dist.config import Config, UserError
 from lisa_dist.distributed import is_main
+from lisa_dist.redaction import hide_secrets_in
 
 
 class Sink(Protocol):
@@ -105,10 +106,10 @@ def build_sink(config: Config, run_dir: str | Path, first_step: int = 0) -> Sink
 
 
 def public_config(config: Config) -> dict[str, Any]:
-    """Return the configuration as a dict without ``launch``, whose shell lines may hold tokens."""
+    """Return the configuration as a dict without secrets, and without ``launch``, whose shell lines may hold them."""
     values = dataclasses.asdict(config)
     del values["launch"]
-    return values
+    return hide_secrets_in(values)
 
 
 def numbers_of(row: dict[str, Any]) -> dict[str, float]:

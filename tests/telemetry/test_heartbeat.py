@@ -1,0 +1,63 @@
+"""Who lags, by the ranks' notes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import pytest
+
+from lisa_dist import distributed
+from lisa_dist.telemetry.heartbeat import Heartbeat, LostRankError
+
+
+@pytest.fixture
+def three_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+
+
+def note(run_dir: Path, rank: int, order: int, part: str) -> None:
+    content = {"step": 7, "order": order, "part": part, "host": "node2", "time": time.time() - 40}
+    (run_dir / "logs" / f"heartbeat_{rank}.json").write_text(json.dumps(content))
+
+
+def test_ranks_behind_are_named(three_ranks: None, tmp_path: Path) -> None:
+    with Heartbeat(tmp_path, timeout=100) as heartbeat:
+        heartbeat.begin_step(7)
+        with heartbeat.phase("forward"), heartbeat.phase("backward"):
+            order = json.loads((tmp_path / "logs" / "heartbeat_0.json").read_text())["order"]
+            note(tmp_path, 1, order, "backward")
+            note(tmp_path, 2, order - 1, "forward")
+            explained = heartbeat.explain()
+            assert explained.startswith("rank 0 waited in backward of step 7; rank 2 on node2 is behind, last seen ")
+            assert explained.endswith("in forward of step 7") and "rank 1" not in explained
+            (tmp_path / "logs" / "heartbeat_1.json").write_text("torn")
+            assert "rank 1 left no note" in heartbeat.explain()
+            note(tmp_path, 1, order, "backward")
+            note(tmp_path, 2, order, "backward")
+            assert heartbeat.explain().endswith("every rank got as far")
+        assert heartbeat.part == "between steps"
+
+
+def test_errors_of_collectives_alone_are_explained(tmp_path: Path) -> None:
+    with Heartbeat(tmp_path, timeout=100) as heartbeat:
+        lost = heartbeat.explained(RuntimeError("[gloo/transport/tcp] Connection closed by peer\nand more"))
+        assert isinstance(lost, LostRankError) and "Connection closed by peer" in str(lost)
+        for error in (RuntimeError("shapes do not match"), ValueError("gloo"), KeyboardInterrupt()):
+            assert heartbeat.explained(error) is error
+
+
+def test_the_watcher_speaks_once_where_nothing_moves(
+    three_ranks: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    with Heartbeat(tmp_path, timeout=0.5) as heartbeat:
+        with heartbeat.phase("checkpoint", may_take_long=True):
+            time.sleep(0.8)
+        assert not caplog.records
+        with heartbeat.phase("forward"):
+            while not caplog.records:
+                time.sleep(0.01)
+    assert "waited in forward of step 0" in caplog.text
