@@ -1,0 +1,118 @@
+"""LISA inside Hugging Face's ``Trainer`` and whatever is derived from it, TRL's ``SFTTrainer`` among them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lisa_dist import distributed
+from lisa_dist.active_blocks import RankSynchronizedSampler
+from lisa_dist.config import AlwaysActiveConfig, SamplerConfig, UserError
+from lisa_dist.config.method import UniformSamplerConfig
+from lisa_dist.models.layer_map import LayerMap, find_layers
+from lisa_dist.sampling import build_sampler
+from lisa_dist.sharding.storage import fsdp_groups, refresh_group, reshard_all
+
+logger = logging.getLogger(__name__)
+
+RECORD = "lisa_active_layers"  # the key of a switch in the trainer's log history
+
+
+class LisaCallback(TrainerCallback):
+    """Trains a few sampled blocks at a time: ``Trainer(..., callbacks=[LisaCallback()])``.
+
+    At the first step of each period the sampler draws, on rank 0 for all; the blocks that leave are frozen, their
+    gradients and optimizer state are dropped; those that enter start with zero state. A resumed run draws again
+    what was drawn before it, so it goes on with the set it stopped with. Each draw is in the log history.
+
+    The ``Trainer`` keeps storage as it is: all parameters stay in the dtype they were loaded in, and under FSDP2
+    accelerate stores every one in fp32 that can be trained when training starts, so only gradients and optimizer
+    state are saved. ``lisa-dist train`` saves the masters too.
+    """
+
+    def __init__(self, sampler: SamplerConfig | None = None, always_active: AlwaysActiveConfig | None = None) -> None:
+        """Args:
+        sampler: which blocks, how many and for how long; LISA's two for 20 steps where it is left out.
+        always_active: what trains outside the blocks; embeddings, final norm and head where it is left out.
+        """
+        self.config = UniformSamplerConfig() if sampler is None else sampler
+        self.always_active = AlwaysActiveConfig() if always_active is None else always_active
+        self.active_blocks: list[int] = []
+        self.period = -1  # none drawn yet
+        self._layers: LayerMap | None = None
+        self._sampler: RankSynchronizedSampler | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the blocks, and freeze what never trains.
+
+        Raises:
+            UserError: the sampler would need calibration data, which a callback has none of; or data parallelism
+                would wait for the gradients of frozen blocks.
+        """
+        model: nn.Module = kwargs["model"]
+        if distributed.world_size() > 1 and not _is_sharded(model) and not args.ddp_find_unused_parameters:
+            raise UserError(
+                "ddp_find_unused_parameters=False: data parallelism would wait for the gradients of frozen blocks; "
+                "set it to True, or shard with FSDP2"
+            )
+        self._layers = find_layers(model)
+        self._sampler = RankSynchronizedSampler(build_sampler(self.config, len(self._layers.blocks)))
+        if self._sampler.sampler.needs is not None:
+            raise UserError(
+                f"sampler={self.config.name}: needs calibration data, and there is none in a callback; "
+                "use lisa-dist train, or another sampler"
+            )
+        self.always_active.check_tied(self._layers.tied)
+        self.period, self.active_blocks = -1, []
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Switch the active blocks where a period begins. Collective then: every rank."""
+        assert self._sampler is not None, "the trainer calls on_train_begin first"
+        period = state.global_step // self.config.period
+        if period == self.period:
+            return
+        for number in range(self.period + 1, period + 1):  # more than one after a resume
+            self.active_blocks = self._sampler.draw(number)
+        self.period = period
+        self._switch(kwargs["model"], kwargs["optimizer"])
+        if state.global_step % self.config.period == 0:  # else it was recorded before the resume
+            record = {"step": state.global_step, "lisa_period": period, RECORD: list(self.active_blocks)}
+            state.log_history.append(record)
+        logger.info("period %d, from step %d: blocks %s", period, state.global_step, self.active_blocks)
+
+    def _switch(self, model: nn.Module, optimizer: Any) -> None:
+        """Freeze and thaw, and drop the state of what is frozen. No communication."""
+        if _is_sharded(model):
+            reshard_all(model)
+        for name, parameter in model.named_parameters():
+            trained = self._trains(name)
+            parameter.requires_grad_(trained)
+            if not trained:
+                parameter.grad = None
+                optimizer.state.pop(parameter, None)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                for group in fsdp_groups(module):
+                    refresh_group(group)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what was freed lies in pieces of other sizes
+
+    def _trains(self, name: str) -> bool:
+        assert self._layers is not None
+        part = self._layers.group_of(name)
+        if part.startswith("block:"):
+            return int(part.removeprefix("block:")) in self.active_blocks
+        return bool(getattr(self.always_active, part))
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(module, FSDPModule) for module in model.modules())

@@ -1,0 +1,227 @@
+"""The callback in real trainers: Hugging Face's, TRL's, and a loop under FSDP2 as accelerate sets it up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lisa_dist import distributed
+from lisa_dist.config import AlwaysActiveConfig, SamplerConfig, UserError
+from lisa_dist.config.method import OutlierSamplerConfig, SweepSamplerConfig, UniformSamplerConfig
+from lisa_dist.integrations.transformers import RECORD, LisaCallback
+from lisa_dist.sampling import build_sampler
+from tests.models.families import tiny_config
+from tests.ranks import run_on_ranks
+
+BLOCKS, PERIOD = 4, 2
+
+
+def make_model() -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config("llama", num_hidden_layers=BLOCKS))
+
+
+def make_data() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(3, 120, (9,), generator=generator) for _ in range(16)]
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def make_arguments(directory: Path, steps: int, save_steps: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(directory),
+        use_cpu=True,
+        max_steps=steps,
+        save_steps=save_steps,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+class Watcher(TrainerCallback):
+    """Notes after each step what trains and what the optimizer holds."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        held = [tensor for entry in optimizer.state.values() for tensor in entry.values() if torch.is_tensor(tensor)]
+        self.rows.append(
+            {
+                "trained": {name for name, parameter in model.named_parameters() if parameter.requires_grad},
+                "with_state": {name for name, parameter in model.named_parameters() if parameter in optimizer.state},
+                "bytes": sum(tensor.nbytes for tensor in held),
+                "weights": {name: parameter.detach().clone() for name, parameter in model.named_parameters()},
+            }
+        )
+
+
+def draws(config: SamplerConfig, periods: int) -> list[list[int]]:
+    sampler = build_sampler(config, BLOCKS)
+    return [sampler.draw(period) for period in range(periods)]
+
+
+def expected_names(model: Any, blocks: list[int]) -> set[str]:
+    names = {name for name, _ in model.named_parameters()}
+    return {name for name in names if ".layers." not in name or int(name.split(".")[2]) in blocks}
+
+
+def test_state_stays_flat_and_only_active_blocks_move_over_twenty_periods(tmp_path: Path) -> None:
+    config = UniformSamplerConfig(active_layers=2, period=PERIOD, seed=5)
+    model, watcher = make_model(), Watcher()
+    arguments = make_arguments(tmp_path, steps=20 * PERIOD, save_steps=1000)
+    trainer = Trainer(model=model, args=arguments, train_dataset=make_data(), callbacks=[LisaCallback(config), watcher])
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer.train()
+    drawn = draws(config, 20)
+    assert len({tuple(blocks) for blocks in drawn}) > 3
+    for step, row in enumerate(watcher.rows):
+        names = expected_names(model, drawn[step // PERIOD])
+        assert row["trained"] == row["with_state"] == names
+        moved = {name for name in before if not torch.equal(row["weights"][name], before[name])}
+        assert moved == names
+        before = row["weights"]
+    assert len({row["bytes"] for row in watcher.rows}) == 1
+    assert [row[RECORD] for row in trainer.state.log_history if RECORD in row] == drawn
+
+
+def test_resume_in_the_middle_of_a_period_goes_on_as_if_uninterrupted(tmp_path: Path) -> None:
+    config = SweepSamplerConfig(active_layers=1, period=3, order="random", seed=2)
+    finals, sets = [], []
+    for directory, stop in ((tmp_path / "whole", None), (tmp_path / "cut", 5)):
+        watcher = Watcher()
+        for steps in [8] if stop is None else [stop, 8]:
+            trainer = Trainer(
+                model=make_model(),
+                args=make_arguments(directory, steps=steps, save_steps=5),
+                train_dataset=make_data(),
+                callbacks=[LisaCallback(config), watcher],
+            )
+            trainer.train(resume_from_checkpoint=steps == 8 and stop is not None)
+        finals.append({name: parameter.detach() for name, parameter in trainer.model.named_parameters()})
+        sets.append([row["trained"] for row in watcher.rows])
+    assert sets[0] == sets[1] and sets[0][2] != sets[0][3] and sets[0][5] != sets[0][6]
+    assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
+
+
+def test_what_is_switched_off_never_trains(tmp_path: Path) -> None:
+    watcher = Watcher()
+    callback = LisaCallback(
+        SweepSamplerConfig(active_layers=1, period=1), AlwaysActiveConfig(embeddings=False, norm=True, head=False)
+    )
+    arguments = make_arguments(tmp_path, steps=2, save_steps=1000)
+    Trainer(model=make_model(), args=arguments, train_dataset=make_data(), callbacks=[callback, watcher]).train()
+    outside = [{name for name in row["trained"] if ".layers." not in name} for row in watcher.rows]
+    assert outside == [{"model.norm.weight"}] * 2
+
+
+def test_samplers_that_need_data_are_refused(tmp_path: Path) -> None:
+    trainer = Trainer(
+        model=make_model(),
+        args=make_arguments(tmp_path, steps=1, save_steps=1000),
+        train_dataset=make_data(),
+        callbacks=[LisaCallback(OutlierSamplerConfig())],
+    )
+    with pytest.raises(UserError, match="sampler=outlier: needs calibration data"):
+        trainer.train()
+
+
+def test_sft_trainer_of_trl(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    from lisa_dist.data.tokenizer import load_tokenizer
+
+    rows = [{"prompt": f"number {index}: ", "completion": str(index)} for index in range(16)]
+    config = UniformSamplerConfig(active_layers=1, period=PERIOD, seed=5)
+    watcher = Watcher()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        tiny_config("llama", vocab_size=1024, num_hidden_layers=BLOCKS, bos_token_id=1, eos_token_id=2)
+    )
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        max_steps=6,
+        per_device_train_batch_size=2,
+        gradient_checkpointing=False,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=load_tokenizer("builtin:demo"),
+        callbacks=[LisaCallback(config), watcher],
+    )
+    trainer.train()
+    names = [expected_names(model, blocks) for blocks in draws(config, 3)]
+    assert [row["trained"] for row in watcher.rows] == [name for name in names for _ in range(PERIOD)]
+    assert all(row["with_state"] == row["trained"] for row in watcher.rows)
+
+
+def drive(shard: bool) -> dict[str, Any]:
+    """Three periods of a plain loop with the callback's events; under FSDP2 each rank has half of each batch."""
+    model = make_model()
+    if shard:
+        for block in model.model.layers:
+            fully_shard(block)
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    callback = LisaCallback(UniformSamplerConfig(active_layers=1, period=PERIOD, seed=5))
+    state, control = TrainerState(), TrainerControl()
+    arguments: Any = SimpleNamespace(ddp_find_unused_parameters=False)
+    kwargs = {"model": model, "optimizer": optimizer}
+    callback.on_train_begin(arguments, state, control, **kwargs)
+    rows = torch.stack([row["input_ids"] for row in make_data()])
+    flat, dtypes = [], set()
+    for step in range(3 * PERIOD):
+        state.global_step = step
+        callback.on_step_begin(arguments, state, control, **kwargs)
+        batch = rows[2 * step : 2 * step + 2]
+        mine = batch[distributed.rank() :: distributed.world_size()] if shard else batch
+        model(input_ids=mine, labels=mine).loss.backward()
+        dtypes |= {parameter.grad.dtype for parameter in model.parameters() if parameter.grad is not None}
+        optimizer.step()
+        optimizer.zero_grad()
+        flat.append(len(optimizer.state))
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in values.items()}
+    return {"weights": whole, "flat": flat, "blocks": [row[RECORD] for row in state.log_history], "dtypes": dtypes}
+
+
+def test_sharded_by_fsdp2_it_equals_one_device() -> None:
+    sharded, alone = run_on_ranks(2, drive, True), run_on_ranks(1, drive, False)[0]
+    for result in sharded:
+        assert result["blocks"] == alone["blocks"] and len({tuple(blocks) for blocks in alone["blocks"]}) > 1
+        assert set(result["flat"]) == set(alone["flat"]) and len(set(alone["flat"])) == 1
+        assert result["dtypes"] == {torch.float32}
+        for name, value in alone["weights"].items():
+            assert (result["weights"][name] - value).norm() < 1e-4 * value.norm() + 1e-6, name
+
+
+def refused_without_unused_parameters() -> str:
+    """Runs on every rank."""
+    arguments: Any = SimpleNamespace(ddp_find_unused_parameters=False)
+    try:
+        LisaCallback().on_train_begin(arguments, TrainerState(), TrainerControl(), model=make_model())
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_data_parallelism_must_allow_frozen_blocks() -> None:
+    assert all("ddp_find_unused_parameters" in text for text in run_on_ranks(2, refused_without_unused_parameters))
