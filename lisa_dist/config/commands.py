@@ -51,7 +51,7 @@ class GenerateConfig:
 
 @dataclass
 class PlanConfig:
-    gpu: str = "a100_80gb"  # a preset of conf/gpu
+    gpu: str = "a100_80gb"  # a preset of conf/gpu, or a YAML file of the same keys
     format: str = "table"  # table, json
     search: bool = False  # the largest micro-batch and the fastest setting that fits
     compare: list[str] = field(default_factory=list)  # methods side by side

@@ -9,8 +9,8 @@ from lisa_dist.config import Config
 from lisa_dist.config.method import FixedSamplerConfig
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
-from lisa_dist.planning.ledger import sum_of_work
 from lisa_dist.planning.simulation import Trace, architecture_of, extreme_sets, simulate
+from lisa_dist.sharding.ledger import sum_of_work
 
 EDGE = 2  # frozen blocks at either end, and before the active ones, that are looked at one by one
 

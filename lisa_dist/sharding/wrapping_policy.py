@@ -68,7 +68,8 @@ def shard_model(
     policy = MixedPrecisionPolicy(
         param_dtype=dtype_of(precision.compute), reduce_dtype=dtype_of(precision.reduce), cast_forward_inputs=False
     )
-    offload: OffloadPolicy = CPUOffloadPolicy() if parallel.offload == "all" else OffloadPolicy()
+    pin = mesh.device_type == "cuda"
+    offload: OffloadPolicy = CPUOffloadPolicy(pin_memory=pin) if parallel.offload == "all" else OffloadPolicy()
 
     def wrap(modules: nn.Module | list[nn.Module]) -> None:
         fully_shard(
@@ -117,6 +118,8 @@ def materialize(sharded: ShardedModel, trained: Iterable[str], device: torch.dev
     active = set(trained)
     for name, (fsdp_param, _) in sharded.handles.items():
         dtype = dtype_of(sharded.precision.active if name in active else sharded.precision.frozen)
+        if not fsdp_param.sharded_param.is_floating_point():
+            dtype = fsdp_param.sharded_param.dtype  # codes of a quantised weight
         shard = torch.empty(fsdp_param.sharded_size, dtype=dtype, device=device)
         storage.replace_shard(fsdp_param, shard, requires_grad=name in active)
     for module in sharded.module.modules():

@@ -106,7 +106,7 @@ class Ledger(TorchDispatchMode):
             self._book(storage, only_known=True)
             return result
 
-        torch.UntypedStorage.resize_ = counted_resize  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = counted_resize  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:

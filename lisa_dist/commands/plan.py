@@ -1,0 +1,195 @@
+"""``lisa-dist plan``: what a configuration needs on a cluster, before anybody pays for it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lisa_dist.config import EXIT_DONE, Config, UserError
+from lisa_dist.config.errors import check_choice
+from lisa_dist.config.gpu import read_gpu
+from lisa_dist.config.loading import group_choices
+from lisa_dist.planning.changes import Plan, changes_that_fit, make_plan, search
+from lisa_dist.planning.estimate import RESERVED_BYTES
+from lisa_dist.planning.simulation import micro_batches_per_step, num_ranks
+from lisa_dist.telemetry.units import format_bytes, format_count, format_duration
+
+
+def run(config: Config) -> int:
+    """Print what the configuration needs of each rank, and how long a step takes by estimate.
+
+    Raises:
+        UserError: the GPU or a method is unknown, or the configuration fits neither the model nor the cluster.
+    """
+    logging.disable(logging.INFO)  # every simulation builds a learner, which would say so
+    gpu = read_gpu(config.plan.gpu)
+    for method in config.plan.compare:
+        check_choice("plan.compare", method, group_choices("method"))
+    _check_frozen_base(config)
+    plan = make_plan(config, gpu)
+    changes = [] if plan.fits else changes_that_fit(plan)
+    compared = {method: make_plan(config, gpu, [f"method={method}"]) for method in config.plan.compare}
+    found = search(config, gpu) if config.plan.search else []
+    if config.plan.format == "json":
+        print(json.dumps(_to_json(plan, changes, compared, found), indent=2))
+    else:
+        _print_tables(plan, changes, compared, found)
+    return EXIT_DONE
+
+
+def _check_frozen_base(config: Config) -> None:
+    stored = config.model.quantization
+    if stored != "none":
+        raise UserError(f"model.quantization={stored}: plans know bfloat16 and float32 storage only; set it to none")
+
+
+def notes_on(plan: Plan) -> list[str]:
+    """Return what a reader must know to read the figures rightly."""
+    config = plan.config
+    micro_batches = micro_batches_per_step(config)
+    planned = micro_batches * num_ranks(config) * config.train.micro_batch_size
+    notes = []
+    if planned != config.train.global_batch_size:
+        notes.append(
+            f"planned with train.global_batch_size={planned}, the next multiple of micro-batch x ranks; "
+            f"train would refuse {config.train.global_batch_size}"
+        )
+    if config.parallel.compile:
+        notes.append("activations are those of the model that is not compiled: parallel.compile saves some of them")
+    if not plan.fits:
+        notes.append(
+            f"does not fit: {format_bytes(-plan.head_room)} too much on each rank, "
+            f"{format_bytes(-plan.head_room * num_ranks(config))} on the cluster"
+        )
+    return notes
+
+
+def _figures(plan: Plan) -> dict[str, Any]:
+    """Return a plan's figures, of the rank that needs most, as plain numbers."""
+    trace, work = plan.trace, plan.trace.work
+    return {
+        "persistent_bytes": trace.persistent_bytes,
+        "host_bytes": trace.host_bytes,
+        "peak_bytes": trace.peak_bytes,
+        "peak_at": trace.peak_at,
+        "fits": plan.fits,
+        "head_room_bytes": plan.head_room,
+        "communication_bytes_per_step": dict(work.sent),
+        "flops_per_step": work.flops,
+        "step_seconds_estimate": plan.estimate.step_seconds,
+        "tokens_per_second_estimate": plan.estimate.tokens_per_second,
+        "estimate_seconds": asdict(plan.estimate),
+    }
+
+
+def _to_json(plan: Plan, changes: list[Plan], compared: dict[str, Plan], found: list[Plan]) -> dict[str, Any]:
+    config = plan.config
+    result = {
+        **_figures(plan),
+        "model": config.model.name,
+        "method": config.method,
+        "blocks": plan.trace.num_blocks,
+        "active_blocks": plan.trace.num_active,
+        "ranks": num_ranks(config),
+        "gpu": config.plan.gpu,
+        "memory_bytes": plan.gpu.memory_bytes,
+        "reserved_bytes": RESERVED_BYTES,
+        "tokens_per_step": plan.trace.tokens,
+        "notes": notes_on(plan),
+    }
+    if changes:
+        result["changes"] = [{"overrides": other.overrides, **_figures(other)} for other in changes]
+    if compared:
+        result["compare"] = {method: _figures(other) for method, other in compared.items()}
+    if found:
+        result["search"] = [{"overrides": other.overrides, **_figures(other)} for other in found]
+    return result
+
+
+def _print_tables(plan: Plan, changes: list[Plan], compared: dict[str, Plan], found: list[Plan]) -> None:
+    console = Console(highlight=False, width=None if Console().is_terminal else 120)
+    console.print(_table_of(plan))
+    for note in notes_on(plan):
+        console.print(f"note: {note}")
+    if changes:
+        title = "changes that make it fit, the cheapest first" if changes[0].fits else "no change tried makes it fit"
+        console.print(_table_of_several(title, {" ".join(other.overrides): other for other in changes}))
+    if compared:
+        console.print(_table_of_several("methods", compared))
+    if found:
+        title = "the largest micro-batch for each kind of checkpointing, the fastest first"
+        console.print(_table_of_several(title, {" ".join(other.overrides): other for other in found}))
+
+
+def _table_of(plan: Plan) -> Table:
+    config, trace, work, times = plan.config, plan.trace, plan.trace.work, plan.estimate
+    ranks = num_ranks(config)
+    table = Table(
+        title=f"plan: {config.model.name}, {config.method}, {ranks} x {plan.gpu.description}",
+        title_justify="left",
+        show_header=False,
+        title_style="bold",
+    )
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    kinds = ", ".join(f"{format_bytes(size)} {kind.replace('_', ' ')}" for kind, size in trace.persistent_bytes.items())
+    total = sum(trace.persistent_bytes.values())
+    table.add_row("persistent a rank", f"{format_bytes(total)}: {kinds}")
+    if trace.host_bytes:
+        table.add_row("of it in host memory", format_bytes(trace.host_bytes))
+    table.add_row("peak a rank", f"{format_bytes(trace.peak_bytes)}, {trace.peak_at}")
+    table.add_row(
+        "fits" if plan.fits else "DOES NOT FIT",
+        f"{format_bytes(plan.head_room)} of {format_bytes(plan.gpu.memory_bytes)} left, with "
+        f"{format_bytes(RESERVED_BYTES)} set aside for CUDA, NCCL and fragmentation",
+    )
+    checkpointing = config.parallel.activation_checkpointing
+    table.add_row("blocks", f"{trace.num_active} of {trace.num_blocks} train, {checkpointing} checkpointing")
+    table.add_row(
+        "step",
+        f"{format_count(trace.tokens)} tokens: {config.train.micro_batch_size} x {config.data.sequence_length} a "
+        f"micro-batch, {micro_batches_per_step(config)} micro-batches on each of {ranks} ranks",
+    )
+    sent = ", ".join(f"{format_bytes(size)} {collective}" for collective, size in work.sent.items()) or "nothing"
+    table.add_row("sent by a rank a step", sent)
+    table.add_row("operations a rank a step", f"{format_count(work.flops)} FLOP in matrix products and attention")
+    table.add_row(
+        "step time, estimate",
+        f"{format_duration(times.step_seconds)} (computing {format_duration(times.compute_seconds)}, communicating "
+        f"{format_duration(times.communication_seconds)}, host {format_duration(times.host_seconds)}; overlapped)",
+    )
+    table.add_row("speed, estimate", f"{format_count(times.tokens_per_second)} tokens/s on the whole cluster")
+    return table
+
+
+def _table_of_several(title: str, plans: dict[str, Plan]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in (
+        "",
+        "persistent",
+        "peak",
+        "head-room",
+        "fits",
+        "sent a step",
+        "step, estimate",
+        "tokens/s, estimate",
+    ):
+        table.add_column(column, justify="left" if not column else "right", overflow="fold")
+    for name, plan in plans.items():
+        trace = plan.trace
+        table.add_row(
+            name,
+            format_bytes(sum(trace.persistent_bytes.values())),
+            format_bytes(trace.peak_bytes),
+            format_bytes(plan.head_room),
+            "yes" if plan.fits else "no",
+            format_bytes(sum(trace.work.sent.values())),
+            format_duration(plan.estimate.step_seconds),
+            format_count(plan.estimate.tokens_per_second),
+        )
+    return table

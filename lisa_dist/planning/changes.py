@@ -1,0 +1,123 @@
+"""Changes of a configuration that make it fit, or make it faster, each with a prediction of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lisa_dist.config import Config
+from lisa_dist.config.gpu import Gpu
+from lisa_dist.config.loading import vary
+from lisa_dist.planning.estimate import RESERVED_BYTES, Estimate, estimate
+from lisa_dist.planning.prediction import predict
+from lisa_dist.planning.simulation import Trace
+
+MOST_MICRO_BATCH = 1024
+MOST_NODES = 1024
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration with what is predicted of it."""
+
+    overrides: list[str]  # what was changed
+    config: Config
+    gpu: Gpu
+    trace: Trace
+    estimate: Estimate
+
+    @property
+    def head_room(self) -> int:
+        """Bytes left on the device at the peak; negative where it does not fit."""
+        return self.gpu.memory_bytes - RESERVED_BYTES - self.trace.peak_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak fits into the device's memory."""
+        return self.head_room >= 0
+
+
+def make_plan(config: Config, gpu: Gpu, overrides: list[str] | None = None) -> Plan:
+    """Predict memory and time of ``config`` with ``overrides``.
+
+    Raises:
+        UserError: the configuration fits neither the model nor the cluster.
+    """
+    overrides = overrides or []
+    config = vary(config, overrides) if overrides else config
+    trace = predict(config)
+    return Plan(overrides, config, gpu, trace, estimate(trace, gpu, config))
+
+
+def changes_that_fit(plan: Plan) -> list[Plan]:
+    """Return plans of changed configurations, those that fit first, the cheapest in time a token foremost.
+
+    Tried are: a smaller micro-batch, checkpointing, offload, more ranks; each alone, and then the savings together.
+    """
+    alone = [make_plan(plan.config, plan.gpu, overrides) for overrides in _single_changes(plan.config)]
+    together = [] if any(other.fits for other in alone) else _joint_changes(plan)
+    tried = [*alone, *together]
+    return sorted(tried, key=lambda other: (not other.fits, _seconds_per_token(other), -other.head_room))
+
+
+def _seconds_per_token(plan: Plan) -> float:
+    """Return the GPU seconds of a token, so that more ranks are no cheaper for being more."""
+    ranks = plan.config.parallel.nodes
+    return plan.estimate.step_seconds * ranks / plan.trace.tokens
+
+
+def _single_changes(config: Config) -> list[list[str]]:
+    changes: list[list[str]] = []
+    micro_batch = config.train.micro_batch_size
+    if micro_batch > 1:
+        changes.append([f"train.micro_batch_size={micro_batch // 2}"])
+    checkpointing = config.parallel.activation_checkpointing
+    if checkpointing == "none":
+        changes.append(["parallel.activation_checkpointing=selective"])
+    if checkpointing != "full":
+        changes.append(["parallel.activation_checkpointing=full"])
+    if config.parallel.offload == "none":
+        changes.append(["parallel.offload=all"])
+    changes.append([f"parallel.nodes={2 * config.parallel.nodes}"])
+    return changes
+
+
+def _joint_changes(plan: Plan) -> list[Plan]:
+    """Return the plan with every saving, and with ever more machines until it fits."""
+    savings = []
+    if plan.config.parallel.activation_checkpointing != "full":
+        savings.append("parallel.activation_checkpointing=full")
+    if plan.config.train.micro_batch_size > 1:
+        savings.append("train.micro_batch_size=1")
+    tried = []
+    if savings:
+        tried.append(make_plan(plan.config, plan.gpu, savings))
+    if plan.config.parallel.offload == "none" and (not tried or not tried[-1].fits):
+        tried.append(make_plan(plan.config, plan.gpu, [*savings, "parallel.offload=all"]))
+    nodes = 2 * plan.config.parallel.nodes
+    while nodes <= MOST_NODES and not (tried and tried[-1].fits):
+        tried.append(make_plan(plan.config, plan.gpu, [*savings, f"parallel.nodes={nodes}"]))
+        nodes *= 2
+    return tried
+
+
+def search(config: Config, gpu: Gpu) -> list[Plan]:
+    """Return, for each kind of checkpointing, the plan of the largest micro-batch that fits; the fastest first.
+
+    The peak is a straight line in the micro-batch size, or grows faster; two predictions give a first guess, which is
+    corrected by further ones.
+    """
+    found = []
+    for checkpointing in ("none", "selective", "full"):
+        override = f"parallel.activation_checkpointing={checkpointing}"
+        one, two = (make_plan(config, gpu, [override, f"train.micro_batch_size={size}"]) for size in (1, 2))
+        best = two if two.fits else one
+        slope = max(1, two.trace.peak_bytes - one.trace.peak_bytes)
+        size = min(MOST_MICRO_BATCH, 1 + max(0, one.head_room) // slope)
+        while size > 2:
+            guess = make_plan(config, gpu, [override, f"train.micro_batch_size={size}"])
+            if guess.fits:
+                best = guess
+                break
+            size -= max(1, -guess.head_room // slope)
+        found.append(best)
+    return sorted(found, key=lambda plan: (not plan.fits, _seconds_per_token(plan)))

@@ -1,0 +1,111 @@
+"""``lisa-dist plan``: its JSON object, the table, and its refusals."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lisa_dist.cli import main
+from lisa_dist.config.gpu import read_gpu
+from lisa_dist.config.loading import conf_dir
+from lisa_dist.planning.estimate import RESERVED_BYTES
+
+ARCHITECTURE = (
+    "model.architecture={model_type:llama,vocab_size:4096,hidden_size:512,intermediate_size:1024,"
+    "num_hidden_layers:12,num_attention_heads:8,num_key_value_heads:8}"
+)
+TINY = ["model=custom", ARCHITECTURE, "data.sequence_length=256", "parallel.nproc_per_node=2", "plan.format=json"]
+TINY += ["train.global_batch_size=4", "plan.gpu=rtx4090"]
+PARAMETERS = 2 * 4096 * 512 + 12 * (4 * 512**2 + 3 * 512 * 1024 + 2 * 512) + 512
+ACTIVE = 2 * 4096 * 512 + 2 * (4 * 512**2 + 3 * 512 * 1024 + 2 * 512) + 512
+
+
+@pytest.fixture(autouse=True)
+def restored_logging() -> Iterator[None]:
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def plan(capsys: pytest.CaptureFixture[str], *overrides: str) -> dict[str, Any]:
+    assert main(["plan", *TINY, *overrides]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_holds_the_figures_that_the_law_and_arithmetic_give(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = plan(capsys, "method=lisa", "plan.compare=[full,lisa]")
+    assert figures["persistent_bytes"] == {
+        "frozen_parameters": 2 * (PARAMETERS - ACTIVE) // 2,
+        "active_parameters": 4 * ACTIVE // 2,
+        "gradients": 4 * ACTIVE // 2,
+        "optimizer_state": 8 * ACTIVE // 2,
+    }
+    assert figures["fits"] and figures["peak_bytes"] > sum(figures["persistent_bytes"].values())
+    assert figures["head_room_bytes"] == figures["memory_bytes"] - figures["reserved_bytes"] - figures["peak_bytes"]
+    # Two micro-batches of a rank; frozen matrices cost 4 operations a parameter and token, active ones 6; attention
+    # has two products forward and five backward, over half of the pairs.
+    tokens = 2 * 256
+    matrices = PARAMETERS - 4096 * 512 - 25 * 512
+    trained = ACTIVE - 4096 * 512 - 5 * 512
+    attention = 2 * 12 * 7 * 2 * 256 * 256 * 512 // 2
+    assert figures["flops_per_step"] == tokens * (4 * matrices + 2 * trained) + attention
+    # Only the trained parameters are reduced, in fp32, once a micro-batch; of two ranks each sends half.
+    assert figures["communication_bytes_per_step"]["reduce_scatter"] == 2 * 4 * ACTIVE // 2
+    assert figures["tokens_per_second_estimate"] * figures["step_seconds_estimate"] == pytest.approx(4 * 256)
+    assert figures["compare"]["lisa"]["peak_bytes"] == figures["peak_bytes"]
+    assert figures["compare"]["full"]["persistent_bytes"]["frozen_parameters"] == 0
+
+
+def smaller_gpu(folder: Path, memory_bytes: int) -> str:
+    """Write the figures of a GPU with so much memory beyond what is set aside, and return the override for it."""
+    text = (conf_dir() / "gpu" / "rtx4090.yaml").read_text()
+    memory = read_gpu("rtx4090").memory_bytes
+    (folder / "small.yaml").write_text(text.replace(f"{memory}", f"{RESERVED_BYTES + memory_bytes}"))
+    return f"plan.gpu={folder / 'small.yaml'}"
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_would(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    needed = plan(capsys, "train.micro_batch_size=2")["peak_bytes"]
+    figures = plan(capsys, "train.micro_batch_size=2", smaller_gpu(tmp_path, needed - 10**6))
+    assert not figures["fits"] and figures["head_room_bytes"] == -(10**6)
+    assert any("976.6 KiB too much on each rank, 1.9 MiB on the cluster" in note for note in figures["notes"])
+    fitting = [change for change in figures["changes"] if change["fits"]]
+    assert fitting and fitting == figures["changes"][: len(fitting)]
+    assert ["train.micro_batch_size=1"] in [change["overrides"] for change in fitting]
+    assert all(change["peak_bytes"] < needed for change in fitting)
+
+
+def test_search_finds_the_largest_micro_batch_that_fits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    needed = plan(capsys, "train.micro_batch_size=3")["peak_bytes"]
+    found = plan(capsys, smaller_gpu(tmp_path, needed), "plan.search=true")["search"]
+    plain = next(entry for entry in found if "parallel.activation_checkpointing=none" in entry["overrides"])
+    assert plain["fits"] and "train.micro_batch_size=3" in plain["overrides"]
+    full = next(entry for entry in found if "parallel.activation_checkpointing=full" in entry["overrides"])
+    assert full["fits"] and int(full["overrides"][1].partition("=")[2]) > 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("plan.gpu=a100", "plan.gpu=a100: must be one of a100_40gb, a100_80gb"),
+        ("plan.compare=[lissa]", "did you mean lisa?"),
+        ("parallel.replicate=3", "parallel.replicate=3: must divide the number of ranks, 2"),
+    ],
+)
+def test_mistakes_are_exit_2(override: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *TINY, override]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_gpu_of_conf_is_complete_and_names_its_source() -> None:
+    files = sorted((conf_dir() / "gpu").glob("*.yaml"))
+    assert len(files) >= 8
+    for file in files:
+        gpu = read_gpu(file.stem)
+        assert 1e13 < gpu.matrix_flops < 1e16 and 2e10 < gpu.memory_bytes < 1e12, file
+        assert gpu.link_bandwidth_across_nodes < gpu.link_bandwidth_within_node < gpu.memory_bandwidth, file
+        assert "# https://" in file.read_text(), file
