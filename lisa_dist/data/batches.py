@@ -22,7 +22,9 @@ from lisa_dist.data.sequences import Sequences, TokenSequence
 
 MicroBatch = dict[str, torch.Tensor]  # input_ids, labels, position_ids: int64, [sequences, tokens]
 
-EMPTY_TOKENS = 2  # length of a micro-batch without labels, where lengths are free
+# Lengths are rounded up to a multiple of this: matrix units are full, and there are few distinct shapes, for each of
+# which kernels (on CPUs) and allocators (on GPUs) keep memory of their own.
+LENGTH_MULTIPLE = 8
 STEPS_AHEAD = 2  # global batches that are made ready in the background
 
 
@@ -72,7 +74,7 @@ class GlobalBatches:
             seed: of the order.
             rank, world_size: whose part.
             pad_token_id: any token id; padding has no label.
-            fixed_length: pad to ``sequence_length`` instead of to the longest sequence of the micro-batch.
+            fixed_length: pad to ``sequence_length`` instead of to a little above the micro-batch's longest sequence.
         """
         self.sequences = sequences
         self.global_batch_size = global_batch_size
@@ -172,9 +174,14 @@ class GlobalBatches:
         place = turn * self.world_size + self.rank
         return self.collate(parts[place]) if place < len(parts) else self.empty_micro_batch()
 
+    def _padded_length(self, longest: int) -> int:
+        if self.fixed_length:
+            return self.sequence_length
+        return min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, max(longest, self.sequence_length))
+
     def empty_micro_batch(self) -> MicroBatch:
         """Return a micro-batch without labels, for a rank that has none while others do."""
-        tokens = self.sequence_length if self.fixed_length else EMPTY_TOKENS
+        tokens = self._padded_length(1)
         shape = (self.micro_batch_size, tokens)
         return _ready(
             {
@@ -192,7 +199,7 @@ class GlobalBatches:
         model must be called with ``use_cache=False`` (https://github.com/huggingface/transformers/pull/39194).
         """
         chosen: list[TokenSequence] = [self.sequences[index] for index in indices]
-        tokens = self.sequence_length if self.fixed_length else max(len(one.input_ids) for one in chosen)
+        tokens = self._padded_length(max(len(one.input_ids) for one in chosen))
         batch = {
             "input_ids": np.full((len(chosen), tokens), self.pad_token_id, dtype=np.int64),
             "labels": np.full((len(chosen), tokens), UNTRAINED, dtype=np.int64),

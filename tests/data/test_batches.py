@@ -81,12 +81,15 @@ def test_steps_and_epochs(sequences):
 
 def test_padding(sequences):
     mine = batches(sequences)
-    batch = mine.collate([0, 1])  # 3 and 10 tokens
-    assert all(tensor.shape == (2, 10) and tensor.dtype == torch.int64 for tensor in batch.values())
+    batch = mine.collate([0, 1])  # 3 and 10 tokens, so 16 with the multiple of 8
+    assert all(tensor.shape == (2, 16) and tensor.dtype == torch.int64 for tensor in batch.values())
     assert set(batch) == {"input_ids", "labels", "position_ids"}  # a mask would switch packing off
-    assert batch["position_ids"].tolist() == [list(range(10))] * 2
-    assert batch["labels"][0, 3:].tolist() == [-100] * 7
+    assert batch["position_ids"].tolist() == [list(range(16))] * 2
+    assert batch["labels"][0, 3:].tolist() == [-100] * 13
     assert label_tokens(batch) == 2 + 9
+    assert mine.collate([0])["input_ids"].shape == (1, 8)
+    short = batches(sequences, sequence_length=10)
+    assert short.collate([0, 1])["input_ids"].shape == (2, 10)  # never above data.sequence_length
     fixed = batches(sequences, fixed_length=True)
     assert fixed.collate([0, 1])["input_ids"].shape == (2, 16)
     assert fixed.empty_micro_batch()["labels"].shape == (2, 16)
