@@ -11,35 +11,47 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lisa_dist.checkpoint.weights import ShardedTensors
-from lisa_dist.config import Config, UpdateConfig, UserError
+from lisa_dist.config import Config, UserError
 from lisa_dist.config.method import LoraUpdateConfig
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
+from lisa_dist.models.quantization import dequantize
 from lisa_dist.updates.lora import ADAPTER, adapter_config, merge, scaling_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
-def merged_tensors(
-    tensors: ShardedTensors, update: UpdateConfig, model: nn.Module
-) -> Iterator[tuple[str, torch.Tensor]]:
+def merged_tensors(tensors: ShardedTensors, config: Config, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every weight under the name it has without adapters, those that carry one merged, one at a time.
 
+    Quantised weights are turned into the numbers they stand for, which are those that the adapters were trained on.
+
     Args:
+        tensors: of the checkpoint.
+        config: of the run.
         model: the model without adapters, on ``meta``.
     """
+    update = config.update
     for name in tensors:
-        if ".lora_" in name:
+        if ".lora_" in name or name.endswith(".weight_scale"):
             continue
         if not isinstance(update, LoraUpdateConfig) or not name.endswith(".base_layer.weight"):
-            yield name.replace(".base_layer.", "."), tensors.read(name)
+            yield name.replace(".base_layer.", "."), _plain(tensors, name, config)
             continue
         layer = name.removesuffix(".base_layer.weight")
         a, b = (tensors.read(f"{layer}.lora_{kind}.{ADAPTER}.weight") for kind in "AB")
         magnitude = tensors.read(f"{layer}.lora_magnitude_vector.{ADAPTER}.weight") if update.dora else None
         transposed = isinstance(model.get_submodule(layer), Conv1D)
         scaling = scaling_of(update, a.shape[0])
-        yield f"{layer}.weight", merge(tensors.read(name), a, b, scaling, magnitude, transposed)
+        yield f"{layer}.weight", merge(_plain(tensors, name, config), a, b, scaling, magnitude, transposed)
+
+
+def _plain(tensors: ShardedTensors, name: str, config: Config) -> torch.Tensor:
+    """Return a weight that is not quantised, or no longer."""
+    scale = f"{name}_scale"
+    if scale not in tensors.pieces:
+        return tensors.read(name)
+    return dequantize(tensors.read(name), tensors.read(scale), config.model.quantization, torch.float32)
 
 
 def write_adapter(config: Config, checkpoint: Path, directory: Path) -> list[str]:

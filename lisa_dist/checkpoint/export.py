@@ -97,7 +97,7 @@ def write_model(config: Config, checkpoint: Path, directory: Path) -> list[str]:
     dtype = export_dtype(config)
     with ShardedTensors.of_weights(checkpoint) as tensors:
         to_checkpoint = export_conversion(model)
-        merged = merged_tensors(tensors, config.update, model)
+        merged = merged_tensors(tensors, config, model)
         stream = (pair for name, tensor in merged for pair in to_checkpoint(name, tensor.to(dtype)))
         files = write_files(stream, directory, parse_size(config.export.max_shard_size))
     architecture.dtype = dtype

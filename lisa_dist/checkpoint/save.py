@@ -94,6 +94,7 @@ class CheckpointSaver:
         self.since_full = state["since_full"]
         self.changed = set(self.learner.optimizer.parameters)
         self.changed_since_snapshot = set()
+        self.buffers.clear()
 
     def save(self, progress: Progress) -> None:
         """Write the checkpoint of ``progress.step``, or have it written. Collective: every rank.
@@ -102,9 +103,11 @@ class CheckpointSaver:
             CheckpointError: this write, or the one before in the background, failed and ``on_error=stop``.
         """
         self.finish()
+        frozen_since = set(self.learner.sharded.handles) - self.changed_since_snapshot
         snapshot = self._take(progress)
         if self.config.in_background:
-            snapshot.folders = {folder: self._stage(folder, pieces) for folder, pieces in snapshot.folders.items()}
+            frozen = frozen_since - set(self.learner.optimizer.parameters)
+            snapshot.folders = {name: self._stage(name, pieces, frozen) for name, pieces in snapshot.folders.items()}
         self.writing = snapshot
         if self.config.in_background:
             self.thread = threading.Thread(
@@ -177,16 +180,25 @@ class CheckpointSaver:
         texts = {STATE: json.dumps(state, indent=1), CONFIG: self.config_yaml}
         return Snapshot(progress.step, folders, texts, holders)
 
-    def _stage(self, folder: str, pieces: dict[str, Piece]) -> dict[str, Piece]:
-        """Copy to host memory; returns when the copies are there."""
+    def _stage(self, folder: str, pieces: dict[str, Piece], frozen: set[str]) -> dict[str, Piece]:
+        """Copy to host memory; returns when the copies are there.
+
+        Args:
+            folder: what the pieces are of.
+            pieces: what this rank writes.
+            frozen: parameters that have not changed since the last copy, which therefore still holds.
+        """
         staged = {}
         for name, piece in pieces.items():
             key, tensor = f"{folder}/{name}", piece.tensor
             buffer = self.buffers.get(key)
-            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            fits = buffer is not None and buffer.shape == tensor.shape and buffer.dtype == tensor.dtype
+            if buffer is None or not fits:
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 self.buffers[key] = buffer
-            staged[name] = Piece(buffer.copy_(tensor, non_blocking=True), piece.offsets)
+            if not (fits and folder == WEIGHTS and name in frozen):
+                buffer.copy_(tensor, non_blocking=True)
+            staged[name] = Piece(buffer, piece.offsets)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         held = {f"{folder}/{name}" for name in pieces}

@@ -1,8 +1,9 @@
 """Which rank lags, and where: what gloo's and NCCL's time-outs do not say.
 
 Each rank notes what it does in a small file of the run directory, which others can read when this rank, or the
-one that serves the process group's store, stands still. A thread watches for standstill, because NCCL ends the
-process from a thread of its own, and Python's main thread gets no exception.
+one that serves the process group's store, stands still. A thread notes that the process lives, so that one that
+was stopped or whose machine is gone differs from one that waits; and it watches for standstill, because NCCL ends
+the process from a thread of its own, and Python's main thread gets no exception.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 RECORD_BYTES = 256  # a record is written over the last one, padded, in one system call
 WATCH_SHARE = 0.9  # of the time-out, after which a standstill is explained in the log
+TICK_SHARE = 0.05  # of the time-out: how often a rank that waits shows that it lives
+STILL_SHARE = 0.25  # of the time-out, without a sign of life, after which a rank stands still
 
 
 class LostRankError(RuntimeError):
@@ -48,7 +51,8 @@ class Heartbeat:
         self.part = "start"
         self.beat = time.monotonic()
         self.watched = True
-        self._order = 0  # counts the notes: of two ranks in one run, the smaller one is behind
+        self.noted = time.time()
+        self.order = 0  # counts the notes: of two ranks in one run, the smaller one is behind
         self._file = os.open(self.folder / f"heartbeat_{distributed.rank()}.json", os.O_WRONLY | os.O_CREAT, 0o666)
         self._stop = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
@@ -74,28 +78,38 @@ class Heartbeat:
 
     def _note(self, part: str) -> None:
         self.part, self.beat = part, time.monotonic()
-        self._order += 1
-        record = {"step": self.step, "order": self._order, "part": part, "host": socket.gethostname()}
-        text = json.dumps({**record, "time": time.time()})
-        os.pwrite(self._file, text.encode()[: RECORD_BYTES - 1].ljust(RECORD_BYTES - 1) + b"\n", 0)
+        self.noted = time.time()
+        self.order += 1
+        self._write()
+
+    def _write(self) -> None:
+        record = {
+            "step": self.step,
+            "order": self.order,
+            "part": self.part,
+            "host": socket.gethostname(),
+            "noted": self.noted,
+            "alive": time.time(),
+        }
+        os.pwrite(self._file, json.dumps(record).encode().ljust(RECORD_BYTES - 1) + b"\n", 0)
 
     def explain(self) -> str:
-        """Return where this rank waits and which ranks are behind it, by the notes of all."""
-        waits = f"rank {distributed.rank()} waited in {self.part} of step {self.step}"
+        """Return where this rank waits, and which ranks are behind it or stand still, by the notes of all."""
         notes = {rank: self._read(rank) for rank in range(distributed.world_size())}
-        known = {rank: note for rank, note in notes.items() if note is not None}
-        most = max((note["order"] for note in known.values()), default=0)
-        behind = [rank for rank, note in known.items() if note["order"] < most]
-        silent = [f"rank {rank} left no note" for rank, note in notes.items() if note is None]
-        if not behind and not silent:
-            return f"{waits}; every rank got as far"
-        now = time.time()
-        lagging = [
-            f"rank {rank} on {known[rank]['host']} is behind, last seen {now - known[rank]['time']:.0f} s ago "
-            f"in {known[rank]['part']} of step {known[rank]['step']}"
-            for rank in behind
-        ]
-        return f"{waits}; {'; '.join([*lagging, *silent])}"
+        most = max((note["order"] for note in notes.values() if note is not None), default=0)
+        found = [f"rank {distributed.rank()} waited in {self.part} of step {self.step}"]
+        for rank, note in notes.items():
+            if note is None:
+                found.append(f"rank {rank} left no note")
+                continue
+            where = f"in {note['part']} of step {note['step']}"
+            still = time.time() - note["alive"]
+            if still > STILL_SHARE * self.timeout:
+                found.append(f"rank {rank} on {note['host']} stands still, last seen {still:.0f} s ago {where}")
+            elif note["order"] < most:
+                since = time.time() - note["noted"]
+                found.append(f"rank {rank} on {note['host']} is behind, for {since:.0f} s {where}")
+        return "; ".join(found if len(found) > 1 else [*found, "no rank is known to be behind it"])
 
     def explained(self, error: BaseException) -> BaseException:
         """Return a :class:`LostRankError` in place of an error of a collective, any other error as it is."""
@@ -107,13 +121,14 @@ class Heartbeat:
     def _read(self, rank: int) -> dict[str, Any] | None:
         try:
             note = json.loads((self.folder / f"heartbeat_{rank}.json").read_text())
-            return note if {"step", "order", "part", "host", "time"} <= note.keys() else None
+            return note if {"step", "order", "part", "host", "noted", "alive"} <= note.keys() else None
         except (OSError, ValueError, AttributeError):
             return None
 
     def _watch(self) -> None:
-        """Explain a standstill once; to be sure of the log, before the collective's own time-out ends the process."""
-        while not self._stop.wait(min(1.0, self.timeout / 20)):
+        """Show that this rank lives, and explain a standstill before the collective's own time-out ends the process."""
+        while not self._stop.wait(TICK_SHARE * self.timeout):
+            self._write()
             if self.watched and time.monotonic() - self.beat > WATCH_SHARE * self.timeout:
                 logger.warning("no progress for %.0f s: %s", time.monotonic() - self.beat, self.explain())
                 self.beat = time.monotonic()

@@ -79,9 +79,9 @@ class Launched:
         """Send a signal to a process of this run."""
         os.kill(process, number)
 
-    def finish(self) -> tuple[int, str]:
+    def finish(self, patience: float = PATIENCE) -> tuple[int, str]:
         """The exit code and what was printed."""
-        output, _ = self.process.communicate(timeout=PATIENCE)
+        output, _ = self.process.communicate(timeout=patience)
         return self.process.returncode, output
 
 

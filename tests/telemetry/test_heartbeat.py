@@ -18,8 +18,9 @@ def three_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
 
 
-def note(run_dir: Path, rank: int, order: int, part: str) -> None:
-    content = {"step": 7, "order": order, "part": part, "host": "node2", "time": time.time() - 40}
+def note(run_dir: Path, rank: int, order: int, part: str, alive: float = 0) -> None:
+    now = time.time()
+    content = {"step": 7, "order": order, "part": part, "host": "node2", "noted": now - 40, "alive": now - alive}
     (run_dir / "logs" / f"heartbeat_{rank}.json").write_text(json.dumps(content))
 
 
@@ -31,13 +32,18 @@ def test_ranks_behind_are_named(three_ranks: None, tmp_path: Path) -> None:
             note(tmp_path, 1, order, "backward")
             note(tmp_path, 2, order - 1, "forward")
             explained = heartbeat.explain()
-            assert explained.startswith("rank 0 waited in backward of step 7; rank 2 on node2 is behind, last seen ")
-            assert explained.endswith("in forward of step 7") and "rank 1" not in explained
+            assert (
+                explained
+                == "rank 0 waited in backward of step 7; rank 2 on node2 is behind, for 40 s in forward of step 7"
+            )
             (tmp_path / "logs" / "heartbeat_1.json").write_text("torn")
             assert "rank 1 left no note" in heartbeat.explain()
-            note(tmp_path, 1, order, "backward")
+            note(tmp_path, 1, order, "backward", alive=60)
             note(tmp_path, 2, order, "backward")
-            assert heartbeat.explain().endswith("every rank got as far")
+            stands = "rank 1 on node2 stands still, last seen 60 s ago in backward of step 7"
+            assert heartbeat.explain() == f"rank 0 waited in backward of step 7; {stands}"
+            note(tmp_path, 1, order, "backward")
+            assert heartbeat.explain().endswith("no rank is known to be behind it")
         assert heartbeat.part == "between steps"
 
 
