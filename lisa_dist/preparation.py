@@ -6,6 +6,7 @@ import copy
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -179,6 +180,7 @@ def announce_run(
 ) -> None:
     """Print once what is effective."""
     sharded, precision = learner.sharded, config.precision
+    architecture: Any = sharded.module.config
     mesh = " x ".join(f"{size} {name}" for name, size in zip(sharded.mesh.mesh_dim_names or (), sharded.mesh.shape))
     total = sum(sharded.parameter(name).numel() for name in sharded.handles)
     blocks = len(sharded.layers.blocks)
@@ -194,7 +196,7 @@ def announce_run(
             f"{blocks} blocks a period of {config.sampler.period} steps; update {config.update.name}",
             "storage": f"frozen {precision.frozen}, active {precision.active}, compute {precision.compute}, "
             f"gradients reduced in {precision.reduce}, {precision.on_freeze} rounding on freeze",
-            "attention": str(sharded.module.config._attn_implementation),
+            "attention": str(architecture._attn_implementation),
             "data": f"{config.data.path}: {batches.num_sequences} sequences, format {data.format}, {trained}",
             "steps": f"{progress.step} of {max_steps} done, global batch {config.train.global_batch_size} = "
             f"{config.train.micro_batch_size} a micro-batch",

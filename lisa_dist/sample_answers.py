@@ -27,6 +27,6 @@ def show_answers(run: Run, title: str) -> None:
         limit = min(LONGEST_ANSWER, 2 * len(question.answer_ids) + 8)
         found = answer(run.learner.sharded.module, question.prompt_ids, stop_ids, limit)
         texts = (question.prompt_ids, found, question.answer_ids)
-        table.add_row(*(run.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in texts))
+        table.add_row(*(str(run.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in texts))
     if distributed.is_main():
         Console(highlight=False).print(table)
