@@ -100,7 +100,8 @@ def prepare_run(config: Config) -> Run:
     """
     device = distributed.device()
     tokenizer = open_tokenizer(config)
-    data = prepare_data(config.data, tokenizer, config.train.seed)
+    with distributed.waiting_for_disks(config.parallel.timeout):
+        data = prepare_data(config.data, tokenizer, config.train.seed)
     show_preview(config.data, data, tokenizer)
     pad = int(tokenizer.pad_token_id or 0)
     batches = make_batches(config, data.train, pad)
