@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 
+from lisa_dist.config.gpu import read_gpu
+from lisa_dist.config.loading import conf_dir
 from lisa_dist.learner import Learner
-
-# Dense bf16 matrix rate in FLOP/s, without sparsity, by a part of the device's name; from NVIDIA's data sheets.
-PEAK_RATES = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12}
 
 
 def parameter_flops_per_token(learner: Learner) -> float:
@@ -51,11 +51,19 @@ def attention_flops(learner: Learner, sequences: int, tokens: int) -> float:
 
 
 def peak_rate(device: torch.device) -> float | None:
-    """Return the FLOP/s that one device reaches at most in bf16; None on a CPU and for a GPU that is not listed."""
+    """Return the FLOP/s of one device by its preset in conf/gpu; None on a CPU and for a GPU that has no preset."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for part, rate in PEAK_RATES.items() if part in name), None)
+    return preset_rate(torch.cuda.get_device_name(device))
+
+
+def preset_rate(device_name: str) -> float | None:
+    """Return the FLOP/s of the preset whose name, without its memory size, is in the device's name."""
+    plain = device_name.lower().replace(" ", "")
+    for preset in sorted(file.stem for file in (conf_dir() / "gpu").glob("*.yaml")):
+        if re.sub(r"_\d+gb$", "", preset).replace("_", "") in plain:
+            return read_gpu(preset).matrix_flops
+    return None
 
 
 def _experts(architecture: object) -> int:

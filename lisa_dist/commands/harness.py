@@ -64,6 +64,12 @@ class ShardedModelOfHarness(TemplateLM):
         return int(self.tokenizer.eos_token_id)
 
     @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context: BOS, as the harness has it for transformers' models."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
+
+    @property
     def tokenizer_name(self) -> str:
         return self.tokenizer.name_or_path
 
@@ -116,7 +122,7 @@ class ShardedModelOfHarness(TemplateLM):
         owners: list[int] = []
         for index, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            for window in get_rolling_token_windows(tokens, self.eot_token_id, self.longest, 1):
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.longest, 1):
                 windows.append((None, *make_disjoint_window(window)))
                 owners.append(index)
         totals = [0.0] * len(requests)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ class Step:
     """One measured optimizer step: seconds by this rank's clock, the rest summed over the ranks."""
 
     seconds: float
+    cpu_seconds: float  # that all threads of this rank spent on a processor: what other programs do, does not count
     parts: dict[str, float]
     tokens: int = 0
     label_tokens: int = 0
@@ -44,6 +46,10 @@ class Round:
     def median(self) -> float:
         """Return the median seconds of the measured steps."""
         return statistics.median(step.seconds for step in self.steps)
+
+    def median_cpu(self) -> float:
+        """Return the median processor seconds of the measured steps."""
+        return statistics.median(step.cpu_seconds for step in self.steps)
 
 
 @dataclass
@@ -93,18 +99,18 @@ def measure_step(lane: Lane) -> Step:
     """Make one step and measure it. Collective: every rank."""
     device = distributed.device()
     stopwatch = Stopwatch(device)
-    started = now(device)
+    started, cpu_started = now(device), time.process_time()
     with stopwatch("data"):
         micro_batches = next(lane.batches)
     lane.contestant.step(micro_batches, stopwatch)
-    seconds = now(device) - started
-    parts = stopwatch.take()
+    seconds, cpu_seconds = now(device) - started, time.process_time() - cpu_started
+    parts = {part: spent for part, spent in stopwatch.take().items() if part in PARTS}
     parts["other"] = seconds - sum(parts.values())
     tokens = sum(micro_batch["input_ids"].numel() for micro_batch in micro_batches)
     labels = sum(label_tokens(micro_batch) for micro_batch in micro_batches)
     flops = lane.contestant.flops(micro_batches) or 0.0
     counted = distributed.all_reduce_sum([float(tokens), float(labels), flops])
-    return Step(seconds, parts, int(counted[0]), int(counted[1]), counted[2])
+    return Step(seconds, cpu_seconds, parts, int(counted[0]), int(counted[1]), counted[2])
 
 
 def summarize(lane: Lane) -> dict[str, Any]:
@@ -112,10 +118,7 @@ def summarize(lane: Lane) -> dict[str, Any]:
     steps = [step for round_ in lane.rounds for step in round_.steps]
     seconds = spread_of([step.seconds for step in steps])
     parts = {part: statistics.median(step.parts.get(part, 0.0) for step in steps) for part in PARTS}
-    after_effects = [
-        round_.first.seconds - statistics.median(s.seconds for s in round_.steps) for round_ in lane.rounds
-    ]
-    switch = spread_of([round_.switch_seconds + after for round_, after in zip(lane.rounds, after_effects)])
+    switch = spread_of([round_.switch_seconds + round_.first.seconds - round_.median() for round_ in lane.rounds])
     period = lane.config.sampler.period
     parts["switch"] = switch.median / period
     slowdown = 1 + switch.median / period / seconds.median
@@ -130,6 +133,7 @@ def summarize(lane: Lane) -> dict[str, Any]:
         "tokens_per_second": rate,
         "label_tokens_per_second": labels,
         "step_seconds": {**vars(seconds), "by_part": parts},
+        "cpu_seconds": vars(spread_of([step.cpu_seconds for step in steps])),
         "switch_seconds": vars(switch),
         "switch_in_steps": switch.median / seconds.median,
         "peak_bytes": max(peaks),
@@ -140,6 +144,11 @@ def summarize(lane: Lane) -> dict[str, Any]:
     }
 
 
-def ratio(lane: Lane, reference: Lane) -> dict[str, float]:
-    """Return the step time relative to the reference's: a ratio each round, their median and quartile distance."""
-    return vars(spread_of([own.median() / other.median() for own, other in zip(lane.rounds, reference.rounds)]))
+def ratio(lane: Lane, reference: Lane) -> dict[str, Any]:
+    """Return the step time relative to the reference's: a ratio each round, their median and quartile distance.
+
+    ``cpu`` is the same of processor seconds, which other programs on the machine disturb far less.
+    """
+    pairs = list(zip(lane.rounds, reference.rounds))
+    cpu = spread_of([own.median_cpu() / other.median_cpu() for own, other in pairs])
+    return {**vars(spread_of([own.median() / other.median() for own, other in pairs])), "cpu": vars(cpu)}
