@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+from lisa_dist import distributed
 from lisa_dist.checkpoint.manifest import checkpoint_name, damage, list_checkpoints
 from lisa_dist.checkpoint.save import CheckpointError, CheckpointSaver, Snapshot
 from lisa_dist.checkpoint.weights import ShardedTensors
@@ -249,3 +253,19 @@ def test_training_goes_on_while_it_writes(plain: Path, tmp_path: Path) -> None:
     for step in (4, 8):  # what was staged is the state of that step, not of the one after
         found, whole = tensors_of(checkpoint(tmp_path, step)), tensors_of(checkpoint(plain, step))
         assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def wait_for_a_slow_rank() -> int:
+    """Meet a rank that is later than the group's time-out of one second; the time-out, in seconds, afterwards."""
+    with distributed.waiting_for_disks(1):
+        if distributed.rank() == 1:
+            time.sleep(2)
+        distributed.barrier()
+    backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+    after = backend.options._timeout.total_seconds()
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=120))  # as the pool had it
+    return after
+
+
+def test_collectives_wait_for_disks() -> None:
+    assert run_on_ranks(2, wait_for_a_slow_rank) == [1, 1]
