@@ -72,7 +72,7 @@ class Heartbeat:
         outer = self.part
         self.watched = not may_take_long
         self._note(part)
-        yield
+        yield  # where the body raises, the note stays: it says where
         self.watched = True
         self._note(outer)
 
