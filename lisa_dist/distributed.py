@@ -134,6 +134,16 @@ def local_shard(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
+def as_sharded(local: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return the tensor of ``shape`` whose rows on this rank are ``local``, placed as ``like`` is."""
+    if not isinstance(like, DTensor):
+        return local
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
 def broadcast_object(value: T, source: int = 0) -> T:
     """Return the ``value`` of rank ``source`` on every rank. Collective: every rank."""
     if is_alone():

@@ -12,14 +12,17 @@ from transformers import PretrainedConfig
 from lisa_dist import distributed, probes
 from lisa_dist.active_blocks import ActiveSet, RankSynchronizedSampler, switch_active_blocks, trained_parameters
 from lisa_dist.config import Config, UserError
+from lisa_dist.config.method import LoraUpdateConfig
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
 from lisa_dist.models.loss_head import install_loss_head
+from lisa_dist.models.quantization import quantize_linears
 from lisa_dist.optim.active_optimizer import ActiveOptimizer
 from lisa_dist.sampling import build_sampler
 from lisa_dist.sampling.base import GRADIENT_NORMS, OUTLIERS, RESPONSE_SUPPRESSION, WEIGHT_NORMS
+from lisa_dist.sharding.checkpointing_policy import CheckpointingPolicy
 from lisa_dist.sharding.wrapping_policy import (
     ShardedModel,
     always_active_parameters,
@@ -42,6 +45,7 @@ class Learner:
     optimizer: ActiveOptimizer
     sampler: RankSynchronizedSampler
     active: ActiveSet
+    checkpointing: CheckpointingPolicy
 
     @property
     def period_length(self) -> int:
@@ -63,11 +67,29 @@ def build_learner(config: Config, architecture: PretrainedConfig | None = None) 
     layers = find_layers(module, config.model.blocks)
     update.prepare_model(module, layers)
     sampler = RankSynchronizedSampler(build_sampler(config.sampler, len(layers.blocks)))
+    if config.model.quantization != "none":
+        check_quantization(config, sampler.sampler.needs)
+        if not quantize_linears(layers.blocks, config.model.quantization):
+            raise UserError(f"model.quantization={config.model.quantization}: this model has no layers for it")
     install_loss_head(module, layers, config.model.loss_chunk, config.model.router_aux_loss)
+    checkpointing = CheckpointingPolicy(config, update)
+    checkpointing.measure(module)
     mesh = distributed.make_mesh(config.parallel)
     sharded = shard_model(module, layers, mesh, config.parallel, config.precision)
     active = ActiveSet(always_active_parameters(sharded, config.always_active))
-    return Learner(config, sharded, update, ActiveOptimizer(config.optimizer, update), sampler, active)
+    optimizer = ActiveOptimizer(config.optimizer, update)
+    return Learner(config, sharded, update, optimizer, sampler, active, checkpointing)
+
+
+def check_quantization(config: Config, probe_name: str | None) -> None:
+    """Raise :class:`UserError` where something needs the numbers that quantised weights stand for."""
+    key = f"model.quantization={config.model.quantization}"
+    if not isinstance(config.update, LoraUpdateConfig):
+        raise UserError(f"{key}: quantised weights can't be trained by update={config.update.name}, but by update=lora")
+    if config.update.dora:
+        raise UserError(f"{key}: update.dora=true needs the norms of weights that are not quantised")
+    if probe_name in (OUTLIERS, WEIGHT_NORMS):
+        raise UserError(f"{key}: sampler={config.sampler.name} looks at weights, which must then not be quantised")
 
 
 def allocate(learner: Learner, active_blocks: list[int], device: torch.device) -> None:
@@ -77,6 +99,7 @@ def allocate(learner: Learner, active_blocks: list[int], device: torch.device) -
     materialize(learner.sharded, trained, device)
     restore_buffers(learner.sharded.module)
     learner.optimizer.adopt({name: learner.sharded.parameter(name) for name in trained})
+    learner.checkpointing.apply(learner.sharded, learner.active.blocks)
 
 
 def load_initial_weights(learner: Learner, device: torch.device) -> None:
@@ -112,6 +135,7 @@ def begin_period(learner: Learner, period: int, coming: ComingBatches | None = N
         period,
         learner.config.train.seed,
     )
+    learner.checkpointing.apply(learner.sharded, learner.active.blocks)
 
 
 def probe(learner: Learner, coming: ComingBatches | None) -> list[float]:

@@ -22,6 +22,7 @@ from lisa_dist import distributed
 from lisa_dist.config import UserError
 from lisa_dist.models.architecture import meta_replica
 from lisa_dist.models.conversion import Source, find_sources
+from lisa_dist.models.quantization import StagedTensors
 from lisa_dist.models.weight_files import SafetensorsDirectory, weights_directory
 
 
@@ -43,6 +44,7 @@ def load_pretrained(model: nn.Module, path: str | Path) -> list[str]:
     filled: set[str] = set()
     for target, source in sources.items():
         filled |= _fill(target, source, weights, replica, tensors)
+        tensors.settle()
     weights.close()
     _check_names(weights.directory, sorted(set(tensors) - filled), unexpected)
     return added
@@ -65,6 +67,7 @@ def initialize_random(model: nn.Module, seed: int) -> list[str]:
         for key, value in _part_state(name, part, recurse).items():
             if key in tensors:  # a tied head is not: its weight was made with the embeddings
                 _copy_region(tensors[key], value)
+        tensors.settle()
         part.to_empty(device="meta", recurse=recurse)
     return added
 
@@ -96,13 +99,13 @@ def _computed_buffers(replica: nn.Module) -> dict[str, Tensor]:
     return computed
 
 
-def _own_tensors(model: nn.Module, replica: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+def _own_tensors(model: nn.Module, replica: nn.Module) -> tuple[StagedTensors, list[str]]:
     """Return the model's parameters and persistent buffers by the architecture's names, and the names of all others.
 
     An adapter that wraps a layer calls it ``base_layer``.
     """
     expected = _state(replica)
-    found, added = {}, []
+    found, added = StagedTensors(model), []
     for name, tensor in _state(model).items():
         plain = name.replace(".base_layer.", ".")
         if plain in expected:

@@ -64,7 +64,7 @@ class Lora(Update):
                 fill(parameter, full.uniform_(-bound, bound, generator=keyed_generator(seed, name)))
             elif ".lora_B." in name:
                 local_shard(parameter.detach()).zero_()
-            else:
+            elif ".lora_magnitude_vector." in name:
                 layer = name.partition(".lora_")[0]
                 base = whole(parameters[f"{layer}.base_layer.weight"].detach()).float()
                 fill(parameter, base.norm(dim=0 if layer in self.transposed else 1))

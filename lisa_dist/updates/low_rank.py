@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from lisa_dist import distributed
 from lisa_dist.config import UserError
 from lisa_dist.config.method import LowRankUpdateConfig
-from lisa_dist.distributed import local_shard
+from lisa_dist.distributed import as_sharded, local_shard
 from lisa_dist.models.layer_map import LayerMap, linear_layers
 from lisa_dist.updates.base import Trained, Update
-from lisa_dist.updates.sharded import as_sharded, fill, sharded_zeros, whole
+from lisa_dist.updates.sharded import fill, sharded_zeros, whole
 
 logger = logging.getLogger(__name__)
 

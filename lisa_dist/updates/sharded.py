@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lisa_dist.distributed import local_shard
+from lisa_dist.distributed import as_sharded, local_shard
 
 
 def sharded_zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -19,16 +19,6 @@ def sharded_zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     local_shape, _ = compute_local_shape_and_global_offset(shape, like.device_mesh, like.placements)
     zeros = local_shard(like.detach()).new_zeros(local_shape, dtype=torch.float32)
     return as_sharded(zeros, like, shape)
-
-
-def as_sharded(local: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return the tensor of ``shape`` whose rows on this rank are ``local``, placed as ``like`` is."""
-    if not isinstance(like, DTensor):
-        return local
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
 
 
 def fill(tensor: Tensor, full: Tensor) -> None:

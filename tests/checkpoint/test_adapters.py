@@ -16,6 +16,7 @@ from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import load
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
+from lisa_dist.models.quantization import quantize_linears
 from lisa_dist.updates import build_update
 from tests.checkpoint.runs import train
 from tests.models.families import tiny_config
@@ -62,7 +63,10 @@ def trained_logits(config: Config, checkpoint: Path) -> torch.Tensor:
 def build_adapted(config: Config) -> torch.nn.Module:
     """The model with its adapters on the CPU, without any sharding."""
     model = build_meta_model(config.model)
-    build_update(config.update).prepare_model(model, find_layers(model))
+    layers = find_layers(model)
+    build_update(config.update).prepare_model(model, layers)
+    if config.model.quantization != "none":
+        quantize_linears(layers.blocks, config.model.quantization)
     plain = AutoModelForCausalLM.from_pretrained(str(config.model.path))
     model.to_empty(device="cpu")
     for name, buffer in plain.named_buffers():
@@ -76,6 +80,7 @@ def build_adapted(config: Config) -> torch.nn.Module:
         ("llama", ["method=lora", "update.rank=3", "update.target_modules=[q_proj,down_proj]"]),
         ("llama", ["method=lora", "update.dora=true", "update.rslora=true"]),
         ("gpt2", ["method=lora_fa"]),
+        ("llama", ["method=lora", "model.quantization=int8", "update.target_modules=[q_proj,down_proj]"]),
     ],
 )
 @torch.no_grad()
@@ -87,6 +92,8 @@ def test_both_exports_answer_as_the_trained_model(family: str, overrides: list[s
     expected = trained_logits(config, checkpoint)
     plain = AutoModelForCausalLM.from_pretrained(base).eval()
     assert not torch.allclose(expected, plain(input_ids=IDS).logits, atol=1e-2), "training changed nothing"
+    # An adapter is loaded onto weights that are not quantised.
+    tolerance = 1e-4 if config.model.quantization == "none" else 0.1
 
     config.export.dtype = "float32"
     export_checkpoint(config, checkpoint, tmp_path / "merged")
@@ -101,7 +108,7 @@ def test_both_exports_answer_as_the_trained_model(family: str, overrides: list[s
         base
     )
     adapted = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
-    torch.testing.assert_close(adapted(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(adapted(input_ids=IDS).logits, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from lisa_dist import distributed
 from lisa_dist.config import Config
 from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS, AlwaysActiveConfig
 from lisa_dist.learner import begin_period, build_learner, load_initial_weights
+from lisa_dist.models.quantization import dequantize
 from lisa_dist.optim.schedule import learning_rate
 from lisa_dist.trainer import train_step
 from tests.distributed.test_training import full_parameters, make_config, make_global_batches
@@ -117,6 +118,30 @@ def test_lora_equals_peft(world_size: int, kind: str) -> None:
         elif ".lora_B." in name:
             assert not tensor.any()
     compare(result, model, config, adam)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_lora_on_quantised_weights_equals_peft_on_what_they_stand_for(world_size: int, kind: str) -> None:
+    config = make_method("all", "lora", always=False, rank=RANK, alpha=7.0, target_modules=["q_proj", "down_proj"])
+    config.model.architecture["intermediate_size"] = 96  # nf4 packs pairs of inputs
+    exact = run_on_ranks(world_size, train_on_rank, config)[0]["initial"]
+    config.model.quantization = kind
+    result = run_on_ranks(world_size, train_on_rank, config)[0]
+    codes_dtype, largest_error = {"int8": (torch.int8, 0.01), "nf4": (torch.uint8, 0.12)}[kind]
+    weights = {name: value for name, value in result["initial"].items() if not name.endswith("_scale")}
+    for name, value in weights.items():
+        scale = result["initial"].get(f"{name}_scale")
+        if scale is None:
+            assert torch.equal(value, exact[name])
+        else:
+            weights[name] = dequantize(value.to(codes_dtype), scale, kind, torch.float32)
+            assert 0 < (weights[name] - exact[name]).norm() / exact[name].norm() < largest_error, name
+    assert sum(f"{name}_scale" in result["initial"] for name in weights) == 7 * BLOCKS
+    final = {name: result["final"][name] if ".lora_" in name else value for name, value in weights.items()}
+    theirs = LoraConfig(r=RANK, lora_alpha=7.0, target_modules=["q_proj", "down_proj"])
+    model = inject_adapter_in_model(theirs, plain_model(config))
+    compare({**result, "initial": weights, "final": final}, model, config, adam)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
