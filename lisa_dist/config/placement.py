@@ -20,7 +20,8 @@ class ParallelConfig:
     shard: str = "auto"  # ranks a replica is sharded over; auto: all ranks / replicate
     reshard_after_forward: bool = True  # free a block's gathered weights between forward and backward
     offload: str = "none"  # none, frozen (frozen blocks live in host memory), all (FSDP2's CPU offload)
-    activation_checkpointing: str = "none"  # none, full, selective, auto
+    activation_checkpointing: str = "none"  # none, selective, full, auto (what fits, each block by itself)
+    memory_limit: float | None = None  # GiB of its device that a rank may use, for auto; null: all of a GPU
     compile: bool = False  # torch.compile, block by block
     optimizer_shard: str = "replica"  # replica, or world: masters and moments over every GPU of a hybrid mesh
     frozen_gather: str = "bfloat16"  # what a frozen block is gathered in: bfloat16, int8
@@ -35,6 +36,7 @@ class ParallelConfig:
         check_at_least("parallel.nodes", self.nodes, 1)
         check_at_least("parallel.replicate", self.replicate, 1)
         check_at_least("parallel.timeout", self.timeout, 1)
+        check_at_least("parallel.memory_limit", self.memory_limit, 0)
         check_choice("parallel.offload", self.offload, ["none", "frozen", "all"])
         check_choice(
             "parallel.activation_checkpointing", self.activation_checkpointing, ["none", "full", "selective", "auto"]

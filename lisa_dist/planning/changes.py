@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from lisa_dist.config import Config
 from lisa_dist.config.gpu import Gpu
 from lisa_dist.config.loading import vary
-from lisa_dist.planning.estimate import RESERVED_BYTES, Estimate, estimate
+from lisa_dist.planning.estimate import Estimate, estimate
 from lisa_dist.planning.prediction import predict
 from lisa_dist.planning.simulation import Trace
+from lisa_dist.sharding.checkpointing_policy import RESERVED_BYTES
+from lisa_dist.telemetry.units import GIB
 
 MOST_MICRO_BATCH = 1024
 MOST_NODES = 1024
@@ -43,7 +45,8 @@ def make_plan(config: Config, gpu: Gpu, overrides: list[str] | None = None) -> P
         UserError: the configuration fits neither the model nor the cluster.
     """
     overrides = overrides or []
-    config = vary(config, overrides) if overrides else config
+    limit = [f"parallel.memory_limit={gpu.memory_bytes / GIB}"] if config.parallel.memory_limit is None else []
+    config = vary(config, [*overrides, *limit])
     trace = predict(config)
     return Plan(overrides, config, gpu, trace, estimate(trace, gpu, config))
 

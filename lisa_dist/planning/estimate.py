@@ -14,7 +14,6 @@ MEMORY_EFFICIENCY = 0.8
 LINK_EFFICIENCY = 0.8
 FP32_SLOWDOWN = 16.0  # of matrix products in float32 without tensor cores (A100: 312 to 19.5 TFLOP/s)
 HOST_OPTIMIZER_BANDWIDTH = 20e9  # bytes a second of host memory for a rank's optimizer step there
-RESERVED_BYTES = 2 * 1024**3  # CUDA's context, workspaces of libraries, NCCL's buffers, fragmentation
 
 
 @dataclass(frozen=True)

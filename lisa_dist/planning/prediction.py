@@ -25,6 +25,8 @@ def predict(config: Config) -> Trace:
     Raises:
         UserError: the configuration fits neither the model nor the cluster.
     """
+    if config.parallel.activation_checkpointing == "auto":
+        return simulate(config)  # every block has a kind of its own
     depth = architecture_of(config).num_hidden_layers
     num_active = len(extreme_sets(config, depth)[1])
     shallow = 2 * EDGE + 1 + (0 if num_active == depth else num_active)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
-from transformers import PretrainedConfig, masking_utils
+from transformers import PretrainedConfig
 
 from lisa_dist import distributed
 from lisa_dist.config import Config
@@ -21,6 +21,7 @@ from lisa_dist.config.method import FixedSamplerConfig
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.learner import Learner, allocate, begin_period, build_learner, count_persistent_bytes
 from lisa_dist.models.architecture import read_architecture
+from lisa_dist.models.masking import mask_as_in_training
 from lisa_dist.sampling import build_sampler
 from lisa_dist.sharding.ledger import Ledger, Work, sum_of_work
 from lisa_dist.trainer import train_step
@@ -105,21 +106,6 @@ def simulated_world(ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-@contextmanager
-def _mask_as_in_training(packing: bool) -> Iterator[None]:
-    """Let transformers build an attention mask only where it would for real tensors: for packed sequences.
-
-    For fake tensors it always does, because their values can't tell it that there is one sequence a row.
-    """
-    always = masking_utils.is_tracing
-    if not packing:
-        masking_utils.is_tracing = lambda *_: False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        masking_utils.is_tracing = always
-
-
 def simulate(config: Config, num_blocks: int | None = None) -> Trace:
     """Build the learner and make a switch and a step for one rank of the configured cluster. No memory is used.
 
@@ -143,7 +129,7 @@ def simulate(config: Config, num_blocks: int | None = None) -> Trace:
     with simulated_world(ranks):
         learner = build_learner(config, architecture)
         ledger = Ledger(ranks_per_node(config))
-        with FakeTensorMode(allow_non_fake_inputs=True), ledger, _mask_as_in_training(config.data.packing):
+        with FakeTensorMode(allow_non_fake_inputs=True), ledger, mask_as_in_training(config.data.packing):
             allocate(learner, before, torch.device("cpu"))
             clock = _Clock(learner, ledger)
             clock.watch_modules()

@@ -13,7 +13,7 @@ import pytest
 from lisa_dist.cli import main
 from lisa_dist.config.gpu import read_gpu
 from lisa_dist.config.loading import conf_dir
-from lisa_dist.planning.estimate import RESERVED_BYTES
+from lisa_dist.sharding.checkpointing_policy import RESERVED_BYTES
 
 ARCHITECTURE = (
     "model.architecture={model_type:llama,vocab_size:4096,hidden_size:512,intermediate_size:1024,"

@@ -40,6 +40,10 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "parallel": {"reshard_after_forward": False, "defer_reduction": True},
         "train": {"global_batch_size": 8},
     },
+    "selective checkpointing": {"parallel": {"activation_checkpointing": "selective"}},
+    "checkpointing that fits, chosen block by block": {
+        "parallel": {"activation_checkpointing": "auto", "memory_limit": 2 + 0.005},
+    },
 }
 
 

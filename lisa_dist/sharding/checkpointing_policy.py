@@ -1,0 +1,167 @@
+"""The kind of activation checkpointing of every block: set once, or by ``auto`` anew after each switch."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lisa_dist.config import Config
+from lisa_dist.models.architecture import original_class
+from lisa_dist.models.layer_map import find_layers
+from lisa_dist.models.masking import mask_as_in_training
+from lisa_dist.sharding.activation_checkpointing import KINDS, OPERATIONS_PER_BYTE, Cost, choose, set_checkpointing
+from lisa_dist.sharding.ledger import Ledger
+from lisa_dist.sharding.wrapping_policy import ShardedModel, dtype_of, persistent_bytes
+from lisa_dist.telemetry.units import GIB, format_bytes
+from lisa_dist.updates import Update
+
+logger = logging.getLogger(__name__)
+
+RESERVED_BYTES = 2 * GIB  # CUDA's context, workspaces of libraries, NCCL's buffers, fragmentation
+EVERYTHING = float("inf")
+
+
+@dataclass
+class CheckpointingPolicy:
+    """Sets the kind of every block; for ``auto`` it must ``measure`` once what each kind costs."""
+
+    config: Config
+    update: Update
+    costs: dict[bool, dict[str, Cost]] = field(default_factory=dict)  # by whether the block is active, and kind
+
+    def measure(self, model: nn.Module) -> None:
+        """Measure, for ``auto``, what each kind costs a block of ``model``, of which only the architecture counts."""
+        if self.config.parallel.activation_checkpointing == "auto":
+            for trains in (True, False):
+                self.costs[trains] = measure_costs(self.config, model, self.update, trains)
+
+    def apply(self, sharded: ShardedModel, active_blocks: list[int]) -> None:
+        """Set every block's kind for the blocks that train now, whose storage is in its place. No communication."""
+        setting = self.config.parallel.activation_checkpointing
+        blocks = sharded.layers.blocks
+        if setting != "auto":
+            for block in blocks if setting != "none" else []:
+                set_checkpointing(block, setting)
+            return
+        # Below the lowest active block no backward pass comes, so nothing is kept, where the embeddings are frozen.
+        lowest = 0 if self.config.always_active.embeddings else min(active_blocks, default=len(blocks))
+        active = [index for index in active_blocks if index >= lowest]
+        frozen = [index for index in range(lowest, len(blocks)) if index not in active]
+        if not self.costs:
+            self.costs = {
+                trains: measure_costs(self.config, sharded.module, self.update, trains) for trains in (True, False)
+            }
+        budget = activation_budget(
+            self.config, sharded, max(self.costs[True]["none"].bytes, self.costs[False]["none"].bytes)
+        )
+        kinds = choose(self.costs, {True: len(active), False: len(frozen)}, budget)
+        for index in range(lowest):
+            set_checkpointing(blocks[index], "none")
+        for indices, trains in ((active, True), (frozen, False)):
+            for index, kind in zip(indices, kinds[trains]):
+                set_checkpointing(blocks[index], kind)
+        logger.info(
+            "activation checkpointing for %s: %s",
+            "any amount of activations" if budget == EVERYTHING else f"{format_bytes(budget)} of activations",
+            "; ".join(
+                f"{', '.join(f'{kinds[trains].count(kind)} {kind}' for kind in KINDS)} of the {name} blocks"
+                for trains, name in ((True, "active"), (False, "frozen"))
+            ),
+        )
+
+
+def activation_budget(config: Config, sharded: ShardedModel, working_bytes: int) -> float:
+    """Return the bytes that activations may take on this rank; infinite on a CPU without ``parallel.memory_limit``.
+
+    From the device's memory go what is set aside, the persistent bytes, the gradients still to come, and what
+    passes: two gathered groups with their buffers, the gradients of the largest trained one, a block's computation.
+    """
+    limit = memory_limit(config)
+    if limit is None:
+        return EVERYTHING
+    counted = persistent_bytes(sharded)
+    trained = [sharded.parameter(name) for name in sharded.handles if sharded.parameter(name).requires_grad]
+    state = sum(8 * parameter.numel() for parameter in trained) // sharded.mesh.size()
+    gradients = counted["active_parameters"]
+    sizes: dict[str, int] = {}
+    for name in sharded.handles:
+        part = sharded.layers.group_of(name)
+        sizes[part] = sizes.get(part, 0) + sharded.parameter(name).numel()
+    gathered = 2 * dtype_of(config.precision.compute).itemsize * sum(sorted(sizes.values())[-2:])
+    reduced = 6 * max(sizes.values())  # a gradient as computed, and its copy in fp32 to be reduced
+    held = counted["frozen_parameters"] + counted["active_parameters"] + gradients + state
+    return max(0.0, limit - RESERVED_BYTES - held - gathered - reduced - working_bytes)
+
+
+def memory_limit(config: Config) -> float | None:
+    """Return the bytes of device memory that a rank may use; None where there is no limit."""
+    if config.parallel.memory_limit is not None:
+        return config.parallel.memory_limit * GIB
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    return None
+
+
+def measure_costs(config: Config, model: nn.Module, update: Update, trains: bool) -> dict[str, Cost]:
+    """Run the first block of ``model`` under fake tensors, once for each kind, and return what each costs.
+
+    Args:
+        config: says how large a micro-batch is.
+        model: only its architecture is looked at.
+        update: says what trains in an active block.
+        trains: whether the block is active.
+    """
+    measured = {kind: _measure(config, model, update, trains, kind) for kind in KINDS}
+    least = measured["none"].recompute
+    return {kind: Cost(cost.bytes, cost.recompute - least) for kind, cost in measured.items()}
+
+
+def _measure(config: Config, whole: nn.Module, update: Update, trains: bool, kind: str) -> Cost:
+    """Return the bytes a block keeps, and all operations of its backward pass."""
+    architecture: Any = copy.deepcopy(whole.config)
+    architecture.num_hidden_layers = 1
+    if getattr(architecture, "layer_types", None):
+        architecture.layer_types = architecture.layer_types[:1]
+    with FakeTensorMode(), mask_as_in_training(config.data.packing), Ledger(ranks_per_node=1) as ledger:
+        model: Any = original_class(whole)._from_config(architecture, dtype=dtype_of(config.precision.compute))
+        model.train().requires_grad_(False)
+        layers = find_layers(model, config.model.blocks)
+        update.prepare_model(model, layers)
+        block, kept = layers.blocks[0], _Kept(ledger)
+        names = [f"{layers.block_names[0]}.{name}" for name, _ in block.named_parameters()]
+        for name in update.trainable_parameters(names) if trains else []:
+            model.get_parameter(name).requires_grad_(True)
+        layers.embeddings[0].requires_grad_(True)  # so that the block's input has a gradient
+        set_checkpointing(block, kind)
+        block.register_forward_pre_hook(kept.before)
+        block.register_forward_hook(kept.after)
+        shape = (config.train.micro_batch_size, config.data.sequence_length)
+        hidden = model.base_model(
+            input_ids=torch.zeros(shape, dtype=torch.int64),
+            position_ids=torch.arange(shape[1]).expand(shape),
+            use_cache=False,
+        ).last_hidden_state
+        ledger.stretch = "backward"
+        hidden.sum().backward()
+    work = ledger.work["backward"]
+    return Cost(kept.bytes, work.flops + OPERATIONS_PER_BYTE * work.other_bytes)
+
+
+@dataclass
+class _Kept:
+    """Hooks on a block that find how much more is alive after its forward pass than before."""
+
+    ledger: Ledger
+    bytes: int = 0
+
+    def before(self, *_: Any) -> None:
+        self.bytes = -self.ledger.live_bytes
+
+    def after(self, *_: Any) -> None:
+        self.bytes += self.ledger.live_bytes
