@@ -140,6 +140,8 @@ def adapter_config(config: LoraUpdateConfig, layers: LayerMap) -> Any:
         for name, layer in linear_layers(block).items():
             found[name] = min(*layer.weight.shape, found.get(name, layer.weight.numel()))
     chosen = {path: rank for path, rank in found.items() if is_chosen(path, config.target_modules)}
+    if not config.target_modules:
+        chosen = {path: rank for path, rank in chosen.items() if rank > 1}  # a gate with one output has no low rank
     known = sorted({path.rpartition(".")[2] for path in found})
     for target in config.target_modules:
         if not any(is_chosen(path, [target]) for path in found):

@@ -53,6 +53,8 @@ class LowRank(Update):
         largest = {}
         for block_name, block in zip(layers.block_names, layers.blocks):
             for name, layer in linear_layers(block).items():
+                if min(layer.weight.shape) == 1:  # a gate with one output has no lower rank
+                    continue
                 largest[f"{block_name}.{name}.weight"] = min(layer.weight.shape)
         self.ranks = {name: choose_rank(self.config, name, limit) for name, limit in largest.items()}
         cut = [name for name, limit in largest.items() if self.config.rank is None and limit < self.config.preset_rank]
