@@ -163,8 +163,13 @@ def probe(learner: Learner, coming: ComingBatches | None) -> list[float]:
 
 
 def count_persistent_bytes(learner: Learner) -> dict[str, int]:
-    """Count this rank's persistent bytes by kind; all are there between the last backward and the optimizer step."""
-    return {**persistent_bytes(learner.sharded), "optimizer_state": learner.optimizer.state_bytes()}
+    """Count this rank's persistent bytes by kind; all are there between the last backward and the optimizer step.
+
+    ``offloaded_optimizer_state`` lies in host memory; it is named only where there is any.
+    """
+    counted = {**persistent_bytes(learner.sharded), "optimizer_state": learner.optimizer.state_bytes()}
+    waiting = learner.optimizer.offloaded_bytes()
+    return counted | ({"offloaded_optimizer_state": waiting} if waiting else {})
 
 
 def count_trained_parameters(learner: Learner) -> dict[str, int]:

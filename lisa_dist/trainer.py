@@ -6,6 +6,7 @@ checkpoint on schedule or on a signal.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from lisa_dist import distributed
-from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config
+from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, UserError
 from lisa_dist.data.batches import MicroBatch, label_tokens
 from lisa_dist.faults import is_spike, leave_out_step, remember_loss, roll_back
 from lisa_dist.learner import Learner, begin_period, count_persistent_bytes, count_trained_parameters
@@ -28,6 +29,8 @@ from lisa_dist.probes import mean_loss
 from lisa_dist.sample_answers import show_answers
 from lisa_dist.signals import ignore_stop_signals, stop_requested
 from lisa_dist.telemetry.logs import setup_logging
+
+logger = logging.getLogger(__name__)
 
 Stopwatch = Callable[[str], AbstractContextManager[None]]  # names the part of a step that its body is
 
@@ -89,6 +92,8 @@ def train_step(
     config = learner.config
     # Dropout depends on the step and the rank alone, so a resumed run draws the same.
     torch.manual_seed(hash((config.train.seed, step, distributed.rank())) % 2**63)
+    if config.optimizer.in_backward:
+        return step_in_backward(learner, micro_batches, step, max_steps, stop_requested, stopwatch)
     local_loss, local_tokens = accumulate_gradients(learner, micro_batches, stopwatch)
     with stopwatch("reduction of the loss"):
         loss_sum, tokens, stops = distributed.all_reduce_sum([local_loss, local_tokens, float(stop_requested)])
@@ -102,6 +107,54 @@ def train_step(
         else:
             learner.optimizer.drop_gradients()
     return StepResult(loss_sum / max(tokens, 1), norm, int(tokens), lr, stops > 0, skipped=not finite)
+
+
+def step_in_backward(
+    learner: Learner,
+    micro_batches: list[MicroBatch],
+    step: int,
+    max_steps: int,
+    stop_requested: bool,
+    stopwatch: Stopwatch,
+) -> StepResult:
+    """Make an optimizer step whose gradients die as soon as they are used. Collective: every rank.
+
+    The parameters change before the loss is known to be finite: the result says ``skipped`` where it is not, but
+    nothing is left out. The norm is that of unclipped gradients.
+    """
+    assert len(micro_batches) == 1, "gradients that are used at once can't be accumulated"
+    tokens, stops = distributed.all_reduce_sum([float(label_tokens(micro_batches[0])), float(stop_requested)])
+    lr = learning_rate(learner.config.scheduler, learner.config.optimizer.lr, step, max_steps)
+    with learner.optimizer.stepping_in_backward(lr, max(tokens, 1)) as made:
+        local_loss, _ = accumulate_gradients(learner, micro_batches, stopwatch)
+    with stopwatch("optimizer"):
+        squares = 0.0 if made.squares is None else made.squares.item()
+        loss_sum, square_sum = distributed.all_reduce_sum([local_loss, squares])
+    norm = math.sqrt(square_sum / learner.config.parallel.replicate)  # replicas hold the same shards
+    finite = math.isfinite(loss_sum) and math.isfinite(norm)
+    return StepResult(loss_sum / max(tokens, 1), norm, int(tokens), lr, stops > 0, skipped=not finite)
+
+
+def check_step_in_backward(config: Config) -> None:
+    """Check what a step within the backward pass can't do, and say what it does not.
+
+    Raises:
+        UserError: gradients would be accumulated, kept or projected.
+    """
+    if not config.optimizer.in_backward:
+        return
+    at_once = config.train.micro_batch_size * distributed.world_size()
+    if config.train.global_batch_size > at_once:
+        raise UserError(
+            f"optimizer.in_backward=true: can't accumulate gradients, so train.global_batch_size="
+            f"{config.train.global_batch_size} must be micro-batch x ranks, {at_once}"
+        )
+    if config.update.name == "low_rank":
+        raise UserError("optimizer.in_backward=true: can't project gradients; choose another update")
+    if config.train.on_nonfinite == "skip":
+        raise UserError("optimizer.in_backward=true: can't leave steps out, so train.on_nonfinite must be stop")
+    if config.optimizer.grad_clip > 0 and distributed.is_main():
+        logger.warning("optimizer.in_backward=true: gradients are not clipped, optimizer.grad_clip has no effect")
 
 
 def rehearse(learner: Learner, micro_batch: MicroBatch) -> dict[str, int]:
@@ -127,6 +180,7 @@ def train(config: Config) -> int:
     distributed.initialize(config.parallel)
     config = open_run_directory(config)
     setup_logging(config.run.dir)
+    check_step_in_backward(config)
     run = prepare_run(config)
     with run.recorder as recorder, run.heartbeat:
         try:

@@ -61,6 +61,8 @@ def restore_checkpoint(learner: Learner, checkpoint: Path, device: torch.device)
     allocate(learner, state["active_layers"], device)
     learner.active.period = state["period"]
     restore_weights(learner, checkpoint, state)
+    waiting = state["optimizer_steps"].keys() - learner.optimizer.parameters.keys()
+    learner.optimizer.expect_offloaded({name: learner.sharded.parameter(name) for name in sorted(waiting)})
     _read_tensors(learner.optimizer.moment_tensors(), checkpoint / MOMENTS)
     learner.optimizer.set_step_counts(state["optimizer_steps"])
     learner.sampler.load_state_dict(state["sampler"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lisa_dist.config import OptimizerConfig
 from lisa_dist.distributed import local_shard
@@ -14,19 +17,44 @@ from lisa_dist.updates import Trained, Update
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+@dataclass
+class Offloaded:
+    """The state of a parameter that is frozen, in host memory, until its block returns."""
+
+    step: int  # optimizer steps since it was first adopted
+    tensors: dict[str, torch.Tensor]  # by kind, sharded as before
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank."""
+        return sum(local_shard(tensor).nbytes for tensor in self.tensors.values())
+
+
+@dataclass
+class StepInBackward:
+    """A step that is made parameter by parameter while the backward pass goes on."""
+
+    lr: float
+    label_tokens: float  # of the global batch, by which gradients are divided
+    squares: torch.Tensor | None = None  # sum of the squares of the gradients of this rank's shards
+
+
 class ActiveOptimizer:
     """AdamW (arXiv 1711.05101) whose set of parameters changes from period to period.
 
     A parameter that is adopted starts with zero moments and a step count of zero, so its bias correction
-    starts anew; a parameter that is released leaves nothing behind. What AdamW steps is the parameter itself,
-    or the update's stand-in for it.
+    starts anew; a parameter that is released leaves nothing behind. With ``optimizer.state_on_freeze=offload`` its
+    state waits in host memory instead and is taken up again, bit for bit. What AdamW steps is the parameter
+    itself, or the update's stand-in for it.
     """
 
     def __init__(self, config: OptimizerConfig, update: Update) -> None:
         self.config = config
         self.update = update
         self.trained: dict[str, Trained] = {}
+        self.offloaded: dict[str, Offloaded] = {}
         self._adamw: torch.optim.AdamW | None = None  # torch refuses an optimizer without parameters
+        self._in_backward: StepInBackward | None = None
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -34,7 +62,7 @@ class ActiveOptimizer:
         return {name: entry.parameter for name, entry in self.trained.items()}
 
     def adopt(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Take parameters in, with zero state made at once, so that a checkpoint before the next step has it.
+        """Take parameters in with their offloaded state, or with zero state, which is made at once for checkpoints.
 
         The order is that of the names, whatever came first: sums over parameters must not depend on history.
         """
@@ -51,16 +79,23 @@ class ActiveOptimizer:
             )
         if self._adamw is None:
             return
-        for entry in adopted.values():
+        for name, entry in adopted.items():
             state = self._adamw.state[entry.target]
             state["step"] = torch.zeros((), dtype=torch.float32, device=local_shard(entry.target).device)
             for moment in MOMENTS:
                 state[moment] = torch.zeros_like(entry.target.detach())
+            if name in self.offloaded:
+                self._take_up(name)
+            if self.config.in_backward:
+                entry.parameter.register_post_accumulate_grad_hook(self._hook_of(name))
         self._adamw.param_groups[0]["params"] = self._targets()
 
     def release(self, names: Iterable[str]) -> None:
-        """Drop parameters with their state."""
+        """Drop parameters; their state too, or it goes to host memory."""
         for name in names:
+            if self.config.state_on_freeze == "offload":
+                tensors = {kind: _to_host(tensor) for kind, tensor in self._state_of(name).items()}
+                self.offloaded[name] = Offloaded(self.trained[name].step, tensors)
             entry = self.trained.pop(name)
             entry.parameter.grad = None
             if self._adamw is not None:
@@ -73,16 +108,50 @@ class ActiveOptimizer:
 
         Collective: every rank of the mesh, where the update's transformation of gradients is.
         """
-        if self._adamw is None:
-            return
+        if self._adamw is not None:
+            self._step(self.trained, lr)
+
+    def _step(self, trained: Mapping[str, Trained], lr: float) -> None:
+        assert self._adamw is not None
         with torch.no_grad():
-            self.update.transform_gradients(self.trained)
+            self.update.transform_gradients(trained)
+            self._adamw.param_groups[0]["params"] = [entry.target for entry in trained.values()]
             self._adamw.param_groups[0]["lr"] = lr
             self._adamw.step()
-            self.update.apply_steps(self.trained, lr * self.config.weight_decay)
-        for entry in self.trained.values():
+            self._adamw.param_groups[0]["params"] = self._targets()
+            self.update.apply_steps(trained, lr * self.config.weight_decay)
+        for entry in trained.values():
             entry.step += entry.target.grad is not None
-        self.drop_gradients()
+            entry.parameter.grad = entry.target.grad = None
+
+    @contextmanager
+    def stepping_in_backward(self, lr: float, label_tokens: float) -> Iterator[StepInBackward]:
+        """Step each parameter as soon as a backward pass within the context has its gradient, which is then dropped.
+
+        There is no clipping: a global norm is known only when all gradients are. Needs ``optimizer.in_backward``.
+
+        Args:
+            lr: the learning rate.
+            label_tokens: of the global batch; gradients are sums over them.
+        """
+        self._in_backward = StepInBackward(lr, label_tokens)
+        try:
+            yield self._in_backward
+        finally:
+            self._in_backward = None
+
+    def _hook_of(self, name: str) -> Callable[[torch.Tensor], None]:
+        def step_at_once(parameter: torch.Tensor) -> None:
+            step = self._in_backward
+            if step is None or parameter.grad is None:
+                return  # a rehearsal or a probe
+            gradient = local_shard(parameter.grad)
+            gradient.div_(step.label_tokens)
+            squares = gradient.square().sum()
+            step.squares = squares if step.squares is None else step.squares + squares
+            self._step({name: self.trained[name]}, step.lr)
+
+        return step_at_once
 
     def drop_gradients(self) -> None:
         """Free the gradients."""
@@ -92,30 +161,67 @@ class ActiveOptimizer:
     def moment_tensors(self) -> dict[str, torch.Tensor]:
         """Return the state's tensors by ``<parameter name>.<kind>``: the live tensors, no copies.
 
-        Kinds are ``exp_avg``, ``exp_avg_sq`` and those that the update keeps beside them.
+        Kinds are ``exp_avg``, ``exp_avg_sq`` and those that the update keeps beside them. State that waits in host
+        memory is among them.
         """
-        if self._adamw is None:
-            return {}
-        found: dict[str, torch.Tensor] = {}
-        for name, entry in self.trained.items():
-            found |= {f"{name}.{kind}": self._adamw.state[entry.target][kind] for kind in MOMENTS}
-            found |= {f"{name}.{kind}": tensor for kind, tensor in entry.extra.items()}
+        found = {f"{name}.{kind}": tensor for name in self.trained for kind, tensor in self._state_of(name).items()}
+        for name, waiting in self.offloaded.items():
+            found |= {f"{name}.{kind}": tensor for kind, tensor in waiting.tensors.items()}
         return found
 
+    def _state_of(self, name: str) -> dict[str, torch.Tensor]:
+        assert self._adamw is not None
+        entry = self.trained[name]
+        return {kind: self._adamw.state[entry.target][kind] for kind in MOMENTS} | entry.extra
+
     def step_counts(self) -> dict[str, int]:
-        """Return how many steps each parameter has made since it was adopted."""
-        return {name: entry.step for name, entry in self.trained.items()}
+        """Return how many steps each parameter with state has made since it was adopted."""
+        counts = {name: entry.step for name, entry in self.trained.items()}
+        return counts | {name: waiting.step for name, waiting in self.offloaded.items()}
 
     def set_step_counts(self, counts: Mapping[str, int]) -> None:
         """Restore what :meth:`step_counts` returned."""
+        for name, waiting in self.offloaded.items():
+            waiting.step = counts[name]
         for name, entry in self.trained.items():
             entry.step = counts[name]
             if self._adamw is not None:
                 self._adamw.state[entry.target]["step"].fill_(counts[name])
 
+    def expect_offloaded(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Make room in host memory for the state of frozen parameters, which a checkpoint will fill."""
+        for name, parameter in parameters.items():
+            entry = self.update.adopt(name, parameter)
+            tensors = {kind: torch.zeros_like(entry.target.detach(), dtype=torch.float32) for kind in MOMENTS}
+            self.offloaded[name] = Offloaded(0, {k: _to_host(tensor) for k, tensor in (tensors | entry.extra).items()})
+
+    def _take_up(self, name: str) -> None:
+        """Bring a parameter's state back from host memory."""
+        waiting = self.offloaded.pop(name)
+        for kind, tensor in self._state_of(name).items():
+            local_shard(tensor).copy_(local_shard(waiting.tensors[kind]))
+        self.trained[name].step = waiting.step
+        assert self._adamw is not None
+        self._adamw.state[self.trained[name].target]["step"].fill_(waiting.step)
+
     def state_bytes(self) -> int:
-        """Return this rank's bytes of moments and of what the update keeps beside them."""
-        return sum(local_shard(tensor).nbytes for tensor in self.moment_tensors().values())
+        """Return this rank's bytes of moments and of what the update keeps beside them, for what trains now."""
+        return sum(local_shard(tensor).nbytes for name in self.trained for tensor in self._state_of(name).values())
+
+    def offloaded_bytes(self) -> int:
+        """Return this rank's bytes of state that waits in host memory."""
+        return sum(waiting.nbytes for waiting in self.offloaded.values())
 
     def _targets(self) -> list[nn.Parameter]:
         return [entry.target for entry in self.trained.values()]
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a sharded tensor whose shard lies in host memory, pinned where it comes from a GPU."""
+    shard = local_shard(tensor)
+    host = shard.cpu().pin_memory() if shard.is_cuda else shard
+    if not isinstance(tensor, DTensor):
+        return host
+    return DTensor.from_local(
+        host, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )

@@ -49,7 +49,7 @@ def estimate(trace: Trace, gpu: Gpu, config: Config) -> Estimate:
 
 def _host_seconds(trace: Trace, gpu: Gpu, config: Config) -> tuple[float, float]:
     """Return the seconds of copies from and to host memory, which overlap, and of the optimizer's step there."""
-    if not trace.host_bytes:
+    if config.parallel.offload == "none":
         return 0.0, 0.0
     sizes = trace.persistent_bytes
     weights = sizes["frozen_parameters"] + sizes["active_parameters"]

@@ -197,15 +197,16 @@ class _Clock:
 
     def move_to_host(self) -> int:
         """Take what the configuration keeps in host memory out of the ledger; return its bytes."""
-        if self.learner.config.parallel.offload != "all":
-            return 0
-        parameters = [self.learner.sharded.parameter(name) for name in self.learner.sharded.handles]
-        tensors = [parameter.detach() for parameter in parameters]
-        tensors += [parameter.grad for parameter in parameters if parameter.grad is not None]
-        local = [distributed.local_shard(tensor) for tensor in tensors]
-        local += [distributed.local_shard(moment) for moment in self.learner.optimizer.moment_tensors().values()]
-        self.ledger.to_host(local)
-        return sum(tensor.nbytes for tensor in local)
+        optimizer, sharded = self.learner.optimizer, self.learner.sharded
+        tensors = [tensor for waiting in optimizer.offloaded.values() for tensor in waiting.tensors.values()]
+        if self.learner.config.parallel.offload == "all":
+            parameters = [sharded.parameter(name) for name in sharded.handles]
+            tensors += [parameter.detach() for parameter in parameters]
+            tensors += [parameter.grad for parameter in parameters if parameter.grad is not None]
+            tensors += optimizer.moment_tensors().values()
+        local = {id(shard): shard for shard in map(distributed.local_shard, tensors)}
+        self.ledger.to_host(local.values())
+        return sum(shard.nbytes for shard in local.values())
 
 
 def _micro_batch(config: Config) -> MicroBatch:
