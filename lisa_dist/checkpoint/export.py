@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from lisa_dist.checkpoint.adapters import merged_tensors, write_adapter
 from lisa_dist.checkpoint.manifest import checkpoint_name, damage, list_checkpoints, step_of
+from lisa_dist.checkpoint.shards import write_safetensors
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config, UserError
 from lisa_dist.data.tokenizer import load_tokenizer
@@ -146,11 +146,7 @@ def _part_name(number: int) -> str:
 
 
 def _write_part(tensors: dict[str, torch.Tensor], directory: Path, number: int) -> list[str]:
-    file = directory / _part_name(number)
-    file.touch()
-    mode = file.stat().st_mode  # by the user's umask, which safetensors leaves aside
-    save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(mode)
+    write_safetensors(tensors, directory / _part_name(number), {"format": "pt"})
     return list(tensors)
 
 

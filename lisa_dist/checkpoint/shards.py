@@ -67,20 +67,34 @@ class WrittenFile:
 
 
 def write_pieces(pieces: dict[str, Piece], file: Path) -> WrittenFile:
-    """Write ``pieces`` to ``file``, flushed to disk.
+    """Write ``pieces`` to ``file`` with their places in the whole tensors, flushed to disk.
 
     Raises:
         OSError: the disk refuses.
     """
-    header = _header(pieces)
-    digest, size = hashlib.sha256(), 0
+    offsets = {name: {SAVED_OFFSETS_KEY: piece.offsets} for name, piece in pieces.items()}
+    tensors = {name: piece.tensor for name, piece in pieces.items()}
+    return write_safetensors(tensors, file, {"format": "pt", CUSTOM_METADATA_KEY: json.dumps(offsets)})
+
+
+def write_safetensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> WrittenFile:
+    """Write a safetensors file one tensor at a time, flushed to disk; safetensors' own function copies them all.
+
+    Args:
+        tensors: by name, on any device.
+        file: written with the mode that the umask gives.
+        metadata: of the file's header.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    start = _header(tensors, metadata)
+    digest, size = hashlib.sha256(start), len(start)
     with file.open("wb") as stream:
-        stream.write(start := len(header).to_bytes(8, "little") + header)
-        digest.update(start)
-        size += len(start)
-        for piece in pieces.values():
-            if piece.tensor.numel():
-                content = piece.tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        stream.write(start)
+        for tensor in tensors.values():
+            if tensor.numel():
+                content = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
                 stream.write(content)
                 digest.update(content)
                 size += content.nbytes
@@ -89,18 +103,18 @@ def write_pieces(pieces: dict[str, Piece], file: Path) -> WrittenFile:
     return WrittenFile(size, digest.hexdigest())
 
 
-def _header(pieces: dict[str, Piece]) -> bytes:
-    """Return the JSON header of the safetensors format (https://github.com/huggingface/safetensors#format)."""
-    offsets = {name: {SAVED_OFFSETS_KEY: piece.offsets} for name, piece in pieces.items()}
-    entries: dict[str, object] = {"__metadata__": {"format": "pt", CUSTOM_METADATA_KEY: json.dumps(offsets)}}
+def _header(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    """Return length and JSON header of the safetensors format (https://github.com/huggingface/safetensors#format)."""
+    entries: dict[str, object] = {"__metadata__": metadata}
     start = 0
-    for name, piece in pieces.items():
-        stop = start + piece.tensor.nbytes
+    for name, tensor in tensors.items():
+        stop = start + tensor.nbytes
         entries[name] = {
-            "dtype": DTYPES[piece.tensor.dtype],
-            "shape": list(piece.tensor.shape),
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
             "data_offsets": [start, stop],
         }
         start = stop
     text = json.dumps(entries).encode()
-    return text + b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -28,7 +28,6 @@ class Progress:
     """Where a run stands: the next step follows from it alone."""
 
     step: int = 0  # optimizer steps done, those left out for what was not finite included
-    best_eval_loss: float | None = None
     resumed_from: list[int] = field(default_factory=list)
     skipped_steps: int = 0  # steps left out because the loss or a gradient was not finite
     skipped_batches: list[int] = field(default_factory=list)  # global batches, by number, that caused loss spikes

@@ -8,9 +8,10 @@ from types import TracebackType
 from typing import Any
 
 from lisa_dist.config import Config
+from lisa_dist.distributed import is_main
 from lisa_dist.telemetry.memory import current_memory_gib, peak_memory_gib
 from lisa_dist.telemetry.progress import ProgressDisplay
-from lisa_dist.telemetry.records import MetricsWriter, write_summary
+from lisa_dist.telemetry.records import METRICS_FILE, MetricsWriter, Row, read_rows, write_summary
 from lisa_dist.telemetry.sinks import build_sink
 
 
@@ -20,16 +21,19 @@ class Recorder:
     def __init__(self, config: Config, max_steps: int, first_step: int, resumed_from: list[int]) -> None:
         self.run_dir = Path(config.run.dir or ".")
         self.resumed_from = resumed_from
-        self.figures: dict[str, Any] = {}  # of summary.json
+        self.tokens = 0  # label tokens trained on since the start of this process
         self.started = time.monotonic()
         self.writer = MetricsWriter(self.run_dir)
-        self.writer.cut_after(first_step or -1)  # at a fresh start the evaluation of step 0 is repeated too
+        self.figures: dict[str, Any] = {}  # of summary.json
+        self.cut_after(first_step or -1)  # at a fresh start the evaluation of step 0 is repeated too
         self.sink = build_sink(config, self.run_dir, first_step)
         self.display = ProgressDisplay(max_steps, first_step)
 
     def cut_after(self, step: int) -> None:
         """The run goes on from the checkpoint of ``step``: what was recorded past it is dropped."""
         self.writer.cut_after(step)
+        if is_main():
+            self.figures |= figures_of(read_rows(self.run_dir / METRICS_FILE))
 
     def record_period(self, period: int, step: int, active_layers: list[int], scores: list[float] | None) -> None:
         """A period began: ``step`` is the first that trains these blocks."""
@@ -50,6 +54,7 @@ class Recorder:
         self.figures["final_step"] = step
         self.figures["final_loss"] = loss
         self.figures["tokens_seen"] = self.figures.get("tokens_seen", 0) + tokens
+        self.tokens += tokens
 
     def record_evaluation(self, step: int, eval_loss: float) -> None:
         """The validation set was run through the model."""
@@ -64,7 +69,7 @@ class Recorder:
             **self.figures,
             "wall_seconds": seconds,
             "peak_memory_gib": peak_memory_gib(),
-            "tokens_per_second": self.figures.get("tokens_seen", 0) / seconds,
+            "tokens_per_second": self.tokens / seconds,
         }
         write_summary(self.run_dir, exit_reason=exit_reason, resumed_from=self.resumed_from, **figures)
 
@@ -82,3 +87,16 @@ class Recorder:
         self.display.__exit__(kind, error, traceback)
         self.sink.close()
         self.writer.close()
+
+
+def figures_of(rows: list[Row]) -> dict[str, Any]:
+    """Return what summary.json says of the steps before a resume, by their rows of metrics.jsonl."""
+    figures: dict[str, Any] = {}
+    steps = [row for row in rows if "loss" in row]
+    evaluations = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
+    if steps:
+        figures |= {"final_step": steps[-1]["step"], "final_loss": steps[-1]["loss"]}
+        figures["tokens_seen"] = sum(row["tokens"] for row in steps)
+    if evaluations:
+        figures |= {"eval_loss": evaluations[-1], "best_eval_loss": min(evaluations)}
+    return figures

@@ -131,4 +131,4 @@ def test_the_model_is_never_in_memory(tmp_path: Path) -> None:
     print(f"peak {peak / MIB:.0f} MiB, model {model / MIB:.0f} MiB, largest tensor {largest / MIB:.0f} MiB")
     assert model > 200 * MIB
     assert peak > 16 * MIB, "the measurement sees the tensors of a file"
-    assert peak < 3 * 16 * MIB + 2 * largest, "a file's tensors, once more while they are written, and the next one"
+    assert peak < model / 5, "a file's tensors and the next one, with what the allocator keeps of earlier ones"
