@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from lisa_dist import distributed
 from lisa_dist.config import UserError
 from lisa_dist.learner import begin_period, build_learner, count_persistent_bytes, load_initial_weights
 from lisa_dist.trainer import check_step_in_backward, train_step
+from tests.checkpoint import runs
 from tests.distributed.test_training import full_parameters, make_config, make_global_batches
 from tests.ranks import run_on_ranks
 
@@ -90,3 +92,10 @@ def test_steps_within_the_backward_pass_equal_the_usual_ones() -> None:
 def test_what_a_step_in_backward_cannot_do_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_step_in_backward(make_config(optimizer={"in_backward": True}, **changes))
+
+
+def test_state_that_waits_is_in_the_checkpoint(tmp_path: Path) -> None:
+    override = "optimizer.state_on_freeze=offload"
+    runs.train(2, runs.make_config(tmp_path / "whole", override))
+    runs.train(2, runs.make_config(tmp_path / "cut", override), runs.Kill("inside", runs.STEPS - 1))
+    runs.assert_same_run(tmp_path / "cut", tmp_path / "whole")
