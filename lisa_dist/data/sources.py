@@ -168,8 +168,9 @@ def _open_saved(folder: Path, path: str, split: str, key: str) -> Source:
 
 def _find_on_hub(path: str, split: str, key: str) -> Source:
     stay_offline_where_unreachable()
+    name, _, subset = path.partition(":")  # openai/gsm8k:main names a part of a data set
     try:
-        dataset = datasets.load_dataset(path, split=split)
+        dataset = datasets.load_dataset(name, subset or None, split=split)
     except Exception as error:  # the client raises a dozen kinds; all mean that the data cannot be had
         reason = " ".join(str(error).split())[:200]
         where = Path(path).absolute()
