@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from lisa_dist.config import ParallelConfig, UserError
-from lisa_dist.environment import in_slurm_step
+from lisa_dist.environment import in_slurm_step, interface_towards
 from lisa_dist.rendezvous import meet
 
 T = TypeVar("T")
@@ -94,6 +94,20 @@ def initialize(config: ParallelConfig) -> None:
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _choose_interface() -> None:
+    """Have gloo and NCCL talk over the interface that leads to rank 0's machine, unless the user has chosen one.
+
+    By itself gloo takes the address of the machine's own name, which is often 127.0.0.1
+    (https://docs.pytorch.org/docs/stable/distributed.html#choosing-the-network-interface-to-use).
+    """
+    if int(os.environ["WORLD_SIZE"]) <= local_world_size():
+        return
+    name = interface_towards(os.environ.get("MASTER_ADDR", ""))
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # = takes the name as it is, not as a prefix
 
 
 def set_threads(config: ParallelConfig) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import socket
+import struct
+
+SIOCGIFADDR = 0x8915  # of ioctl(2): the address of a network interface
 
 
 def in_slurm_step() -> bool:
@@ -25,3 +30,24 @@ def environment_rank() -> int:
 def restart_count() -> int:
     """How often torch's elastic agent has restarted this rank."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def interface_towards(host: str) -> str | None:
+    """Return the network interface by which this machine reaches ``host``, None where that cannot be told.
+
+    Nothing is sent. On ``host`` itself it is the interface that has its address, which other machines can reach.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # any port: of a datagram socket this only chooses the route
+            ours = probe.getsockname()[0]
+        except OSError:
+            return None
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:  # an interface without an address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == ours:
+                return name
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -41,6 +42,14 @@ def parse_overrides(texts: list[str]) -> list[KeyOverride]:
         UserError: a text is no ``key=value``, or one of the refused forms.
     """
     return [_parse(text) for text in texts]
+
+
+def path_override(key: str, path: str) -> str:
+    """Return ``key=path``, the path in quotes where Hydra's grammar would read something else in it."""
+    if re.fullmatch(r"/[\w./+%@:-]*", path):
+        return f"{key}={path}"
+    escaped = path.replace("'", "\\'")
+    return f"{key}='{escaped}'"
 
 
 def _parse(text: str) -> KeyOverride:

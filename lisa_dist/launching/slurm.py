@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, LaunchConfig, UserError
+from lisa_dist.config.overrides import path_override
 from lisa_dist.config.run_directory import check_run_dir_is_free, resolve_run_dir
 from lisa_dist.launching.sweep import (
     open_sweep,
     unfinished,
 )
-from lisa_dist.telemetry.comparison import EXIT_CODE_FILE, JOBS_FILE
+from lisa_dist.telemetry.comparison import EXIT_CODE_FILE, JOBS_FILE, RESUME
 
 MARK = "# Written by lisa-dist launch slurm."
 SECONDS_TO_SAVE = 300  # before the time limit, or a quarter of a short limit
@@ -36,6 +37,9 @@ export MASTER_ADDR MASTER_PORT
 # srun does not take over the script's --cpus-per-task by itself.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 """
+# A rank that ends leaves the others a minute to end as well, each with its own message and code; then they are
+# killed. (--kill-on-bad-exit=1 would send TERM at once, and a rank that dies of it hides the code of the first.)
+ENDING = ("--kill-on-bad-exit=0", "--wait=60")
 REQUEUE = f"""\
 # {EXIT_STOPPED}: the run has saved a checkpoint and stopped on a signal; requeued, the job goes on from there.
 # There is no trap here: after scancel this script ends at once and nothing is requeued.
@@ -99,7 +103,7 @@ def run_script(config: Config, overrides: Sequence[str], config_dir: str | None 
     header = _header(config, config.run.name or run_dir.name, f"{_literal(run_dir)}/logs/slurm-%j.log")
     options, program = _program(config, run_dir, config_dir)
     logs = shlex.quote(f"{_literal(run_dir)}/logs/slurm-%j.n%n.t%t.log")
-    arguments = [*overrides, f"run.dir={run_dir}", "checkpoint.resume=auto"]
+    arguments = [*overrides, RESUME, path_override("run.dir", str(run_dir))]
     return "\n".join(
         [
             *header,
@@ -126,11 +130,11 @@ def sweep_script(config: Config, array: Array, config_dir: str | None = None) ->
             *header,
             *_setup(config.launch),
             RENDEZVOUS,
-            "# A line is the overrides of a job, quoted for the shell; the last one says where its run lies.",
+            "# A line is the folder of a job and its overrides, quoted for the shell.",
             f"mapfile -t lines < {shlex.quote(str(sweep_dir / JOBS_FILE))}",
             'eval "set -- ${lines[$SLURM_ARRAY_TASK_ID]}"',
-            "run_dir=${!#}",
-            "run_dir=${run_dir#run.dir=}",
+            f'run_dir={shlex.quote(str(sweep_dir))}/"$1"',
+            "shift",
             'mkdir -p "$run_dir/logs"',
             f'rm -f "$run_dir/{EXIT_CODE_FILE}"',
             _srun('"${run_dir//%/%%}/logs/slurm-%j.n%n.t%t.log"', options, program, ['"$@"']),
@@ -188,7 +192,7 @@ def _setup(launch: LaunchConfig) -> list[str]:
 
 def _srun(output: str, options: list[str], program: list[str], arguments: list[str]) -> str:
     """Return the srun line; ``output`` and ``arguments`` are quoted already."""
-    own = ["--kill-on-bad-exit=1", "--open-mode=append", f"--output={output}", *map(shlex.quote, options)]
+    own = [*ENDING, "--open-mode=append", f"--output={output}", *map(shlex.quote, options)]
     return f"srun {' '.join(own)} \\\n    {shlex.join(program)} \\\n    {' '.join(arguments)}"
 
 

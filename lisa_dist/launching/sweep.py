@@ -25,6 +25,7 @@ import torch
 
 from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Config, UserError
 from lisa_dist.config.loading import load
+from lisa_dist.config.overrides import path_override
 from lisa_dist.config.sweeps import SweptOverrides, split_sweep
 from lisa_dist.launching.local import PR_SET_PDEATHSIG
 from lisa_dist.signals import STOP_SIGNALS
@@ -126,9 +127,9 @@ def _first_valid(swept: list[SweptOverrides], config_dir: str | None) -> Config:
 def _job_line(number: int, job: SweptOverrides, directory: Path) -> str:
     pairs = [text.partition("=") for text in job.varied]
     settings = ",".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs)
-    name = re.sub(r"[^\w.,=+-]+", "-", f"{number}_{settings or 'job'}")[:NAME_LENGTH]
+    name = re.sub(r"[^\w.=+-]+", "_", f"{number}_{settings or 'job'}")[:NAME_LENGTH]
     own = [text for text in job.overrides if not text.startswith(OF_THE_SWEEP)]
-    return shlex.join([*own, RESUME, f"run.dir={directory / name}"])
+    return shlex.join([name, *own, RESUME, path_override("run.dir", str(directory / name))])
 
 
 def _run_jobs(
@@ -157,7 +158,8 @@ def _start(record: JobRecord, place: int, gpus: str | None, config_dir: str | No
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / EXIT_CODE_FILE).unlink(missing_ok=True)
     more = ["--config-dir", config_dir] if config_dir else []
-    command = [sys.executable, "-m", "lisa_dist", "train", *more, *record.overrides, RESUME, f"run.dir={run_dir}"]
+    place_of_run = path_override("run.dir", str(run_dir))
+    command = [sys.executable, "-m", "lisa_dist", "train", *more, *record.overrides, RESUME, place_of_run]
     environment = dict(os.environ) if gpus is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpus}
     sweep_process = os.getpid()
 

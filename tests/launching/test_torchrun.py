@@ -1,0 +1,121 @@
+"""launch/torchrun_node.sh: two machines, played by two agents on the loopback interface."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.launching.tiny import TINY, read_summary, rows_of_steps, steps_recorded
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "torchrun_node.sh"
+PATIENCE = 180
+STEPS = 40
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Machines:
+    """Starts the script as on machines of its own; each one is a process group."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.started: list[subprocess.Popen[bytes]] = []
+
+    def start(self, rank: int, nodes: str, *overrides: str, **settings: str) -> subprocess.Popen[bytes]:
+        environment = {
+            **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port), "NODES": nodes, "RANKS": "1",
+            "NODE_RANK": str(rank), "PYTHON": sys.executable, **settings,
+        }  # fmt: skip
+        with (self.folder / f"machine_{rank}.log").open("ab") as log:
+            process = subprocess.Popen(
+                ["bash", str(SCRIPT), *TINY, *overrides],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.started.append(process)
+        return process
+
+    def output(self, rank: int) -> str:
+        return (self.folder / f"machine_{rank}.log").read_text()
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < deadline, [self.output(rank)[-3000:] for rank in range(len(self.started))]
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        for process in self.started:
+            if process.poll() is None:
+                for member in members(process):
+                    os.kill(member, signal.SIGKILL)
+            process.wait()
+
+
+def members(machine: subprocess.Popen[bytes]) -> list[int]:
+    """Return the processes of a machine: the agent starts each rank in a session of its own."""
+    told = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    parents = {int(pid): int(parent) for pid, parent in (line.split() for line in told.splitlines())}
+    found = [machine.pid]
+    for process in found:
+        found += [child for child, parent in parents.items() if parent == process]
+    return found
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[Machines]:
+    machines = Machines(tmp_path)
+    yield machines
+    machines.close()
+
+
+def test_run_goes_on_without_a_lost_machine(machines: Machines, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    overrides = [f"train.max_steps={STEPS}", "checkpoint.every=2", f"run.dir={run_dir}"]
+    first, second = (machines.start(rank, "1:2", *overrides) for rank in (0, 1))
+    machines.wait_until(lambda: len(steps_recorded(run_dir)) >= 5)
+    for process in members(second):
+        os.kill(process, signal.SIGKILL)
+    assert first.wait(PATIENCE) == 0, machines.output(0)[-3000:]
+    summary = read_summary(run_dir)
+    assert summary["exit_reason"] == "finished"
+    (resumed_from,) = summary["resumed_from"]
+    assert 4 <= resumed_from < STEPS and resumed_from % 2 == 0
+    rows = rows_of_steps(run_dir)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    # 60 rows make 15 global batches, in an order that the seed of each epoch decides: an epoch trained by one rank
+    # has as many label tokens as the first one, which two ranks trained for a while.
+    assert sum(row["tokens"] for row in rows[:15]) == sum(row["tokens"] for row in rows[15:30])
+
+
+def test_machine_that_finds_nobody_says_so(machines: Machines) -> None:
+    process = machines.start(1, "2", WAIT="1")
+    assert process.wait(PATIENCE) == 1
+    assert machines.output(1) == (
+        f"torchrun_node.sh: nobody answers at 127.0.0.1:{machines.port} after 1 s (Connection refused): is the "
+        "machine with NODE_RANK=0 up, and is the port open?\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["MASTER_ADDR", "NODES", "NODE_RANK"])
+def test_setting_that_is_missing(name: str) -> None:
+    settings = {"MASTER_ADDR": "127.0.0.1", "NODES": "2", "NODE_RANK": "0", "PATH": os.environ["PATH"]}
+    del settings[name]
+    result = subprocess.run(["bash", str(SCRIPT)], env=settings, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert f"{name}: set it to" in result.stderr

@@ -1,0 +1,121 @@
+"""Jobs in a real Slurm: to the end over two nodes, through a time limit's signal, as an array, and cancelled."""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from lisa_dist.cli import main
+from tests.launching.tiny import TINY, read_summary, steps_recorded, weights
+from tests.slurm.cluster import Cluster
+
+REPOSITORY = Path(__file__).parents[2]
+STEPS = 80  # so many that the signal comes before the end
+SMALL = 'launch.options=["--mem=100M"]'  # a job without it takes the memory of a whole node
+
+
+def launch(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+    """Submit with ``lisa-dist launch slurm`` and return the job's id."""
+    assert main(["launch", "slurm", *TINY, SMALL, *overrides]) == 0
+    match = re.search(r"submitted as job (\d+)", capsys.readouterr().out)
+    assert match is not None
+    return match[1]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run over two nodes, a rank on each, that nothing disturbed."""
+    run_dir = tmp_path_factory.mktemp("slurm") / "whole"
+    overrides = [*TINY, SMALL, "launch.nodes=2", f"train.max_steps={STEPS}", f"run.dir={run_dir}", "run.name=whole"]
+    assert main(["launch", "slurm", *overrides]) == 0
+    job = cluster.command("squeue", "-h", "-o", "%i", "--name=whole")
+    assert cluster.wait_for_state(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
+    return run_dir
+
+
+def test_two_nodes_train_to_the_end(uninterrupted: Path) -> None:
+    assert read_summary(uninterrupted)["exit_reason"] == "finished"
+    assert steps_recorded(uninterrupted) == list(range(1, STEPS + 1))
+    logs = [file.name for file in (uninterrupted / "logs").glob("slurm-*")]
+    assert sorted(re.sub(r"\d+", "J", name, count=1) for name in logs) == [
+        "slurm-J.log",
+        "slurm-J.n0.t0.log",
+        "slurm-J.n1.t1.log",
+    ]
+
+
+def test_signal_before_the_limit_requeues_and_the_job_goes_on(
+    cluster: Cluster, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    job = launch(capsys, "launch.nodes=2", f"train.max_steps={STEPS}", f"run.dir={run_dir}")
+    cluster.wait_for(lambda: len(steps_recorded(run_dir)) >= 5)
+    cluster.command("scancel", "--signal=USR1", job)  # what Slurm sends before the limit, to the same processes
+    cluster.wait_for_state(job, "PENDING")
+    assert read_summary(run_dir)["exit_reason"] == "signal"
+    saved = len(steps_recorded(run_dir))
+    assert 5 <= saved < STEPS
+    cluster.start_again_now(job)
+    told = cluster.wait_for_state(job, "COMPLETED", "FAILED")
+    assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1")
+    assert read_summary(run_dir)["resumed_from"] == [saved]
+    assert steps_recorded(run_dir) == list(range(1, STEPS + 1))
+    assert weights(run_dir, STEPS) == weights(uninterrupted, STEPS)
+
+
+def test_array_over_a_sweep(cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep_dir = tmp_path / "sweep"
+    assert main(
+        ["launch", "slurm", "--multirun", *TINY, SMALL, f"sweep.dir={sweep_dir}", "train.max_steps=2",
+         "sampler.active_layers=1,99", "launch.tasks_per_node=2"]
+    ) == 0  # fmt: skip
+    submitted = re.search(r"submitted as job (\d+)", capsys.readouterr().out)
+    assert submitted is not None
+    states = ("COMPLETED", "FAILED")
+    good, bad = (cluster.wait_for_state(f"{submitted[1]}_{task}", *states) for task in (0, 1))
+    assert (good["JobState"], good["ExitCode"]) == ("COMPLETED", "0:0")
+    assert (bad["JobState"], bad["ExitCode"]) == ("FAILED", "2:0")
+    with (sweep_dir / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["state"], row["exit_code"]) for row in rows] == [("finished", "0"), ("failed", "2")]
+    assert "active_layers=99" in rows[1]["reason"]
+    # Only what has not finished is submitted again.
+    assert main(["launch", "slurm", "--multirun", *TINY, SMALL, f"sweep.dir={sweep_dir}", "train.max_steps=2",
+                 "sampler.active_layers=1,99", "launch.dry_run=true"]) == 0  # fmt: skip
+    assert "#SBATCH --array=1\n" in capsys.readouterr().out
+
+
+def test_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    job = cluster.command(
+        "sbatch", "--parsable", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=100M",
+        f"--chdir={tmp_path}", f"--export=ALL,PYTHON={sys.executable}", str(REPOSITORY / "launch/slurm/train.sbatch"),
+        *TINY, "train.max_steps=100000", f"run.dir={run_dir}",
+    )  # fmt: skip
+    cluster.wait_for(lambda: len(steps_recorded(run_dir)) >= 2)
+    cluster.command("scancel", job)
+    told = cluster.wait_for_state(job, "CANCELLED")
+    assert told["Restarts"] == "0"
+    cluster.wait_for(
+        lambda: read_summary(run_dir)["exit_reason"] == "signal" if (run_dir / "summary.json").exists() else False
+    )
+    assert (run_dir / "checkpoints" / f"step_{steps_recorded(run_dir)[-1]:08d}" / "manifest.json").exists()
+    assert (tmp_path / f"slurm-{job}.n0.t1.log").exists()
+
+
+def test_script_for_a_sweep_of_ones_own(cluster: Cluster, tmp_path: Path) -> None:
+    lines = ["run.dir=first run.name='no blank'", "run.dir='the second' train.max_steps=3"]
+    (tmp_path / "overrides.txt").write_text("".join(f"{line}\n" for line in lines))
+    script = (REPOSITORY / "launch/slurm/sweep.sbatch").read_text()
+    (tmp_path / "sweep.sbatch").write_text(script.replace("lisa_dist train", "lisa_dist train --cfg job"))
+    job = cluster.command(
+        "sbatch", "--parsable", "--array=1", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1",
+        "--mem=100M", f"--chdir={tmp_path}", f"--export=ALL,PYTHON={sys.executable}", "sweep.sbatch", "overrides.txt",
+    )  # fmt: skip
+    assert cluster.wait_for_state(f"{job}_1", "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
+    shown = (tmp_path / f"slurm-{job}_1.n0.t0.log").read_text()
+    assert "dir: the second\n" in shown and "max_steps: 3\n" in shown and "resume: auto\n" in shown
