@@ -1,7 +1,7 @@
 # make demo       set up .venv and train the demonstration on two CPU ranks
 # make test       set up .venv and run the tests
 # make soak       the long tests: many kills, many switches
-# make gpu-check  the tests that need a GPU
+# make gpu-check  the tests that need a GPU, and the standing benchmark, on one GPU
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -25,7 +25,10 @@ soak: $(INSTALLED)
 	$(BIN)/python -m pytest -m soak --timeout=0
 
 gpu-check: $(INSTALLED)
-	$(BIN)/python -m pytest -m gpu
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no GPU, gpu-check needs one")'
+	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(BIN)/lisa-dist bench model=tinyllama model.init=random data=custom data.sequence_length=2048 \
+		train.micro_batch_size=2 train.global_batch_size=4 parallel.nproc_per_node=1 bench.compare=[bare]
 
 install: $(INSTALLED)
 

@@ -66,9 +66,9 @@ def run(config: Config) -> int:
             broken += finding.state == BROKEN
             if distributed.is_main() or finding.state == BROKEN:
                 console.print(f"[{STYLES[finding.state]}]{finding.state:>7}[/]  {finding.name}: ", end="")
-                console.print(finding.detail, markup=False)
+                console.print(finding.detail, markup=False, soft_wrap=True)
                 if finding.fix:
-                    console.print(f"         {finding.fix}", markup=False)
+                    console.print(f"         {finding.fix}", markup=False, soft_wrap=True)
     return EXIT_FAILED if broken else EXIT_DONE
 
 

@@ -1,0 +1,151 @@
+"""``lisa-dist bench``: its JSON object, what it counts, and its refusals."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lisa_dist import cli, distributed
+from lisa_dist.commands import bench
+from lisa_dist.commands.flops import attention_flops, parameter_flops_per_token, preset_rate
+from lisa_dist.commands.stopwatch import PeakMemory, spread_of
+from lisa_dist.config import UserError
+from lisa_dist.config.loading import load, vary
+from lisa_dist.learner import begin_period, build_learner, load_initial_weights
+from tests.ranks import run_on_ranks
+
+VOCABULARY, HIDDEN, INTERMEDIATE, BLOCKS, TOKENS = 96, 32, 48, 4, 24
+TINY = [
+    "model=custom",
+    f"model.architecture={{model_type:llama,vocab_size:{VOCABULARY},hidden_size:{HIDDEN},"
+    f"intermediate_size:{INTERMEDIATE},num_hidden_layers:{BLOCKS},num_attention_heads:2,num_key_value_heads:2}}",
+    "model.init=random",
+    "data=custom",
+    f"data.sequence_length={TOKENS}",
+    "train.global_batch_size=4",
+    "train.micro_batch_size=2",
+    "parallel.cpu_threads=1",
+    "bench.steps=4",
+    "bench.rounds=2",
+    "bench.warmup_steps=1",
+]
+BLOCK = 4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE + 2 * HIDDEN  # parameters
+HEAD = VOCABULARY * HIDDEN
+
+
+def printed_by_bench(overrides: list[str]) -> str:
+    """What bench prints on stdout. Runs on a rank."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert bench.run(load(overrides)) == 0
+    return output.getvalue()
+
+
+def test_json_holds_speed_parts_and_memory_of_every_method(tmp_path: Path) -> None:
+    more = ["bench.format=json", "bench.compare=[full,bare]", "bench.profile=true", f"run.dir={tmp_path}"]
+    (printed,) = run_on_ranks(1, printed_by_bench, TINY + more)
+    found = json.loads(printed)
+    assert {"tokens_per_second", "step_seconds", "peak_bytes", "utilisation"} <= found.keys()
+    assert list(found["compare"]) == ["lisa", "full", "bare"]
+    for figures in found["compare"].values():
+        step, tokens = figures["step_seconds"], 4 * TOKENS
+        parts = {key: value for key, value in step["by_part"].items() if key != "switch"}
+        assert set(parts) == {"data", "forward", "backward", "optimizer", "other"}
+        assert 0 < sum(parts.values()) < 3 * step["median"]
+        slowest = step["median"] + step["spread"] + max(0, step["by_part"]["switch"])
+        assert tokens / slowest / 3 < figures["tokens_per_second"]
+        assert figures["label_tokens_per_second"] == pytest.approx(figures["tokens_per_second"] * (TOKENS - 1) / TOKENS)
+        assert figures["utilisation"] is None, "nobody knows what a CPU could do"
+        assert figures["measured_steps"] == 4
+    lisa, full = (2 * (BLOCKS - trained) * BLOCK + 16 * (trained * BLOCK + 2 * HEAD) for trained in (2, BLOCKS))
+    assert lisa < found["compare"]["lisa"]["peak_bytes"] < found["compare"]["full"]["peak_bytes"]
+    assert full < found["compare"]["full"]["peak_bytes"] < 3 * full
+    assert found["compare"]["lisa"]["ratio"]["to"] == "bare" and found["compare"]["lisa"]["ratio"]["median"] > 0
+    assert json.loads((tmp_path / "trace_rank_0.json").read_text())["traceEvents"]
+
+
+def test_a_sweep_measures_each_line(tmp_path: Path) -> None:
+    line = "train.micro_batch_size=1 method=full"
+    (printed,) = run_on_ranks(1, printed_by_bench, [*TINY, "bench.format=json", f"bench.sweep=['{line}']"])
+    found = json.loads(printed)
+    assert (found["method"], found["micro_batch_size"]) == ("lisa", 2)
+    (swept,) = found["sweep"]
+    assert (swept["overrides"], swept["method"], swept["micro_batch_size"]) == (line, "full", 1)
+
+
+def counted_flops(overrides: list[str]) -> tuple[list[int], float, float]:
+    """The active blocks, the operations a token, those of attention. Runs on a rank."""
+    learner = build_learner(load(overrides))
+    load_initial_weights(learner, distributed.device())
+    begin_period(learner, 0)
+    return learner.active.blocks, parameter_flops_per_token(learner), attention_flops(learner, 3, TOKENS)
+
+
+def test_operations_follow_from_what_trains() -> None:
+    ((_, everything, attention),) = run_on_ranks(1, counted_flops, TINY)
+    norm = 6 * HIDDEN
+    assert everything == 2 * 6 * BLOCK + 2 * 4 * BLOCK + 6 * HEAD + norm
+    assert attention == 12 * BLOCKS * HIDDEN * 3 * TOKENS**2
+    frozen = [*TINY, "always_active.embeddings=false", "sampler=fixed", "sampler.blocks=[2]"]
+    ((_, stops_early, _),) = run_on_ranks(1, counted_flops, frozen)
+    assert stops_early == 2 * 2 * BLOCK + 6 * BLOCK + 4 * BLOCK + 6 * HEAD + norm
+
+
+def refusals(lines: list[list[str]]) -> list[str]:
+    """What the user is told of each line of overrides. Runs on a rank."""
+    told = []
+    for overrides in lines:
+        with pytest.raises(UserError) as caught:
+            bench.run(load([*TINY, *overrides]))
+        told.append(str(caught.value))
+    return told
+
+
+def test_mistakes_are_refused() -> None:
+    lines = {
+        "bench.compare=ful: must be one of": ["bench.compare=[ful]"],
+        "run.dir=null": ["bench.profile=true"],
+        "bench.sweep": ["bench.compare=[full]", "bench.sweep=['train.seed=1']"],
+        "train.global_batch_size=3": ["train.global_batch_size=3"],
+    }
+    (told,) = run_on_ranks(1, refusals, list(lines.values()))
+    assert all(text.startswith(start) for text, start in zip(told, lines)), told
+    with pytest.raises(UserError, match="model=demo"):
+        vary(load(TINY), ["model=demo"])
+
+
+def test_ranks_log_beside_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(cli, "_function", lambda address: lambda *arguments: seen.append(arguments) or 0)
+    for name in ("RANK", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert cli.main(["bench", *TINY]) == 0
+    ((config, entry, logs),) = seen
+    assert (config.run.dir, entry) == (None, "lisa_dist.commands.bench:run")
+    assert not logs.exists(), "logs of a bench that went well are not kept"
+
+
+def test_the_median_and_the_distance_of_the_quartiles() -> None:
+    assert vars(spread_of([5.0, 1.0, 2.0, 4.0, 3.0])) == {"median": 3.0, "spread": 2.0}
+    assert vars(spread_of([2.0])) == {"median": 2.0, "spread": 0.0}
+
+
+def test_peak_memory_on_the_cpu_is_the_most_that_was_held_at_a_time() -> None:
+    with PeakMemory(torch.device("cpu")) as peak:
+        first = torch.ones(1000, dtype=torch.float64)
+        del first
+        second = torch.ones(600, dtype=torch.float64)
+        third = torch.ones(700, dtype=torch.float64)
+    assert peak.bytes == second.nbytes + third.nbytes
+
+
+def test_a_gpu_is_found_among_the_presets_by_its_name() -> None:
+    assert preset_rate("NVIDIA H100 80GB HBM3") == preset_rate("NVIDIA H100") == 989e12
+    assert preset_rate("NVIDIA RTX A6000") != preset_rate("NVIDIA A100-SXM4-80GB") == 312e12
+    assert preset_rate("Some GPU") is None

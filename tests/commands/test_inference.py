@@ -1,0 +1,123 @@
+"""``evaluate`` and ``generate`` on a run and on its export: the numbers of training, the answers of transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lisa_dist.commands import evaluate, export, generate
+from lisa_dist.config import UserError
+from lisa_dist.config.loading import load, load_run
+from lisa_dist.trainer import train
+from tests.ranks import run_on_ranks
+
+QUESTIONS = ["sort 3 1 2", "Who are you?"]
+
+
+def train_and_export(run_dir: str, target: str, cache: str) -> None:
+    """Two steps of the demonstration in fp32 arithmetic, exported. Runs on a rank."""
+    overrides = [f"run.dir={run_dir}", "train.max_steps=2", "train.eval_every=2", "train.sample_prompts=0"]
+    overrides += ["data.sequence_length=48", f"data.cache_dir={cache}", "precision.compute=float32"]
+    assert train(load([*overrides, "parallel.cpu_threads=1"])) == 0
+    assert export.run(load_run(run_dir, [f"export.path={target}", "export.dtype=float32"])) == 0
+
+
+def printed_by(command: Any, run_dir: str | None, overrides: list[str]) -> str:
+    """What a command prints. Runs on a rank."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        config = load(overrides) if run_dir is None else load_run(run_dir, overrides)
+        assert command(config) == 0
+    return output.getvalue()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("inference")
+    run_dir, target = folder / "run", folder / "exported"
+    run_on_ranks(1, train_and_export, str(run_dir), str(target), str(folder / "cache"))
+    return run_dir, target
+
+
+def test_evaluate_finds_the_loss_of_the_training_run(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    run_dir, target = trained
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    expected = [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
+    run_on_ranks(1, printed_by, evaluate.run, str(run_dir), [])
+    found = json.loads((run_dir / "evaluation.json").read_text())
+    assert found["eval_loss"] == pytest.approx(expected, rel=1e-6) and found["step"] == 2
+    assert found["perplexity"] == pytest.approx(torch.tensor(expected).exp().item(), rel=1e-4)
+    elsewhere = [f"evaluate.path={target}", f"evaluate.output={tmp_path / 'exported.json'}"]
+    printed = run_on_ranks(2, printed_by, evaluate.run, str(run_dir), [*elsewhere, "evaluate.limit=5"])
+    found = json.loads((tmp_path / "exported.json").read_text())
+    assert (found["model"], found["step"], found["sequences"]) == (str(target), None, 5)
+    assert found["eval_loss"] != pytest.approx(expected, rel=1e-6), "five rows are not all rows"
+    assert f"loss {found['eval_loss']:.4f}" in printed[0] and printed[1] == ""
+
+
+def test_generate_answers_as_transformers_does(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    run_dir, target = trained
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    model = AutoModelForCausalLM.from_pretrained(target)
+    expected = []
+    for question in QUESTIONS:
+        chat = [{"role": "user", "content": question}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+        expected.append(tokenizer.decode(ids, skip_special_tokens=True).strip())
+    length = ["generate.max_new_tokens=8", "precision.compute=float32"]
+    prompts = tmp_path / "prompts.jsonl"
+    messages = {"messages": [{"role": "user", "content": QUESTIONS[1]}]}
+    prompts.write_text(f"{json.dumps({'prompt': QUESTIONS[0]})}\n{json.dumps(messages)}\n")
+    (printed,) = run_on_ranks(1, printed_by, generate.run, str(run_dir), [*length, f"generate.prompts={prompts}"])
+    assert printed.splitlines() == expected
+    output = tmp_path / "new" / "answers.jsonl"
+    more = [f"generate.path={target}", f"generate.prompts={QUESTIONS}", f"generate.output={output}"]
+    assert run_on_ranks(2, printed_by, generate.run, None, [*length, *more, "parallel.cpu_threads=1"]) == ["", ""]
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["answer"] for row in rows] == expected and [row["prompt"] for row in rows] == QUESTIONS
+    (told,) = run_on_ranks(1, refusals, [(generate.run, None, [*length, *more])])
+    assert told == [f"generate.output={output}: is there already and is not written over, name a new file"]
+
+
+def refusals(calls: list[tuple[Any, str | None, list[str]]]) -> list[str]:
+    """What the user is told by each call. Runs on a rank."""
+    told = []
+    for call in calls:
+        with pytest.raises(UserError) as caught:
+            printed_by(*call)
+        told.append(str(caught.value))
+    return told
+
+
+def test_mistakes_are_refused(trained: tuple[Path, Path]) -> None:
+    run_dir, target = trained
+    calls = {
+        "evaluate.step=7": (evaluate.run, str(run_dir), ["evaluate.step=7"]),
+        "evaluate.data=null": (evaluate.run, None, [f"evaluate.path={target}"]),
+        "evaluate.path=null": (evaluate.run, None, ["evaluate.data=builtin:demo"]),
+        "generate.path=null": (generate.run, None, ["generate.prompts=[Hello]"]),
+    }
+    (told,) = run_on_ranks(1, refusals, list(calls.values()))
+    assert all(text.startswith(start) for text, start in zip(told, calls)), told
+    assert "it has 2" in told[0]
+
+
+def test_prompts_are_a_list_or_the_lines_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\n\ntwo\n")
+    assert generate.read_prompts(["a", 2]) == ["a", "2"]
+    assert generate.read_prompts(str(file)) == ["one", "two"]
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "x"}\n{"question": "y"}\n')
+    for wrong, message in (([], "holds no prompt"), ("nowhere.txt", "file that exists"), (None, "file that exists")):
+        with pytest.raises(UserError, match=message):
+            generate.read_prompts(wrong)
+    with pytest.raises(UserError, match="line 2 must be an object"):
+        generate.read_prompts(str(tmp_path / "broken.jsonl"))

@@ -1,0 +1,125 @@
+"""What only a GPU can show: the same numbers, the memory law and the plan's peak by the GPU's own count."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lisa_dist import distributed
+from lisa_dist.commands import bench, self_test
+from lisa_dist.config import Config, ParallelConfig
+from lisa_dist.config.loading import load
+from lisa_dist.learner import begin_period, build_learner, count_persistent_bytes, load_initial_weights
+from lisa_dist.sharding import storage
+from lisa_dist.trainer import accumulate_gradients, train_step
+from tests.distributed.test_training import (
+    PERIOD,
+    STEPS,
+    full_parameters,
+    make_config,
+    make_global_batches,
+    train_reference,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch"),
+]
+
+MIDDLING = [
+    "model=custom",
+    "model.architecture={model_type:llama,vocab_size:32000,hidden_size:1024,intermediate_size:2816,"
+    "num_hidden_layers:12,num_attention_heads:16,num_key_value_heads:16}",
+    "model.init=random",
+    "data=custom",
+    "data.sequence_length=1024",
+    "train.global_batch_size=4",
+    "train.micro_batch_size=4",
+    "parallel.nproc_per_node=1",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> Iterator[None]:
+    """This process as the only rank, on its GPU."""
+    distributed.initialize(ParallelConfig())
+    yield
+    distributed.shutdown()
+
+
+def train_here(config: Config) -> dict[str, Any]:
+    """Three periods on the GPU: first and last parameters on the CPU, losses, draws, dtypes of the reductions."""
+    learner = build_learner(config)
+    load_initial_weights(learner, distributed.device())
+    initial = {name: tensor.cpu() for name, tensor in full_parameters(learner).items()}
+    losses, draws, dtypes = [], [], []
+    for step, micro_batches in enumerate(make_global_batches()):
+        if step % PERIOD == 0:
+            begin_period(learner, step // PERIOD)
+            draws.append(list(learner.active.blocks))
+            groups = {id(group): group for _, group in learner.sharded.handles.values()}
+            dtypes.append({storage.reduce_dtype(group) for group in groups.values()} - {None})
+        losses.append(train_step(learner, micro_batches, step, STEPS).loss)
+    final = {name: tensor.cpu() for name, tensor in full_parameters(learner).items()}
+    return {"initial": initial, "final": final, "losses": losses, "draws": draws, "dtypes": dtypes}
+
+
+def test_three_periods_equal_plain_pytorch() -> None:
+    config = make_config()
+    found = train_here(config)
+    reference, losses = train_reference(config, found["initial"], found["draws"])
+    assert found["losses"] == pytest.approx(losses, rel=1e-4)
+    for name, parameter in found["final"].items():
+        error = (parameter - reference[name]).norm() / reference[name].norm()
+        assert error < 1e-4, f"{name}: relative error {error}"
+
+
+def test_bf16_follows_fp32_and_reduces_in_fp32() -> None:
+    plain = train_here(make_config())
+    mixed = train_here(make_config(precision={"frozen": "bfloat16", "compute": "bfloat16"}))
+    assert mixed["losses"] == pytest.approx(plain["losses"], rel=0.01)
+    assert all(dtypes == {torch.float32} for dtypes in mixed["dtypes"])
+
+
+def test_persistent_bytes_obey_the_law_and_the_allocator_holds_little_more() -> None:
+    before = torch.cuda.memory_allocated()
+    learner = build_learner(load(MIDDLING))
+    load_initial_weights(learner, distributed.device())
+    ids = torch.randint(0, 32000, (1, 64))
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(64)[None]}
+    for period in range(3):
+        begin_period(learner, period)
+        accumulate_gradients(learner, [batch])
+        trained = sum(parameter.numel() for parameter in learner.optimizer.parameters.values())
+        frozen = sum(learner.sharded.parameter(name).numel() for name in learner.sharded.handles) - trained
+        counted = sum(count_persistent_bytes(learner).values())
+        assert counted == 2 * frozen + 16 * trained
+        storage.reshard_all(learner.sharded.module)
+        held = torch.cuda.memory_allocated() - before
+        assert held < 1.05 * counted, f"period {period}: {held} bytes are held, {counted} are accounted for"
+        learner.optimizer.drop_gradients()
+
+
+def test_the_peak_is_the_planned_one() -> None:
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        bench.run(load([*MIDDLING, "bench.format=json", "bench.steps=2", "bench.rounds=1"]))
+    measured = json.loads(output.getvalue())
+    command = [sys.executable, "-m", "lisa_dist", "plan", *MIDDLING, "plan.format=json"]
+    planned = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert planned["peak_bytes"] == pytest.approx(measured["peak_bytes"], rel=0.05)
+    assert measured["utilisation"] is None or 0 < measured["utilisation"] < 1
+
+
+def test_a_checkpoint_holds_what_was_written(tmp_path: Path) -> None:
+    self_test.check_reduction()
+    self_test.check_training(load([f"run.dir={tmp_path}"]), tmp_path)
