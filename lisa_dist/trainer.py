@@ -61,7 +61,7 @@ def accumulate_gradients(
         This rank's loss, summed over its label tokens, and their number.
     """
     module = learner.sharded.module
-    loss_sum = torch.zeros((), device=next(module.parameters()).device)
+    loss_sum = torch.zeros((), device=distributed.device())
     tokens = 0
     for index, micro_batch in enumerate(micro_batches):
         assert isinstance(module, FSDPModule)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from lisa_dist import distributed
+
 
 @torch.no_grad()
 def answer(
@@ -35,7 +37,7 @@ def answer(
     """
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
+    device = distributed.device()
     ids = list(prompt_ids)
     for _ in range(max_new_tokens):
         inputs = torch.tensor([ids], device=device)

@@ -79,7 +79,7 @@ def _single_changes(config: Config) -> list[list[str]]:
     if checkpointing != "full":
         changes.append(["parallel.activation_checkpointing=full"])
     if config.parallel.offload == "none":
-        changes.append(["parallel.offload=all"])
+        changes += [["parallel.offload=frozen"], ["parallel.offload=all"]]
     changes.append([f"parallel.nodes={2 * config.parallel.nodes}"])
     return changes
 

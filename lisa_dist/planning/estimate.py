@@ -52,7 +52,10 @@ def _host_seconds(trace: Trace, gpu: Gpu, config: Config) -> tuple[float, float]
     if config.parallel.offload == "none":
         return 0.0, 0.0
     sizes = trace.persistent_bytes
-    weights = sizes["frozen_parameters"] + sizes["active_parameters"]
-    copied = (2 * weights + sizes["gradients"]) * micro_batches_per_step(config)  # to the device for each pass
-    stepped = 2 * sizes["optimizer_state"] + 2 * sizes["active_parameters"] + sizes["gradients"]
-    return copied / (gpu.host_bandwidth * LINK_EFFICIENCY), stepped / HOST_OPTIMIZER_BANDWIDTH
+    copied = 2 * sizes["frozen_parameters"]  # to the device for the forward and for the backward pass
+    stepped = 0
+    if config.parallel.offload == "all":
+        copied += 2 * sizes["active_parameters"] + sizes["gradients"]
+        stepped = 2 * sizes["optimizer_state"] + 2 * sizes["active_parameters"] + sizes["gradients"]
+    copying = copied * micro_batches_per_step(config) / (gpu.host_bandwidth * LINK_EFFICIENCY)
+    return copying, stepped / HOST_OPTIMIZER_BANDWIDTH

@@ -204,6 +204,9 @@ class _Clock:
             tensors += [parameter.detach() for parameter in parameters]
             tensors += [parameter.grad for parameter in parameters if parameter.grad is not None]
             tensors += optimizer.moment_tensors().values()
+        if sharded.offloads_frozen:
+            parameters = [sharded.parameter(name) for name in sharded.handles]
+            tensors += [parameter.detach() for parameter in parameters if not parameter.requires_grad]
         local = {id(shard): shard for shard in map(distributed.local_shard, tensors)}
         self.ledger.to_host(local.values())
         return sum(shard.nbytes for shard in local.values())

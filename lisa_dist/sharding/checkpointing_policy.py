@@ -96,6 +96,7 @@ def activation_budget(config: Config, sharded: ShardedModel, working_bytes: int)
     gathered = 2 * dtype_of(config.precision.compute).itemsize * sum(sorted(sizes.values())[-2:])
     reduced = 6 * max(sizes.values())  # a gradient as computed, and its copy in fp32 to be reduced
     held = counted["frozen_parameters"] + counted["active_parameters"] + gradients + state
+    held -= {"none": 0, "frozen": counted["frozen_parameters"], "all": held}[config.parallel.offload]
     return max(0.0, limit - RESERVED_BYTES - held - gathered - reduced - working_bytes)
 
 

@@ -17,7 +17,7 @@ ROUNDING_CHUNK = 1 << 22  # elements rounded at a time: bounds the temporaries o
 
 
 def fsdp_groups(module: FSDPModule) -> list[Any]:
-    """Return the FSDP2 parameter groups of one wrapped module (private: ``_fsdp_param_groups``; one up to torch 2.12)."""
+    """Return the FSDP2 parameter groups of one wrapped module (private; one up to torch 2.12)."""
     state = module._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
@@ -64,6 +64,16 @@ def replace_shard(fsdp_param: Any, shard: torch.Tensor, requires_grad: bool) -> 
     fsdp_param._setattr_on_modules(nn.Parameter(tensor, requires_grad=requires_grad))
     fsdp_param.reset_sharded_param()
     return fsdp_param.sharded_param
+
+
+def place_on_host(fsdp_param: Any, on_host: bool, pin_memory: bool) -> None:
+    """Say where a parameter's next shard will lie: on its device, or in host memory, whence FSDP2 copies it for use.
+
+    To be called before :func:`replace_shard`: a shard is pinned as it is put in place
+    (private: ``offload_to_cpu`` and ``pin_memory``, which FSDP2 sets once for a whole group).
+    """
+    fsdp_param.offload_to_cpu = on_host
+    fsdp_param.pin_memory = on_host and pin_memory
 
 
 def refresh_group(group: Any) -> None:

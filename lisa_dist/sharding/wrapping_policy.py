@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from lisa_dist import distributed
 from lisa_dist.config import AlwaysActiveConfig, ParallelConfig, PrecisionConfig
 from lisa_dist.distributed import local_shard
 from lisa_dist.models.layer_map import LayerMap
@@ -33,6 +34,7 @@ class ShardedModel:
     mesh: DeviceMesh
     precision: PrecisionConfig
     handles: dict[str, tuple[Any, Any]]  # parameter name -> (FSDPParam, its group)
+    offloads_frozen: bool = False  # frozen parameters live in host memory
 
     @property
     def shard_index(self) -> int:
@@ -93,7 +95,8 @@ def shard_model(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    return ShardedModel(model, layers, mesh, precision, storage.fsdp_parameters(model))
+    handles = storage.fsdp_parameters(model)
+    return ShardedModel(model, layers, mesh, precision, handles, offloads_frozen=parallel.offload == "frozen")
 
 
 def always_active_parameters(sharded: ShardedModel, always_active: AlwaysActiveConfig) -> list[str]:
@@ -120,8 +123,9 @@ def materialize(sharded: ShardedModel, trained: Iterable[str], device: torch.dev
         dtype = dtype_of(sharded.precision.active if name in active else sharded.precision.frozen)
         if not fsdp_param.sharded_param.is_floating_point():
             dtype = fsdp_param.sharded_param.dtype  # codes of a quantised weight
-        shard = torch.empty(fsdp_param.sharded_size, dtype=dtype, device=device)
-        storage.replace_shard(fsdp_param, shard, requires_grad=name in active)
+        on_host = sharded.offloads_frozen and name not in active
+        shard = torch.empty(fsdp_param.sharded_size, dtype=dtype, device="cpu" if on_host else device)
+        _store(sharded, name, shard, trained=name in active)
     for module in sharded.module.modules():
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
@@ -146,8 +150,19 @@ def recast(
         fsdp_param, _ = sharded.handles[name]
         shard = local_shard(fsdp_param.sharded_param.detach())
         seed = seed_of(name) if seed_of is not None else None
-        storage.replace_shard(fsdp_param, storage.convert(shard, dtype, seed), requires_grad=trained)
+        if sharded.offloads_frozen and trained:
+            shard = shard.to(distributed.device(), non_blocking=True)
+        _store(sharded, name, storage.convert(shard, dtype, seed), trained)
     _refresh_groups(sharded, names)
+
+
+def _store(sharded: ShardedModel, name: str, shard: torch.Tensor, trained: bool) -> None:
+    """Put a parameter's shard in its place; a frozen one in host memory where frozen parameters live there."""
+    fsdp_param, _ = sharded.handles[name]
+    if sharded.offloads_frozen:
+        storage.place_on_host(fsdp_param, not trained, pin_memory=sharded.mesh.device_type == "cuda")
+        shard = shard if trained else shard.cpu()
+    storage.replace_shard(fsdp_param, shard, requires_grad=trained)
 
 
 @contextmanager

@@ -1,0 +1,59 @@
+"""Parameters in host memory: training is the same, and the plan takes them off the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lisa_dist.learner import begin_period, build_learner, load_initial_weights
+from lisa_dist.planning.simulation import simulate
+from tests.distributed.test_training import make_config, train_on_rank
+from tests.planning.test_truth import make_config as make_planned_config
+from tests.ranks import run_on_ranks
+
+
+def places_after_switches() -> list[bool]:
+    """Whether exactly the frozen parameters are marked as lying in host memory. Runs on every rank."""
+    learner = build_learner(make_config(parallel={"offload": "frozen"}))
+    load_initial_weights(learner, torch.device("cpu"))
+    right = []
+    for period in range(3):
+        begin_period(learner, period)
+        marks = {name: fsdp_param.offload_to_cpu for name, (fsdp_param, _) in learner.sharded.handles.items()}
+        right.append(all(marks[name] == (name not in learner.optimizer.parameters) for name in marks))
+    return right
+
+
+def train_with(offload: str) -> dict[str, Any]:
+    """Three periods with parameters in host memory. Runs on every rank."""
+    result = train_on_rank(make_config(parallel={"offload": offload}))
+    return {"losses": result["losses"], "final": result["final"]}
+
+
+def test_training_is_the_same_wherever_parameters_lie() -> None:
+    plain = run_on_ranks(2, train_with, "none")[0]
+    for offload in ("frozen", "all"):
+        other = run_on_ranks(2, train_with, offload)[0]
+        assert other["losses"] == plain["losses"], offload
+        assert all(torch.equal(parameter, plain["final"][name]) for name, parameter in other["final"].items()), offload
+
+
+def test_frozen_parameters_go_to_the_host_and_return_at_every_switch() -> None:
+    assert run_on_ranks(2, places_after_switches) == [[True] * 3] * 2
+
+
+@pytest.mark.parametrize("offload", ["frozen", "all"])
+def test_a_plan_takes_from_the_peak_what_lies_on_the_host(offload: str) -> None:
+    config = make_planned_config("llama", "lisa")
+    plain = simulate(config)
+    config.parallel.offload = offload
+    offloaded = simulate(config)
+    sizes = plain.persistent_bytes
+    expected = sizes["frozen_parameters"] if offload == "frozen" else sum(sizes.values())
+    assert offloaded.persistent_bytes == sizes and plain.host_bytes == 0
+    assert offloaded.host_bytes == expected
+    # Padding of uneven shards lies on the host too; gradients go there only once they are reduced.
+    saved = plain.peaks["backward of block 3 of 4"] - offloaded.peaks["backward of block 3 of 4"]
+    assert expected - sizes["gradients"] - 4096 <= saved <= expected + 4096
