@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lisa_dist.config import UpdateConfig, UserError
 from lisa_dist.config.loading import load
-from lisa_dist.config.method import LoraUpdateConfig, LowRankUpdateConfig
+from lisa_dist.config.method import UPDATE_CONFIGS, LoraUpdateConfig, LowRankUpdateConfig
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.updates import Update, build_update
 from lisa_dist.updates.low_rank import LowRank
@@ -125,3 +125,31 @@ def test_suppression_without_adapters_scales_what_a_block_adds() -> None:
         output, rest = block(hidden)
     assert torch.equal(output, 1.25 * hidden) and rest == "weights"
     assert torch.equal(block(hidden)[0], 2 * hidden)
+
+
+def test_lora_fa_keeps_the_thin_product_instead_of_the_input() -> None:
+    """Adapters keep what the gradients of their matrices need: x and A x with LoRA, A x alone with LoRA-FA."""
+    tokens, inputs, rank = 64, 48, 4
+
+    def kept(name: str) -> int:
+        config = UPDATE_CONFIGS[name](rank=rank, target_modules=["o_proj"])
+        update, model, _ = prepared(config)
+        layer = model.model.layers[0].self_attn.o_proj.to_empty(device="cpu")
+        names = update.trainable_parameters([f"o_proj.{key}" for key, _ in layer.named_parameters()])
+        for key, parameter in layer.named_parameters():
+            parameter.requires_grad_(f"o_proj.{key}" in names)
+        parameters = {parameter.data_ptr() for parameter in layer.parameters()}
+        saved: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() not in parameters:
+                saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = layer(torch.randn(1, tokens, inputs))
+        assert output.requires_grad
+        return sum(saved.values())
+
+    assert kept("lora") == 4 * tokens * (inputs + rank)
+    assert kept("lora_fa") == 4 * tokens * rank
