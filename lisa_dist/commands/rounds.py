@@ -71,6 +71,7 @@ def enter(
     logger.info("%s: warming up", name)
     with PeakMemory(distributed.device()) as peak:
         contestant = build(config, batches)
+        peak.start()
         lane = Lane(name, config, contestant, batches.iterate(0, HORIZON), 0)
         contestant.switch()
         contestant.rehearse(batches.longest_micro_batch())

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
+START = "the peak counts from here"  # a mark in the profiler's record
 PEAK_MEANINGS = {
     "cuda": "bytes of tensors, by torch.cuda.max_memory_allocated",
     "cpu": "bytes of tensors, by the profiler's allocation events",
@@ -78,7 +79,7 @@ def now(device: torch.device) -> float:
 
 
 class PeakMemory:
-    """The most bytes of tensors that the body held at a time, beyond those that were there before.
+    """The most bytes of tensors that the body held at a time since :meth:`start`, beyond those from before the body.
 
     On a GPU from the caching allocator (``max_memory_allocated``). On a CPU from the profiler's record of every
     allocation: the resident set of the process, the other figure to be had, holds far more than tensors and its
@@ -100,6 +101,14 @@ class PeakMemory:
             self.profile.__enter__()
         return self
 
+    def start(self) -> None:
+        """Leave out of the peak what was before, such as the loading of weights; what is still held counts."""
+        if self.profile is None:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with record_function(START):
+                pass
+
     def __exit__(self, *failure: object) -> None:
         if self.profile is None:
             self.bytes = torch.cuda.max_memory_allocated(self.device) - self.before
@@ -110,11 +119,14 @@ class PeakMemory:
 
 
 def _peak_of_events(recorded: profile) -> int:
-    """Return the largest running sum of the allocations (positive) and releases (negative) on the CPU."""
+    """Return the largest running sum, from the mark on, of allocations (positive) and releases (negative)."""
     results: Any = recorded.profiler.kineto_results  # type: ignore[union-attr]
-    events = [event for event in results.events() if event.name() == "[memory]"]
+    events = results.events()
+    start = max((event.start_ns() for event in events if event.name() == START), default=0)
+    memory = [event for event in events if event.name() == "[memory]"]
     peak = held = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
+    for event in sorted(memory, key=lambda event: event.start_ns()):
         held += event.nbytes()
-        peak = max(peak, held)
+        if event.start_ns() >= start:
+            peak = max(peak, held)
     return peak
