@@ -1,0 +1,78 @@
+"""From ``key=A,B`` to the overrides of each job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lisa_dist.config import UserError
+from lisa_dist.config.loading import group_choices, load
+from lisa_dist.config.overrides import path_override
+from lisa_dist.config.sweeps import split_sweep
+
+
+def test_every_combination_the_last_key_fastest() -> None:
+    jobs = split_sweep(["train.seed=1,2", "train.max_steps=5", "sampler=uniform,all"])
+    assert [job.overrides for job in jobs] == [
+        ["train.seed=1", "train.max_steps=5", "sampler=uniform"],
+        ["train.seed=1", "train.max_steps=5", "sampler=all"],
+        ["train.seed=2", "train.max_steps=5", "sampler=uniform"],
+        ["train.seed=2", "train.max_steps=5", "sampler=all"],
+    ]
+    assert [job.varied for job in jobs][1] == ["train.seed=1", "sampler=all"]
+
+
+def test_no_key_is_varied() -> None:
+    (job,) = split_sweep(["train.seed=1"])
+    assert (job.overrides, job.varied) == (["train.seed=1"], [])
+
+
+def test_ways_to_write_values(tmp_path: Path) -> None:
+    assert [job.varied for job in split_sweep(["train.seed=range(1,4)"])] == [
+        ["train.seed=1"],
+        ["train.seed=2"],
+        ["train.seed=3"],
+    ]
+    assert [job.varied for job in split_sweep(["train.seed=choice(7,9)"])] == [["train.seed=7"], ["train.seed=9"]]
+    names = [job.overrides[0] for job in split_sweep(["sampler=glob(*)"])]
+    assert names == [f"sampler={name}" for name in group_choices("sampler")]
+    (tmp_path / "sampler").mkdir()
+    (tmp_path / "sampler" / "zebra.yaml").touch()
+    assert split_sweep(["sampler=glob(z*)"], str(tmp_path))[0].overrides == ["sampler=zebra"]
+
+
+@pytest.mark.parametrize("text", ["data.columns={prompt:q,completion:a}", "data.path='a,b.json'", "optimizer.lr=1e-5"])
+def test_what_is_no_sweep_stays_as_written(text: str) -> None:
+    jobs = split_sweep([text, "train.seed=1,2"])
+    assert [job.overrides[0] for job in jobs] == [text, text]
+
+
+def test_texts_with_commas_are_values_in_quotes() -> None:
+    assert [job.varied for job in split_sweep(["run.name='a,b',c"])] == [["run.name='a,b'"], ["run.name=c"]]
+
+
+def test_the_last_of_two_overrides_counts() -> None:
+    assert [job.overrides for job in split_sweep(["train.seed=1,2", "train.seed=3"])] == [["train.seed=3"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("seed", "train"),
+        ("train.seed=1,", "one value or several"),
+        ("optimizer.lr=interval(1,2)", "one value or several"),
+        ("train.seed=glob(*)", "the names of a group"),
+        ("sampler=glob(x*)", "gives no value"),
+        ("~sampler", "cannot be removed"),
+    ],
+)
+def test_mistakes(text: str, named: str) -> None:
+    with pytest.raises(UserError) as caught:
+        split_sweep([text, "train.seed=1,2"])
+    assert text in str(caught.value) and (named in str(caught.value) or text == "seed")
+
+
+@pytest.mark.parametrize("path", ["/runs/a", "/runs/a b", "/runs/a,b=c", "/runs/it's", "/runs/{x}", "/1e3"])
+def test_paths_of_every_kind_arrive(path: str) -> None:
+    assert load([path_override("run.dir", path)]).run.dir == path

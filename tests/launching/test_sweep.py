@@ -1,0 +1,114 @@
+"""A sweep on one machine: real jobs, of which one fails and one is stopped, and the sweep run again."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from lisa_dist.cli import main
+from lisa_dist.config import UserError
+from lisa_dist.launching import sweep
+from lisa_dist.launching.sweep import open_sweep, unfinished
+from tests.launching.tiny import LISA_DIST, TINY, read_summary, steps_recorded
+
+PATIENCE = 180
+STEPS = 100
+
+
+def table(sweep_dir: Path) -> list[dict[str, str]]:
+    with (sweep_dir / "sweep.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_failed_and_stopped_jobs_go_on_when_the_sweep_is_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep_dir = tmp_path / "sweep"
+    arguments = ["train", "--multirun", *TINY, f"train.max_steps={STEPS}", "sampler.active_layers=1,99,2"]
+    arguments += [f"sweep.dir={sweep_dir}", "sweep.parallel=2"]
+    jobs = [sweep_dir / name for name in ("0_active_layers=1", "1_active_layers=99", "2_active_layers=2")]
+    process = subprocess.Popen([*LISA_DIST, *arguments], start_new_session=True, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + PATIENCE
+    while len(steps_recorded(jobs[0])) < 3 or not (jobs[1] / "exit_code").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert "the jobs save and stop" in output and "job 1 of 3 failed" in output and "at most 4" in output
+    states = [(row["state"], row["exit_code"]) for row in table(sweep_dir)]
+    assert states[:2] == [("stopped", "75"), ("failed", "2")] and states[2][0] == "stopped"
+    assert read_summary(jobs[0])["exit_reason"] == "signal"
+    assert "at most 4" in read_summary(jobs[1])["exit_reason"]
+    saved = len(steps_recorded(jobs[0]))
+    assert saved < STEPS
+
+    assert main(arguments) == 1
+    rows = table(sweep_dir)
+    assert [row["state"] for row in rows] == ["finished", "failed", "finished"]
+    assert read_summary(jobs[0])["resumed_from"] == [saved]
+    assert steps_recorded(jobs[0]) == steps_recorded(jobs[2]) == list(range(1, STEPS + 1))
+    assert float(rows[0]["final_loss"]) == read_summary(jobs[0])["final_loss"]
+    assert "99" in rows[1]["reason"] and rows[1]["run_dir"] == str(jobs[1])
+    assert "★ best" in (sweep_dir / "index.html").read_text()
+    assert "1 failed, 2 finished" in capsys.readouterr().out
+    # What has finished is left alone.
+    left, _ = open_sweep(arguments[2:], None)
+    assert [job.number for job in unfinished(left)] == [1]
+
+
+def test_other_values_in_the_same_directory(tmp_path: Path) -> None:
+    open_sweep(["train.seed=1,2", f"sweep.dir={tmp_path}"], None)
+    with pytest.raises(UserError, match="holds a sweep over other values"):
+        open_sweep(["train.seed=1,3", f"sweep.dir={tmp_path}"], None)
+    open_sweep(["train.seed=1,2", f"sweep.dir={tmp_path}", "sweep.parallel=2"], None)  # how, not what
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["train.seed=1,2", "train.sede=3"], "did you mean train.seed"),
+        (["sampler.period=0,-1"], "sampler.period=0"),
+        (["train.seed=1,2", "run.dir=x"], "set sweep.dir instead"),
+        (["train.seed=1,2", "sweep.parallel=0"], "sweep.parallel=0"),
+    ],
+)
+def test_mistake_in_every_job_ends_the_sweep_before_it_begins(
+    overrides: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--multirun", *overrides, f"sweep.dir={tmp_path / 'sweep'}"]) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_run_directories_are_named_after_what_varies(tmp_path: Path) -> None:
+    jobs, _ = open_sweep(["train.seed=1", "run.name='a/b',c", "optimizer.lr=0.5", f"sweep.dir={tmp_path}"], None)
+    assert [job.run_dir.name for job in jobs] == ["0_name=_a_b_", "1_name=c"]
+    jobs, _ = open_sweep(["train.seed=1", f"sweep.dir={tmp_path / 'one'}"], None)
+    assert [job.run_dir.name for job in jobs] == ["0_job"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "places", "shares"),
+    [
+        (None, 0, 2, [None, None]),
+        (None, 8, 1, [None]),
+        (None, 4, 2, ["0,2", "1,3"]),
+        ("4,5,6", 3, 2, ["4,6", "5"]),
+        ("4", 1, 2, [None, None]),
+    ],
+)
+def test_jobs_side_by_side_share_the_gpus(
+    visible: str | None, count: int, places: int, shares: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    assert sweep._shares_of_gpus(places) == shares
