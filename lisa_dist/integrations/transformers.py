@@ -85,7 +85,7 @@ class LisaCallback(TrainerCallback):
         self.period = period
         self._switch(kwargs["model"], kwargs["optimizer"])
         if state.global_step % self.config.period == 0:  # else it was recorded before the resume
-            record: dict[str, Any] = {"step": state.global_step, "lisa_period": period, RECORD: list(self.active_blocks)}
+            record: Any = {"step": state.global_step, "lisa_period": period, RECORD: list(self.active_blocks)}
             state.log_history.append(record)
         logger.info("period %d, from step %d: blocks %s", period, state.global_step, self.active_blocks)
 

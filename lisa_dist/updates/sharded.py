@@ -32,8 +32,15 @@ def fill(tensor: Tensor, full: Tensor) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the unsharded tensor. Collective: every rank of its mesh."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """Return the unsharded tensor, on the mesh's device even where shards lie in host memory.
+
+    Collective: every rank of its mesh.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    on_mesh = as_sharded(local_shard(tensor), tensor, tuple(tensor.shape))
+    assert isinstance(on_mesh, DTensor)
+    return on_mesh.full_tensor()
 
 
 def keyed_generator(seed: int, name: str) -> torch.Generator:

@@ -225,3 +225,36 @@ def test_badam_trains_each_block_once_a_sweep(world_size: int) -> None:
     result = run_on_ranks(world_size, train_on_rank, config)[0]
     assert result["draws"] == [[2], [1], [0]]
     compare(result, plain_model(config), config, adam)
+
+
+SAMPLER_SETTINGS: dict[str, dict[str, Any]] = {
+    "fixed": {"blocks": [1]},
+    "importance": {"suppressed_sets": 2},
+    "outlier": {"threshold": 2.0},
+    "weighted": {"law": "weight_norm"},
+}
+
+
+def train_every_sampler(update: str) -> dict[str, list[float]]:
+    """Three periods of one step with each sampler; the losses. Runs on every rank."""
+    losses = {}
+    for sampler, schema in SAMPLER_CONFIGS.items():
+        config = make_method(sampler, update, always=False)
+        settings = {"active_layers": 1, "period": 1, **SAMPLER_SETTINGS.get(sampler, {})}
+        config.sampler = schema(**settings)
+        learner = build_learner(config)
+        load_initial_weights(learner, torch.device("cpu"))
+        batches = [step[distributed.rank() :: distributed.world_size()][:2] for step in make_global_batches(3)]
+        losses[sampler] = []
+        for step, micro_batches in enumerate(batches):
+            begin_period(learner, step, lambda count, micro_batches=micro_batches: (micro_batches * count)[:count])
+            losses[sampler].append(train_step(learner, micro_batches, step, 3).loss)
+    return losses
+
+
+@pytest.mark.parametrize("update", sorted(UPDATE_CONFIGS))
+def test_every_sampler_goes_with_every_update(update: str) -> None:
+    first, second = run_on_ranks(2, train_every_sampler, update)
+    assert first == second
+    for sampler, losses in first.items():
+        assert all(0 < loss < 8 for loss in losses) and len(set(losses)) == 3, sampler
