@@ -90,6 +90,7 @@ def initialize(config: ParallelConfig) -> None:
         torch.cuda.set_device(here)
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
     if "RANK" in os.environ:
+        _choose_interface()
         store, rank, world_size = meet(timeout)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     else:
