@@ -23,6 +23,7 @@ from lisa_dist.optim.active_optimizer import ActiveOptimizer
 from lisa_dist.sampling import build_sampler
 from lisa_dist.sampling.base import GRADIENT_NORMS, OUTLIERS, RESPONSE_SUPPRESSION, WEIGHT_NORMS
 from lisa_dist.sharding.checkpointing_policy import CheckpointingPolicy
+from lisa_dist.sharding.compilation import compile_blocks
 from lisa_dist.sharding.wrapping_policy import (
     ShardedModel,
     always_active_parameters,
@@ -74,6 +75,8 @@ def build_learner(config: Config, architecture: PretrainedConfig | None = None) 
     install_loss_head(module, layers, config.model.loss_chunk, config.model.router_aux_loss)
     checkpointing = CheckpointingPolicy(config, update)
     checkpointing.measure(module)
+    if config.parallel.compile:
+        compile_blocks(layers.blocks)
     mesh = distributed.make_mesh(config.parallel)
     sharded = shard_model(module, layers, mesh, config.parallel, config.precision)
     active = ActiveSet(always_active_parameters(sharded, config.always_active))

@@ -123,7 +123,9 @@ def simulate(config: Config, num_blocks: int | None = None) -> Trace:
     before, blocks = extreme_sets(config, architecture.num_hidden_layers, num_blocks)
     if num_blocks is not None:
         architecture.num_hidden_layers = num_blocks
-    config = replace(config, sampler=FixedSamplerConfig(blocks=blocks, period=config.sampler.period))
+    sampler = FixedSamplerConfig(blocks=blocks, period=config.sampler.period)
+    # Fake tensors can't be compiled, so a compiled model is planned as one that is not, which needs more.
+    config = replace(config, sampler=sampler, parallel=replace(config.parallel, compile=False))
     micro_batches = micro_batches_per_step(config)
     ranks = num_ranks(config)
     with simulated_world(ranks):
