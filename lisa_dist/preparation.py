@@ -29,6 +29,7 @@ from lisa_dist.learner import Learner, build_learner, count_trained_parameters, 
 from lisa_dist.models.architecture import read_architecture
 from lisa_dist.redaction import hide_secrets
 from lisa_dist.telemetry.heartbeat import Heartbeat
+from lisa_dist.telemetry.memory import free_memory_bytes, memory_kind, peak_memory_gib
 from lisa_dist.telemetry.progress import announce
 from lisa_dist.telemetry.recorder import Recorder
 from lisa_dist.telemetry.units import format_bytes, format_count
@@ -208,13 +209,26 @@ def announce_run(
 
 
 def announce_trained(learner: Learner, counted: dict[str, int]) -> None:
-    """Print what trains in the first period, and the bytes that this rank then holds."""
+    """Print what trains in the first period, what it holds and what is free, and the size of a checkpoint.
+
+    Collective: every rank.
+
+    Args:
+        learner: in its first period, the longest micro-batch just tried.
+        counted: this rank's persistent bytes by kind.
+    """
     parts = count_trained_parameters(learner)
+    saved = sum(size for kind, size in counted.items() if kind != "gradients")
+    checkpoint = distributed.all_reduce_sum([float(saved)])[0] / learner.config.parallel.replicate
+    free = free_memory_bytes()
     announce(
         {
             "trained parameters": f"{format_count(sum(parts.values()))}: "
             + ", ".join(f"{format_count(count)} in {part}" for part, count in parts.items() if count),
             "persistent bytes a rank": f"{format_bytes(sum(counted.values()))}: "
             + ", ".join(f"{format_bytes(size)} {kind.replace('_', ' ')}" for kind, size in counted.items()),
+            "memory": f"{peak_memory_gib():.2f} GiB at the peak of the longest micro-batch ({memory_kind()})"
+            + ("" if free is None else f", {format_bytes(free)} free"),
+            "a checkpoint": format_bytes(checkpoint),
         }
     )

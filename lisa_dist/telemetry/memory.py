@@ -46,3 +46,15 @@ def reset_peak_memory() -> None:
     """Begin a new peak on the GPU; the CPU's cannot be reset."""
     if device().type == "cuda":
         torch.cuda.reset_peak_memory_stats(device())
+
+
+def free_memory_bytes() -> int | None:
+    """Return the free memory of this rank's GPU, or of the machine without one; None where the system does not say."""
+    here = device()
+    if here.type == "cuda":
+        return torch.cuda.mem_get_info(here)[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+    return int(available.split()[1]) * 1024
