@@ -93,7 +93,8 @@ def shard_model(
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
+            if mesh.size() > 1:  # a lone rank divides by nothing anyway, but would copy every gradient to do so
+                module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     handles = storage.fsdp_parameters(model)
     return ShardedModel(model, layers, mesh, precision, handles, offloads_frozen=parallel.offload == "frozen")
