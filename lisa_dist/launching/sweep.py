@@ -149,7 +149,7 @@ def _run_jobs(
                 job.process.send_signal(signal.SIGTERM)  # a second one makes the job kill its ranks
         for job in [job for job in running if job.process.poll() is not None]:
             running.remove(job)
-            _finish(job, total)
+            _finish(job, total, stopping=bool(received))
         time.sleep(POLL_SECONDS)
 
 
@@ -181,9 +181,11 @@ def _start(record: JobRecord, place: int, gpus: str | None, config_dir: str | No
     return RunningJob(record, process, place, time.time())
 
 
-def _finish(job: RunningJob, total: int) -> None:
+def _finish(job: RunningJob, total: int, *, stopping: bool) -> None:
     """Note how a job ended, and say so."""
     run_dir, code = job.record.run_dir, job.process.returncode
+    if stopping and code == -signal.SIGTERM:
+        return  # asked to stop before it had begun: it counts as not run
     code = 128 - code if code < 0 else code  # as a shell reports a signal
     if code not in (EXIT_DONE, EXIT_STOPPED):
         summary = run_dir / SUMMARY_FILE
@@ -193,9 +195,11 @@ def _finish(job: RunningJob, total: int) -> None:
     write_atomically(run_dir / EXIT_CODE_FILE, f"{code}\n")
     jobs = write_comparison(run_dir.parent)
     record = jobs[job.record.number]
-    told = f": {record.reason}" if record.reason else f", loss {record.final_loss}, validation {record.eval_loss}"
+    figures = [("loss", record.final_loss), ("validation", record.eval_loss)]
+    found = ", ".join(f"{name} {value:.4f}" for name, value in figures if value is not None)
+    told = record.reason or found
     seconds = format_duration(time.time() - job.started)
-    print(f"lisa-dist: job {record.number} of {total} {record.state} in {seconds}, {run_dir.name}{told}", flush=True)
+    print(f"lisa-dist: job {record.number} of {total} {record.state} in {seconds}, {run_dir.name}: {told}", flush=True)
 
 
 def _shares_of_gpus(places: int) -> list[str | None]:

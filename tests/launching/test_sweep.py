@@ -87,6 +87,16 @@ def test_mistake_in_every_job_ends_the_sweep_before_it_begins(
     assert not (tmp_path / "sweep").exists()
 
 
+def test_report_compares_the_jobs_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", f"sweep.dir={tmp_path}"]) == 2
+    assert "must be the directory of a sweep" in capsys.readouterr().err
+    open_sweep(["train.seed=1,2", f"sweep.dir={tmp_path}"], None)
+    (tmp_path / "sweep.csv").unlink()
+    assert main(["report", f"sweep.dir={tmp_path}"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/index.html\n"
+    assert [(row["job"], row["state"]) for row in table(tmp_path)] == [("0", "stopped"), ("1", "stopped")]
+
+
 def test_run_directories_are_named_after_what_varies(tmp_path: Path) -> None:
     jobs, _ = open_sweep(["train.seed=1", "run.name='a/b',c", "optimizer.lr=0.5", f"sweep.dir={tmp_path}"], None)
     assert [job.run_dir.name for job in jobs] == ["0_name=_a_b_", "1_name=c"]
