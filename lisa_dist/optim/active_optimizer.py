@@ -9,9 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lisa_dist.config import OptimizerConfig
 from lisa_dist.distributed import local_shard
+from lisa_dist.optim import eight_bit
+from lisa_dist.optim.eight_bit import stored_bytes
 from lisa_dist.updates import Trained, Update
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -27,7 +30,7 @@ class Offloaded:
     @property
     def nbytes(self) -> int:
         """Bytes of this rank."""
-        return sum(local_shard(tensor).nbytes for tensor in self.tensors.values())
+        return sum(stored_bytes(tensor) for tensor in self.tensors.values())
 
 
 @dataclass
@@ -53,7 +56,10 @@ class ActiveOptimizer:
         self.update = update
         self.trained: dict[str, Trained] = {}
         self.offloaded: dict[str, Offloaded] = {}
-        self._adamw: torch.optim.AdamW | None = None  # torch refuses an optimizer without parameters
+        self._adamw: torch.optim.Optimizer | None = None  # torch refuses one without parameters
+        self._in_8_bits = config.name == "adamw8bit"
+        if self._in_8_bits:
+            eight_bit.check_installed()
         self._in_backward: StepInBackward | None = None
 
     @property
@@ -69,26 +75,36 @@ class ActiveOptimizer:
         adopted = {name: self.update.adopt(name, parameter) for name, parameter in parameters.items()}
         self.trained = dict(sorted({**self.trained, **adopted}.items()))
         if self._adamw is None and self.trained:
-            self._adamw = torch.optim.AdamW(
-                self._targets(),
-                lr=self.config.lr,
-                betas=(self.config.betas[0], self.config.betas[1]),
-                eps=self.config.eps,
-                weight_decay=self.config.weight_decay,
-                fused=True,  # no temporaries; foreach would hold several times the parameters
-            )
+            self._adamw = self._build()
         if self._adamw is None:
             return
         for name, entry in adopted.items():
             state = self._adamw.state[entry.target]
             state["step"] = torch.zeros((), dtype=torch.float32, device=local_shard(entry.target).device)
             for moment in MOMENTS:
-                state[moment] = torch.zeros_like(entry.target.detach())
+                state[moment] = self._zero_moment(entry.target, moment)
             if name in self.offloaded:
                 self._take_up(name)
             if self.config.in_backward:
                 entry.parameter.register_post_accumulate_grad_hook(self._hook_of(name))
         self._adamw.param_groups[0]["params"] = self._targets()
+
+    def _build(self) -> torch.optim.Optimizer:
+        if self._in_8_bits:
+            return eight_bit.build_adamw8bit(self._targets(), self.config)
+        return torch.optim.AdamW(
+            self._targets(),
+            lr=self.config.lr,
+            betas=(self.config.betas[0], self.config.betas[1]),
+            eps=self.config.eps,
+            weight_decay=self.config.weight_decay,
+            fused=True,  # no temporaries; foreach would hold several times the parameters
+        )
+
+    def _zero_moment(self, target: torch.Tensor, moment: str) -> torch.Tensor:
+        if self._in_8_bits:
+            return eight_bit.zero_moment(self._adamw, target, signed=moment == MOMENTS[0])
+        return torch.zeros_like(target.detach())
 
     def release(self, names: Iterable[str]) -> None:
         """Drop parameters; their state too, or it goes to host memory."""
@@ -116,7 +132,10 @@ class ActiveOptimizer:
         with torch.no_grad():
             self.update.transform_gradients(trained)
             self._adamw.param_groups[0]["params"] = [entry.target for entry in trained.values()]
-            self._adamw.param_groups[0]["lr"] = lr
+            if self._in_8_bits:
+                self._adamw.param_groups[0]["lr"].fill_(lr)
+            else:
+                self._adamw.param_groups[0]["lr"] = lr
             self._adamw.step()
             self._adamw.param_groups[0]["params"] = self._targets()
             self.update.apply_steps(trained, lr * self.config.weight_decay)
@@ -159,11 +178,20 @@ class ActiveOptimizer:
             entry.parameter.grad = entry.target.grad = None
 
     def moment_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the state's tensors by ``<parameter name>.<kind>``: the live tensors, no copies.
+        """Return the state's tensors by ``<parameter name>.<kind>``: the live tensors, copies of those in 8 bits.
 
         Kinds are ``exp_avg``, ``exp_avg_sq`` and those that the update keeps beside them. State that waits in host
         memory is among them.
         """
+        return {name: eight_bit.in_full(tensor) for name, tensor in self._live_tensors().items()}
+
+    def load_moments(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take in what :meth:`moment_tensors` returned, filled since: only copies are new to the state."""
+        for name, live in self._live_tensors().items():
+            if tensors[name] is not live:
+                local_shard(live).copy_(local_shard(tensors[name]))
+
+    def _live_tensors(self) -> dict[str, torch.Tensor]:
         found = {f"{name}.{kind}": tensor for name in self.trained for kind, tensor in self._state_of(name).items()}
         for name, waiting in self.offloaded.items():
             found |= {f"{name}.{kind}": tensor for kind, tensor in waiting.tensors.items()}
@@ -192,7 +220,8 @@ class ActiveOptimizer:
         """Make room in host memory for the state of frozen parameters, which a checkpoint will fill."""
         for name, parameter in parameters.items():
             entry = self.update.adopt(name, parameter)
-            tensors = {kind: torch.zeros_like(entry.target.detach(), dtype=torch.float32) for kind in MOMENTS}
+            target = entry.target.detach().float()  # as it is where it trains, not as it is stored now
+            tensors = {kind: self._zero_moment(target, kind) for kind in MOMENTS}
             self.offloaded[name] = Offloaded(0, {k: _to_host(tensor) for k, tensor in (tensors | entry.extra).items()})
 
     def _take_up(self, name: str) -> None:
@@ -206,7 +235,7 @@ class ActiveOptimizer:
 
     def state_bytes(self) -> int:
         """Return this rank's bytes of moments and of what the update keeps beside them, for what trains now."""
-        return sum(local_shard(tensor).nbytes for name in self.trained for tensor in self._state_of(name).values())
+        return sum(stored_bytes(tensor) for name in self.trained for tensor in self._state_of(name).values())
 
     def offloaded_bytes(self) -> int:
         """Return this rank's bytes of state that waits in host memory."""
@@ -219,7 +248,9 @@ class ActiveOptimizer:
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     """Return a sharded tensor whose shard lies in host memory, pinned where it comes from a GPU."""
     shard = local_shard(tensor)
-    host = shard.cpu().pin_memory() if shard.is_cuda else shard
+    host = shard.cpu()
+    if shard.is_cuda and not is_traceable_wrapper_subclass(shard):
+        host = host.pin_memory()
     if not isinstance(tensor, DTensor):
         return host
     return DTensor.from_local(

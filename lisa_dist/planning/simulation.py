@@ -140,7 +140,8 @@ def simulate(config: Config, num_blocks: int | None = None) -> Trace:
             begin_period(learner, 0)
             clock.move_to_host()
             batches = [_micro_batch(config) for _ in range(min(micro_batches, MAX_SIMULATED_MICRO_BATCHES))]
-            train_step(learner, batches, 0, 2, stopwatch=clock)
+            with torch.compiler.set_stance("force_eager"):  # an optimizer may compile its own step
+                train_step(learner, batches, 0, 2, stopwatch=clock)
         return Trace(
             num_blocks=len(learner.sharded.layers.blocks),
             num_active=len(blocks),
