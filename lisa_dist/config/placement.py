@@ -23,8 +23,6 @@ class ParallelConfig:
     activation_checkpointing: str = "none"  # none, selective, full, auto (what fits, each block by itself)
     memory_limit: float | None = None  # GiB of its device that a rank may use, for auto; null: all of a GPU
     compile: bool = False  # torch.compile, block by block
-    optimizer_shard: str = "replica"  # replica, or world: masters and moments over every GPU of a hybrid mesh
-    frozen_gather: str = "bfloat16"  # what a frozen block is gathered in: bfloat16, int8
     defer_reduction: bool = False  # reduce gradients once an optimizer step instead of once a micro-batch
     timeout: int = 600  # seconds for a collective
     cpu_threads: str = "auto"  # threads a rank on CPU; auto: cores / local ranks
@@ -41,8 +39,6 @@ class ParallelConfig:
         check_choice(
             "parallel.activation_checkpointing", self.activation_checkpointing, ["none", "full", "selective", "auto"]
         )
-        check_choice("parallel.optimizer_shard", self.optimizer_shard, ["replica", "world"])
-        check_choice("parallel.frozen_gather", self.frozen_gather, ["bfloat16", "int8"])
 
 
 @dataclass
