@@ -23,7 +23,7 @@ from lisa_dist.data.batches import GlobalBatches
 from lisa_dist.data.prepare import PreparedData, prepare_data
 from lisa_dist.data.preview import show_preview
 from lisa_dist.data.sequences import Sequences
-from lisa_dist.data.tokenizer import load_tokenizer
+from lisa_dist.data.tokenizer import RUN_FOLDER, load_tokenizer
 from lisa_dist.environment import restart_count
 from lisa_dist.learner import Learner, build_learner, count_trained_parameters, load_initial_weights
 from lisa_dist.models.architecture import read_architecture
@@ -103,6 +103,8 @@ def prepare_run(config: Config) -> Run:
     tokenizer = open_tokenizer(config)
     with distributed.waiting_for_disks(config.parallel.timeout):
         data = prepare_data(config.data, tokenizer, config.train.seed)
+    if distributed.is_main():
+        tokenizer.save_pretrained(Path(str(config.run.dir)) / RUN_FOLDER)
     show_preview(config.data, data, tokenizer)
     pad = int(tokenizer.pad_token_id or 0)
     batches = make_batches(config, data.train, pad)

@@ -16,7 +16,7 @@ from lisa_dist.checkpoint.manifest import checkpoint_name, damage, list_checkpoi
 from lisa_dist.checkpoint.shards import write_safetensors
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config, UserError
-from lisa_dist.data.tokenizer import load_tokenizer
+from lisa_dist.data.tokenizer import RUN_FOLDER
 from lisa_dist.models.architecture import build_meta_model, local_directory, read_architecture
 from lisa_dist.models.conversion import export_conversion
 from lisa_dist.models.weight_files import weights_dtype
@@ -79,7 +79,7 @@ def export_checkpoint(config: Config, checkpoint: Path, target: Path) -> list[st
         partial.mkdir(parents=True)
         write = write_adapter if config.export.adapter else write_model
         files = write(config, checkpoint, partial)
-        load_tokenizer(str(config.model.tokenizer or config.model.path)).save_pretrained(partial)
+        shutil.copytree(Path(str(config.run.dir)) / RUN_FOLDER, partial, dirs_exist_ok=True)
         if target.exists():
             target.rmdir()
         partial.replace(target)

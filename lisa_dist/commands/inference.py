@@ -14,7 +14,7 @@ from lisa_dist.checkpoint.restore import restore_weights
 from lisa_dist.checkpoint.state import read_state
 from lisa_dist.config import AlwaysActiveConfig, Config, UserError
 from lisa_dist.config.method import FullRankUpdateConfig, UniformSamplerConfig
-from lisa_dist.data.prepare import prepare_data
+from lisa_dist.data.tokenizer import RUN_FOLDER, load_tokenizer
 from lisa_dist.learner import Learner, allocate, build_learner
 from lisa_dist.models.loading import load_pretrained
 from lisa_dist.preparation import checkpoint_directory, open_tokenizer
@@ -55,9 +55,7 @@ def open_model(config: Config, path: str | None, step: int | None, command: str)
         raise UserError(f"{command}.path=null: name a Hugging Face directory, or a run by run.dir=DIR")
     directory = checkpoint_directory(config)
     checkpoint: Path = distributed.on_rank_zero(lambda: find_checkpoint(directory, step, f"{command}.step"))
-    tokenizer = open_tokenizer(frozen)
-    if not tokenizer.chat_template:
-        prepare_data(config.data, tokenizer, config.train.seed)  # gives it the fallback where training did
+    tokenizer = load_tokenizer(str(Path(config.run.dir) / RUN_FOLDER), config.model.trust_remote_code)
     learner = build_learner(frozen)
     allocate(learner, [], distributed.device())
     restore_weights(learner, checkpoint, distributed.on_rank_zero(lambda: read_state(checkpoint)))

@@ -18,6 +18,7 @@ from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import load
+from lisa_dist.data.tokenizer import RUN_FOLDER, load_tokenizer
 from lisa_dist.learner import build_learner, load_initial_weights
 from tests.checkpoint.runs import make_config, tensors_of, train
 from tests.ranks import run_on_ranks
@@ -100,6 +101,8 @@ def peak_while_exporting(folder: str) -> tuple[int, int, int]:
         f"model.architecture={architecture}",
     ]
     config = load([*choices, "export.max_shard_size=16MiB", "export.dtype=float32"])
+    config.run.dir = folder
+    load_tokenizer("builtin:demo").save_pretrained(Path(folder) / RUN_FOLDER)
     learner = build_learner(config)
     load_initial_weights(learner, torch.device("cpu"))
     saver = CheckpointSaver(learner, Path(folder), "")
