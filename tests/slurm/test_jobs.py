@@ -59,7 +59,7 @@ def test_signal_before_the_limit_requeues_and_the_job_goes_on(
     assert read_summary(run_dir)["exit_reason"] == "signal"
     saved = len(steps_recorded(run_dir))
     assert 5 <= saved < STEPS
-    cluster.start_again_now(job)
+    cluster.start_again_soon(job)
     told = cluster.wait_for_state(job, "COMPLETED", "FAILED")
     assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1")
     assert read_summary(run_dir)["resumed_from"] == [saved]
