@@ -1,9 +1,9 @@
 """Keeps account of a step under fake tensors: what it allocates, computes, moves and sends, operator by operator.
 
-Torch's own trackers overstate the optimizer step. The first time that DTensor meets an operator it infers the result's
-shape by running it on fake tensors of the *unsharded* shapes; a tracker above books these, and the fused AdamW takes
-all parameters, gradients and moments at once: 16 bytes for each active parameter, not divided by the ranks. Here
-nothing is booked while shapes are inferred.
+A tracker that books whatever is allocated overstates the optimizer step. The first time that DTensor meets an operator
+it infers the result's shape by running it on fake tensors of the *unsharded* shapes, and the fused AdamW takes all
+parameters, gradients and moments at once: 16 bytes for each active parameter, not divided by the ranks. Here nothing
+is booked while shapes are inferred.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class Ledger(TorchDispatchMode):
             if name in COLLECTIVES:
                 self._record_collective(work, COLLECTIVES[name], args)
             return
-        if operator.is_view or name in OPERATIONS_WITHOUT_TRAFFIC:
+        if operator.is_view or operator.namespace in ("prim", "profiler") or name in OPERATIONS_WITHOUT_TRAFFIC:
             return
         moved = sum(tensor.numel() * tensor.element_size() for tensor in _tensors((args, kwargs, result)))
         flops = _flops(operator, args, kwargs, result)
