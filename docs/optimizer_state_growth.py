@@ -1,7 +1,8 @@
 """Bytes of optimizer state, period by period: a callback that only freezes and thaws blocks, and lisa_dist.
 
 The callback does what is usually done in other trainers: it sets ``requires_grad``. AdamW makes state for a block the
-first time it trains and keeps it for ever. Run it: ``python docs/optimizer_state_growth.py`` (CPU, a minute; needs accelerate).
+first time it trains and keeps it for ever. Run it: ``python docs/optimizer_state_growth.py`` (CPU, a minute; needs
+accelerate).
 """
 
 from __future__ import annotations

@@ -58,9 +58,7 @@ class WeightedSamplerConfig(SamplerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(
-            "sampler.law", self.law, ["increasing", "decreasing", "given", "weight_norm", "weight_norm_ratio"]
-        )
+        check_choice("sampler.law", self.law, ["increasing", "decreasing", "given", "weight_norm", "weight_norm_ratio"])
         reads_weights = self.law in ("given", "weight_norm_ratio")
         if reads_weights != bool(self.weights):
             raise UserError(
@@ -228,7 +226,7 @@ class LoraUpdateConfig(UpdateConfig):
     preset_rank: int = 16
     alpha: float = 32.0  # the adapter's product is scaled by alpha / rank
     dropout: float = 0.0  # of the adapter's input
-    target_modules: list[str] = field(default_factory=list)  # names of linear layers, as q_proj; empty: all in the blocks
+    target_modules: list[str] = field(default_factory=list)  # linear layers, as q_proj; empty: all in the blocks
     rslora: bool = False  # scale by alpha / sqrt(rank)
     dora: bool = False  # train the norm of each row of the merged weight too
 

@@ -52,7 +52,7 @@ class TrainConfig:
     eval_batches: int | None = None  # micro-batches a rank of a validation; null: all
     on_nonfinite: str = "stop"  # a loss or gradient that is not finite: stop, or skip the step
     nonfinite_limit: int = 20  # steps that may be skipped for it in a run
-    spike_factor: float = 0.0  # a loss of more than so many times the recent median: back to the last checkpoint; 0: off
+    spike_factor: float = 0.0  # a loss so many times the recent median: back to the last checkpoint; 0: off
     spike_window: int = 50  # losses that the median is of
     spike_limit: int = 3  # times that a run may go back, each time without the batch that led to it
     sample_prompts: int = 0  # held-out prompts answered before and after training

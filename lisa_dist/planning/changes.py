@@ -10,6 +10,7 @@ from lisa_dist.config.loading import vary
 from lisa_dist.planning.estimate import Estimate, estimate
 from lisa_dist.planning.prediction import predict
 from lisa_dist.planning.simulation import Trace
+from lisa_dist.sharding.activation_checkpointing import KINDS
 from lisa_dist.sharding.checkpointing_policy import RESERVED_BYTES
 from lisa_dist.telemetry.units import GIB
 
@@ -104,23 +105,37 @@ def _joint_changes(plan: Plan) -> list[Plan]:
 
 
 def search(config: Config, gpu: Gpu) -> list[Plan]:
-    """Return, for each kind of checkpointing, the plan of the largest micro-batch that fits; the fastest first.
-
-    The peak is a straight line in the micro-batch size, or grows faster; two predictions give a first guess, which is
-    corrected by further ones.
-    """
-    found = []
-    for checkpointing in ("none", "selective", "full"):
-        override = f"parallel.activation_checkpointing={checkpointing}"
-        one, two = (make_plan(config, gpu, [override, f"train.micro_batch_size={size}"]) for size in (1, 2))
-        best = two if two.fits else one
-        slope = max(1, two.trace.peak_bytes - one.trace.peak_bytes)
-        size = min(MOST_MICRO_BATCH, 1 + max(0, one.head_room) // slope)
-        while size > 2:
-            guess = make_plan(config, gpu, [override, f"train.micro_batch_size={size}"])
-            if guess.fits:
-                best = guess
-                break
-            size -= max(1, -guess.head_room // slope)
-        found.append(best)
+    """Return, for each kind of checkpointing, the plan of the largest micro-batch that fits; the fastest first."""
+    found = [_largest_micro_batch(config, gpu, kind) for kind in KINDS]
     return sorted(found, key=lambda plan: (not plan.fits, _seconds_per_token(plan)))
+
+
+def _largest_micro_batch(config: Config, gpu: Gpu, checkpointing: str) -> Plan:
+    """Return the plan of the largest micro-batch that fits; that of a single sequence where none does.
+
+    Each size tried lies where a straight line between a size that fits and one that does not meets the limit.
+    The peak is the greatest of several lines, so it lies below such a chord, and sizes are found from below.
+    """
+
+    def plan(size: int) -> Plan:
+        overrides = [f"parallel.activation_checkpointing={checkpointing}", f"train.micro_batch_size={size}"]
+        return make_plan(config, gpu, overrides)
+
+    low, fitting = 1, plan(1)
+    if not fitting.fits:
+        return fitting
+    high, beyond = 2, plan(2)
+    while beyond.fits and high < MOST_MICRO_BATCH:
+        slope = max(1, (fitting.head_room - beyond.head_room) // (high - low))
+        low, fitting = high, beyond
+        high = min(MOST_MICRO_BATCH, high + 1 + fitting.head_room // slope)
+        beyond = plan(high)
+    while not beyond.fits and high - low > 1:
+        share = fitting.head_room / (fitting.head_room - beyond.head_room)
+        middle = min(high - 1, max(low + 1, low + int((high - low) * share)))
+        tried = plan(middle)
+        if tried.fits:
+            low, fitting = middle, tried
+        else:
+            high, beyond = middle, tried
+    return beyond if beyond.fits else fitting

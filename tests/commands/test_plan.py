@@ -17,7 +17,7 @@ from lisa_dist.sharding.checkpointing_policy import RESERVED_BYTES
 
 ARCHITECTURE = (
     "model.architecture={model_type:llama,vocab_size:4096,hidden_size:512,intermediate_size:1024,"
-    "num_hidden_layers:12,num_attention_heads:8,num_key_value_heads:8}"
+    "num_hidden_layers:8,num_attention_heads:8,num_key_value_heads:8}"
 )
 TINY = ["model=custom", ARCHITECTURE, "data.sequence_length=256", "parallel.nproc_per_node=2", "plan.format=json"]
 TINY += ["train.global_batch_size=4", "plan.gpu=rtx4090"]

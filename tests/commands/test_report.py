@@ -66,7 +66,8 @@ def figures_of(page):
 def test_a_finished_run(tmp_path, capsys):
     run_dir = make_run(
         tmp_path / "my run", exit_reason="finished", resumed_from=[40], wall_seconds=75.0,
-        trained_parameters={"blocks": 1_000_000, "head": 500_000}, persistent_bytes=3 * 1024**2, peak_memory_gib=1.75, num_blocks=6,
+        trained_parameters={"blocks": 1_000_000, "head": 500_000},
+        persistent_bytes=3 * 1024**2, peak_memory_gib=1.75, num_blocks=6,
     )  # fmt: skip
     (run_dir / "config.yaml").write_text(CONFIG)
     page = page_of(run_dir)

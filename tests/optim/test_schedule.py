@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -15,7 +16,7 @@ def test_warmup_reaches_the_base_rate_and_cosine_falls_to_the_floor() -> None:
     assert rates[4] == 2.0
     assert rates[14] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5))))
     assert rates[24] == pytest.approx(0.2)
-    assert all(later <= earlier for earlier, later in zip(rates[4:], rates[5:]))
+    assert all(later <= earlier for earlier, later in pairwise(rates[4:]))
 
 
 def test_linear_and_constant() -> None:
