@@ -154,8 +154,8 @@ def test_missing_paths_name_the_nearest(tmp_path):
 def test_hub_is_asked_for_names_like_its_own(monkeypatch):
     asked = []
 
-    def load(path, split):
-        asked.append((path, split))
+    def load(path, subset, split):
+        asked.append((path, subset, split))
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -164,7 +164,9 @@ def test_hub_is_asked_for_names_like_its_own(monkeypatch):
         UserError, match=r"data.path=org/name: no such file .*as a data set of the hub, split test.*offline"
     ):
         find_source("org/name", "test")
-    assert asked == ["reachable?", ("org/name", "test")]
+    with pytest.raises(UserError, match=r"data.path=org/name:main: no such file"):
+        find_source("org/name:main")
+    assert asked == ["reachable?", ("org/name", None, "test"), "reachable?", ("org/name", "main", "train")]
 
 
 def test_content_hash_follows_the_content(tmp_path):
