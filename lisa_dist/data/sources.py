@@ -19,7 +19,9 @@ from lisa_dist.hub import stay_offline_where_unreachable
 BUILTIN_PREFIX = "builtin:"
 SUFFIXES = list(READERS)
 SPLITS = {"train": ["train"], "validation": ["validation", "valid", "val", "dev"], "test": ["test"]}
-HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+HUB_ID = re.compile(
+    r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$"
+)  # owner/name, and after a colon a part of the data set
 
 
 @dataclass(frozen=True)
