@@ -63,7 +63,7 @@ def sum_of_work(parts: Sequence[Work], times: Sequence[int]) -> Work:
 class Ledger(TorchDispatchMode):
     """A dispatch mode to be entered after ``FakeTensorMode``.
 
-    A tensor's value is not known: ``.item()`` gives 1 of its type.
+    A tensor's value is not known: ``.item()`` gives True, 1.0 or 0 (the places of rank 0's shards).
 
     Attributes:
         moment: the name of what happens now, to be set from outside.
@@ -133,7 +133,7 @@ class Ledger(TorchDispatchMode):
             return NotImplemented  # a DTensor's operators, or another wrapper's, on what it holds come here again
         if operator is aten._local_scalar_dense.default:
             dtype = args[0].dtype
-            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 0
         kwargs = kwargs or {}
         result = operator(*args, **kwargs)
         if self._infers_shapes:
