@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from typing import Any
 
 import pytest
@@ -74,6 +75,7 @@ def measure(config: Config) -> tuple[dict[str, int], int]:
         "labels": torch.randint(0, VOCABULARY, (config.train.micro_batch_size, TOKENS)),
         "position_ids": torch.arange(TOKENS).expand(config.train.micro_batch_size, TOKENS).contiguous(),
     }
+    gc.collect()  # models of earlier tests in this process would be freed, and counted, in between
     batches = [batch] * (config.train.global_batch_size // config.train.micro_batch_size // ranks)
     with PeakMemory(torch.device("cpu")) as measured:
         allocate(learner, [0, 1] if config.sampler.name == "fixed" else list(range(BLOCKS)), torch.device("cpu"))
