@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 240  # seconds for one call
+TIMEOUT = 600  # seconds for one call
 
 _pools: dict[int, RankPool] = {}
 
