@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import threading
 import time
 from pathlib import Path
@@ -121,6 +123,8 @@ def peak_while_loading(directory: str) -> tuple[int, int, int]:
     model = sharded(LlamaConfig.from_pretrained(directory), torch.float32)
     load_pretrained(model, directory)  # once before: imports, thread pools and allocator pools are no part of it
     del model
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else memory that earlier tests left free would serve, and nothing would be seen
     before, peak, done = private_bytes(), 0, threading.Event()
 
     def sample() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.launching.tiny import SYSTEM_PATH
 
-PATIENCE = 180
+PATIENCE = 400
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = 29700
 
