@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +17,7 @@ from lisa_dist.config.loading import load
 from lisa_dist.data.tokenizer import RUN_FOLDER, load_tokenizer
 from lisa_dist.learner import build_learner, load_initial_weights
 from tests.checkpoint.runs import make_config, tensors_of, train
+from tests.private_memory import peak_private_bytes
 from tests.ranks import run_on_ranks
 
 MIB = 2**20
@@ -82,12 +79,6 @@ def test_the_default_dtype_and_what_is_refused(trained: Config, tmp_path: Path) 
         find_checkpoint(newest(trained).parent, 2)
 
 
-def private_bytes() -> int:
-    """Memory of this process that no file backs: pages of memory-mapped weights are the page cache's."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("RssAnon:")[1].split()[0])
-
-
 def peak_while_exporting(folder: str) -> tuple[int, int, int]:
     """Save a random model and export it; the peak above the start, the model's and the largest tensor's bytes."""
     architecture = (
@@ -111,22 +102,8 @@ def peak_while_exporting(folder: str) -> tuple[int, int, int]:
     checkpoint = find_checkpoint(Path(folder), 1)
     export_checkpoint(config, checkpoint, Path(folder) / "once")  # imports are no part of it
     del learner, saver
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else memory that is free already would serve
-    before, peak, done = private_bytes(), 0, threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, private_bytes())
-            time.sleep(0.0005)
-
-    watch = threading.Thread(target=sample)
-    watch.start()
-    export_checkpoint(config, checkpoint, Path(folder) / "again")
-    done.set()
-    watch.join()
-    return peak - before, sum(sizes), max(sizes)
+    peak = peak_private_bytes(lambda: export_checkpoint(config, checkpoint, Path(folder) / "again"))
+    return peak, sum(sizes), max(sizes)
 
 
 def test_the_model_is_never_in_memory(tmp_path: Path) -> None:

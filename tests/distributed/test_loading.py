@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
 from tests.models.families import FAMILIES, tiny_config
+from tests.private_memory import peak_private_bytes
 from tests.ranks import run_on_ranks
 
 MIB = 1 << 20
@@ -112,36 +109,22 @@ def test_random_weights_do_not_depend_on_the_number_of_ranks() -> None:
             assert torch.equal(parameter, ranks[family][name]), (family, name)
 
 
-def private_bytes() -> int:
-    """Memory of this process that no file backs (RssAnon): pages of memory-mapped weights are the page cache's."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("RssAnon:")[1].split()[0])
-
-
 def peak_while_loading(directory: str) -> tuple[int, int, int]:
     """Return the peak private bytes above those before allocation, the shard's bytes and the largest tensor's."""
     model = sharded(LlamaConfig.from_pretrained(directory), torch.float32)
     load_pretrained(model, directory)  # once before: imports, thread pools and allocator pools are no part of it
     del model
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else memory that earlier tests left free would serve, and nothing would be seen
-    before, peak, done = private_bytes(), 0, threading.Event()
+    made: list[nn.Module] = []
 
-    def sample() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, private_bytes())
-            time.sleep(0.0005)
+    def load() -> None:
+        made.append(sharded(LlamaConfig.from_pretrained(directory), torch.float32))
+        load_pretrained(made[0], directory)
 
-    watch = threading.Thread(target=sample)
-    watch.start()
-    model = sharded(LlamaConfig.from_pretrained(directory), torch.float32)
-    load_pretrained(model, directory)
-    done.set()
-    watch.join()
+    peak = peak_private_bytes(load)
+    model = made[0]
     shard = sum(parameter.to_local().nbytes for parameter in model.parameters())
     largest = max(parameter.numel() * 4 for parameter in model.parameters())
-    return peak - before, shard, largest
+    return peak, shard, largest
 
 
 def test_peak_memory_is_below_the_shard_and_the_largest_tensor(tmp_path: Path) -> None:
