@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from typing import Any
 
 import torch
@@ -55,13 +56,22 @@ def explained_storages(learner: Learner) -> dict[str, dict[int, int]]:
     return kinds
 
 
+def unexplained_storages(explained: set[int]) -> list[tuple[int, str]]:
+    """Storages that nothing explains. gloo's threads let go of a collective's tensors a moment after its end."""
+    deadline = time.monotonic() + 1
+    while True:
+        unexplained = [text for address, text in live_storages().items() if address not in explained]
+        if not unexplained or time.monotonic() > deadline:
+            return unexplained
+        time.sleep(0.05)
+
+
 def account(learner: Learner, before: set[int]) -> dict[str, Any]:
     """Bytes by kind, and the storages that no kind explains."""
     storage.reshard_all(learner.sharded.module)
     explained = explained_storages(learner)
     addresses = {address for kind in explained.values() for address in kind}
-    live = live_storages()
-    unexplained = [text for address, text in live.items() if address not in addresses and address not in before]
+    unexplained = unexplained_storages(addresses | before)
     padded = {
         trained: sum(
             fsdp_param.padded_sharded_param_size.numel()
