@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import PretrainedConfig
 from lisa_dist import distributed, probes
 from lisa_dist.active_blocks import ActiveSet, RankSynchronizedSampler, switch_active_blocks, trained_parameters
 from lisa_dist.config import Config, UserError
-from lisa_dist.config.method import LoraUpdateConfig
+from lisa_dist.config.method import LoraUpdateConfig, LowRankUpdateConfig
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
@@ -24,14 +25,18 @@ from lisa_dist.sampling import build_sampler
 from lisa_dist.sampling.base import GRADIENT_NORMS, OUTLIERS, RESPONSE_SUPPRESSION, WEIGHT_NORMS
 from lisa_dist.sharding.checkpointing_policy import CheckpointingPolicy
 from lisa_dist.sharding.compilation import compile_blocks
+from lisa_dist.sharding.masters import StepsMasters
 from lisa_dist.sharding.wrapping_policy import (
     ShardedModel,
     always_active_parameters,
     materialize,
     persistent_bytes,
+    recast,
     shard_model,
 )
 from lisa_dist.updates import Update, build_update
+
+logger = logging.getLogger(__name__)
 
 ComingBatches = Callable[[int], list[MicroBatch]]  # count -> this rank's next so many micro-batches
 
@@ -63,6 +68,7 @@ def build_learner(config: Config, architecture: PretrainedConfig | None = None) 
         config: the whole configuration.
         architecture: in place of what ``model.*`` names.
     """
+    check_optimizer_shard(config)
     module = build_meta_model(config.model, architecture)
     update = build_update(config.update)
     layers = find_layers(module, config.model.blocks)
@@ -80,7 +86,7 @@ def build_learner(config: Config, architecture: PretrainedConfig | None = None) 
     mesh = distributed.make_mesh(config.parallel)
     sharded = shard_model(module, layers, mesh, config.parallel, config.precision)
     active = ActiveSet(always_active_parameters(sharded, config.always_active))
-    optimizer = ActiveOptimizer(config.optimizer, update)
+    optimizer = ActiveOptimizer(config.optimizer, update if sharded.world is None else StepsMasters(sharded.world))
     return Learner(config, sharded, update, optimizer, sampler, active, checkpointing)
 
 
@@ -95,14 +101,38 @@ def check_quantization(config: Config, probe_name: str | None) -> None:
         raise UserError(f"{key}: sampler={config.sampler.name} looks at weights, which must then not be quantised")
 
 
+def check_optimizer_shard(config: Config) -> None:
+    """Raise :class:`UserError` where ``parallel.optimizer_shard=world`` can't be; say where it changes nothing."""
+    if config.parallel.optimizer_shard != "world":
+        return
+    if isinstance(config.update, LowRankUpdateConfig):
+        raise UserError(
+            f"parallel.optimizer_shard=world: update={config.update.name} has no masters to shard, what it steps is "
+            "low-rank; use parallel.optimizer_shard=replica"
+        )
+    if config.optimizer.in_backward:
+        raise UserError("parallel.optimizer_shard=world: needs optimizer.in_backward=false, steps are gathered at once")
+    if config.parallel.offload == "all":
+        raise UserError("parallel.optimizer_shard=world: parallel.offload must be none or frozen, not all")
+    if config.parallel.replicate == 1:
+        logger.info("parallel.optimizer_shard=world: has no effect, with parallel.replicate=1 a replica is the world")
+
+
 def allocate(learner: Learner, active_blocks: list[int], device: torch.device) -> None:
-    """Allocate shards and optimizer state for a set of active blocks; weights are not yet filled."""
+    """Allocate the shards for a set of active blocks; weights are not yet filled."""
     learner.active.blocks = list(active_blocks)
     trained = trained_parameters(learner.sharded, learner.update, learner.active)
     materialize(learner.sharded, trained, device)
     restore_buffers(learner.sharded.module)
-    learner.optimizer.adopt({name: learner.sharded.parameter(name) for name in trained})
     learner.checkpointing.apply(learner.sharded, learner.active.blocks)
+
+
+def adopt_trained(learner: Learner) -> None:
+    """Hand what trains to the optimizer, with zero state, now that its weights are there. No communication."""
+    trained = trained_parameters(learner.sharded, learner.update, learner.active)
+    if learner.sharded.world is not None:
+        recast(learner.sharded, trained, trained=True)
+    learner.optimizer.adopt({name: learner.sharded.parameter(name) for name in trained})
 
 
 def load_initial_weights(learner: Learner, device: torch.device) -> None:
@@ -116,6 +146,7 @@ def load_initial_weights(learner: Learner, device: torch.device) -> None:
         added = load_pretrained(learner.sharded.module, str(learner.config.model.path))
     parameters = {name: learner.sharded.parameter(name) for name in learner.sharded.handles}
     learner.update.initialize(parameters, added, learner.config.train.seed)
+    adopt_trained(learner)
 
 
 def begin_period(learner: Learner, period: int, coming: ComingBatches | None = None) -> None:

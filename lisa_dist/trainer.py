@@ -99,8 +99,7 @@ def train_step(
         loss_sum, tokens, stops = distributed.all_reduce_sum([local_loss, local_tokens, float(stop_requested)])
     lr = learning_rate(config.scheduler, config.optimizer.lr, step, max_steps)
     with stopwatch("optimizer"):
-        parameters = learner.optimizer.parameters.values()
-        norm = normalize_and_clip(parameters, max(tokens, 1), config.optimizer.grad_clip).item()
+        norm = normalize_and_clip(learner.optimizer.gradients(), max(tokens, 1), config.optimizer.grad_clip).item()
         finite = math.isfinite(loss_sum) and math.isfinite(norm)
         if finite:
             learner.optimizer.step(lr)

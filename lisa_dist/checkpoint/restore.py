@@ -14,7 +14,7 @@ from lisa_dist import distributed
 from lisa_dist.checkpoint.manifest import MOMENTS, WEIGHTS, damage, list_checkpoints
 from lisa_dist.checkpoint.state import Progress, check_identity, read_state, weight_tensors
 from lisa_dist.config import UserError
-from lisa_dist.learner import Learner, allocate
+from lisa_dist.learner import Learner, adopt_trained, allocate
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ def restore_checkpoint(learner: Learner, checkpoint: Path, device: torch.device)
     allocate(learner, state["active_layers"], device)
     learner.active.period = state["period"]
     restore_weights(learner, checkpoint, state)
+    adopt_trained(learner)
     waiting = state["optimizer_steps"].keys() - learner.optimizer.parameters.keys()
     learner.optimizer.expect_offloaded({name: learner.sharded.parameter(name) for name in sorted(waiting)})
     moments = learner.optimizer.moment_tensors()

@@ -42,11 +42,16 @@ class Progress:
 
 
 def weight_tensors(learner: Learner) -> dict[str, torch.Tensor]:
-    """Return every parameter and persistent buffer, tied ones once, by name: the live shards, no copies."""
+    """Return every parameter and persistent buffer, tied ones once, by name: the live shards, no copies.
+
+    A parameter with a master apart from it is the master.
+    """
     reshard_all(learner.sharded.module)
     tensors = learner.sharded.module.state_dict(keep_vars=True)
     first_names = {id(tensor): name for name, tensor in reversed(tensors.items())}
-    return {name: tensors[name].detach() for name in tensors if first_names[id(tensors[name])] == name}
+    tensors = {name: tensor for name, tensor in tensors.items() if first_names[id(tensor)] == name}
+    handles = learner.sharded.handles
+    return {name: (learner.sharded.master(name) if name in handles else tensors[name]).detach() for name in tensors}
 
 
 def state_of(learner: Learner, progress: Progress) -> dict[str, Any]:

@@ -24,6 +24,7 @@ class ParallelConfig:
     memory_limit: float | None = None  # GiB of its device that a rank may use, for auto; null: all of a GPU
     compile: bool = False  # torch.compile, block by block
     defer_reduction: bool = False  # reduce gradients once an optimizer step instead of once a micro-batch
+    optimizer_shard: str = "replica"  # where masters and moments are sharded: replica, world (over all replicas too)
     timeout: int = 600  # seconds for a collective
     cpu_threads: str = "auto"  # threads a rank on CPU; auto: cores / local ranks
 
@@ -35,6 +36,7 @@ class ParallelConfig:
         check_at_least("parallel.replicate", self.replicate, 1)
         check_at_least("parallel.timeout", self.timeout, 1)
         check_at_least("parallel.memory_limit", self.memory_limit, 0)
+        check_choice("parallel.optimizer_shard", self.optimizer_shard, ["replica", "world"])
         check_choice("parallel.offload", self.offload, ["none", "frozen", "all"])
         check_choice(
             "parallel.activation_checkpointing", self.activation_checkpointing, ["none", "full", "selective", "auto"]

@@ -61,6 +61,7 @@ class ActiveOptimizer:
         if self._in_8_bits:
             eight_bit.check_installed()
         self._in_backward: StepInBackward | None = None
+        self.before_change: Callable[[], object] = lambda: None  # called before parameters or state change
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -108,6 +109,7 @@ class ActiveOptimizer:
 
     def release(self, names: Iterable[str]) -> None:
         """Drop parameters; their state too, or it goes to host memory."""
+        self.before_change()
         for name in names:
             if self.config.state_on_freeze == "offload":
                 tensors = {kind: _to_host(tensor) for kind, tensor in self._state_of(name).items()}
@@ -129,6 +131,7 @@ class ActiveOptimizer:
 
     def _step(self, trained: Mapping[str, Trained], lr: float) -> None:
         assert self._adamw is not None
+        self.before_change()
         with torch.no_grad():
             self.update.transform_gradients(trained)
             self._adamw.param_groups[0]["params"] = [entry.target for entry in trained.values()]
@@ -171,6 +174,11 @@ class ActiveOptimizer:
             self._step({name: self.trained[name]}, step.lr)
 
         return step_at_once
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Return the gradients that there are, which may lie at what is stepped instead of the parameters."""
+        held = (gradient for entry in self.trained.values() for gradient in (entry.parameter.grad, entry.target.grad))
+        return list({id(gradient): gradient for gradient in held if gradient is not None}.values())
 
     def drop_gradients(self) -> None:
         """Free the gradients."""

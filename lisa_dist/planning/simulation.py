@@ -19,7 +19,7 @@ from lisa_dist import distributed
 from lisa_dist.config import Config
 from lisa_dist.config.method import FixedSamplerConfig
 from lisa_dist.data.batches import MicroBatch
-from lisa_dist.learner import Learner, allocate, begin_period, build_learner, count_persistent_bytes
+from lisa_dist.learner import Learner, adopt_trained, allocate, begin_period, build_learner, count_persistent_bytes
 from lisa_dist.models.architecture import read_architecture
 from lisa_dist.models.masking import mask_as_in_training
 from lisa_dist.sampling import build_sampler
@@ -133,6 +133,7 @@ def simulate(config: Config, num_blocks: int | None = None) -> Trace:
         ledger = Ledger(ranks_per_node(config))
         with FakeTensorMode(allow_non_fake_inputs=True), ledger, mask_as_in_training(config.data.packing):
             allocate(learner, before, torch.device("cpu"))
+            adopt_trained(learner)
             clock = _Clock(learner, ledger)
             clock.watch_modules()
             clock.move_to_host()

@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lisa_dist.config import Config
+from lisa_dist.distributed import local_shard
 from lisa_dist.models.architecture import original_class
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.masking import mask_as_in_training
@@ -86,16 +87,17 @@ def activation_budget(config: Config, sharded: ShardedModel, working_bytes: int)
     if limit is None:
         return EVERYTHING
     counted = persistent_bytes(sharded)
-    trained = [sharded.parameter(name) for name in sharded.handles if sharded.parameter(name).requires_grad]
-    state = sum(8 * parameter.numel() for parameter in trained) // sharded.mesh.size()
-    gradients = counted["active_parameters"]
+    masters = [sharded.master(name) for name in sharded.handles if sharded.parameter(name).requires_grad]
+    optimized = sum(local_shard(master.detach()).numel() for master in masters)
+    state = 8 * optimized
+    gradients = dtype_of(config.precision.active).itemsize * optimized
     sizes: dict[str, int] = {}
     for name in sharded.handles:
         part = sharded.layers.group_of(name)
         sizes[part] = sizes.get(part, 0) + sharded.parameter(name).numel()
     gathered = 2 * dtype_of(config.precision.compute).itemsize * sum(sorted(sizes.values())[-2:])
     reduced = 6 * max(sizes.values())  # a gradient as computed, and its copy in fp32 to be reduced
-    held = counted["frozen_parameters"] + counted["active_parameters"] + gradients + state
+    held = sum(counted.values()) - counted["gradients"] + gradients + state
     held -= {"none": 0, "frozen": counted["frozen_parameters"], "all": held}[config.parallel.offload]
     return max(0.0, limit - RESERVED_BYTES - held - gathered - reduced - working_bytes)
 

@@ -180,7 +180,7 @@ class Ledger(TorchDispatchMode):
         name = operator.overloadpacket.__name__
         if operator.namespace in ("c10d", "_c10d_functional"):
             if name in COLLECTIVES:
-                self._record_collective(work, COLLECTIVES[name], args)
+                self._record_collective(work, COLLECTIVES[name], args, result)
             return
         if operator.is_view or operator.namespace in ("prim", "profiler") or name in OPERATIONS_WITHOUT_TRAFFIC:
             return
@@ -192,9 +192,9 @@ class Ledger(TorchDispatchMode):
         else:
             work.other_bytes += moved
 
-    def _record_collective(self, work: Work, collective: str, args: Any) -> None:
+    def _record_collective(self, work: Work, collective: str, args: Any, result: Any) -> None:
         ranks = _group_ranks(args)
-        size = max(tensor.numel() * tensor.element_size() for tensor in _tensors(args))
+        size = max(tensor.numel() * tensor.element_size() for tensor in _tensors((args, result)))
         # Of a ring: each rank passes on all parts but one; an all-reduce is a reduce-scatter and an all-gather.
         passes = 2 if collective == "all_reduce" else 1
         sent = passes * size * (len(ranks) - 1) // len(ranks)

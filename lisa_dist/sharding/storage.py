@@ -76,13 +76,26 @@ def place_on_host(fsdp_param: Any, on_host: bool, pin_memory: bool) -> None:
     fsdp_param.pin_memory = on_host and pin_memory
 
 
-def refresh_group(group: Any) -> None:
+def refresh_group(group: Any, gradient_dtype: torch.dtype | None = None) -> None:
     """Make a group read its parameters' dtypes and trainability again.
 
     FSDP2 reads them once, at the first forward; a block frozen then would later reduce its gradients in the
     wrong dtype or fail (https://github.com/pytorch/pytorch/issues/186998).
+
+    Args:
+        group: with parameters in the sharded state.
+        gradient_dtype: of the reduced gradients; None: that of the parameters. FSDP2 has one for both, which the
+            first forward reads anew, so :func:`finish_initialization` comes before (private: ``_orig_dtype``).
     """
     group._init_mp_dtypes()
+    if gradient_dtype is not None:
+        group._orig_dtype = gradient_dtype
+
+
+def finish_initialization(model: nn.Module) -> None:
+    """Do now what FSDP2 leaves to the first forward of the root, once for all (private: ``_lazy_init``)."""
+    state: Any = model._get_fsdp_state()  # type: ignore[operator]
+    state._lazy_init()
 
 
 def reduce_dtype(group: Any) -> torch.dtype | None:

@@ -3,7 +3,8 @@
 Every block is a group of its own; the always-active modules are groups of their own too, in one group
 where their weights are tied. Frozen parameters are stored in ``precision.frozen``, trained ones in
 ``precision.active`` (the shard is the master weight: no other copy stays), and both are gathered in
-``precision.compute``.
+``precision.compute``. With ``parallel.optimizer_shard=world`` the masters lie apart, sharded over all ranks, and the
+shard of a trained parameter is stored in ``precision.compute`` too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lisa_dist.config import AlwaysActiveConfig, ParallelConfig, PrecisionConfig
 from lisa_dist.distributed import local_shard
 from lisa_dist.models.layer_map import LayerMap
 from lisa_dist.sharding import storage
+from lisa_dist.sharding.masters import WorldMasters
 
 
 @dataclass
@@ -35,6 +37,7 @@ class ShardedModel:
     precision: PrecisionConfig
     handles: dict[str, tuple[Any, Any]]  # parameter name -> (FSDPParam, its group)
     offloads_frozen: bool = False  # frozen parameters live in host memory
+    world: WorldMasters | None = None  # the masters, where they are not the shards of what trains
 
     @property
     def shard_index(self) -> int:
@@ -52,6 +55,11 @@ class ShardedModel:
     def parameter(self, name: str) -> nn.Parameter:
         """Return the sharded parameter of that name."""
         return self.handles[name][0].sharded_param
+
+    def master(self, name: str) -> nn.Parameter:
+        """Return what holds the exact value of a parameter: its master, or the sharded parameter itself."""
+        masters = {} if self.world is None else self.world.by_name
+        return masters.get(name, self.parameter(name))
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -97,7 +105,8 @@ def shard_model(
                 module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     handles = storage.fsdp_parameters(model)
-    return ShardedModel(model, layers, mesh, precision, handles, offloads_frozen=parallel.offload == "frozen")
+    world = WorldMasters(mesh) if parallel.optimizer_shard == "world" and parallel.replicate > 1 else None
+    return ShardedModel(model, layers, mesh, precision, handles, parallel.offload == "frozen", world)
 
 
 def always_active_parameters(sharded: ShardedModel, always_active: AlwaysActiveConfig) -> list[str]:
@@ -131,6 +140,9 @@ def materialize(sharded: ShardedModel, trained: Iterable[str], device: torch.dev
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[key] = torch.empty_like(buffer, device=device)
+    if sharded.world is not None:
+        sharded.world.by_name.clear()
+        storage.finish_initialization(sharded.module)
     _refresh_groups(sharded, sharded.handles)
 
 
@@ -138,6 +150,8 @@ def recast(
     sharded: ShardedModel, names: Iterable[str], trained: bool, seed_of: Callable[[str], int] | None = None
 ) -> None:
     """Freeze or thaw parameters: set their storage dtype and whether they train.
+
+    Collective, every rank, where masters are given back: with ``parallel.optimizer_shard=world``.
 
     Args:
         sharded: the model; none of its groups may be unsharded.
@@ -150,10 +164,18 @@ def recast(
     for name in names:
         fsdp_param, _ = sharded.handles[name]
         shard = local_shard(fsdp_param.sharded_param.detach())
+        if sharded.world is not None and name in sharded.world.by_name:
+            shard = sharded.world.give_back(name)
         seed = seed_of(name) if seed_of is not None else None
         if sharded.offloads_frozen and trained:
             shard = shard.to(distributed.device(), non_blocking=True)
-        _store(sharded, name, storage.convert(shard, dtype, seed), trained)
+        shard = storage.convert(shard, dtype, seed)
+        if sharded.world is not None and trained:
+            sharded.world.take(name, shard, fsdp_param.sharded_param)
+            shard = shard.to(dtype_of(sharded.precision.compute))
+        _store(sharded, name, shard, trained)
+        if sharded.world is not None and trained:
+            sharded.world.attend(name, fsdp_param.sharded_param)
     _refresh_groups(sharded, names)
 
 
@@ -177,9 +199,13 @@ def also_trained(sharded: ShardedModel, names: Iterable[str]) -> Iterator[None]:
     for name in names:
         sharded.parameter(name).requires_grad_(True)
     _refresh_groups(sharded, names)
+    if sharded.world is not None:
+        sharded.world.receives_gradients = False
     try:
         yield
     finally:
+        if sharded.world is not None:
+            sharded.world.receives_gradients = True
         storage.reshard_all(sharded.module)
         for name in names:
             sharded.parameter(name).requires_grad_(False).grad = None
@@ -187,18 +213,26 @@ def also_trained(sharded: ShardedModel, names: Iterable[str]) -> Iterator[None]:
 
 
 def _refresh_groups(sharded: ShardedModel, names: Iterable[str]) -> None:
+    with_masters = set() if sharded.world is None else {id(sharded.handles[name][1]) for name in sharded.world.by_name}
     groups = {id(sharded.handles[name][1]): sharded.handles[name][1] for name in names}
-    for group in groups.values():
-        storage.refresh_group(group)
+    for key, group in groups.items():
+        storage.refresh_group(group, dtype_of(sharded.precision.active) if key in with_masters else None)
 
 
 def persistent_bytes(sharded: ShardedModel) -> dict[str, int]:
-    """Count this rank's bytes of parameters and gradients, by kind, as they lie in memory (padding left out)."""
+    """Count this rank's bytes of parameters and gradients, by kind, as they lie in memory (padding left out).
+
+    ``masters`` are named only where they lie apart from the parameters.
+    """
     counted = {"frozen_parameters": 0, "active_parameters": 0, "gradients": 0}
-    for fsdp_param, _ in sharded.handles.values():
-        parameter = fsdp_param.sharded_param
+    if sharded.world is not None:
+        counted["masters"] = 0
+    for name in sharded.handles:
+        parameter, master = sharded.parameter(name), sharded.master(name)
         shard = local_shard(parameter.detach())
         counted["active_parameters" if parameter.requires_grad else "frozen_parameters"] += shard.nbytes
-        if parameter.grad is not None:
-            counted["gradients"] += local_shard(parameter.grad).nbytes
+        if master is not parameter:
+            counted["masters"] += local_shard(master.detach()).nbytes
+        if master.grad is not None:
+            counted["gradients"] += local_shard(master.grad).nbytes
     return counted

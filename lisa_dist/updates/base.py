@@ -18,7 +18,7 @@ class Trained:
     """A parameter that trains, with what the optimizer steps for it."""
 
     parameter: nn.Parameter  # of the model, sharded; its gradient is the mean over the global batch, clipped
-    target: nn.Parameter  # what the optimizer steps: the parameter itself, or a stand-in of another shape
+    target: nn.Parameter  # what the optimizer steps: the parameter itself, or a stand-in
     extra: dict[str, Tensor] = field(default_factory=dict)  # sharded state beside the optimizer's moments, by kind
     step: int = 0  # optimizer steps since it was adopted
 

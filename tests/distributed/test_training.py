@@ -77,7 +77,7 @@ def full_parameters(learner: Learner) -> dict[str, torch.Tensor]:
     storage.reshard_all(learner.sharded.module)
     gathered = {}
     for name in learner.sharded.handles:
-        parameter = learner.sharded.parameter(name).detach()
+        parameter = learner.sharded.master(name).detach()
         assert isinstance(parameter, DTensor)
         gathered[name] = parameter.full_tensor().float().clone()
     return gathered
@@ -160,10 +160,12 @@ def test_bf16_storage_follows_the_fp32_losses_and_reduces_in_fp32() -> None:
 
 def test_hybrid_sharding_equals_plain_sharding() -> None:
     plain = run_on_ranks(4, train_on_rank, make_config())[0]
-    hybrid = run_on_ranks(4, train_on_rank, make_config(parallel={"replicate": 2}))[0]
-    assert hybrid["losses"] == pytest.approx(plain["losses"], rel=1e-6)
-    for name, parameter in hybrid["final"].items():
-        assert (parameter - plain["final"][name]).norm() / plain["final"][name].norm() < 1e-5, name
+    for optimizer_shard in ("replica", "world"):
+        config = make_config(parallel={"replicate": 2, "optimizer_shard": optimizer_shard})
+        hybrid = run_on_ranks(4, train_on_rank, config)[0]
+        assert hybrid["losses"] == pytest.approx(plain["losses"], rel=1e-6)
+        for name, parameter in hybrid["final"].items():
+            assert (parameter - plain["final"][name]).norm() / plain["final"][name].norm() < 1e-5, name
 
 
 def storage_over_periods(config: Config) -> list[dict[str, Any]]:

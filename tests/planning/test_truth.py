@@ -13,7 +13,7 @@ from lisa_dist import distributed
 from lisa_dist.commands.stopwatch import PeakMemory
 from lisa_dist.config import Config
 from lisa_dist.config.method import AllSamplerConfig, FixedSamplerConfig
-from lisa_dist.learner import allocate, begin_period, build_learner, count_persistent_bytes
+from lisa_dist.learner import adopt_trained, allocate, begin_period, build_learner, count_persistent_bytes
 from lisa_dist.planning.simulation import Trace, simulate
 from lisa_dist.trainer import accumulate_gradients, train_step
 from tests.ranks import run_on_ranks
@@ -81,6 +81,7 @@ def measure(config: Config) -> tuple[dict[str, int], int]:
         allocate(learner, [0, 1] if config.sampler.name == "fixed" else list(range(BLOCKS)), torch.device("cpu"))
         for name in learner.sharded.handles:
             distributed.local_shard(learner.sharded.parameter(name).detach()).fill_(0.01)
+        adopt_trained(learner)
         begin_period(learner, 0)
         train_step(learner, batches, 0, 2)
     accumulate_gradients(learner, batches)

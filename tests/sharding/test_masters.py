@@ -1,0 +1,169 @@
+"""Masters, moments and gradients sharded over all ranks of a replicate x shard mesh, against one replica's."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lisa_dist import distributed
+from lisa_dist.config import UserError
+from lisa_dist.config.loading import load
+from lisa_dist.distributed import local_shard
+from lisa_dist.learner import (
+    Learner,
+    begin_period,
+    build_learner,
+    check_optimizer_shard,
+    count_persistent_bytes,
+    load_initial_weights,
+    probe,
+)
+from lisa_dist.planning.simulation import simulate
+from lisa_dist.trainer import accumulate_gradients
+from tests.checkpoint import runs
+from tests.distributed.test_training import make_config, make_global_batches, train_on_rank
+from tests.planning import test_truth
+from tests.ranks import run_on_ranks
+
+RANKS, REPLICAS = 4, 2
+BF16 = {"frozen": "bfloat16", "compute": "bfloat16"}
+WORLD = {"replicate": REPLICAS, "optimizer_shard": "world"}
+
+
+@pytest.mark.parametrize("update", ["full_rank", "lora"])
+def test_training_equals_that_with_masters_on_every_replica(update: str) -> None:
+    results = []
+    for optimizer_shard in ("replica", "world"):
+        parallel = WORLD | {"optimizer_shard": optimizer_shard}
+        config = make_config(parallel=parallel, precision=BF16, sampler={"period": 2})
+        config.update = load([f"update={update}"]).update
+        results.append(run_on_ranks(RANKS, train_on_rank, config, 4))
+    replica, world = results[0][0], results[1][0]
+    assert world["losses"] == pytest.approx(replica["losses"], rel=1e-4)
+    for name, parameter in world["final"].items():
+        expected = replica["final"][name]
+        assert (parameter - expected).norm() <= 1e-4 * expected.norm(), name
+    for other in results[1][1:]:
+        assert all(torch.equal(parameter, world["final"][name]) for name, parameter in other["final"].items())
+    assert all(dtypes == {torch.float32} for dtypes in world["reduce_dtypes"])
+
+
+def count_over_periods(parallel: dict[str, Any], state_on_freeze: str) -> list[dict[str, Any]]:
+    """Bytes and elements of this rank after each switch, and after gradients were accumulated. Runs on every rank."""
+    config = make_config(parallel=parallel, precision=BF16, optimizer={"state_on_freeze": state_on_freeze})
+    learner = build_learner(config)
+    load_initial_weights(learner, torch.device("cpu"))
+    seen = []
+    for period, micro_batches in enumerate(make_global_batches(3)):
+        begin_period(learner, period)
+        accumulate_gradients(learner, micro_batches[distributed.rank() :: RANKS])
+        assert all(p.grad is None for p in learner.sharded.module.parameters())
+        seen.append({"bytes": count_persistent_bytes(learner), **count_elements(learner)})
+        learner.optimizer.step(1e-3)
+        assert shards_are_rounded_masters(learner)
+    return seen
+
+
+def count_elements(learner: Learner) -> dict[str, int]:
+    """Elements of this rank's shards, of those that are frozen, and of its own rows of the others."""
+    frozen = set(learner.sharded.handles) - set(learner.optimizer.parameters)
+    return {
+        "frozen": sum(local_shard(learner.sharded.parameter(name)).numel() for name in frozen),
+        "active": sum(local_shard(entry.parameter).numel() for entry in learner.optimizer.trained.values()),
+        "own": sum(local_shard(entry.target).numel() for entry in learner.optimizer.trained.values()),
+    }
+
+
+def shards_are_rounded_masters(learner: Learner) -> bool:
+    """Whether each shard holds the masters of its rows, its own and other replicas', rounded. Collective."""
+    return all(
+        torch.equal(p.full_tensor(), learner.sharded.master(name).detach().full_tensor().bfloat16())  # type: ignore
+        for name, p in learner.optimizer.parameters.items()
+    )
+
+
+@pytest.mark.parametrize("parallel", [WORLD, WORLD | {"offload": "frozen"}], ids=["on the device", "offloaded"])
+def test_bytes_obey_the_law(parallel: dict[str, Any]) -> None:
+    ranks = run_on_ranks(RANKS, count_over_periods, parallel, "offload")
+    for rows in ranks:
+        for row in rows:
+            row["bytes"].pop("offloaded_optimizer_state", None)
+            assert row["bytes"] == {
+                "frozen_parameters": 2 * row["frozen"],
+                "active_parameters": 2 * row["active"],
+                "masters": 4 * row["own"],
+                "gradients": 4 * row["own"],
+                "optimizer_state": 8 * row["own"],
+            }
+    for rows in zip(*ranks):  # every row of what trains is some rank's own, and no row is two ranks'
+        assert sum(row["own"] for row in rows) == sum(row["active"] for row in rows) / REPLICAS
+
+
+def test_a_plan_knows_the_bytes_and_the_gather() -> None:
+    config = test_truth.make_config("llama", "lisa")
+    config.parallel = dataclasses.replace(config.parallel, nproc_per_node=str(RANKS), replicate=REPLICAS)
+    config.train.global_batch_size = 2 * RANKS
+    plain = simulate(config)
+    config.parallel.optimizer_shard = "world"
+    counted, peak = run_on_ranks(RANKS, test_truth.measure, config)[0]
+    planned = simulate(config)
+    assert planned.persistent_bytes == counted
+    assert planned.peak_bytes == pytest.approx(peak, rel=0.1)
+    gathered = planned.work.sent["all_gather"] - plain.work.sent["all_gather"]
+    slices = planned.persistent_bytes["masters"] // 2  # in bf16
+    assert gathered == pytest.approx(slices * (REPLICAS - 1), rel=0.01)  # padding of rows that do not divide
+
+
+def test_a_run_goes_on_exactly_and_with_masters_on_every_replica(tmp_path: Path) -> None:
+    keys = ["train.max_steps=6", f"parallel.replicate={REPLICAS}", "parallel.optimizer_shard=world"]
+    whole, cut, other = (tmp_path / name for name in ("whole", "cut", "other"))
+    runs.train(RANKS, runs.make_config(whole, *keys))
+    killed = runs.Kill("inside", runs.PERIOD + 2)
+    assert set(run_on_ranks(RANKS, runs.train_here, runs.make_config(cut, *keys), killed)) == {None}
+    shutil.copytree(cut, other)
+    runs.train(RANKS, runs.resuming(runs.make_config(cut, *keys)))
+    runs.assert_same_run(cut, whole)
+    runs.train(2, runs.resuming(runs.make_config(other, keys[0])))
+    found, expected = ([row["loss"] for row in runs.metrics(run) if "loss" in row] for run in (other, whole))
+    assert found[: runs.PERIOD + 1] == expected[: runs.PERIOD + 1]
+    assert found[runs.PERIOD + 1 :] == pytest.approx(expected[runs.PERIOD + 1 :], rel=0.01)
+
+
+def probe_twice(optimizer_shard: str) -> list[float]:
+    """Gradient norms before the first switch and with active blocks. Runs on every rank."""
+    config = make_config(parallel=WORLD | {"optimizer_shard": optimizer_shard}, precision=BF16)
+    config.sampler = load(["sampler=gradient"]).sampler
+    config.sampler.active_layers = 2
+    learner = build_learner(config)
+    load_initial_weights(learner, torch.device("cpu"))
+
+    def coming(count: int) -> list[dict[str, torch.Tensor]]:
+        return make_global_batches(1)[0][distributed.rank() :: RANKS][:count]
+
+    begin_period(learner, 0, coming)
+    norms = probe(learner, coming)
+    assert not learner.optimizer.gradients()
+    return norms
+
+
+def test_a_probe_sees_the_gradients() -> None:
+    norms = [run_on_ranks(RANKS, probe_twice, optimizer_shard)[0] for optimizer_shard in ("replica", "world")]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-6) and min(norms[0]) > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["update=low_rank"], "use parallel.optimizer_shard=replica"),
+        (["optimizer.in_backward=true"], "needs optimizer.in_backward=false"),
+        (["parallel.offload=all"], "parallel.offload must be none or frozen"),
+    ],
+)
+def test_what_has_no_masters_to_shard_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_optimizer_shard(load(["parallel.replicate=2", "parallel.optimizer_shard=world", *overrides]))
