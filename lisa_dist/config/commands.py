@@ -81,8 +81,10 @@ class BenchConfig:
 class SweepConfig:
     dir: str | None = None  # null: sweeps/<date and time>
     parallel: int = 1  # jobs side by side
+    trials: int = 0  # jobs whose values Optuna chooses by the losses of earlier ones; 0: every combination
 
     def __post_init__(self) -> None:
+        check_at_least("sweep.trials", self.trials, 0)
         check_at_least("sweep.parallel", self.parallel, 1)
 
 

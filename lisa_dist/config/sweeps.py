@@ -1,4 +1,4 @@
-"""From the overrides of a sweep, ``key=A,B``, to those of each of its jobs."""
+"""From the overrides of a sweep, ``key=A,B`` or ``key=interval(A,B)``, to those of each of its jobs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException
 
 from lisa_dist.config.errors import UserError
@@ -22,36 +22,60 @@ class SweptOverrides:
     varied: list[str]
 
 
-def split_sweep(texts: list[str], config_dir: str | None = None) -> list[SweptOverrides]:
-    """Return every combination of the values: ``key=A,B``, ``choice(A,B)``, ``range(1,4)``; of names, ``glob(*)``.
+@dataclass(frozen=True)
+class Interval:
+    """``key=interval(low,high)``: numbers that cannot be enumerated; whole ones where the bounds are ``int``."""
 
-    The last key varies fastest; the last of two overrides of the same key counts. A fixed override stays as it is
-    written, a varied value is written in Hydra's way (``1e-5`` becomes ``1e-05``).
+    key: str
+    low: float
+    high: float
+    log: bool  # tag(log,interval(...)): evenly over the orders of magnitude
+
+    def override(self, value: float) -> str:
+        """Return ``key=value``, a fraction with four digits."""
+        return f"{self.key}={value if isinstance(value, int) else float(f'{value:.4g}')!r}"
+
+
+Space = dict[str, list[str] | Interval]  # of each key: its override for every value, or an interval
+
+
+def read_space(texts: list[str], config_dir: str | None = None) -> Space:
+    """Return the values of every key: ``A,B``, ``choice(A,B)``, ``range(1,4)``; of names, ``glob(*)``; or an interval.
+
+    The last of two overrides of the same key counts. A fixed override stays as it is written, a varied value is
+    written in Hydra's way (``1e-5`` becomes ``1e-05``).
 
     Args:
         texts: the overrides of the sweep.
         config_dir: a folder with the user's own groups, for ``glob``.
 
     Raises:
-        UserError: an override cannot be read, or it names values that cannot be enumerated.
+        UserError: an override cannot be read.
     """
-    choices: dict[str, list[str]] = {}
-    for text in texts:
-        key, values = _values(text, config_dir)
-        choices[key] = values
+    return dict(_values(text, config_dir) for text in texts)
+
+
+def combinations(space: Space) -> list[SweptOverrides]:
+    """Return a job for every combination of the values, of an interval its two ends. The last key varies fastest."""
+    choices = [
+        [values.override(values.low), values.override(values.high)] if isinstance(values, Interval) else values
+        for values in space.values()
+    ]
     return [
-        SweptOverrides(list(job), [text for text, values in zip(job, choices.values()) if len(values) > 1])
-        for job in itertools.product(*choices.values())
+        SweptOverrides(list(job), [text for text, values in zip(job, choices) if len(values) > 1])
+        for job in itertools.product(*choices)
     ]
 
 
-def _values(text: str, config_dir: str | None) -> tuple[str, list[str]]:
-    """Return the key of an override and its text for every value."""
+def _values(text: str, config_dir: str | None) -> tuple[str, list[str] | Interval]:
+    """Return the key of an override and its text for every value, or its interval."""
     try:
         override: Override = OverridesParser.create().parse_override(text)
         if not override.is_sweep_override():
             return parse_overrides([text])[0].key, [text]
         key, value = override.get_key_element(), override.value()
+        if isinstance(value, IntervalSweep):
+            return key, _interval(text, key, value)
         if isinstance(value, Glob):
             names = value.filter(group_choices(key, config_dir)) if key in GROUPS else []
             values = [str(name) for name in names]
@@ -65,3 +89,11 @@ def _values(text: str, config_dir: str | None) -> tuple[str, list[str]]:
     if not values:
         raise UserError(f"{text}: gives no value; glob(...) is for the names of a group")
     return key, [f"{key}={value}" for value in values]
+
+
+def _interval(text: str, key: str, sweep: IntervalSweep) -> Interval:
+    if sweep.start is None or sweep.end is None or not sweep.start < sweep.end:
+        raise UserError(f"{text}: must be interval(LOW,HIGH), the lower end first")
+    if not sweep.tags <= {"log"} or ("log" in sweep.tags and sweep.start <= 0):
+        raise UserError(f"{text}: the only tag is log, as in tag(log,interval(1e-5,1e-3)), and needs ends above 0")
+    return Interval(key, sweep.start, sweep.end, "log" in sweep.tags)

@@ -17,10 +17,7 @@ from pathlib import Path
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, LaunchConfig, UserError
 from lisa_dist.config.overrides import path_override
 from lisa_dist.config.run_directory import check_run_dir_is_free, resolve_run_dir
-from lisa_dist.launching.sweep import (
-    open_sweep,
-    unfinished,
-)
+from lisa_dist.launching.sweep_jobs import list_jobs, read_sweep, unfinished
 from lisa_dist.telemetry.comparison import EXIT_CODE_FILE, JOBS_FILE, RESUME
 
 MARK = "# Written by lisa-dist launch slurm."
@@ -84,9 +81,14 @@ def run_sweep(overrides: list[str], config_dir: str | None) -> int:
     Raises:
         UserError: as :func:`run`; or every job of the sweep is wrong.
     """
-    jobs, config = open_sweep(overrides, config_dir)
+    space, config = read_sweep(overrides, config_dir)
+    if config.sweep.trials:
+        raise UserError(
+            f"sweep.trials={config.sweep.trials}: Optuna chooses a job when others have ended, which an array can't "
+            "wait for; list the values, or start lisa-dist train --multirun inside one job"
+        )
     sweep_dir = Path(str(config.sweep.dir))
-    left = unfinished(jobs)
+    left = unfinished(list_jobs(space, sweep_dir))
     if not left:
         print(f"lisa-dist: every job of {sweep_dir} has finished already")
         return EXIT_DONE

@@ -8,30 +8,26 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
-import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import torch
 
-from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Config, UserError
-from lisa_dist.config.loading import load
+from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Config
 from lisa_dist.config.overrides import path_override
-from lisa_dist.config.sweeps import SweptOverrides, split_sweep
 from lisa_dist.launching.local import PR_SET_PDEATHSIG
+from lisa_dist.launching.optuna_search import OptunaSearch
+from lisa_dist.launching.sweep_jobs import list_jobs, read_sweep, unfinished
 from lisa_dist.signals import STOP_SIGNALS
 from lisa_dist.telemetry.comparison import (
     EXIT_CODE_FILE,
-    JOBS_FILE,
     LOG_FILE,
     RESUME,
     JobRecord,
@@ -41,9 +37,7 @@ from lisa_dist.telemetry.comparison import (
 from lisa_dist.telemetry.records import SUMMARY_FILE, read_summary, write_atomically, write_summary
 from lisa_dist.telemetry.units import format_duration
 
-OF_THE_SWEEP = ("sweep.", "launch.")  # keys that are not a job's
 POLL_SECONDS = 0.1
-NAME_LENGTH = 80  # of a run directory
 
 
 @dataclass
@@ -65,15 +59,21 @@ def run_sweep(overrides: list[str], config_dir: str | None) -> int:
         0 where every job has finished, 75 where a signal stopped the sweep and no job failed, else 1.
 
     Raises:
-        UserError: the overrides are wrong for every job, or ``sweep.dir`` holds another sweep.
+        UserError: the overrides are wrong for every job, ``sweep.dir`` holds another sweep, or Optuna is missing.
     """
-    jobs, config = open_sweep(overrides, config_dir)
+    space, config = read_sweep(overrides, config_dir)
     sweep_dir = Path(str(config.sweep.dir))
-    waiting = unfinished(jobs)
-    print(f"lisa-dist: {len(jobs)} jobs, {len(jobs) - len(waiting)} of them finished, in {sweep_dir}", flush=True)
+    if config.sweep.trials:
+        search = OptunaSearch(space, sweep_dir)
+        jobs, waiting, total = search.record(), search.jobs(config.sweep.trials), config.sweep.trials
+    else:
+        jobs = list_jobs(space, sweep_dir)
+        waiting, total = iter(unfinished(jobs)), len(jobs)
+    finished = len(jobs) - len(unfinished(jobs))
+    print(f"lisa-dist: {total} jobs, {finished} of them finished, in {sweep_dir}", flush=True)
     with _stop_signals() as received:
-        _run_jobs(waiting, len(jobs), config, config_dir, received)
-    jobs = write_comparison(sweep_dir)
+        _run_jobs(waiting, total, config, config_dir, received)
+    jobs = search.record() if config.sweep.trials else write_comparison(sweep_dir)
     states = [job.state for job in jobs]
     print(f"lisa-dist: {', '.join(f'{states.count(s)} {s}' for s in sorted(set(states)))}; {sweep_dir}/index.html")
     if "failed" in states:
@@ -81,67 +81,18 @@ def run_sweep(overrides: list[str], config_dir: str | None) -> int:
     return EXIT_STOPPED if "stopped" in states else EXIT_DONE
 
 
-def open_sweep(overrides: list[str], config_dir: str | None) -> tuple[list[JobRecord], Config]:
-    """Write the file of jobs, or find it written already, and return the jobs and a configuration of the sweep.
-
-    Raises:
-        UserError: the overrides are wrong for every job, or ``sweep.dir`` holds another sweep.
-    """
-    if any(text.startswith("run.dir=") for text in overrides):
-        raise UserError("run.dir: every job of a sweep has a run directory of its own, set sweep.dir instead")
-    swept = split_sweep(overrides, config_dir)
-    config = _first_valid(swept, config_dir)
-    directory = Path(config.sweep.dir or Path("sweeps") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-    directory = directory.expanduser().resolve()
-    lines = [_job_line(number, job, directory) for number, job in enumerate(swept)]
-    text = "".join(f"{line}\n" for line in lines)
-    path = directory / JOBS_FILE
-    if path.is_file() and path.read_text() != text:
-        raise UserError(f"sweep.dir={directory}: holds a sweep over other values, choose another directory")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
-    except OSError as error:
-        raise UserError(f"sweep.dir={directory}: can't be written, {error.strerror}") from None
-    jobs = write_comparison(directory)
-    return jobs, replace(config, sweep=replace(config.sweep, dir=str(directory)))
-
-
-def unfinished(jobs: list[JobRecord]) -> list[JobRecord]:
-    """Return the jobs that are still to be run or to go on."""
-    return [job for job in jobs if job.state != "finished"]
-
-
-def _first_valid(swept: list[SweptOverrides], config_dir: str | None) -> Config:
-    """Return the configuration of the first job that has one; a mistake in some jobs is theirs, not the sweep's."""
-    first_mistake: UserError | None = None
-    for job in swept:
-        try:
-            return load(job.overrides, config_dir)
-        except UserError as mistake:
-            first_mistake = first_mistake or mistake
-    assert first_mistake is not None
-    raise first_mistake
-
-
-def _job_line(number: int, job: SweptOverrides, directory: Path) -> str:
-    pairs = [text.partition("=") for text in job.varied]
-    settings = ",".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs)
-    name = re.sub(r"[^\w.=+-]+", "_", f"{number}_{settings or 'job'}")[:NAME_LENGTH]
-    own = [text for text in job.overrides if not text.startswith(OF_THE_SWEEP)]
-    return shlex.join([name, *own, RESUME, path_override("run.dir", str(directory / name))])
-
-
 def _run_jobs(
-    waiting: list[JobRecord], total: int, config: Config, config_dir: str | None, received: list[int]
+    waiting: Iterator[JobRecord], total: int, config: Config, config_dir: str | None, received: list[int]
 ) -> None:
     running: list[RunningJob] = []
     gpus = _shares_of_gpus(config.sweep.parallel)
     asked = 0
-    while running or (waiting and not received):
-        while waiting and not received and len(running) < config.sweep.parallel:
+    while True:
+        while not received and len(running) < config.sweep.parallel and (record := next(waiting, None)) is not None:
             place = min(set(range(config.sweep.parallel)) - {job.place for job in running})
-            running.append(_start(waiting.pop(0), place, gpus[place], config_dir))
+            running.append(_start(record, place, gpus[place], config_dir))
+        if not running:
+            return
         if len(received) > asked:
             asked = len(received)
             print(f"lisa-dist: {'the jobs save and stop; again kills them' if asked == 1 else 'the jobs are killed'}")

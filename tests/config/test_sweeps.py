@@ -9,7 +9,11 @@ import pytest
 from lisa_dist.config import UserError
 from lisa_dist.config.loading import group_choices, load
 from lisa_dist.config.overrides import path_override
-from lisa_dist.config.sweeps import split_sweep
+from lisa_dist.config.sweeps import Interval, SweptOverrides, combinations, read_space
+
+
+def split_sweep(texts: list[str], config_dir: str | None = None) -> list[SweptOverrides]:
+    return combinations(read_space(texts, config_dir))
 
 
 def test_every_combination_the_last_key_fastest() -> None:
@@ -61,7 +65,9 @@ def test_the_last_of_two_overrides_counts() -> None:
     [
         ("seed", "train"),
         ("train.seed=1,", "one value or several"),
-        ("optimizer.lr=interval(1,2)", "one value or several"),
+        ("optimizer.lr=interval(2,1)", "the lower end first"),
+        ("optimizer.lr=tag(log,interval(0,1))", "needs ends above 0"),
+        ("optimizer.lr=tag(lgo,interval(1,2))", "the only tag is log"),
         ("train.seed=glob(*)", "the names of a group"),
         ("sampler=glob(x*)", "gives no value"),
         ("~sampler", "cannot be removed"),
@@ -71,6 +77,16 @@ def test_mistakes(text: str, named: str) -> None:
     with pytest.raises(UserError) as caught:
         split_sweep([text, "train.seed=1,2"])
     assert text in str(caught.value) and (named in str(caught.value) or text == "seed")
+
+
+def test_intervals() -> None:
+    texts = ["optimizer.lr=tag(log,interval(1e-5,1e-3))", "sampler.period=int(interval(1,9))"]
+    rate, period = read_space(texts).values()
+    assert rate == Interval("optimizer.lr", 1e-5, 1e-3, log=True)
+    assert period == Interval("sampler.period", 1, 9, log=False)
+    assert isinstance(rate, Interval) and rate.override(3.14159e-05) == "optimizer.lr=3.142e-05"
+    assert isinstance(period, Interval) and period.override(4) == "sampler.period=4"
+    assert [job.varied for job in split_sweep(texts)][1] == ["optimizer.lr=1e-05", "sampler.period=9"]
 
 
 @pytest.mark.parametrize("path", ["/runs/a", "/runs/a b", "/runs/a,b=c", "/runs/it's", "/runs/{x}", "/1e3"])

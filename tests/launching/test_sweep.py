@@ -14,7 +14,8 @@ import pytest
 from lisa_dist.cli import main
 from lisa_dist.config import UserError
 from lisa_dist.launching import sweep
-from lisa_dist.launching.sweep import open_sweep, unfinished
+from lisa_dist.launching.sweep_jobs import list_jobs, read_sweep, unfinished
+from lisa_dist.telemetry.comparison import JobRecord
 from tests.launching.tiny import LISA_DIST, TINY, read_summary, steps_recorded
 
 PATIENCE = 180
@@ -26,13 +27,18 @@ def table(sweep_dir: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def jobs_of(*overrides: str) -> list[JobRecord]:
+    space, config = read_sweep(list(overrides), None)
+    return list_jobs(space, Path(str(config.sweep.dir)))
+
+
 def test_failed_and_stopped_jobs_go_on_when_the_sweep_is_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep_dir = tmp_path / "sweep"
-    arguments = ["train", "--multirun", *TINY, f"train.max_steps={STEPS}", "sampler.active_layers=1,99,2"]
+    arguments = ["train", "--multirun", *TINY, f"train.max_steps={STEPS}", "sampler.period=3,-1"]
     arguments += [f"sweep.dir={sweep_dir}", "sweep.parallel=2"]
-    jobs = [sweep_dir / name for name in ("0_active_layers=1", "1_active_layers=99", "2_active_layers=2")]
+    jobs = [sweep_dir / name for name in ("0_period=3", "1_period=-1")]
     process = subprocess.Popen([*LISA_DIST, *arguments], start_new_session=True, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + PATIENCE
     while len(steps_recorded(jobs[0])) < 3 or not (jobs[1] / "exit_code").exists():
@@ -41,33 +47,31 @@ def test_failed_and_stopped_jobs_go_on_when_the_sweep_is_run_again(
     os.killpg(process.pid, signal.SIGINT)  # Ctrl-C
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
-    assert "the jobs save and stop" in output and "job 1 of 3 failed" in output and "at most 4" in output
-    states = [(row["state"], row["exit_code"]) for row in table(sweep_dir)]
-    assert states[:2] == [("stopped", "75"), ("failed", "2")] and states[2][0] == "stopped"
+    assert "the jobs save and stop" in output and "job 1 of 2 failed" in output and "at least 1" in output
+    assert [(row["state"], row["exit_code"]) for row in table(sweep_dir)] == [("stopped", "75"), ("failed", "2")]
     assert read_summary(jobs[0])["exit_reason"] == "signal"
-    assert "at most 4" in read_summary(jobs[1])["exit_reason"]
+    assert "at least 1" in read_summary(jobs[1])["exit_reason"]
     saved = len(steps_recorded(jobs[0]))
     assert saved < STEPS
 
     assert main(arguments) == 1
     rows = table(sweep_dir)
-    assert [row["state"] for row in rows] == ["finished", "failed", "finished"]
+    assert [row["state"] for row in rows] == ["finished", "failed"]
     assert read_summary(jobs[0])["resumed_from"] == [saved]
-    assert steps_recorded(jobs[0]) == steps_recorded(jobs[2]) == list(range(1, STEPS + 1))
+    assert steps_recorded(jobs[0]) == list(range(1, STEPS + 1))
     assert float(rows[0]["final_loss"]) == read_summary(jobs[0])["final_loss"]
-    assert "99" in rows[1]["reason"] and rows[1]["run_dir"] == str(jobs[1])
+    assert "sampler.period=-1" in rows[1]["reason"] and rows[1]["run_dir"] == str(jobs[1])
     assert "★ best" in (sweep_dir / "index.html").read_text()
-    assert "1 failed, 2 finished" in capsys.readouterr().out
+    assert "1 failed, 1 finished" in capsys.readouterr().out
     # What has finished is left alone.
-    left, _ = open_sweep(arguments[2:], None)
-    assert [job.number for job in unfinished(left)] == [1]
+    assert [job.number for job in unfinished(jobs_of(*arguments[2:]))] == [1]
 
 
 def test_other_values_in_the_same_directory(tmp_path: Path) -> None:
-    open_sweep(["train.seed=1,2", f"sweep.dir={tmp_path}"], None)
+    jobs_of("train.seed=1,2", f"sweep.dir={tmp_path}")
     with pytest.raises(UserError, match="holds a sweep over other values"):
-        open_sweep(["train.seed=1,3", f"sweep.dir={tmp_path}"], None)
-    open_sweep(["train.seed=1,2", f"sweep.dir={tmp_path}", "sweep.parallel=2"], None)  # how, not what
+        jobs_of("train.seed=1,3", f"sweep.dir={tmp_path}")
+    jobs_of("train.seed=1,2", f"sweep.dir={tmp_path}", "sweep.parallel=2")  # how, not what
 
 
 @pytest.mark.parametrize(
@@ -77,6 +81,7 @@ def test_other_values_in_the_same_directory(tmp_path: Path) -> None:
         (["sampler.period=0,-1"], "sampler.period=0"),
         (["train.seed=1,2", "run.dir=x"], "set sweep.dir instead"),
         (["train.seed=1,2", "sweep.parallel=0"], "sweep.parallel=0"),
+        (["optimizer.lr=interval(1,2)"], "set sweep.trials=N to let Optuna choose"),
     ],
 )
 def test_mistake_in_every_job_ends_the_sweep_before_it_begins(
@@ -90,7 +95,7 @@ def test_mistake_in_every_job_ends_the_sweep_before_it_begins(
 def test_report_compares_the_jobs_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", f"sweep.dir={tmp_path}"]) == 2
     assert "must be the directory of a sweep" in capsys.readouterr().err
-    open_sweep(["train.seed=1,2", f"sweep.dir={tmp_path}"], None)
+    jobs_of("train.seed=1,2", f"sweep.dir={tmp_path}")
     (tmp_path / "sweep.csv").unlink()
     assert main(["report", f"sweep.dir={tmp_path}"]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/index.html\n"
@@ -98,9 +103,9 @@ def test_report_compares_the_jobs_of_a_sweep(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_run_directories_are_named_after_what_varies(tmp_path: Path) -> None:
-    jobs, _ = open_sweep(["train.seed=1", "run.name='a/b',c", "optimizer.lr=0.5", f"sweep.dir={tmp_path}"], None)
+    jobs = jobs_of("train.seed=1", "run.name='a/b',c", "optimizer.lr=0.5", f"sweep.dir={tmp_path}")
     assert [job.run_dir.name for job in jobs] == ["0_name=_a_b_", "1_name=c"]
-    jobs, _ = open_sweep(["train.seed=1", f"sweep.dir={tmp_path / 'one'}"], None)
+    jobs = jobs_of("train.seed=1", f"sweep.dir={tmp_path / 'one'}")
     assert [job.run_dir.name for job in jobs] == ["0_job"]
 
 
