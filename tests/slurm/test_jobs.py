@@ -14,8 +14,10 @@ from tests.launching.tiny import TINY, read_summary, steps_recorded, weights
 from tests.slurm.cluster import Cluster
 
 REPOSITORY = Path(__file__).parents[2]
+STAND_INS = Path(__file__).with_name("stand_ins")
 STEPS = 80  # so many that the signal comes before the end
 SMALL = 'launch.options=["--mem=100M"]'  # a job without it takes the memory of a whole node
+SWEPT = [*TINY, SMALL, "launch.nodes=2", f"train.max_steps={STEPS}", "sampler.period=3,-1"]
 
 
 def launch(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
@@ -27,29 +29,32 @@ def launch(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run over two nodes, a rank on each, that nothing disturbed."""
-    run_dir = tmp_path_factory.mktemp("slurm") / "whole"
-    overrides = [*TINY, SMALL, "launch.nodes=2", f"train.max_steps={STEPS}", f"run.dir={run_dir}", "run.name=whole"]
-    assert main(["launch", "slurm", *overrides]) == 0
-    job = cluster.command("squeue", "-h", "-o", "%i", "--name=whole")
-    assert cluster.wait_for_state(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
-    return run_dir
+def sweep_dir(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a sweep as a job array, each job over two nodes, a rank on each, the second with a mistake."""
+    sweep_dir = tmp_path_factory.mktemp("slurm") / "sweep"
+    assert main(["launch", "slurm", "--multirun", *SWEPT, f"sweep.dir={sweep_dir}"]) == 0
+    job = cluster.command("squeue", "-h", "-r", "-o", "%F", "--name=sweep").split()[0]
+    good, bad = (cluster.wait_for_state(f"{job}_{task}", "COMPLETED", "FAILED") for task in (0, 1))
+    assert (good["JobState"], good["ExitCode"]) == ("COMPLETED", "0:0")
+    assert (bad["JobState"], bad["ExitCode"]) == ("FAILED", "2:0")
+    return sweep_dir
 
 
-def test_two_nodes_train_to_the_end(uninterrupted: Path) -> None:
+def test_array_over_a_sweep(sweep_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (sweep_dir / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["state"], row["exit_code"]) for row in rows] == [("finished", "0"), ("failed", "2")]
+    assert "sampler.period=-1" in rows[1]["reason"]
+    uninterrupted = sweep_dir / "0_period=3"
     assert read_summary(uninterrupted)["exit_reason"] == "finished"
     assert steps_recorded(uninterrupted) == list(range(1, STEPS + 1))
-    logs = [file.name for file in (uninterrupted / "logs").glob("slurm-*")]
-    assert sorted(re.sub(r"\d+", "J", name, count=1) for name in logs) == [
-        "slurm-J.log",
-        "slurm-J.n0.t0.log",
-        "slurm-J.n1.t1.log",
-    ]
+    # Only what has not finished is submitted again.
+    assert main(["launch", "slurm", "--multirun", *SWEPT, f"sweep.dir={sweep_dir}", "launch.dry_run=true"]) == 0
+    assert "#SBATCH --array=1\n" in capsys.readouterr().out
 
 
 def test_signal_before_the_limit_requeues_and_the_job_goes_on(
-    cluster: Cluster, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cluster: Cluster, sweep_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
     job = launch(capsys, "launch.nodes=2", f"train.max_steps={STEPS}", f"run.dir={run_dir}")
@@ -64,29 +69,9 @@ def test_signal_before_the_limit_requeues_and_the_job_goes_on(
     assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1")
     assert read_summary(run_dir)["resumed_from"] == [saved]
     assert steps_recorded(run_dir) == list(range(1, STEPS + 1))
-    assert weights(run_dir, STEPS) == weights(uninterrupted, STEPS)
-
-
-def test_array_over_a_sweep(cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sweep_dir = tmp_path / "sweep"
-    assert main(
-        ["launch", "slurm", "--multirun", *TINY, SMALL, f"sweep.dir={sweep_dir}", "train.max_steps=2",
-         "sampler.active_layers=1,99", "launch.tasks_per_node=2"]
-    ) == 0  # fmt: skip
-    submitted = re.search(r"submitted as job (\d+)", capsys.readouterr().out)
-    assert submitted is not None
-    states = ("COMPLETED", "FAILED")
-    good, bad = (cluster.wait_for_state(f"{submitted[1]}_{task}", *states) for task in (0, 1))
-    assert (good["JobState"], good["ExitCode"]) == ("COMPLETED", "0:0")
-    assert (bad["JobState"], bad["ExitCode"]) == ("FAILED", "2:0")
-    with (sweep_dir / "sweep.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["state"], row["exit_code"]) for row in rows] == [("finished", "0"), ("failed", "2")]
-    assert "active_layers=99" in rows[1]["reason"]
-    # Only what has not finished is submitted again.
-    assert main(["launch", "slurm", "--multirun", *TINY, SMALL, f"sweep.dir={sweep_dir}", "train.max_steps=2",
-                 "sampler.active_layers=1,99", "launch.dry_run=true"]) == 0  # fmt: skip
-    assert "#SBATCH --array=1\n" in capsys.readouterr().out
+    assert weights(run_dir, STEPS) == weights(sweep_dir / "0_period=3", STEPS)
+    logs = [file.name for file in (run_dir / "logs").glob("slurm-*")]
+    assert sorted(logs) == [f"slurm-{job}.log", f"slurm-{job}.n0.t0.log", f"slurm-{job}.n1.t1.log"]
 
 
 def test_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
@@ -119,3 +104,23 @@ def test_script_for_a_sweep_of_ones_own(cluster: Cluster, tmp_path: Path) -> Non
     assert cluster.wait_for_state(f"{job}_1", "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
     shown = (tmp_path / f"slurm-{job}_1.n0.t0.log").read_text()
     assert "dir: the second\n" in shown and "max_steps: 3\n" in shown and "resume: auto\n" in shown
+
+
+@pytest.mark.parametrize("image", ["torch.sif", "registry/torch:2"])
+def test_containers(
+    image: str, cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With stand-ins for apptainer and pyxis that check what they are given; the rest is the real job."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "torch.sif").touch()
+    monkeypatch.setenv("PYTHON", sys.executable)
+    monkeypatch.setenv("STAND_INS", str(STAND_INS))
+    run_dir = tmp_path / "run"
+    settings = ["launch.nodes=2", f"launch.container={image}", "launch.setup=['PATH=$STAND_INS:$PATH']"]
+    job = launch(capsys, *settings, f"run.dir={run_dir}", "run.name='in a box'")
+    log = run_dir / "logs" / f"slurm-{job}.n0.t0.log"
+    assert cluster.wait_for_state(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", log.read_text()
+    shown = log.read_text()
+    assert shown.startswith(f"in the container {image}\n")
+    assert f"  dir: {run_dir}\n" in shown and "  name: in a box\n" in shown and "  resume: auto\n" in shown
+    assert (run_dir / "logs" / f"slurm-{job}.n1.t1.log").read_text() == f"in the container {image}\n"
