@@ -10,10 +10,9 @@ import math
 import statistics
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from lisa_dist import distributed
 from lisa_dist.checkpoint.restore import newest_complete, restore_checkpoint
+from lisa_dist.checkpoint.shards import write_safetensors
 from lisa_dist.config import TrainConfig
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.preparation import Run
@@ -58,7 +57,7 @@ def keep_batch(run: Run, micro_batches: list[MicroBatch], loss: float, grad_norm
     folder = Path(str(run.config.run.dir)) / "faults" / f"step_{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{index}.{name}": t for index, batch in enumerate(micro_batches) for name, t in batch.items()}
-    save_file(tensors, folder / f"rank_{distributed.rank():05d}.safetensors")
+    write_safetensors(tensors, folder / f"rank_{distributed.rank():05d}.safetensors", {})
     if distributed.is_main():
         batch = run.progress.batch_of(step - 1)
         facts = {

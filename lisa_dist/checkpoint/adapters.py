@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lisa_dist.checkpoint.shards import write_safetensors
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.method import LoraUpdateConfig
@@ -69,12 +69,14 @@ def write_adapter(config: Config, checkpoint: Path, directory: Path) -> list[str
         )
     dtype = getattr(torch, config.export.dtype or "float32")
     with ShardedTensors.of_weights(checkpoint) as tensors:
-        adapters = {_peft_name(name): tensors.read(name).to(dtype) for name in tensors if ".lora_" in name}
-        save_file(adapters, directory / WEIGHTS_FILE, metadata={"format": "pt"})
-    described = adapter_config(config.update, find_layers(build_meta_model(config.model), config.model.blocks))
-    described.base_model_name_or_path = config.model.path
-    described.inference_mode = True
-    described.save_pretrained(str(directory))
+        names = [name for name in tensors if ".lora_" in name]
+        described = {_peft_name(name): torch.empty(tensors.shape(name), dtype=dtype, device="meta") for name in names}
+        contents = (tensors.read(name).to(dtype) for name in names)
+        write_safetensors(described, directory / WEIGHTS_FILE, {"format": "pt"}, contents)
+    written = adapter_config(config.update, find_layers(build_meta_model(config.model), config.model.blocks))
+    written.base_model_name_or_path = config.model.path
+    written.inference_mode = True
+    written.save_pretrained(str(directory))
     return [WEIGHTS_FILE]
 
 

@@ -11,12 +11,10 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lisa_dist import distributed
 from lisa_dist.checkpoint.manifest import (
@@ -30,6 +28,7 @@ from lisa_dist.checkpoint.manifest import (
     write_manifest,
 )
 from lisa_dist.checkpoint.shards import Piece, WrittenFile, own_pieces, write_pieces
+from lisa_dist.checkpoint.staging import SideStream, StagingMemory
 from lisa_dist.checkpoint.state import Progress, state_of, weight_tensors
 from lisa_dist.config import CheckpointConfig
 from lisa_dist.learner import Learner
@@ -48,6 +47,7 @@ class Snapshot:
 
     step: int
     folders: dict[str, dict[str, Piece]]  # weights and moments
+    steady: set[str]  # of these, what nothing changes in place while the checkpoint is written
     texts: dict[str, str]  # further files by name, written by rank 0
     holders: dict[str, str]  # parameter name -> name of the checkpoint that then holds it
 
@@ -56,8 +56,9 @@ class CheckpointSaver:
     """Writes the checkpoints of one run and remembers what the last one holds.
 
     With ``checkpoint.full_every=n`` every n-th is full; those between hold the weights that trained since the
-    checkpoint before, and name the checkpoints that hold the others. With ``checkpoint.async`` a thread writes
-    from a copy in host memory, and its outcome is the same on every rank by an agreement of the threads.
+    checkpoint before, and name the checkpoints that hold the others. With ``checkpoint.async`` a thread copies what
+    trains to host memory, for which the optimizer waits before its next step, then writes while training goes on;
+    what is frozen it reads where it is. The outcome is the same on every rank by an agreement of the threads.
     """
 
     def __init__(self, learner: Learner, directory: Path, config_yaml: str) -> None:
@@ -76,7 +77,11 @@ class CheckpointSaver:
         self.since_full = 0  # checkpoints since the last full one
         self.changed: set[str] = set()  # parameters whose weights the newest complete checkpoint may not hold
         self.changed_since_snapshot: set[str] = set()
-        self.buffers: dict[str, torch.Tensor] = {}  # host memory of the copies, used again and again
+        self.staging = StagingMemory()
+        self.side_stream = SideStream()
+        self.copied = threading.Event()  # what training changes is in host memory
+        self.copied.set()
+        learner.optimizer.before_change = self.copied.wait
         self.group = distributed.disk_group()
         self.thread: threading.Thread | None = None
         self.writing: Snapshot | None = None
@@ -94,7 +99,6 @@ class CheckpointSaver:
         self.since_full = state["since_full"]
         self.changed = set(self.learner.optimizer.parameters)
         self.changed_since_snapshot = set()
-        self.buffers.clear()
 
     def save(self, progress: Progress) -> None:
         """Write the checkpoint of ``progress.step``, or have it written. Collective: every rank.
@@ -103,19 +107,16 @@ class CheckpointSaver:
             CheckpointError: this write, or the one before in the background, failed and ``on_error=stop``.
         """
         self.finish()
-        frozen_since = set(self.learner.sharded.handles) - self.changed_since_snapshot
-        snapshot = self._take(progress)
+        self.writing = self._take(progress)
         if self.config.in_background:
-            frozen = frozen_since - set(self.learner.optimizer.parameters)
-            snapshot.folders = {name: self._stage(name, pieces, frozen) for name, pieces in snapshot.folders.items()}
-        self.writing = snapshot
-        if self.config.in_background:
+            self.copied.clear()
+            self.side_stream.follow()
             self.thread = threading.Thread(
-                target=self._write_in_background, args=(snapshot,), name="checkpoint", daemon=True
+                target=self._write_in_background, args=(self.writing,), name="checkpoint", daemon=True
             )
             self.thread.start()
         else:
-            self._write(snapshot)
+            self._write(self.writing)
             self.finish()
 
     def finish(self, stop_on_error: bool | None = None) -> None:
@@ -177,45 +178,52 @@ class CheckpointSaver:
             WEIGHTS: own_pieces({key: weights[key] for key in weights if key in written}),
             MOMENTS: own_pieces(self.learner.optimizer.moment_tensors()),
         }
+        steady = self._steady(name for pieces in folders.values() for name in pieces)
         texts = {STATE: json.dumps(state, indent=1), CONFIG: self.config_yaml}
-        return Snapshot(progress.step, folders, texts, holders)
+        return Snapshot(progress.step, folders, steady, texts, holders)
 
-    def _stage(self, folder: str, pieces: dict[str, Piece], frozen: set[str]) -> dict[str, Piece]:
-        """Copy to host memory; returns when the copies are there.
+    def _steady(self, names: Iterable[str]) -> set[str]:
+        """Return the weights, and moments in host memory, of frozen parameters.
 
-        Args:
-            folder: what the pieces are of.
-            pieces: what this rank writes.
-            frozen: parameters that have not changed since the last copy, which therefore still holds.
+        A thaw gives a parameter another storage, unless its dtype stays as it was; a snapshot keeps the old one.
         """
-        staged = {}
-        for name, piece in pieces.items():
-            key, tensor = f"{folder}/{name}", piece.tensor
-            buffer = self.buffers.get(key)
-            fits = buffer is not None and buffer.shape == tensor.shape and buffer.dtype == tensor.dtype
-            if buffer is None or not fits:
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                self.buffers[key] = buffer
-            if not (fits and folder == WEIGHTS and name in frozen):
-                buffer.copy_(tensor, non_blocking=True)
-            staged[name] = Piece(buffer, piece.offsets)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        held = {f"{folder}/{name}" for name in pieces}
-        for key in [key for key in self.buffers if key.startswith(f"{folder}/") and key not in held]:
-            del self.buffers[key]  # of a block that is frozen again
-        return staged
+        learner = self.learner
+        if learner.config.precision.frozen == learner.config.precision.active:
+            return set()
+        frozen = learner.sharded.handles.keys() - learner.optimizer.parameters.keys()
+        return {name for name in names if name in frozen or name.rpartition(".")[0] in frozen}
+
+    def _stage(self, snapshot: Snapshot) -> None:
+        """Copy to host memory what is not steady, and let go of it."""
+        changing = {
+            (folder, name): piece
+            for folder, pieces in snapshot.folders.items()
+            for name, piece in pieces.items()
+            if name not in snapshot.steady
+        }
+        for (folder, name), copy in self.staging.copy(changing).items():
+            snapshot.folders[folder][name] = copy
 
     def _write_in_background(self, snapshot: Snapshot) -> None:
         try:
-            self._write(snapshot)
+            with self.side_stream.entered():
+                self._write(snapshot)
         except Exception as error:  # a rank is gone: the main thread learns it in its own collective
             self.failure = f"the checkpoint of step {snapshot.step} could not be written: {error}"
+        finally:
+            self.copied.set()
+
+    def _begin(self, snapshot: Snapshot, partial: Path) -> None:
+        if self.config.in_background:
+            self._stage(snapshot)
+            self.copied.set()
+        if distributed.is_main():
+            _make_folders(partial)
 
     def _write(self, snapshot: Snapshot) -> None:
         """Write a checkpoint and leave the outcome in ``self.failure``. Collective: every rank, in this group."""
         partial = self.directory / f".{checkpoint_name(snapshot.step)}.partial"
-        self.failure = self._agree(lambda: _make_folders(partial) if distributed.is_main() else None, snapshot.step)
+        self.failure = self._agree(lambda: self._begin(snapshot, partial), snapshot.step)
         files: dict[str, WrittenFile] = {}
         if self.failure is None:
             self.failure = self._agree(lambda: files.update(_write_own_files(snapshot, partial)), snapshot.step)

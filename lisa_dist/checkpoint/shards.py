@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,13 +78,19 @@ def write_pieces(pieces: dict[str, Piece], file: Path) -> WrittenFile:
     return write_safetensors(tensors, file, {"format": "pt", CUSTOM_METADATA_KEY: json.dumps(offsets)})
 
 
-def write_safetensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> WrittenFile:
+def write_safetensors(
+    tensors: dict[str, torch.Tensor],
+    file: Path,
+    metadata: dict[str, str],
+    contents: Iterable[torch.Tensor] | None = None,
+) -> WrittenFile:
     """Write a safetensors file one tensor at a time, flushed to disk; safetensors' own function copies them all.
 
     Args:
         tensors: by name, on any device.
         file: written with the mode that the umask gives.
         metadata: of the file's header.
+        contents: the tensors in this order, made one by one, where ``tensors`` on ``meta`` only describe them.
 
     Raises:
         OSError: the disk refuses.
@@ -92,7 +99,7 @@ def write_safetensors(tensors: dict[str, torch.Tensor], file: Path, metadata: di
     digest, size = hashlib.sha256(start), len(start)
     with file.open("wb") as stream:
         stream.write(start)
-        for tensor in tensors.values():
+        for tensor in tensors.values() if contents is None else contents:
             if tensor.numel():
                 content = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
                 stream.write(content)

@@ -64,16 +64,20 @@ class ShardedTensors:
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self.pieces))
 
+    def shape(self, name: str) -> list[int]:
+        """Return the shape of the whole tensor of that name."""
+        pieces = self.pieces[name]
+        return [max(p.offsets[axis] + p.shape[axis] for p in pieces) for axis in range(len(pieces[0].shape))]
+
     def read(self, name: str) -> torch.Tensor:
         """Return the whole tensor of that name, in the dtype it was stored in."""
         pieces = self.pieces[name]
         if len(pieces) == 1:
             return self._files[pieces[0].file].get_tensor(name)
-        size = [max(p.offsets[axis] + p.shape[axis] for p in pieces) for axis in range(len(pieces[0].shape))]
         whole: torch.Tensor | None = None
         for piece in pieces:
             part = self._files[piece.file].get_tensor(name)
-            whole = torch.empty(size, dtype=part.dtype) if whole is None else whole
+            whole = torch.empty(self.shape(name), dtype=part.dtype) if whole is None else whole
             whole[tuple(slice(start, start + length) for start, length in zip(piece.offsets, piece.shape))] = part
         assert whole is not None
         return whole

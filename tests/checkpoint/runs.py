@@ -43,6 +43,7 @@ def make_config(run_dir: Path | str, *overrides: str, dropout: float = 0.1) -> C
             "data.limit=60",
             "data.sequence_length=64",
             f"train.max_steps={STEPS}",
+            "train.eval_batches=2",
             "train.global_batch_size=8",
             "train.micro_batch_size=1",
             "optimizer.lr=0.01",

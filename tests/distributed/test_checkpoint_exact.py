@@ -23,9 +23,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 def draw_kills(world_size: int) -> list[Kill]:
-    """Four points of a run in their order, each of a kind and in a step drawn from the seed."""
+    """Three points of a run in their order, each of a kind and in a step drawn from the seed."""
     draws = random.Random(SEED + world_size)
-    steps = sorted(draws.sample(range(2, STEPS + 1), 4))
+    steps = sorted(draws.sample(range(2, STEPS + 1), 3))
     return [Kill(draws.choice(["before", "inside", "saved"]), step) for step in steps]
 
 
@@ -35,18 +35,16 @@ def test_random_kill_points(world_size: int, uninterrupted: dict[int, Path], tmp
     assert_same_run(tmp_path, uninterrupted[world_size])
 
 
-@pytest.mark.parametrize("where", ["before", "inside", "saved"])
-def test_first_middle_and_last_step_of_a_period(where: str, uninterrupted: dict[int, Path], tmp_path: Path) -> None:
-    kills = [Kill(where, PERIOD + 1), Kill(where, PERIOD + 2), Kill(where, 2 * PERIOD)]
+def test_first_middle_and_last_step_of_a_period(uninterrupted: dict[int, Path], tmp_path: Path) -> None:
+    """One run that is cut short before, inside and while saving a step of each place in its period."""
+    kills = [Kill("before", 2), Kill("inside", 3), Kill("saved", 4), Kill("inside", 5), Kill("before", 6)]
+    kills += [Kill("before", 7), Kill("inside", 7), Kill("saved", 8), Kill("saved", 9)]
+    assert len({(kill.where, kill.step % PERIOD) for kill in kills}) == 9
     train(2, make_config(tmp_path), *kills)
     assert_same_run(tmp_path, uninterrupted[2])
 
 
-def test_kill_before_the_first_checkpoint_starts_again(uninterrupted: dict[int, Path], tmp_path: Path) -> None:
-    train(2, make_config(tmp_path), Kill("saved", 1))
-    assert_same_run(tmp_path, uninterrupted[2])
-
-
-def test_checkpoints_further_apart_repeat_the_steps_between(uninterrupted: dict[int, Path], tmp_path: Path) -> None:
-    train(2, make_config(tmp_path, "checkpoint.every=4"), Kill("inside", 8))
+def test_steps_since_the_last_checkpoint_are_repeated(uninterrupted: dict[int, Path], tmp_path: Path) -> None:
+    """All of them where the first checkpoint was never finished, then those since the fourth step."""
+    train(2, make_config(tmp_path, "checkpoint.every=4"), Kill("saved", 4), Kill("inside", 8))
     assert_same_run(tmp_path, uninterrupted[2])

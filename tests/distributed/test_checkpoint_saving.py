@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from lisa_dist import distributed
 from lisa_dist.checkpoint.manifest import checkpoint_name, damage, list_checkpoints
-from lisa_dist.checkpoint.save import CheckpointError, CheckpointSaver, Snapshot
+from lisa_dist.checkpoint.save import CheckpointError, CheckpointSaver
+from lisa_dist.checkpoint.shards import Piece, WrittenFile, write_pieces
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config, UserError
 from lisa_dist.telemetry.records import read_rows, read_summary
@@ -214,44 +215,60 @@ def test_going_on_without_a_disk(small_disk: Path) -> None:
 
 
 def write_while_training(config: Config) -> list[tuple[str, int]]:
-    """Train where every write in the background waits until a step was begun after it; what happened, in order."""
-    write, must_stop, finish = CheckpointSaver._write, CheckpointSaver.must_stop, CheckpointSaver.finish
-    gates = {step: threading.Event() for step in range(1, 10)}
+    """Train where every write in the background waits until a step was made after it; what happened, in order."""
+    must_stop, finish = CheckpointSaver.must_stop, CheckpointSaver.finish
+    gates = {checkpoint_name(step): threading.Event() for step in range(1, 10)}
+    begun: set[int] = set()  # checkpoints after which a step was begun
     events: list[tuple[str, int]] = []
 
-    def open_gate(saver: CheckpointSaver, event: str) -> None:
-        if saver.writing is not None and not gates[saver.writing.step].is_set():
-            events.append((event, saver.writing.step))
-            gates[saver.writing.step].set()
+    def held_write(pieces: dict[str, Piece], file: Path) -> WrittenFile:
+        name = file.parent.parent.name.removeprefix(".").removesuffix(".partial")
+        assert gates[name].wait(60)
+        if file.parent.name == "weights":
+            events.append(("written", int(name.removeprefix("step_"))))
+        return write_pieces(pieces, file)
 
-    def held_write(saver: CheckpointSaver, snapshot: Snapshot) -> None:
-        gates[snapshot.step].wait(60)
-        events.append(("written", snapshot.step))
-        write(saver, snapshot)
+    def open_gate(saver: CheckpointSaver, event: str) -> None:
+        if saver.writing is not None and not gates[checkpoint_name(saver.writing.step)].is_set():
+            events.append((event, saver.writing.step))
+            gates[checkpoint_name(saver.writing.step)].set()
 
     def at_a_step(saver: CheckpointSaver) -> bool:
-        open_gate(saver, "a step was begun while waiting to write")
+        if saver.writing is not None and saver.writing.step in begun:
+            open_gate(saver, "a step was made before it was written")
+        elif saver.writing is not None:
+            begun.add(saver.writing.step)
         return must_stop(saver)
 
     def at_the_end(saver: CheckpointSaver, stop_on_error: bool | None = None) -> None:
         if stop_on_error:
-            open_gate(saver, "the run ended while waiting to write")
+            open_gate(saver, "the run ended before it was written")
         finish(saver, stop_on_error)
 
-    with mock.patch.multiple(CheckpointSaver, _write=held_write, must_stop=at_a_step, finish=at_the_end):
+    with (
+        mock.patch.multiple(CheckpointSaver, must_stop=at_a_step, finish=at_the_end),
+        mock.patch("lisa_dist.checkpoint.save.write_pieces", held_write),
+    ):
         train_here(config)
     return events
 
 
-def test_training_goes_on_while_it_writes(plain: Path, tmp_path: Path) -> None:
-    config = make_config(tmp_path, "checkpoint.keep=0", "checkpoint.async=true", "checkpoint.every=4")
+@pytest.mark.parametrize("frozen", ["bfloat16", "float32"])
+def test_training_goes_on_while_it_writes(frozen: str, plain: Path, tmp_path: Path) -> None:
+    """Blocks are switched and trained before they are written, yet written is what they were when they were saved."""
+    settings = ["checkpoint.keep=0", "checkpoint.every=3", f"precision.frozen={frozen}"]
+    config = make_config(tmp_path / "run", *settings, "checkpoint.async=true")
     for events in run_on_ranks(2, write_while_training, config):
-        expected = [("a step was begun while waiting to write", 4), ("written", 4)]
-        expected += [("a step was begun while waiting to write", 8), ("written", 8)]
-        expected += [("the run ended while waiting to write", 9), ("written", 9)]
+        expected = [("a step was made before it was written", 3), ("written", 3)]
+        expected += [("a step was made before it was written", 6), ("written", 6)]
+        expected += [("the run ended before it was written", 9), ("written", 9)]
         assert events == expected
-    for step in (4, 8):  # what was staged is the state of that step, not of the one after
-        found, whole = tensors_of(checkpoint(tmp_path, step)), tensors_of(checkpoint(plain, step))
+    reference = plain
+    if frozen == "float32":  # a thaw keeps the storage
+        reference = tmp_path / "reference"
+        train(2, make_config(reference, *settings))
+    for step in (3, 6):
+        found, whole = tensors_of(checkpoint(tmp_path / "run", step)), tensors_of(checkpoint(reference, step))
         assert all(torch.equal(found[name], whole[name]) for name in whole)
 
 

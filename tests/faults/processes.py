@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from torch.distributed.launcher.api import LaunchConfig
+
+from lisa_dist.cli import main
+from lisa_dist.launching import local
 from lisa_dist.telemetry.records import read_rows
 from tests.checkpoint.runs import ARCHITECTURE
 
@@ -19,6 +25,7 @@ OVERRIDES = [
     "model.tokenizer=builtin:demo",
     "data=demo",
     "data.limit=60",
+    "train.eval_batches=2",
     "data.sequence_length=64",
     "train.global_batch_size=4",
     "train.micro_batch_size=1",
@@ -33,25 +40,53 @@ OVERRIDES = [
 PATIENCE = 200  # seconds for anything
 
 
-class Launched:
-    """``lisa-dist train`` with its two ranks, in a process group of its own."""
+# Modules that a run needs. One server imports them once and forks each launcher, which forks its ranks: a launcher
+# and two ranks would import for 12 s of computing. test_local.py and test_torchrun.py start theirs as a user does.
+NEEDED = ["lisa_dist.cli", "lisa_dist.launching.local", "lisa_dist.trainer", "transformers.models.llama.modeling_llama"]
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["__main__", *NEEDED])
 
-    def __init__(self, run_dir: Path, *overrides: str, program: list[str] | None = None) -> None:
+
+def _fork_ranks(**settings: Any) -> LaunchConfig:
+    return LaunchConfig(**{**settings, "start_method": "fork"})
+
+
+def _run_forked_rank(*args: Any) -> int:
+    signal.set_wakeup_fd(-1)  # the launcher's, which a forked process shares
+    return local.run_rank(*args)
+
+
+def _launch(arguments: list[str], output: Path, temporary: Path) -> None:
+    """Be a launcher: the command line, with output to a file and a folder of its own for temporary files."""
+    os.setsid()
+    with output.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    tempfile.tempdir = str(temporary)
+    elastic_launch = local.elastic_launch
+    local.elastic_launch = lambda config, entry: elastic_launch(config, _run_forked_rank)
+    local.LaunchConfig = _fork_ranks
+    sys.exit(main(["train", *arguments]))
+
+
+class Launched:
+    """``lisa-dist train`` with its two ranks, in a session of its own."""
+
+    def __init__(self, run_dir: Path, *overrides: str) -> None:
         self.run_dir = run_dir
         self.temporary = run_dir.parent / f"{run_dir.name}_tmp"  # where the launcher notes its ranks
         self.temporary.mkdir(exist_ok=True)
         self.known = set(self.temporary.rglob("started_*"))
-        environment = {**os.environ, "TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"}
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            environment.pop(name, None)
-        self.process = subprocess.Popen(
-            [*(program or [sys.executable, "-m", "lisa_dist"]), "train", *OVERRIDES, f"run.dir={run_dir}", *overrides],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
+        self.output = self.temporary / "output"
+        arguments = [*OVERRIDES, f"run.dir={run_dir}", *overrides]
+        self.process = FORKSERVER.Process(target=_launch, args=(arguments, self.output, self.temporary))
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        """The process id of the launcher."""
+        assert self.process.pid is not None
+        return self.process.pid
 
     def rank_process(self, rank: int) -> int:
         """The process id of a rank."""
@@ -65,24 +100,20 @@ class Launched:
         return int(found[-1].name.split("_")[2])
 
     def wait_for_step(self, step: int) -> None:
-        """Wait until ``step`` is recorded, or the run has ended."""
-        metrics = self.run_dir / "metrics.jsonl"
+        """Wait until ``step`` is recorded."""
+        wait_until(lambda: self.reached(step), f"step {step}")
 
-        def is_done() -> bool:
-            if self.process.poll() is not None:
-                raise AssertionError(f"the run ended before step {step}:\n{self.process.stdout.read()}")
-            return any(row["step"] >= step and "loss" in row for row in read_rows(metrics))
+    def reached(self, step: int) -> bool:
+        """Whether ``step`` is recorded; the run must not have ended before."""
+        if not self.process.is_alive():
+            raise AssertionError(f"the run ended before step {step}:\n{self.output.read_text()}")
+        return any(row["step"] >= step and "loss" in row for row in read_rows(self.run_dir / "metrics.jsonl"))
 
-        wait_until(is_done, f"step {step}")
-
-    def kill(self, process: int, number: signal.Signals = signal.SIGKILL) -> None:
-        """Send a signal to a process of this run."""
-        os.kill(process, number)
-
-    def finish(self, patience: float = PATIENCE) -> tuple[int, str]:
+    def finish(self) -> tuple[int, str]:
         """The exit code and what was printed."""
-        output, _ = self.process.communicate(timeout=patience)
-        return self.process.returncode, output
+        self.process.join(PATIENCE)
+        assert self.process.exitcode is not None, f"the run goes on after {PATIENCE} s"
+        return self.process.exitcode, self.output.read_text()
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -91,4 +122,4 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         if time.monotonic() > end:
             raise AssertionError(f"waited {PATIENCE} s for {what}")
-        time.sleep(0.01)
+        time.sleep(0.05)
