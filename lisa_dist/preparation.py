@@ -220,8 +220,12 @@ def announce_trained(learner: Learner, counted: dict[str, int]) -> None:
         counted: this rank's persistent bytes by kind.
     """
     parts = count_trained_parameters(learner)
-    saved = sum(size for kind, size in counted.items() if kind != "gradients")
-    checkpoint = distributed.all_reduce_sum([float(saved)])[0] / learner.config.parallel.replicate
+    # Masters that lie apart are written in place of the parameters, and no replica holds the same ones.
+    apart = {"masters", "optimizer_state"} if "masters" in counted else set()
+    own = sum(counted[kind] for kind in apart)
+    held = sum(size for kind, size in counted.items() if kind not in ("gradients", *apart))
+    held -= counted["active_parameters"] if apart else 0
+    checkpoint = distributed.all_reduce_sum([own + held / learner.config.parallel.replicate])[0]
     free = free_memory_bytes()
     announce(
         {

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lisa_dist.config import OptimizerConfig
@@ -254,13 +253,13 @@ class ActiveOptimizer:
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a sharded tensor whose shard lies in host memory, pinned where it comes from a GPU."""
+    """Return a sharded tensor whose shard lies in host memory, pinned where it comes from a GPU.
+
+    The operators of DTensor leave a shard where they put it; ``DTensor.from_local`` would take it to the mesh's device.
+    """
     shard = local_shard(tensor)
-    host = shard.cpu()
-    if shard.is_cuda and not is_traceable_wrapper_subclass(shard):
-        host = host.pin_memory()
-    if not isinstance(tensor, DTensor):
-        return host
-    return DTensor.from_local(
-        host, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
+    if not shard.is_cuda or is_traceable_wrapper_subclass(shard):
+        return tensor.cpu()
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    local_shard(host).copy_(shard)
+    return host

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lisa_dist.config import Config
+from lisa_dist.config import Config, UserError
 from lisa_dist.config.gpu import Gpu
 from lisa_dist.config.loading import vary
+from lisa_dist.learner import check_optimizer_shard
 from lisa_dist.planning.estimate import Estimate, estimate
 from lisa_dist.planning.prediction import predict
 from lisa_dist.planning.simulation import Trace
@@ -55,9 +56,10 @@ def make_plan(config: Config, gpu: Gpu, overrides: list[str] | None = None) -> P
 def changes_that_fit(plan: Plan) -> list[Plan]:
     """Return plans of changed configurations, those that fit first, the cheapest in time a token foremost.
 
-    Tried are: a smaller micro-batch, checkpointing, offload, more ranks; each alone, and then the savings together.
+    Tried are: a smaller micro-batch, checkpointing, masters over all replicas, offload, more ranks; each alone, and
+    then the savings together.
     """
-    alone = [make_plan(plan.config, plan.gpu, overrides) for overrides in _single_changes(plan.config)]
+    alone = [make_plan(plan.config, plan.gpu, overrides) for overrides in single_changes(plan.config)]
     together = [] if any(other.fits for other in alone) else _joint_changes(plan)
     tried = [*alone, *together]
     return sorted(tried, key=lambda other: (not other.fits, _seconds_per_token(other), -other.head_room))
@@ -69,7 +71,8 @@ def _seconds_per_token(plan: Plan) -> float:
     return plan.estimate.step_seconds * ranks / plan.trace.tokens
 
 
-def _single_changes(config: Config) -> list[list[str]]:
+def single_changes(config: Config) -> list[list[str]]:
+    """Return the changes that save memory and that ``config`` allows, as overrides."""
     changes: list[list[str]] = []
     micro_batch = config.train.micro_batch_size
     if micro_batch > 1:
@@ -79,10 +82,20 @@ def _single_changes(config: Config) -> list[list[str]]:
         changes.append(["parallel.activation_checkpointing=selective"])
     if checkpointing != "full":
         changes.append(["parallel.activation_checkpointing=full"])
+    if config.parallel.replicate > 1 and config.parallel.optimizer_shard == "replica":
+        changes.append(["parallel.optimizer_shard=world"])
     if config.parallel.offload == "none":
         changes += [["parallel.offload=frozen"], ["parallel.offload=all"]]
     changes.append([f"parallel.nodes={2 * config.parallel.nodes}"])
-    return changes
+    return [overrides for overrides in changes if _is_allowed(config, overrides)]
+
+
+def _is_allowed(config: Config, overrides: list[str]) -> bool:
+    try:
+        check_optimizer_shard(vary(config, overrides))
+    except UserError:
+        return False
+    return True
 
 
 def _joint_changes(plan: Plan) -> list[Plan]:
@@ -95,8 +108,10 @@ def _joint_changes(plan: Plan) -> list[Plan]:
     tried = []
     if savings:
         tried.append(make_plan(plan.config, plan.gpu, savings))
-    if plan.config.parallel.offload == "none" and (not tried or not tried[-1].fits):
-        tried.append(make_plan(plan.config, plan.gpu, [*savings, "parallel.offload=all"]))
+    offloaded = [*savings, "parallel.offload=all"]
+    untried = plan.config.parallel.offload == "none" and _is_allowed(plan.config, offloaded)
+    if untried and not (tried and tried[-1].fits):
+        tried.append(make_plan(plan.config, plan.gpu, offloaded))
     nodes = 2 * plan.config.parallel.nodes
     while nodes <= MOST_NODES and not (tried and tried[-1].fits):
         tried.append(make_plan(plan.config, plan.gpu, [*savings, f"parallel.nodes={nodes}"]))

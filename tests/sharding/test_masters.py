@@ -23,6 +23,7 @@ from lisa_dist.learner import (
     load_initial_weights,
     probe,
 )
+from lisa_dist.planning.changes import single_changes
 from lisa_dist.planning.simulation import simulate
 from lisa_dist.trainer import accumulate_gradients
 from tests.checkpoint import runs
@@ -132,6 +133,16 @@ def test_a_run_goes_on_exactly_and_with_masters_on_every_replica(tmp_path: Path)
     found, expected = ([row["loss"] for row in runs.metrics(run) if "loss" in row] for run in (other, whole))
     assert found[: runs.PERIOD + 1] == expected[: runs.PERIOD + 1]
     assert found[runs.PERIOD + 1 :] == pytest.approx(expected[runs.PERIOD + 1 :], rel=0.01)
+
+
+def test_a_plan_proposes_it_where_it_can_be() -> None:
+    config = test_truth.make_config("llama", "lisa")
+    change, offload = ["parallel.optimizer_shard=world"], ["parallel.offload=all"]
+    assert change not in single_changes(config)
+    config.parallel.replicate = REPLICAS
+    assert change in single_changes(config) and offload in single_changes(config)
+    config.parallel.optimizer_shard = "world"
+    assert offload not in single_changes(config)
 
 
 def probe_twice(optimizer_shard: str) -> list[float]:
