@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lisa_dist.config import EXIT_DONE, Config, UserError
+from lisa_dist.config import EXIT_DONE, Config
 from lisa_dist.config.errors import check_choice
 from lisa_dist.config.gpu import read_gpu
 from lisa_dist.config.loading import group_choices
@@ -30,7 +30,6 @@ def run(config: Config) -> int:
     gpu = read_gpu(config.plan.gpu)
     for method in config.plan.compare:
         check_choice("plan.compare", method, group_choices("method"))
-    _check_frozen_base(config)
     plan = make_plan(config, gpu)
     changes = [] if plan.fits else changes_that_fit(plan)
     compared = {method: make_plan(config, gpu, [f"method={method}"]) for method in config.plan.compare}
@@ -40,12 +39,6 @@ def run(config: Config) -> int:
     else:
         _print_tables(plan, changes, compared, found)
     return EXIT_DONE
-
-
-def _check_frozen_base(config: Config) -> None:
-    stored = config.model.quantization
-    if stored != "none":
-        raise UserError(f"model.quantization={stored}: plans know bfloat16 and float32 storage only; set it to none")
 
 
 def notes_on(plan: Plan) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from lisa_dist import distributed
 from lisa_dist.commands.stopwatch import PeakMemory
 from lisa_dist.config import Config
+from lisa_dist.config.loading import load
 from lisa_dist.config.method import AllSamplerConfig, FixedSamplerConfig
 from lisa_dist.learner import adopt_trained, allocate, begin_period, build_learner, count_persistent_bytes
 from lisa_dist.planning.simulation import Trace, simulate
@@ -95,5 +96,17 @@ def test_predicted_bytes_are_those_of_a_real_rank(model: str, setting: str) -> N
     config = make_config(model, setting)
     counted, peak = run_on_ranks(2, measure, config)[0]
     predicted: Trace = simulate(config)
+    assert predicted.persistent_bytes == counted
+    assert predicted.peak_bytes == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_base_is_planned_as_it_is_stored(kind: str) -> None:
+    config = make_config("llama", "full, two micro-batches")
+    config.update = load(["update=lora"]).update
+    config.always_active = dataclasses.replace(config.always_active, embeddings=False, norm=False, head=False)
+    config.model.quantization = kind
+    counted, peak = run_on_ranks(2, measure, config)[0]
+    predicted = simulate(config)
     assert predicted.persistent_bytes == counted
     assert predicted.peak_bytes == pytest.approx(peak, rel=0.1)
