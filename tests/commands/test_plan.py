@@ -21,6 +21,9 @@ ARCHITECTURE = (
 )
 TINY = ["model=custom", ARCHITECTURE, "data.sequence_length=256", "parallel.nproc_per_node=2", "plan.format=json"]
 TINY += ["train.global_batch_size=4", "plan.gpu=rtx4090"]
+# Where many plans are made.
+SHALLOW = [ARCHITECTURE.replace("num_hidden_layers:8", "num_hidden_layers:2"), "sampler.active_layers=1"]
+SHALLOW += ["train.global_batch_size=2"]
 PARAMETERS = 2 * 4096 * 512 + 8 * (4 * 512**2 + 3 * 512 * 1024 + 2 * 512) + 512
 ACTIVE = 2 * 4096 * 512 + 2 * (4 * 512**2 + 3 * 512 * 1024 + 2 * 512) + 512
 
@@ -69,8 +72,8 @@ def smaller_gpu(folder: Path, memory_bytes: int) -> str:
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_would(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    needed = plan(capsys, "train.micro_batch_size=2")["peak_bytes"]
-    figures = plan(capsys, "train.micro_batch_size=2", smaller_gpu(tmp_path, needed - 10**6))
+    needed = plan(capsys, *SHALLOW, "train.micro_batch_size=2")["peak_bytes"]
+    figures = plan(capsys, *SHALLOW, "train.micro_batch_size=2", smaller_gpu(tmp_path, needed - 10**6))
     assert not figures["fits"] and figures["head_room_bytes"] == -(10**6)
     assert any("976.6 KiB too much on each rank, 1.9 MiB on the cluster" in note for note in figures["notes"])
     fitting = [change for change in figures["changes"] if change["fits"]]
@@ -80,8 +83,9 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(capsys: pytest.Captur
 
 
 def test_search_finds_the_largest_micro_batch_that_fits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    needed = plan(capsys, "train.micro_batch_size=3")["peak_bytes"]
-    found = plan(capsys, smaller_gpu(tmp_path, needed), "plan.search=true")["search"]
+    one_rank = [*SHALLOW, "parallel.nproc_per_node=1"]
+    needed = plan(capsys, *one_rank, "train.micro_batch_size=3")["peak_bytes"]
+    found = plan(capsys, *one_rank, smaller_gpu(tmp_path, needed), "plan.search=true")["search"]
     plain = next(entry for entry in found if "parallel.activation_checkpointing=none" in entry["overrides"])
     assert plain["fits"] and "train.micro_batch_size=3" in plain["overrides"]
     full = next(entry for entry in found if "parallel.activation_checkpointing=full" in entry["overrides"])
