@@ -26,10 +26,10 @@ from lisa_dist.checkpoint.shards import Piece, WrittenFile, write_pieces
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config, UserError
 from lisa_dist.telemetry.records import read_rows, read_summary
+from tests.checkpoint import runs
 from tests.checkpoint.runs import (
     Kill,
     assert_same_run,
-    make_config,
     resuming,
     tensors_of,
     train,
@@ -38,6 +38,11 @@ from tests.checkpoint.runs import (
 from tests.ranks import run_on_ranks
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+
+
+def make_config(run_dir: Path, *overrides: str) -> Config:
+    """A run in which each of two ranks has two micro-batches a step."""
+    return runs.make_config(run_dir, "train.global_batch_size=4", *overrides)
 
 
 @pytest.fixture(scope="module")

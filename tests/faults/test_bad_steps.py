@@ -17,19 +17,24 @@ from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import Config, TrainConfig
 from lisa_dist.faults import LossSpikeError, NonFiniteError, is_spike
 from lisa_dist.telemetry.records import read_summary
+from tests.checkpoint import runs
 from tests.checkpoint.runs import (
     STEPS,
     Kill,
     assert_same_run,
     final_state,
     final_tensors,
-    make_config,
     metrics,
     resuming,
     tensors_of,
     train_here,
 )
 from tests.ranks import run_on_ranks
+
+
+def make_config(run_dir: Path, *overrides: str) -> Config:
+    """A run in which each of two ranks has two micro-batches a step."""
+    return runs.make_config(run_dir, "train.global_batch_size=4", *overrides)
 
 
 def train_with_bad_batches(config: Config, kind: str, bad: list[int], kill: Kill | None = None) -> Any:
@@ -79,7 +84,7 @@ def test_bad_steps_are_left_out_and_kept(kind: str, tmp_path: Path) -> None:
     assert final_state(tmp_path)["progress"]["skipped_steps"] == 2
     folder = tmp_path / "faults" / "step_00000003"
     facts = json.loads((folder / "step.json").read_text())
-    assert facts["step"] == 3 and len(facts["sequences"]) == 8
+    assert facts["step"] == 3 and len(facts["sequences"]) == 4
     kept = [load_file(folder / f"rank_0000{rank}.safetensors") for rank in range(2)]
     labelled = sum(int((t[:, 1:] != -100).sum()) for part in kept for name, t in part.items() if "labels" in name)
     assert labelled == rows[2]["tokens"]
