@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.launching.tiny import SYSTEM_PATH
@@ -19,48 +19,80 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = 29700
 
 
-def ip(*arguments: str) -> None:
+def _run(*command: str) -> None:
     environment = {**os.environ, "PATH": SYSTEM_PATH}
-    subprocess.run(["ip", *arguments], env=environment, check=True, capture_output=True, text=True)
+    subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+
+
+def ip(*arguments: str) -> None:
+    _run("ip", *arguments)
 
 
 class Hosts:
-    """The two hosts; each one's end of the cable is called v1 and v2."""
+    """The two hosts; each one's end of the cable is called v1 and v2, and w1 and w2 of a long cable."""
 
     def __init__(self) -> None:
         self.names = [f"lisa{os.getpid()}h{number}" for number in (1, 2)]
+        self.relay = f"lisa{os.getpid()}r"  # where the long cable is
         self.made: list[str] = []
 
     def make(self) -> None:
-        for name in self.names:
+        for name in (*self.names, self.relay):
             ip("netns", "add", name)
             self.made.append(name)
         first, second = self.names
-        ip("link", "add", "v1", "netns", first, "type", "veth", "peer", "name", "v2", "netns", second)
+        _link("v1", first, "v2", second)
         for number, (name, address) in enumerate(zip(self.names, ADDRESSES), start=1):
             ip("-n", name, "addr", "add", f"{address}/24", "dev", f"v{number}")
-            for device in ("lo", f"v{number}"):
-                ip("-n", name, "link", "set", device, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+            _link(f"w{number}", name, f"r{number}", self.relay)
 
     def remove(self) -> None:
         for name in self.made:
             ip("netns", "del", name)
 
-    def plug(self, *, connected: bool) -> None:
-        """Plug the cable in, or pull it out."""
-        ip("-n", self.names[0], "link", "set", "v1", "up" if connected else "down")
+    @contextmanager
+    def cut(self) -> Iterator[None]:
+        """Pull the cable out."""
+        ip("-n", self.names[0], "link", "set", "v1", "down")
+        try:
+            yield
+        finally:
+            ip("-n", self.names[0], "link", "set", "v1", "up")
 
-    def slow_down(self, rate: str) -> None:
+    @contextmanager
+    def slow(self, rate: str) -> Iterator[None]:
         """Let through only so much, such as ``100mbit``, in each direction."""
         for number, name in enumerate(self.names, start=1):
-            command = ["tc", "-n", name, "qdisc", "replace", "dev", f"v{number}", "root", "tbf", "rate", rate]
-            command += ["burst", "64kb", "latency", "400ms"]
-            subprocess.run(command, env={**os.environ, "PATH": SYSTEM_PATH}, check=True, capture_output=True)
+            limit = ["tbf", "rate", rate, "burst", "64kb", "latency", "400ms"]
+            _run("tc", "-n", name, "qdisc", "replace", "dev", f"v{number}", "root", *limit)
+        try:
+            yield
+        finally:
+            for number, name in enumerate(self.names, start=1):
+                _run("tc", "-n", name, "qdisc", "del", "dev", f"v{number}", "root")
 
-    def full_speed(self) -> None:
-        for number, name in enumerate(self.names, start=1):
-            command = ["tc", "-n", name, "qdisc", "del", "dev", f"v{number}", "root"]
-            subprocess.run(command, env={**os.environ, "PATH": SYSTEM_PATH}, check=True, capture_output=True)
+    @contextmanager
+    def far_apart(self, seconds: float) -> Iterator[None]:
+        """Take the long cable, on which a frame is so long under way."""
+        program = [sys.executable, str(Path(__file__).with_name("relay.py")), str(seconds)]
+        relay = subprocess.Popen(["ip", "netns", "exec", self.relay, *program], env={**os.environ, "PATH": SYSTEM_PATH})
+        try:
+            for number, (name, other) in enumerate(zip(self.names, reversed(ADDRESSES)), start=1):
+                ip("-n", name, "route", "replace", other, "dev", f"w{number}", "src", ADDRESSES[number - 1])
+            yield
+            assert relay.poll() is None
+        finally:
+            for name, other in zip(self.names, reversed(ADDRESSES)):
+                ip("-n", name, "route", "del", other)
+            relay.kill()
+            relay.wait()
+
+
+def _link(device: str, host: str, other_device: str, other_host: str) -> None:
+    ip("link", "add", device, "netns", host, "type", "veth", "peer", "name", other_device, "netns", other_host)
+    ip("-n", host, "link", "set", device, "up")
+    ip("-n", other_host, "link", "set", other_device, "up")
 
 
 class Run:
@@ -102,10 +134,6 @@ class Run:
     def wait(self) -> list[int]:
         """Wait for the end of both ranks and return their codes."""
         return [process.wait(PATIENCE) for process in self.processes]
-
-    def stop(self, rank: int) -> None:
-        """Ask one rank to stop; ``ip netns exec`` has become its process."""
-        self.processes[rank].send_signal(signal.SIGTERM)
 
     def close(self) -> None:
         for process in self.processes:
