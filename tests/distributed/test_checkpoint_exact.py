@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from lisa_dist.config import Config
 from tests.checkpoint.runs import PERIOD, STEPS, Kill, assert_same_run, make_config, train
 
 SEED = 20240611  # of the points drawn at random
+
+
+def two_each(run_dir: Path, world_size: int, *overrides: str) -> Config:
+    """A run in which every rank has two micro-batches a step."""
+    return make_config(run_dir, f"train.global_batch_size={2 * world_size}", *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +24,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     directories = {}
     for world_size in (1, 2, 4):
         directories[world_size] = tmp_path_factory.mktemp(f"whole_{world_size}")
-        train(world_size, make_config(directories[world_size]))
+        train(world_size, two_each(directories[world_size], world_size))
     return directories
 
 
@@ -31,7 +37,7 @@ def draw_kills(world_size: int) -> list[Kill]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_random_kill_points(world_size: int, uninterrupted: dict[int, Path], tmp_path: Path) -> None:
-    train(world_size, make_config(tmp_path), *draw_kills(world_size))
+    train(world_size, two_each(tmp_path, world_size), *draw_kills(world_size))
     assert_same_run(tmp_path, uninterrupted[world_size])
 
 
@@ -40,11 +46,11 @@ def test_first_middle_and_last_step_of_a_period(uninterrupted: dict[int, Path], 
     kills = [Kill("before", 2), Kill("inside", 3), Kill("saved", 4), Kill("inside", 5), Kill("before", 6)]
     kills += [Kill("before", 7), Kill("inside", 7), Kill("saved", 8), Kill("saved", 9)]
     assert len({(kill.where, kill.step % PERIOD) for kill in kills}) == 9
-    train(2, make_config(tmp_path), *kills)
+    train(2, two_each(tmp_path, 2), *kills)
     assert_same_run(tmp_path, uninterrupted[2])
 
 
 def test_steps_since_the_last_checkpoint_are_repeated(uninterrupted: dict[int, Path], tmp_path: Path) -> None:
     """All of them where the first checkpoint was never finished, then those since the fourth step."""
-    train(2, make_config(tmp_path, "checkpoint.every=4"), Kill("saved", 4), Kill("inside", 8))
+    train(2, two_each(tmp_path, 2, "checkpoint.every=4"), Kill("saved", 4), Kill("inside", 8))
     assert_same_run(tmp_path, uninterrupted[2])
