@@ -37,13 +37,14 @@ def normalize_and_clip(gradients: list[torch.Tensor], label_tokens: float, max_n
 def _over_ranks(norm: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return the norm of all shards from that of this rank's. Collective: every rank of the mesh of ``like``.
 
-    DTensors would sum the norm of each gradient by itself, and warn of a mesh with two axes that shard.
+    DTensors would sum the norm of each gradient by itself, and warn of a mesh with two axes that shard. In fp64,
+    where no square overflows.
     """
     if not isinstance(like, DTensor):
         return norm
     parts: list[Placement] = [Partial() if isinstance(axis, Shard) else Replicate() for axis in like.placements]
-    squares = DTensor.from_local(norm.float().square(), like.device_mesh, parts, run_check=False)
+    squares = DTensor.from_local(norm.double().square(), like.device_mesh, parts, run_check=False)
     for axis in range(len(parts)):
         parts[axis] = Replicate()
         squares = squares.redistribute(placements=parts)
-    return squares.to_local().to(norm.device).sqrt()
+    return squares.to_local().to(norm.device).sqrt().float()

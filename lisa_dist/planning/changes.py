@@ -91,8 +91,9 @@ def single_changes(config: Config) -> list[list[str]]:
 
 
 def _is_allowed(config: Config, overrides: list[str]) -> bool:
+    varied = vary(config, overrides)
     try:
-        check_optimizer_shard(vary(config, overrides))
+        check_optimizer_shard(varied)
     except UserError:
         return False
     return True

@@ -7,12 +7,14 @@ more, among the replicas, for all that the optimizer needs. The shard itself is 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lisa_dist.distributed import local_shard
+from lisa_dist.sharding.storage import let_go_of_reduced
 from lisa_dist.updates import Trained, Update
 
 HELD = (Shard(0), Replicate())  # a shard's rows, on every replica
@@ -35,6 +37,7 @@ class WorldMasters:
         )
         self.by_name: dict[str, nn.Parameter] = {}
         self.receives_gradients = True  # False while a probe looks at them
+        self._received_from: Any = None  # the FSDP2 group whose gradients came last
 
     def own_rows(self, shard: Tensor, parameter: Tensor) -> Tensor:
         """Return a copy of this rank's own rows of a shard, a DTensor. No communication.
@@ -66,8 +69,8 @@ class WorldMasters:
         assert isinstance(own, DTensor)
         return local_shard(own.redistribute(placements=HELD))
 
-    def attend(self, name: str, parameter: nn.Parameter) -> None:
-        """Have a parameter's gradient, as soon as it is reduced, added to its master's and dropped.
+    def attend(self, name: str, parameter: nn.Parameter, group: Any) -> None:
+        """Have a parameter's gradient, as soon as its FSDP2 group has reduced it, added to its master's and dropped.
 
         It comes in the masters' dtype, so that nothing is rounded while gradients of micro-batches add up.
         """
@@ -75,6 +78,10 @@ class WorldMasters:
         def receive(parameter: Tensor) -> None:
             if not self.receives_gradients or parameter.grad is None:
                 return
+            if self._received_from is not group:
+                if self._received_from is not None:
+                    let_go_of_reduced(self._received_from)
+                self._received_from = group
             own, master = self.own_rows(local_shard(parameter.grad), parameter), self.by_name[name]
             if master.grad is None:
                 master.grad = own

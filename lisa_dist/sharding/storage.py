@@ -106,6 +106,18 @@ def reduce_dtype(group: Any) -> torch.dtype | None:
     return group._reduce_dtype or trainable[0].param_dtype or group._orig_dtype
 
 
+def let_go_of_reduced(group: Any) -> None:
+    """Free the buffer in which a group summed its gradients over the replicas, when it has been read.
+
+    FSDP2 keeps it until the backward pass ends, because it belongs to the stream of the reduce-scatters and other
+    streams use it (https://github.com/pytorch/pytorch/pull/140044); so that stream is made to wait for them
+    (private: ``_all_reduce_state``, ``_post_reduce_event``, ``comm_ctx``).
+    """
+    if group._all_reduce_state is not None and group._post_reduce_event is not None:
+        group.comm_ctx.reduce_scatter_stream.wait_event(group._post_reduce_event)
+    group._all_reduce_state = None
+
+
 def rounding_seed(seed: int, period: int, name: str, shard_index: int) -> int:
     """Return the seed of a shard's rounding noise: the same on every replica and after a resume."""
     digest = hashlib.blake2b(f"{seed}/{period}/{name}/{shard_index}".encode(), digest_size=7).digest()

@@ -162,7 +162,7 @@ def recast(
     dtype = dtype_of(sharded.precision.active if trained else sharded.precision.frozen)
     names = list(names)
     for name in names:
-        fsdp_param, _ = sharded.handles[name]
+        fsdp_param, group = sharded.handles[name]
         shard = local_shard(fsdp_param.sharded_param.detach())
         if sharded.world is not None and name in sharded.world.by_name:
             shard = sharded.world.give_back(name)
@@ -175,7 +175,7 @@ def recast(
             shard = shard.to(dtype_of(sharded.precision.compute))
         _store(sharded, name, shard, trained)
         if sharded.world is not None and trained:
-            sharded.world.attend(name, fsdp_param.sharded_param)
+            sharded.world.attend(name, fsdp_param.sharded_param, group)
     _refresh_groups(sharded, names)
 
 
