@@ -9,7 +9,9 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -25,7 +27,8 @@ from lisa_dist.rendezvous import meet
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-DISK_TIMEOUT = datetime.timedelta(hours=1)  # for a collective that waits for a disk: loading, saving
+DISK_TIMEOUT = datetime.timedelta(hours=1)  # for a collective that waits for a disk: loading
+ASK_EVERY = 1.0  # seconds
 
 
 def rank() -> int:
@@ -187,7 +190,7 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Return every rank's ``value``, in rank order, on every rank. Collective: every rank.
 
     Args:
-        group: a group of all ranks, where this must not meet other collectives (see :func:`disk_group`).
+        group: a group of all ranks, where this must not meet other collectives (see :func:`thread_group`).
     """
     if is_alone():
         return [value]
@@ -196,12 +199,48 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return values
 
 
-def disk_group() -> dist.ProcessGroup | None:
-    """Make a group of all ranks for agreements about files, None for one rank. Collective: every rank.
+def thread_group(timeout: float) -> dist.ProcessGroup | None:
+    """Make a group of all ranks that a thread can use while training goes on, None for one rank.
 
-    It is gloo's, so that a thread can use it while training goes on, and it waits as long as a disk may take.
+    Collective: every rank.
+
+    Args:
+        timeout: seconds that a collective in it may take.
     """
-    return dist.new_group(backend="gloo", timeout=DISK_TIMEOUT) if world_size() > 1 else None
+    if world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+
+
+def gather_outcomes(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Do ``action`` on every rank and return what each returned, in rank order. Collective: every rank.
+
+    The ranks ask each other every second who is done, so that one that waits for its disk may take as long as it
+    needs, while one that is lost is noticed within the time-out of the group.
+
+    Args:
+        action: must not use the group. Where it raises, its rank raises as soon as the others are done.
+        group: as in :func:`gather_objects`.
+    """
+    if is_alone():
+        return [action()]
+    done = threading.Event()
+    outcome: list[T] = []
+
+    def ask() -> list[T]:
+        while True:
+            done.wait(ASK_EVERY)
+            answers = gather_objects((done.is_set(), outcome), group)
+            if all(is_done for is_done, _ in answers):
+                return [found for _, of_rank in answers for found in of_rank]
+
+    with ThreadPoolExecutor(1, "asks who is done") as thread:
+        asking = thread.submit(ask)
+        try:
+            outcome.append(action())
+        finally:
+            done.set()
+        return asking.result()
 
 
 @contextmanager

@@ -82,7 +82,7 @@ class CheckpointSaver:
         self.copied = threading.Event()  # what training changes is in host memory
         self.copied.set()
         learner.optimizer.before_change = self.copied.wait
-        self.group = distributed.disk_group()
+        self.group = distributed.thread_group(learner.config.parallel.timeout)
         self.thread: threading.Thread | None = None
         self.writing: Snapshot | None = None
         self.failure: str | None = None  # of the write that was last in the background
@@ -252,16 +252,19 @@ class CheckpointSaver:
 
     def _agree(self, action: Callable[[], object], step: int) -> str | None:
         """Do something with files on every rank; returns the first failure of any rank. Collective: every rank."""
-        failure: str | None = None
-        try:
-            action()
-        except OSError as error:
-            where = f" ({error.filename})" if error.filename else ""
-            failure = f"rank {distributed.rank()}: {error.strerror or error}{where}"
-        except Exception as error:  # the other ranks wait for this one's word
-            logger.exception("writing the checkpoint of step %d", step)
-            failure = f"rank {distributed.rank()}: {type(error).__name__}: {error}"
-        failures = [text for text in distributed.gather_objects(failure, self.group) if text is not None]
+
+        def attempt() -> str | None:
+            try:
+                action()
+            except OSError as error:
+                where = f" ({error.filename})" if error.filename else ""
+                return f"rank {distributed.rank()}: {error.strerror or error}{where}"
+            except Exception as error:  # the other ranks wait for this one's word
+                logger.exception("writing the checkpoint of step %d", step)
+                return f"rank {distributed.rank()}: {type(error).__name__}: {error}"
+            return None
+
+        failures = [text for text in distributed.gather_outcomes(attempt, self.group) if text is not None]
         return f"the checkpoint of step {step} could not be written: {failures[0]}" if failures else None
 
 
