@@ -2,7 +2,7 @@
 
 Of each method the learning rate with the lowest held-out loss at seed 0 counts, with all seeds that were run at it.
 
-    python docs/method_comparison.py sweeps/tuning sweeps/seeds plot.svg      (needs matplotlib)
+    python docs/method_comparison.py sweeps/tuning sweeps/seeds plot.svg      (needs the extra `docs`)
 """
 
 from __future__ import annotations
