@@ -196,7 +196,8 @@ def load_run(run_dir: str, overrides: list[str]) -> Config:
 def vary(config: Config, overrides: list[str]) -> Config:
     """Return ``config`` with further overrides: single keys, and ``method``, ``sampler`` or ``update`` chosen anew.
 
-    A sampler that is chosen anew keeps the number of active blocks, the period and the seed that are set.
+    A sampler that is chosen anew keeps the number of active blocks, the period and the seed where they are not those
+    that ``config`` would have by its method and sampler alone.
 
     Raises:
         UserError: an override is wrong, or chooses another group.
@@ -210,7 +211,9 @@ def vary(config: Config, overrides: list[str]) -> Config:
             raise UserError(f"{override.text}: only {', '.join(VARIED)} can be varied among the groups, or single keys")
         changes |= {name: getattr(fresh, name) for name in VARIED[override.key]}
     if "sampler" in changes and changes["sampler"].active_layers is not None:
-        kept = {name: getattr(config.sampler, name) for name in ("active_layers", "period", "seed")}
+        usual = load(["model=custom", f"method={config.method}", f"sampler={config.sampler.name}"]).sampler
+        now = {name: getattr(config.sampler, name) for name in ("active_layers", "period", "seed")}
+        kept = {name: value for name, value in now.items() if value != getattr(usual, name)}
         changes["sampler"] = replace(changes["sampler"], **kept)
     varied = OmegaConf.structured(replace(config, **changes))
     for override in parsed:

@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lisa_dist.config import Config, UserError
-from lisa_dist.config.loading import GROUPS, conf_dir, group_choices, load, load_run, read_config, to_yaml
+from lisa_dist.config.loading import GROUPS, conf_dir, group_choices, load, load_run, read_config, to_yaml, vary
 from lisa_dist.config.method import SAMPLER_CONFIGS, AllSamplerConfig, FixedSamplerConfig, UniformSamplerConfig
 from lisa_dist.config.overrides import all_keys
 
@@ -251,3 +251,10 @@ def test_the_groups_of_the_checkout_are_the_ones_that_are_read() -> None:
 def test_every_field_of_the_configuration_is_a_group_or_the_method() -> None:
     for field in dataclasses.fields(Config):
         assert field.name == "method" or dataclasses.is_dataclass(getattr(Config(), field.name))
+
+
+def test_another_method_brings_its_sampler_and_what_was_set_stays():
+    base = ["model=custom", "method=lisa"]
+    for more, expected in ([], (1, 50)), (["sampler.period=7"], (1, 7)), (["sampler.active_layers=3"], (3, 50)):
+        sampler = vary(load([*base, *more]), ["method=badam"]).sampler
+        assert (sampler.active_layers, sampler.period) == expected
