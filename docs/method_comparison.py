@@ -61,15 +61,16 @@ def main() -> None:
         cells = (f"{losses[method][rate][0]:.3f}" if rate in losses[method] else "" for rate in rates)
         print(f"| `{method}` |", " | ".join(cells), "|")
 
+    plt.rcParams["svg.fonttype"] = "none"  # text stays text
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for method in order:
         found = best[method][1]
         spread = statistics.stdev(found) if len(found) > 1 else 0.0
-        axes.errorbar(memory[method], statistics.mean(found), yerr=spread, fmt="o", capsize=4)
-        axes.annotate(method, (memory[method], statistics.mean(found)), xytext=(6, 4), textcoords="offset points")
+        axes.errorbar(memory[method], statistics.mean(found), yerr=spread, fmt="o", capsize=4, label=method)
     axes.set_xlabel("persistent memory, MiB")
     axes.set_ylabel("held-out loss, mean and standard deviation")
     axes.grid(alpha=0.3)
+    axes.legend()
     figure.savefig(plot)
 
 

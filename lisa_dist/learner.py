@@ -78,7 +78,8 @@ def build_learner(config: Config, architecture: PretrainedConfig | None = None) 
         check_quantization(config, sampler.sampler.needs)
         if not quantize_linears(layers.blocks, config.model.quantization):
             raise UserError(f"model.quantization={config.model.quantization}: this model has no layers for it")
-    install_loss_head(module, layers, config.model.loss_chunk, config.model.router_aux_loss)
+    model = config.model
+    install_loss_head(module, layers, model.loss_chunk, model.router_aux_loss, model.loss_kernel)
     checkpointing = CheckpointingPolicy(config, update)
     checkpointing.measure(module)
     if config.parallel.compile:

@@ -24,6 +24,7 @@ class ModelConfig:
     trust_remote_code: bool = False  # run Python code that comes with the model
     attention: str | None = None  # sdpa, eager, flash_attention_2, flex_attention; null: sdpa where the model has it
     loss_chunk: int = 1024  # tokens whose logits the loss head holds at a time
+    loss_kernel: str = "chunked"  # chunked; liger: Liger's fused kernel, on a GPU, which chooses its own chunks
     router_aux_loss: bool = False  # add a mixture-of-experts model's router loss
 
     def __post_init__(self) -> None:
@@ -32,6 +33,7 @@ class ModelConfig:
         check_choice("model.quantization", self.quantization, ["none", "int8", "nf4"])
         if self.attention is not None:
             check_choice("model.attention", self.attention, ["sdpa", "eager", "flash_attention_2", "flex_attention"])
+        check_choice("model.loss_kernel", self.loss_kernel, ["chunked", "liger"])
         if self.loss_chunk < 1:
             raise UserError(f"model.loss_chunk={self.loss_chunk}: must be at least 1 token")
 

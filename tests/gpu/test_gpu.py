@@ -19,6 +19,7 @@ from lisa_dist.commands import bench, self_test
 from lisa_dist.config import Config, ParallelConfig
 from lisa_dist.config.loading import load
 from lisa_dist.learner import begin_period, build_learner, count_persistent_bytes, load_initial_weights
+from lisa_dist.models.loss_head import ChunkedCrossEntropy, LogitTransform, liger_cross_entropy
 from lisa_dist.sharding import storage
 from lisa_dist.trainer import accumulate_gradients, train_step
 from tests.distributed.test_training import (
@@ -123,3 +124,19 @@ def test_the_peak_is_the_planned_one() -> None:
 def test_a_checkpoint_holds_what_was_written(tmp_path: Path) -> None:
     self_test.check_reduction()
     self_test.check_training(load([f"run.dir={tmp_path}"]), tmp_path)
+
+
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(scale=0.5), LogitTransform(cap=30.0)])
+def test_ligers_loss_equals_the_chunked_one(transform: LogitTransform) -> None:
+    pytest.importorskip("liger_kernel", reason="needs liger-kernel")
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(rows, 64, device="cuda", requires_grad=True) for rows in (48, 500))
+    targets = torch.randint(0, 500, (48,), device="cuda")
+    targets[::5] = -100
+    losses = (
+        ChunkedCrossEntropy.apply(hidden, weight, None, targets, transform, 16, True),
+        liger_cross_entropy(hidden, weight, None, targets, transform),
+    )
+    expected, found = ((loss.detach(), *torch.autograd.grad(loss, (hidden, weight))) for loss in losses)
+    for one, other in zip(expected, found):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3)
