@@ -28,7 +28,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 DISK_TIMEOUT = datetime.timedelta(hours=1)  # for a collective that waits for a disk: loading
-ASK_EVERY = 1.0  # seconds
+ASK_EVERY = 0.25  # seconds: well below any time-out
 
 
 def rank() -> int:
@@ -215,7 +215,7 @@ def thread_group(timeout: float) -> dist.ProcessGroup | None:
 def gather_outcomes(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """Do ``action`` on every rank and return what each returned, in rank order. Collective: every rank.
 
-    The ranks ask each other every second who is done, so that one that waits for its disk may take as long as it
+    The ranks ask each other again and again who is done, so that one that waits for its disk may take as long as it
     needs, while one that is lost is noticed within the time-out of the group.
 
     Args:
