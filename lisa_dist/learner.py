@@ -94,6 +94,10 @@ def build_learner(config: Config, architecture: PretrainedConfig | None = None) 
 def check_quantization(config: Config, probe_name: str | None) -> None:
     """Raise :class:`UserError` where something needs the numbers that quantised weights stand for."""
     key = f"model.quantization={config.model.quantization}"
+    if tuple(int(number) for number in torch.__version__.split(".")[:2]) < (2, 13):
+        raise UserError(
+            f"{key}: needs torch 2.13 or later, here is {torch.__version__}, whose FSDP2 shards no integers"
+        )
     if not isinstance(config.update, LoraUpdateConfig):
         raise UserError(f"{key}: quantised weights can't be trained by update={config.update.name}, but by update=lora")
     if config.update.dora:
