@@ -63,7 +63,7 @@ class Encoder:
             ids, trained = self._encode_text(sample)
         else:
             try:
-                ids, trained = self._encode_messages(sample)
+                ids, trained = self._encode_messages(sample.messages)
             except (TemplateError, TypeError, ValueError) as error:  # templates add and compare what they find
                 raise BadRowError(f"the chat template refuses the messages ({error})") from error
         input_ids = np.asarray(ids[: self.sequence_length], dtype=np.int32)

@@ -1,4 +1,4 @@
-"""The formats of instruction data, and how each becomes one internal form: a list of messages, or plain text.
+"""The formats of instruction data, and how each becomes one internal form: a conversation, or plain text.
 
 The words around a question are the chat template's alone: an Alpaca row becomes a user's message (the
 instruction and, after a blank line, its input) and an answer, like every other format.
@@ -14,7 +14,18 @@ from lisa_dist.config import UserError
 from lisa_dist.config.errors import nearest
 
 Message = dict[str, Any]  # role and content; what else a chat template may use (tool_calls, name) is kept
-Sample = list[Message] | str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in order, and what the chat template gets beside them."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None  # the functions that may be called, as JSON schemas
+    untrained: frozenset[int] = frozenset()  # answers, by their index among the messages, that carry no loss
+
+
+Sample = Conversation | str
 
 SHAREGPT_ROLES = {
     "human": "user",
@@ -64,14 +75,15 @@ def _from_alpaca(values: dict[str, Any]) -> Sample:
     question = _text(values, "instruction")
     if values.get("input"):
         question = f"{question}\n\n{_text(values, 'input')}"
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": _text(values, "output")}]
+    return _asked(question, _text(values, "output"))
 
 
 def _from_prompt_completion(values: dict[str, Any]) -> Sample:
-    return [
-        {"role": "user", "content": _text(values, "prompt")},
-        {"role": "assistant", "content": _text(values, "completion")},
-    ]
+    return _asked(_text(values, "prompt"), _text(values, "completion"))
+
+
+def _asked(question: str, answer: str) -> Conversation:
+    return Conversation([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
 
 
 def _from_text(values: dict[str, Any]) -> Sample:
@@ -94,7 +106,7 @@ def _from_chat(values: dict[str, Any]) -> Sample:
             raise BadRowError(f"a message must have a role, found {', '.join(map(str, turn)) or 'an empty one'}")
         message["content"] = _content(message)
         messages.append(message)
-    return messages
+    return Conversation(messages)
 
 
 def _content(message: Message) -> str:
@@ -119,7 +131,7 @@ def _from_sharegpt(values: dict[str, Any]) -> Sample:
             raise BadRowError(f"a turn's speaker must be one of {', '.join(SHAREGPT_ROLES)}, found {speaker!r}")
         content = turn.get("value", turn.get("content"))
         messages.append({"role": SHAREGPT_ROLES[speaker], "content": _content({"content": content})})
-    return messages
+    return Conversation(messages)
 
 
 FORMATS = {
@@ -187,12 +199,12 @@ FORMATS_COLUMNS = {column for known in FORMATS.values() for column in known.colu
 
 
 def to_sample(chosen: Format, columns: dict[str, str], values: dict[str, Any]) -> Sample:
-    """Turn one row into a list of messages, or into plain text for the format ``text``.
+    """Turn one row into a conversation, or into plain text for the format ``text``.
 
     Raises:
         BadRowError: the row does not hold what the format needs.
     """
     sample = chosen.to_sample({ours: values.get(columns.get(ours, ours)) for ours in chosen.columns})
-    if isinstance(sample, list) and not any(message["role"] == "assistant" for message in sample):
+    if isinstance(sample, Conversation) and not any(message["role"] == "assistant" for message in sample.messages):
         raise BadRowError("no turn is the assistant's, so there is nothing to learn")
     return sample

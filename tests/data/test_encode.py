@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from lisa_dist.data.encode import Encoder
-from lisa_dist.data.formats import BadRowError
+from lisa_dist.data.formats import BadRowError, Conversation
 from lisa_dist.data.tokenizer import encode_prompt, ensure_chat_template, render
 from tests.data.templates import TEMPLATES, tokenizer_with, trained_runs
 
@@ -22,7 +22,7 @@ CONVERSATION = [
 
 
 def runs_of(tokenizer, messages, **options) -> list[str]:
-    encoded = Encoder(tokenizer, options.pop("sequence_length", 512), **options).encode(messages)
+    encoded = Encoder(tokenizer, options.pop("sequence_length", 512), **options).encode(Conversation(messages))
     return trained_runs(tokenizer, encoded.input_ids.tolist(), encoded.labels.tolist())
 
 
@@ -34,14 +34,14 @@ def test_exactly_answers_and_their_end_are_trained(name, turns):
     answers = [message["content"] + template.end for message in messages if message["role"] == "assistant"]
     tokenizer = tokenizer_with(template)
     assert runs_of(tokenizer, messages) == answers
-    encoded = Encoder(tokenizer, 512).encode(messages)
+    encoded = Encoder(tokenizer, 512).encode(Conversation(messages))
     assert tokenizer.decode(encoded.input_ids) == render(tokenizer, messages)
 
 
 @pytest.mark.parametrize("name", ["headers", "chatml", "model_turns", "instructions"])
 def test_the_prompt_before_the_answer_is_the_one_used_to_generate(name):
     tokenizer = tokenizer_with(TEMPLATES[name])
-    encoded = Encoder(tokenizer, 512).encode(CONVERSATION[:2])
+    encoded = Encoder(tokenizer, 512).encode(Conversation(CONVERSATION[:2]))
     prompt = encode_prompt(tokenizer, "What is the opposite of hot?")
     assert encoded.input_ids[: len(prompt)].tolist() == prompt
     assert (encoded.labels[: len(prompt)] == -100).all()
@@ -89,7 +89,7 @@ def test_fallback_template(caplog):
 
 def test_train_on_prompt_trains_all_but_the_first_token():
     tokenizer = tokenizer_with(TEMPLATES["chatml"])
-    encoded = Encoder(tokenizer, 512, train_on_prompt=True).encode(CONVERSATION)
+    encoded = Encoder(tokenizer, 512, train_on_prompt=True).encode(Conversation(CONVERSATION))
     assert encoded.labels[0] == -100
     assert (encoded.labels[1:] == encoded.input_ids[1:]).all()
 
@@ -104,8 +104,8 @@ def test_text_is_trained_whole_and_ended():
 
 def test_long_samples_are_cut_at_the_right():
     tokenizer = tokenizer_with(TEMPLATES["chatml"])
-    whole = Encoder(tokenizer, 512).encode(CONVERSATION)
-    cut = Encoder(tokenizer, 30).encode(CONVERSATION)
+    whole = Encoder(tokenizer, 512).encode(Conversation(CONVERSATION))
+    cut = Encoder(tokenizer, 30).encode(Conversation(CONVERSATION))
     assert not whole.cut
     assert cut.cut
     assert cut.input_ids.tolist() == whole.input_ids[:30].tolist()
@@ -127,7 +127,7 @@ def test_token_that_reaches_into_the_answer_is_trained():
     tokenizer = tokenizer_with(None)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     encoded = Encoder(tokenizer, 512).encode(
-        [{"role": "user", "content": "What"}, {"role": "assistant", "content": "opposite"}]
+        Conversation([{"role": "user", "content": "What"}, {"role": "assistant", "content": "opposite"}])
     )
     pieces = [tokenizer.decode(token) for token in encoded.input_ids]
     assert pieces[:2] == ["What", " opposite"]  # one token holds the prompt's blank and the answer

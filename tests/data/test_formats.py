@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lisa_dist.config import UserError
-from lisa_dist.data.formats import BadRowError, choose_format, to_sample
+from lisa_dist.data.formats import BadRowError, Conversation, choose_format, to_sample
 
 ASKED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
@@ -38,7 +38,7 @@ ASKED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 def test_every_format_is_found_and_converted(row, name, sample):
     chosen = choose_format("auto", {}, row)
     assert chosen.name == name
-    assert to_sample(chosen, {}, row) == sample
+    assert to_sample(chosen, {}, row) == (Conversation(sample) if isinstance(sample, list) else sample)
 
 
 @pytest.mark.parametrize("name", ["auto", "prompt_completion"])
@@ -47,7 +47,7 @@ def test_columns_rename(name):
     row = {"question": "q", "answer": "a"}
     chosen = choose_format(name, columns, row)
     assert chosen.name == "prompt_completion"
-    assert to_sample(chosen, columns, row) == ASKED
+    assert to_sample(chosen, columns, row) == Conversation(ASKED)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sentencepiece
 
 from lisa_dist.config import UserError
 from lisa_dist.data.encode import Encoder
+from lisa_dist.data.formats import Conversation
 from lisa_dist.data.tokenizer import MODELS, encode_prompt, ensure_chat_template, load_tokenizer
 from tests.data.templates import trained_runs
 
@@ -45,7 +46,7 @@ def test_bare_sentencepiece_model(tmp_path):
     assert encode_prompt(tokenizer, "one")[0] == tokenizer.bos_token_id
     answers = ["naïve 😀 one.", "two"]
     messages = [{"role": role, "content": text} for text in answers for role in ("user", "assistant")]
-    encoded = Encoder(tokenizer, 512).encode(messages)
+    encoded = Encoder(tokenizer, 512).encode(Conversation(messages))
     runs = trained_runs(tokenizer, encoded.input_ids.tolist(), encoded.labels.tolist())
     assert runs == [answer + "</s>" for answer in answers]
 
