@@ -87,7 +87,8 @@ def build_learner(config: Config, architecture: PretrainedConfig | None = None) 
     mesh = distributed.make_mesh(config.parallel)
     sharded = shard_model(module, layers, mesh, config.parallel, config.precision)
     active = ActiveSet(always_active_parameters(sharded, config.always_active))
-    optimizer = ActiveOptimizer(config.optimizer, update if sharded.world is None else StepsMasters(sharded.world))
+    stepped = update if sharded.world is None else StepsMasters(update, sharded.world)
+    optimizer = ActiveOptimizer(config.optimizer, stepped)
     return Learner(config, sharded, update, optimizer, sampler, active, checkpointing)
 
 
