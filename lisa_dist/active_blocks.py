@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,11 @@ class RankSynchronizedSampler:
         """Hand scores, already reduced over ranks, to the sampler of rank 0."""
         if distributed.is_main():
             self.sampler.observe(scores)
+
+    def observe_step(self, squares: Mapping[int, float]) -> None:
+        """Hand what a step showed of its blocks, already reduced over ranks, to the sampler of rank 0."""
+        if distributed.is_main():
+            self.sampler.observe_step(squares)
 
     def scores(self) -> list[float] | None:
         """Return what the sampler knows of each block, for the record; meant for rank 0."""

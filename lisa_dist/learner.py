@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,6 +200,28 @@ def probe(learner: Learner, coming: ComingBatches | None) -> list[float]:
         sets = learner.sampler.suppressed_sets()
         return probes.suppressed_losses(sharded, update, batches, sets, settings.suppression_factor)
     raise ValueError(f"there is no probe {needs}")
+
+
+def observed_blocks(learner: Learner) -> dict[int, list[str]]:
+    """Return the names of what trains in each active block, where the sampler learns from the steps; else nothing."""
+    if not learner.sampler.sampler.observes_steps:
+        return {}
+    named: dict[int, list[str]] = {block: [] for block in learner.active.blocks}
+    for name in learner.optimizer.parameters:
+        part = learner.sharded.layers.group_of(name)
+        if part.startswith("block:"):
+            named[int(part.removeprefix("block:"))].append(name)
+    return named
+
+
+def observe_step(learner: Learner, squared_norms: Mapping[int, float]) -> None:
+    """Tell the sampler the squared gradient norm of each block of ``observed_blocks``. No communication."""
+    sizes = {
+        block: sum(learner.sharded.parameter(name).numel() for name in names)
+        for block, names in observed_blocks(learner).items()
+    }
+    if sizes:
+        learner.sampler.observe_step({block: squared_norms[block] / max(size, 1) for block, size in sizes.items()})
 
 
 def count_persistent_bytes(learner: Learner) -> dict[str, int]:

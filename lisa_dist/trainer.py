@@ -21,7 +21,14 @@ from lisa_dist import distributed
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, UserError
 from lisa_dist.data.batches import MicroBatch, label_tokens
 from lisa_dist.faults import is_spike, leave_out_step, remember_loss, roll_back
-from lisa_dist.learner import Learner, begin_period, count_persistent_bytes, count_trained_parameters
+from lisa_dist.learner import (
+    Learner,
+    begin_period,
+    count_persistent_bytes,
+    count_trained_parameters,
+    observe_step,
+    observed_blocks,
+)
 from lisa_dist.optim.clipping import normalize_and_clip
 from lisa_dist.optim.schedule import learning_rate
 from lisa_dist.preparation import Run, announce_trained, open_run_directory, prepare_run
@@ -99,10 +106,14 @@ def train_step(
         loss_sum, tokens, stops = distributed.all_reduce_sum([local_loss, local_tokens, float(stop_requested)])
     lr = learning_rate(config.scheduler, config.optimizer.lr, step, max_steps)
     with stopwatch("optimizer"):
-        norm = normalize_and_clip(learner.optimizer.gradients(), max(tokens, 1), config.optimizer.grad_clip).item()
+        gradients, observed = learner.optimizer.gradients(), observed_blocks(learner)
+        parts = [[gradients[name] for name in names if name in gradients] for names in observed.values()]
+        norms = normalize_and_clip(list(gradients.values()), max(tokens, 1), config.optimizer.grad_clip, parts)
+        norm, *of_blocks = norms.tolist()
         finite = math.isfinite(loss_sum) and math.isfinite(norm)
         if finite:
             learner.optimizer.step(lr)
+            observe_step(learner, {block: value**2 for block, value in zip(observed, of_blocks)})
         else:
             learner.optimizer.drop_gradients()
     return StepResult(loss_sum / max(tokens, 1), norm, int(tokens), lr, stops > 0, skipped=not finite)
@@ -127,10 +138,16 @@ def step_in_backward(
     with learner.optimizer.stepping_in_backward(lr, max(tokens, 1)) as made:
         local_loss, _ = accumulate_gradients(learner, micro_batches, stopwatch)
     with stopwatch("optimizer"):
-        squares = 0.0 if made.squares is None else made.squares.item()
-        loss_sum, square_sum = distributed.all_reduce_sum([local_loss, squares])
-    norm = math.sqrt(square_sum / learner.config.parallel.replicate)  # replicas hold the same shards
+        observed, squares = observed_blocks(learner), made.squares
+        sums = [
+            float(sum(squares[name] for name in names if name in squares)) for names in (squares, *observed.values())
+        ]
+        loss_sum, *reduced = distributed.all_reduce_sum([local_loss, *sums])
+    square_sum, *of_blocks = (value / learner.config.parallel.replicate for value in reduced)  # replicas hold the same
+    norm = math.sqrt(square_sum)
     finite = math.isfinite(loss_sum) and math.isfinite(norm)
+    if finite:
+        observe_step(learner, dict(zip(observed, of_blocks)))
     return StepResult(loss_sum / max(tokens, 1), norm, int(tokens), lr, stops > 0, skipped=not finite)
 
 

@@ -158,18 +158,16 @@ class ImportanceSamplerConfig(SamplerConfig):
 
 @dataclass
 class BanditSamplerConfig(SamplerConfig):
-    """In the manner of MISA: learns from the blocks that trained which to draw next."""
+    """In the manner of MISA: learns from the training steps which blocks to draw more often."""
 
     name: str = "bandit"
-    eta: float = 1.0  # of the exponential weights over norms relative to their mean; 0: uniform
-    smoothing: float = 0.5  # share of the new norm in a trained block's estimate
-    probe_batches: int = 1  # micro-batches a rank that a probe averages over
+    eta: float = 1.0  # of the exponential weights over squared norms relative to their mean; 0: uniform
+    smoothing: float = 0.2  # share of a step's squared norm in a trained block's moving average
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least("sampler.eta", self.eta, 0)
         check_fraction("sampler.smoothing", self.smoothing)
-        check_at_least("sampler.probe_batches", self.probe_batches, 1)
 
 
 SAMPLER_CONFIGS: dict[str, type[SamplerConfig]] = {

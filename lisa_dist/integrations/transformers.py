@@ -64,9 +64,12 @@ class LisaCallback(TrainerCallback):
             )
         self._layers = find_layers(model)
         self._sampler = RankSynchronizedSampler(build_sampler(self.config, len(self._layers.blocks)))
-        if self._sampler.sampler.needs is not None:
+        wanted = "needs calibration data" if self._sampler.sampler.needs is not None else None
+        if self._sampler.sampler.observes_steps:
+            wanted = "learns from the gradients of every step"
+        if wanted is not None:
             raise UserError(
-                f"sampler={self.config.name}: needs calibration data, and there is none in a callback; "
+                f"sampler={self.config.name}: {wanted}, and there are none in a callback; "
                 "use lisa-dist train, or another sampler"
             )
         self.always_active.check_tied(self._layers.tied)

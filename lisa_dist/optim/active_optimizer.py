@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ class StepInBackward:
 
     lr: float
     label_tokens: float  # of the global batch, by which gradients are divided
-    squares: torch.Tensor | None = None  # sum of the squares of the gradients of this rank's shards
+    squares: dict[str, torch.Tensor] = field(default_factory=dict)  # of this rank's shard of each gradient
 
 
 class ActiveOptimizer:
@@ -168,16 +168,15 @@ class ActiveOptimizer:
                 return  # a rehearsal or a probe
             gradient = local_shard(parameter.grad)
             gradient.div_(step.label_tokens)
-            squares = gradient.square().sum()
-            step.squares = squares if step.squares is None else step.squares + squares
+            step.squares[name] = gradient.square().sum()
             self._step({name: self.trained[name]}, step.lr)
 
         return step_at_once
 
-    def gradients(self) -> list[torch.Tensor]:
-        """Return the gradients that there are, which may lie at what is stepped instead of the parameters."""
-        held = (gradient for entry in self.trained.values() for gradient in (entry.parameter.grad, entry.target.grad))
-        return list({id(gradient): gradient for gradient in held if gradient is not None}.values())
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Return the gradients that there are, by parameter name; they may lie at what is stepped instead of it."""
+        held = {name: (entry.parameter.grad, entry.target.grad) for name, entry in self.trained.items()}
+        return {name: found[0] for name, pair in held.items() if (found := [grad for grad in pair if grad is not None])}
 
     def drop_gradients(self) -> None:
         """Free the gradients."""

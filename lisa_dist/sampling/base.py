@@ -2,7 +2,7 @@
 
 A sampler sees no tensor, no model and no process group. What it wants to know of the model it asks by the
 name of a probe (``needs``); whoever runs the model measures it, reduced over ranks, and hands the numbers
-to ``observe`` before the draw.
+to ``observe`` before the draw. A sampler that learns from the training itself asks for it (``observes_steps``).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 from lisa_dist.config import UserError
@@ -40,6 +41,7 @@ class Sampler(ABC):
 
     Attributes:
         needs: name of the probe that ``observe`` expects, or None.
+        observes_steps: whether ``observe_step`` is to be called after every optimizer step.
         num_blocks: number of blocks of the model, indexed from 0.
         num_active: number of blocks that each draw returns.
         active: the last draw.
@@ -47,6 +49,7 @@ class Sampler(ABC):
     """
 
     needs: str | None = None
+    observes_steps = False
 
     def __init__(self, config: SamplerConfig, num_blocks: int, num_active: int | None = None) -> None:
         self.num_blocks = num_blocks
@@ -91,6 +94,15 @@ class Sampler(ABC):
     def observe(self, scores: list[float]) -> None:
         """Take the result of the probe: one number a block, or one a set of ``suppressed_sets()``."""
         raise TypeError(f"{type(self).__name__} needs no probe")
+
+    def observe_step(self, squares: Mapping[int, float]) -> None:
+        """Take what an optimizer step showed of the blocks that trained in it.
+
+        Args:
+            squares: of each active block ||g||^2 / number of g's entries, g its gradient of the step's mean loss,
+                before clipping.
+        """
+        raise TypeError(f"{type(self).__name__} observes no steps")
 
     def scores(self) -> list[float] | None:
         """What the sampler's source calls the score of each block, for the record; None where there is none."""

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainer
 
 from lisa_dist import distributed
 from lisa_dist.config import AlwaysActiveConfig, SamplerConfig, UserError
-from lisa_dist.config.method import OutlierSamplerConfig, SweepSamplerConfig, UniformSamplerConfig
+from lisa_dist.config.method import BanditSamplerConfig, OutlierSamplerConfig, SweepSamplerConfig, UniformSamplerConfig
 from lisa_dist.integrations.transformers import RECORD, LisaCallback
 from lisa_dist.sampling import build_sampler
 from tests.models.families import tiny_config
@@ -127,14 +127,23 @@ def test_what_is_switched_off_never_trains(tmp_path: Path) -> None:
     assert outside == [{"model.norm.weight"}] * 2
 
 
-def test_samplers_that_need_data_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sampler", "reason"),
+    [
+        (OutlierSamplerConfig(), "sampler=outlier: needs calibration data"),
+        (BanditSamplerConfig(), "sampler=bandit: learns from the gradients of every step"),
+    ],
+)
+def test_samplers_that_need_more_than_a_callback_has_are_refused(
+    sampler: SamplerConfig, reason: str, tmp_path: Path
+) -> None:
     trainer = Trainer(
         model=make_model(),
         args=make_arguments(tmp_path, steps=1, save_steps=1000),
         train_dataset=make_data(),
-        callbacks=[LisaCallback(OutlierSamplerConfig())],
+        callbacks=[LisaCallback(sampler)],
     )
-    with pytest.raises(UserError, match="sampler=outlier: needs calibration data"):
+    with pytest.raises(UserError, match=reason):
         trainer.train()
 
 

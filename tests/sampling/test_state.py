@@ -17,6 +17,8 @@ VARIANTS = [
     ("sweep", {"order": "random"}),
     ("outlier", {"reverse": True}),
     ("gradient", {"probe_every": 3}),
+    ("bandit", {"active_layers": 1}),
+    ("bandit", {"active_layers": 5}),
 ]
 
 
@@ -31,6 +33,8 @@ def run(sampler, periods):
             size = len(sampler.suppressed_sets()) or NUM_BLOCKS
             sampler.observe([1.0 + (7 * index + 3 * period) % 5 for index in range(size)])
         drawn.append((sampler.draw(period), sampler.scores()))
+        if sampler.observes_steps:
+            sampler.observe_step({block: 1.0 + (5 * block + period) % 3 for block in sampler.active})
     return drawn
 
 
@@ -69,6 +73,11 @@ def test_a_state_dict_is_a_snapshot(name, settings):
 def test_a_probe_that_nobody_asked_for_is_refused():
     with pytest.raises(TypeError, match="UniformSampler needs no probe"):
         make("uniform", {}).observe([1.0] * NUM_BLOCKS)
+
+
+def test_a_step_that_nobody_observes_is_refused():
+    with pytest.raises(TypeError, match="UniformSampler observes no steps"):
+        make("uniform", {}).observe_step({0: 1.0})
 
 
 def test_every_sampler_has_a_schema_and_a_preset():

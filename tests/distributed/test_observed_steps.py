@@ -1,0 +1,98 @@
+"""What a sampler is told of the training steps, on real ranks, against plain gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lisa_dist import distributed
+from lisa_dist.config import Config
+from lisa_dist.config.method import BanditSamplerConfig, LowRankUpdateConfig
+from lisa_dist.learner import begin_period, build_learner, load_initial_weights
+from lisa_dist.trainer import train_step
+from tests.checkpoint import runs
+from tests.distributed.test_methods import plain_model
+from tests.distributed.test_training import full_parameters, make_config, make_global_batches
+from tests.plain_methods import mean_loss
+from tests.ranks import run_on_ranks
+
+RANKS = 4
+STEPS = [step[:RANKS] for step in make_global_batches(4)]  # one sequence a rank
+
+
+def make_bandit(**changes: Any) -> Config:
+    """A configuration whose sampler learns from the steps, of periods of two steps."""
+    config = make_config(**changes)
+    config.sampler = BanditSamplerConfig(active_layers=2, period=2)
+    return config
+
+
+def observe_on_rank(config: Config) -> dict[str, Any]:
+    """Train two periods; what the sampler of this rank was told, and its state. Runs on every rank."""
+    learner = build_learner(config)
+    load_initial_weights(learner, torch.device("cpu"))
+    initial = full_parameters(learner)
+    seen: list[dict[int, float]] = []
+    sampler = learner.sampler.sampler
+    take = sampler.observe_step
+
+    def note(squares: Any) -> None:
+        seen.append(dict(squares))
+        take(squares)
+
+    sampler.observe_step = note  # type: ignore[method-assign]
+    for step, micro_batches in enumerate(STEPS):
+        if step % 2 == 0:
+            begin_period(learner, step // 2)
+        train_step(learner, micro_batches[distributed.rank() :: distributed.world_size()], step, len(STEPS))
+    return {"initial": initial, "seen": seen, "scores": sampler.scores()}
+
+
+def test_the_first_step_shows_the_mean_squares_of_plain_gradients() -> None:
+    config = make_bandit()
+    result = run_on_ranks(1, observe_on_rank, config)[0]
+    model = plain_model(config)
+    model.load_state_dict(result["initial"])
+    mean_loss(model, STEPS[0]).backward()
+    layers: Any = model.get_submodule("model.layers")
+    expected = {}
+    for block in result["seen"][0]:
+        gradients = [parameter.grad for parameter in layers[block].parameters()]
+        total = sum(float(gradient.double().square().sum()) for gradient in gradients)
+        expected[block] = total / sum(gradient.numel() for gradient in gradients)
+    assert len(expected) == 2 and result["seen"][0] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel": {"replicate": 2}},
+        {"parallel": {"replicate": 2, "optimizer_shard": "world"}},
+        {"parallel": {"replicate": 2}, "optimizer": {"in_backward": True}},
+        {"parallel": {"offload": "all"}},
+    ],
+    ids=["hybrid", "masters apart", "in backward", "offloaded"],
+)
+def test_any_mesh_shows_the_sampler_of_rank_0_the_same(changes: dict[str, Any]) -> None:
+    unclipped = {"optimizer": {"grad_clip": 0.0} | changes.get("optimizer", {})}
+    alone = run_on_ranks(1, observe_on_rank, make_bandit(optimizer={"grad_clip": 0.0}))[0]
+    main, *others = run_on_ranks(RANKS, observe_on_rank, make_bandit(**changes | unclipped))
+    assert [sorted(step) for step in main["seen"]] == [sorted(step) for step in alone["seen"]]
+    for step, expected in zip(main["seen"], alone["seen"], strict=True):
+        assert step == pytest.approx(expected, rel=1e-3)
+    assert all(not other["seen"] for other in others)
+
+
+def test_gradients_are_seen_before_they_are_projected() -> None:
+    config = make_bandit()
+    plain = run_on_ranks(1, observe_on_rank, config)[0]
+    config.update = LowRankUpdateConfig(rank=2)
+    assert run_on_ranks(1, observe_on_rank, config)[0]["seen"][0] == pytest.approx(plain["seen"][0], rel=1e-5)
+
+
+def test_a_resumed_bandit_run_equals_the_uninterrupted_one(tmp_path: Any) -> None:
+    runs.train(2, runs.make_config(tmp_path / "whole", "sampler=bandit"))
+    runs.train(2, runs.make_config(tmp_path / "cut", "sampler=bandit"), runs.Kill("inside", runs.PERIOD + 2))
+    runs.assert_same_run(tmp_path / "cut", tmp_path / "whole")
