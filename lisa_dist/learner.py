@@ -16,6 +16,7 @@ from lisa_dist.config import Config, UserError
 from lisa_dist.config.method import LoraUpdateConfig, LowRankUpdateConfig
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.models.architecture import build_meta_model
+from lisa_dist.models.inspection import pretrained_architecture
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
 from lisa_dist.models.loss_head import install_loss_head
@@ -66,9 +67,11 @@ def build_learner(config: Config, architecture: PretrainedConfig | None = None) 
 
     Args:
         config: the whole configuration.
-        architecture: in place of what ``model.*`` names.
+        architecture: in place of what ``model.*`` names and its weights say.
     """
     check_optimizer_shard(config)
+    if architecture is None:
+        architecture = pretrained_architecture(config.model, config.precision.frozen)
     module = build_meta_model(config.model, architecture)
     update = build_update(config.update)
     layers = find_layers(module, config.model.blocks)

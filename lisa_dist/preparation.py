@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lisa_dist import distributed
+from lisa_dist.checkpoint.description import was_untied, write_description, write_tokenizer
+from lisa_dist.checkpoint.manifest import list_checkpoints
 from lisa_dist.checkpoint.restore import newest_complete, restore_checkpoint
 from lisa_dist.checkpoint.save import CheckpointSaver, remove_leftovers
 from lisa_dist.checkpoint.state import Progress
@@ -23,10 +25,11 @@ from lisa_dist.data.batches import GlobalBatches
 from lisa_dist.data.prepare import PreparedData, prepare_data
 from lisa_dist.data.preview import show_preview
 from lisa_dist.data.sequences import Sequences
-from lisa_dist.data.tokenizer import RUN_FOLDER, load_tokenizer
+from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.environment import restart_count
 from lisa_dist.learner import Learner, build_learner, count_trained_parameters, load_initial_weights
 from lisa_dist.models.architecture import read_architecture
+from lisa_dist.models.inspection import pretrained_architecture
 from lisa_dist.redaction import hide_secrets
 from lisa_dist.telemetry.heartbeat import Heartbeat
 from lisa_dist.telemetry.memory import free_memory_bytes, memory_kind, peak_memory_gib
@@ -100,16 +103,17 @@ def prepare_run(config: Config) -> Run:
         UserError: the configuration does not fit the model, the data or the ranks.
     """
     device = distributed.device()
+    with distributed.waiting_for_disks(config.parallel.timeout):
+        architecture = open_architecture(config)
     tokenizer = open_tokenizer(config)
     with distributed.waiting_for_disks(config.parallel.timeout):
         data = prepare_data(config.data, tokenizer, config.train.seed)
-    if distributed.is_main():
-        tokenizer.save_pretrained(Path(str(config.run.dir)) / RUN_FOLDER)
+    distributed.on_rank_zero(lambda: write_tokenizer(config, tokenizer))
     show_preview(config.data, data, tokenizer)
     pad = int(tokenizer.pad_token_id or 0)
     batches = make_batches(config, data.train, pad)
     validation = None if data.validation is None else make_batches(config, data.validation, pad)
-    learner = build_learner(config)
+    learner = build_learner(config, architecture)
     checkpoints = CheckpointSaver(learner, checkpoint_directory(config), public_yaml(config))
     with distributed.waiting_for_disks(config.parallel.timeout):
         progress = load_state(learner, checkpoints, device)
@@ -118,6 +122,25 @@ def prepare_run(config: Config) -> Run:
     recorder = Recorder(config, max_steps, progress.step, progress.resumed_from)
     heartbeat = Heartbeat(Path(str(config.run.dir)), config.parallel.timeout)
     return Run(config, learner, tokenizer, batches, validation, max_steps, progress, recorder, checkpoints, heartbeat)
+
+
+def open_architecture(config: Config) -> PretrainedConfig:
+    """Return the architecture to build; where the run starts, look at its weights and note what an export will need.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: a file of the model is damaged, or does not fit the others.
+    """
+    resumes = config.checkpoint.resume == "auto"
+    if resumes and distributed.on_rank_zero(lambda: bool(list_checkpoints(checkpoint_directory(config)))):
+        architecture = read_architecture(config.model)
+        if distributed.on_rank_zero(lambda: was_untied(config)):
+            architecture.tie_word_embeddings = False
+        return architecture
+    architecture = pretrained_architecture(config.model, config.precision.frozen)
+    distributed.on_rank_zero(lambda: write_description(config, architecture))
+    return architecture
 
 
 def open_tokenizer(config: Config) -> PreTrainedTokenizerBase:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lisa_dist.checkpoint.description import described_model
 from lisa_dist.checkpoint.shards import write_safetensors
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config, UserError
@@ -73,7 +74,8 @@ def write_adapter(config: Config, checkpoint: Path, directory: Path) -> list[str
         described = {_peft_name(name): torch.empty(tensors.shape(name), dtype=dtype, device="meta") for name in names}
         contents = (tensors.read(name).to(dtype) for name in names)
         write_safetensors(described, directory / WEIGHTS_FILE, {"format": "pt"}, contents)
-    written = adapter_config(config.update, find_layers(build_meta_model(config.model), config.model.blocks))
+    layers = find_layers(build_meta_model(described_model(config)), config.model.blocks)
+    written = adapter_config(config.update, layers)
     written.base_model_name_or_path = config.model.path
     written.inference_mode = True
     written.save_pretrained(str(directory))

@@ -9,17 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
 
 from lisa_dist.checkpoint.adapters import merged_tensors, write_adapter
+from lisa_dist.checkpoint.description import described_model, set_dtype, write_json
 from lisa_dist.checkpoint.manifest import checkpoint_name, damage, list_checkpoints, step_of
 from lisa_dist.checkpoint.shards import write_safetensors
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config, UserError
 from lisa_dist.data.tokenizer import RUN_FOLDER
-from lisa_dist.models.architecture import build_meta_model, local_directory, read_architecture
+from lisa_dist.models.architecture import CONFIG_FILE, build_meta_model, read_architecture
 from lisa_dist.models.conversion import export_conversion
-from lisa_dist.models.weight_files import weights_dtype
+from lisa_dist.source_files import read_json_object
 
 INDEX = "model.safetensors.index.json"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -91,31 +91,22 @@ def export_checkpoint(config: Config, checkpoint: Path, target: Path) -> list[st
 
 
 def write_model(config: Config, checkpoint: Path, directory: Path) -> list[str]:
-    """Write weights, adapters merged into them, and the configuration files; return the files of weights."""
-    architecture = read_architecture(config.model)
-    model = build_meta_model(config.model, architecture)
-    dtype = export_dtype(config)
+    """Write weights, adapters merged into them, and what the run noted of its model; return the files of weights."""
+    described = described_model(config)
+    model = build_meta_model(described, read_architecture(described))
+    shutil.copytree(str(described.path), directory, dirs_exist_ok=True)
+    fields = read_json_object(directory / CONFIG_FILE, f"run.dir={config.run.dir}")
+    if config.export.dtype is not None:
+        set_dtype(fields, getattr(torch, config.export.dtype))
+    dtype = getattr(torch, fields.get("dtype") or fields["torch_dtype"])
     with ShardedTensors.of_weights(checkpoint) as tensors:
         to_checkpoint = export_conversion(model)
         merged = merged_tensors(tensors, config, model)
         stream = (pair for name, tensor in merged for pair in to_checkpoint(name, tensor.to(dtype)))
         files = write_files(stream, directory, parse_size(config.export.max_shard_size))
-    architecture.dtype = dtype
-    architecture.use_cache = True  # off while training
-    architecture.architectures = [type(model).__name__]
-    architecture.save_pretrained(directory)
-    _generation_config(config).save_pretrained(directory)
+    fields["architectures"] = [type(model).__name__]
+    write_json(fields, directory / CONFIG_FILE)
     return files
-
-
-def export_dtype(config: Config) -> torch.dtype:
-    """Return ``export.dtype``, by default that of the weights the run started from (bf16 for random ones)."""
-    if config.export.dtype is not None:
-        return getattr(torch, config.export.dtype)
-    directory = local_directory(str(config.model.path)) if config.model.path else None
-    if config.model.initialization == "random" or directory is None:
-        return torch.bfloat16
-    return weights_dtype(directory)
 
 
 def write_files(stream: Iterator[tuple[str, torch.Tensor]], directory: Path, limit: int) -> list[str]:
@@ -148,10 +139,3 @@ def _part_name(number: int) -> str:
 def _write_part(tensors: dict[str, torch.Tensor], directory: Path, number: int) -> list[str]:
     write_safetensors(tensors, directory / _part_name(number), {"format": "pt"})
     return list(tensors)
-
-
-def _generation_config(config: Config) -> GenerationConfig:
-    directory = local_directory(str(config.model.path)) if config.model.path else None
-    if directory is not None and (directory / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(directory)
-    return GenerationConfig.from_model_config(read_architecture(config.model))

@@ -16,6 +16,7 @@ from lisa_dist.config import Config, UserError
 from lisa_dist.data.batches import GlobalBatches, MicroBatch
 from lisa_dist.learner import begin_period, build_learner, load_initial_weights
 from lisa_dist.models.architecture import build_meta_model
+from lisa_dist.models.inspection import pretrained_architecture
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
 from lisa_dist.sampling import build_sampler
@@ -80,7 +81,7 @@ class Bare:
         if config.update.name != "full_rank":
             raise UserError(f"bench.compare={BARE}: trains whole blocks, so it needs update=full_rank")
         self.config = config
-        self.model = build_meta_model(config.model)
+        self.model = build_meta_model(config.model, pretrained_architecture(config.model, config.precision.frozen))
         layers = find_layers(self.model, config.model.blocks)
         precision, always = config.precision, config.always_active
         active = RankSynchronizedSampler(build_sampler(config.sampler, len(layers.blocks))).draw(0)

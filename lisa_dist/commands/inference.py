@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from lisa_dist import distributed
+from lisa_dist.checkpoint.description import described_model
 from lisa_dist.checkpoint.export import find_checkpoint
 from lisa_dist.checkpoint.manifest import step_of
 from lisa_dist.checkpoint.restore import restore_weights
@@ -16,6 +17,7 @@ from lisa_dist.config import AlwaysActiveConfig, Config, UserError
 from lisa_dist.config.method import FullRankUpdateConfig, UniformSamplerConfig
 from lisa_dist.data.tokenizer import RUN_FOLDER, load_tokenizer
 from lisa_dist.learner import Learner, allocate, build_learner
+from lisa_dist.models.architecture import read_architecture
 from lisa_dist.models.loading import load_pretrained
 from lisa_dist.preparation import checkpoint_directory, open_tokenizer
 
@@ -56,7 +58,8 @@ def open_model(config: Config, path: str | None, step: int | None, command: str)
     directory = checkpoint_directory(config)
     checkpoint: Path = distributed.on_rank_zero(lambda: find_checkpoint(directory, step, f"{command}.step"))
     tokenizer = load_tokenizer(str(Path(config.run.dir) / RUN_FOLDER), config.model.trust_remote_code)
-    learner = build_learner(frozen)
+    model = described_model(config)
+    learner = build_learner(replace(frozen, model=model), read_architecture(model))
     allocate(learner, [], distributed.device())
     restore_weights(learner, checkpoint, distributed.on_rank_zero(lambda: read_state(checkpoint)))
     return OpenedModel(learner, tokenizer, str(checkpoint), step_of(checkpoint))

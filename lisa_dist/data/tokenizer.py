@@ -12,12 +12,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import nearest
 from lisa_dist.hub import stay_offline_where_unreachable
+from lisa_dist.source_files import check_is_whole
 
 logger = logging.getLogger(__name__)
 
 BUILTIN_PREFIX = "builtin:"
 RUN_FOLDER = "tokenizer"  # where a run directory keeps the tokenizer it trained with, chat template included
 MODELS = Path(__file__).parents[1] / "models"  # bundled model directories lie here, one a name
+
+# The files that a tokenizer may be made of.
+FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+FILES += ["chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"]
 
 # What tokenizers call the token that ends a text, where no configuration says it.
 USUAL_EOS = ["</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|end▁of▁sentence|>", "[SEP]"]
@@ -48,6 +53,9 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, key: str = "model
         UserError: nothing is there, it can't be loaded, or it has no end-of-text token.
     """
     where = _locate(path, key)
+    for name in FILES:
+        if (Path(where) / name).is_file():
+            check_is_whole(Path(where) / name, f"{key}={path}")
     try:
         tokenizer = _load(where, trust_remote_code)
     except Exception as error:  # transformers raises many kinds; all mean that this is no usable tokenizer

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from lisa_dist.config import ModelConfig, UserError
 from lisa_dist.config.errors import nearest
 from lisa_dist.config.model import BUILTIN_PREFIX
 from lisa_dist.hub import stay_offline_where_unreachable
+from lisa_dist.source_files import read_json_object
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
+_OTHER_MODALITY = re.compile("vision|visual|image|img|audio|speech|video")
 
 
 def local_directory(path: str) -> Path | None:
@@ -54,23 +56,23 @@ def read_architecture(config: ModelConfig, *, without_weights: bool = False) -> 
     """Return the Hugging Face config of the model, its cache off and its attention kernel set.
 
     A directory's config.json comes first. For a hub id the hub's comes before the preset's ``model.architecture``,
-    unless no weights will be read (``model.init=random``, or ``without_weights`` for planning). Of a model of
-    several modalities only the language model is taken.
+    unless no weights will be read (``model.init=random``, or ``without_weights`` for planning).
 
     Raises:
-        UserError: no architecture is to be found, its type is unknown, or it needs code that comes with the model.
+        UserError: no architecture is to be found, its type is unknown, it needs code that comes with the model, its
+            weights are quantised, or it is the language model of several modalities.
     """
     directory = None if config.path is None else local_directory(config.path)
     weightless = without_weights or config.initialization == "random"
     if directory is not None:
         architecture = _read_directory(config, directory)
     elif config.architecture and (config.path is None or weightless):
-        architecture = _from_fields(config.architecture)
+        architecture = from_fields(config.architecture)
     elif config.path is not None:
         architecture = _read_hub(config, config.path)
     else:
         raise UserError("model.path=null: name a Hugging Face directory, a hub id or builtin:demo, or choose a preset")
-    architecture = architecture.get_text_config(decoder=True)
+    architecture = _text_alone(config, architecture)
     architecture.use_cache = False
     if hasattr(architecture, "output_router_logits"):
         architecture.output_router_logits = False  # the loss head adds the router's loss where it is asked for
@@ -127,12 +129,9 @@ def _read_directory(config: ModelConfig, directory: Path) -> PretrainedConfig:
     file = directory / CONFIG_FILE
     if not file.is_file():
         raise UserError(f"model.path={config.path}: the directory has no {CONFIG_FILE}, so it is no Hugging Face model")
-    try:
-        fields = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"model.path={config.path}: {CONFIG_FILE} is no valid JSON: {error}") from error
-    _check_code(config, fields)
-    return AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
+    fields = read_json_object(file, f"model.path={config.path}")
+    _check_fields(config, fields)
+    return _load_config(config, str(directory))
 
 
 def _read_hub(config: ModelConfig, hub_id: str) -> PretrainedConfig:
@@ -143,15 +142,57 @@ def _read_hub(config: ModelConfig, hub_id: str) -> PretrainedConfig:
         raise UserError(
             f"model.path={hub_id}: no such directory, and the hub's {CONFIG_FILE} can't be read ({_first_line(error)})"
         ) from error
-    _check_code(config, fields)
-    return AutoConfig.from_pretrained(hub_id, trust_remote_code=config.trust_remote_code)
+    _check_fields(config, fields)
+    return _load_config(config, hub_id)
 
 
-def _from_fields(fields: dict[str, Any]) -> PretrainedConfig:
+def _load_config(config: ModelConfig, path: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # transformers raises many kinds, and code that comes with a model any
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model.path={config.path}: {CONFIG_FILE} can't be used ({reason})") from error
+
+
+def _text_alone(config: ModelConfig, architecture: PretrainedConfig) -> PretrainedConfig:
+    """Refuse a model of several modalities: its language model alone would be trained and exported, unasked."""
+    nested = [name for name, value in architecture.to_dict().items() if isinstance(value, dict) and value]
+    parts = sorted(name for name in nested if name in architecture.sub_configs or _OTHER_MODALITY.search(name))
+    several = any(_OTHER_MODALITY.search(part) for part in parts)
+    if not several:
+        text = architecture.get_text_config(decoder=True)
+        if text is architecture or architecture.is_encoder_decoder:
+            return text
+    raise UserError(
+        f"model.path={config.path}: model_type={architecture.model_type} is a language model and more "
+        f"({', '.join(parts)}); here its language model alone could be trained, and an export would lack the rest, "
+        "so choose a directory that holds a text-only model"
+    )
+
+
+def from_fields(fields: dict[str, Any]) -> PretrainedConfig:
+    """Return the Hugging Face config of the fields ``model.architecture``.
+
+    Raises:
+        UserError: transformers does not know its type.
+    """
     fields = dict(fields)
     model_type = fields.pop("model_type", None)
     _check_type("model.architecture.model_type", model_type)
     return AutoConfig.for_model(model_type, **fields)
+
+
+def _check_fields(config: ModelConfig, fields: dict[str, Any]) -> None:
+    """Refuse weights that are stored quantised, and code that was not allowed."""
+    quantized = fields.get("quantization_config") or fields.get("compression_config")
+    if quantized:
+        method = quantized.get("quant_method", "unnamed") if isinstance(quantized, dict) else quantized
+        raise UserError(
+            f"model.path={config.path}: its weights are stored quantised (quantization_config of {CONFIG_FILE}: "
+            f"{method}), which can't be trained here; choose the model's unquantised weights, which "
+            "model.quantization=nf4 or int8 quantises for adapters"
+        )
+    _check_code(config, fields)
 
 
 def _check_code(config: ModelConfig, fields: dict[str, Any]) -> None:

@@ -25,9 +25,6 @@ from transformers.core_model_loading import (
 
 from lisa_dist.models.architecture import meta_replica
 
-# The language model inside a checkpoint of several modalities, in transformers' older and newer layouts.
-_LANGUAGE_MODEL = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(.+)")
-
 
 @dataclass
 class Source:
@@ -76,21 +73,32 @@ def find_sources(replica: Any, checkpoint_names: Iterable[str]) -> tuple[dict[st
     ours = replica.state_dict()
     sources: dict[str, Source] = {}
     unexpected: list[str] = []
-    other_modalities: list[str] = []
-    is_multimodal = False
     for name in sorted(checkpoint_names, key=dot_natural_key):
-        plain, inside = _language_model_name(name, replica.base_model_prefix)
-        is_multimodal |= inside
-        target, pattern = rename_source_key(plain, renamings, converters, replica.base_model_prefix, ours)
-        if target not in ours and plain in ours:
-            target, pattern = plain, None
+        target, pattern = rename_source_key(name, renamings, converters, replica.base_model_prefix, ours)
+        if target not in ours and name in ours:
+            target, pattern = name, None
         if target not in ours:
             if not _is_ignored(replica, target):
-                (unexpected if inside else other_modalities).append(name)
+                unexpected.append(name)
             continue
         source = sources.setdefault(target, Source(None if pattern is None else by_pattern[pattern]))
         source.names.setdefault(pattern or "", []).append(name)
-    return sources, unexpected if is_multimodal else unexpected + other_modalities
+    return sources, unexpected
+
+
+def tied_names(replica: Any) -> dict[str, str]:
+    """Return, for each further name of a shared parameter, the first one."""
+    first = {id(parameter): name for name, parameter in replica.named_parameters()}
+    every = replica.named_parameters(remove_duplicate=False)
+    return {alias: first[id(parameter)] for alias, parameter in every if alias != first[id(parameter)]}
+
+
+def join_tied(replica: Any, sources: dict[str, Source]) -> None:
+    """Let a shared weight be read under either of its names, and once."""
+    for alias, name in tied_names(replica).items():
+        if alias in sources:
+            source = sources.pop(alias)
+            sources.setdefault(name, source)
 
 
 def export_conversion(model: nn.Module) -> Callable[[str, Tensor], Iterator[tuple[str, Tensor]]]:
@@ -111,14 +119,6 @@ def export_conversion(model: nn.Module) -> Callable[[str, Tensor], Iterator[tupl
             yield target, value if value is tensor else value.clone().contiguous()
 
     return to_checkpoint
-
-
-def _language_model_name(name: str, base_prefix: str) -> tuple[str, bool]:
-    """Return a checkpoint's name without what a model of several modalities puts before it, and whether it did."""
-    match = _LANGUAGE_MODEL.match(name)
-    if match is None:
-        return name, False
-    return (match[1] if match[1].startswith("lm_head.") else f"{base_prefix}.{match[1]}"), True
 
 
 def _is_ignored(replica: Any, name: str) -> bool:

@@ -19,9 +19,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import PreTrainedModel
 
 from lisa_dist import distributed
-from lisa_dist.config import UserError
 from lisa_dist.models.architecture import meta_replica
-from lisa_dist.models.conversion import Source, find_sources
+from lisa_dist.models.conversion import Source, find_sources, join_tied
+from lisa_dist.models.inspection import check_experts, check_names, check_shape, named_state
 from lisa_dist.models.quantization import StagedTensors
 from lisa_dist.models.weight_files import SafetensorsDirectory, weights_directory
 
@@ -30,7 +30,8 @@ def load_pretrained(model: nn.Module, path: str | Path) -> list[str]:
     """Fill a sharded model from a Hugging Face directory or hub id; return the parameters left alone (adapters).
 
     Each rank reads its slices, in the file's dtype, and copies them into its shards of whatever dtype. Where
-    transformers fuses tensors at load (the experts of a mixture), each rank fuses those of its shard.
+    transformers fuses tensors at load (the experts of a mixture), each rank fuses those of its shard. Whether a
+    weight is shared is the model's to say; ``inspection.pretrained_architecture`` settles it before one is built.
     Collective: every rank (only a hub id: the first rank of a machine downloads).
 
     Raises:
@@ -40,13 +41,13 @@ def load_pretrained(model: nn.Module, path: str | Path) -> list[str]:
     replica = meta_replica(model)
     sources, unexpected = find_sources(replica, weights.file_of)
     tensors, added = _own_tensors(model, replica)
-    _add_tied(replica, tensors, sources)
+    join_tied(replica, sources)
     filled: set[str] = set()
     for target, source in sources.items():
         filled |= _fill(target, source, weights, replica, tensors)
         tensors.settle()
     weights.close()
-    _check_names(weights.directory, sorted(set(tensors) - filled), unexpected)
+    check_names(weights.directory, sorted(set(tensors) - filled), unexpected)
     return added
 
 
@@ -104,9 +105,9 @@ def _own_tensors(model: nn.Module, replica: nn.Module) -> tuple[StagedTensors, l
 
     An adapter that wraps a layer calls it ``base_layer``.
     """
-    expected = _state(replica)
+    expected = named_state(replica)
     found, added = StagedTensors(model), []
-    for name, tensor in _state(model).items():
+    for name, tensor in named_state(model).items():
         plain = name.replace(".base_layer.", ".")
         if plain in expected:
             found[plain] = tensor
@@ -118,34 +119,13 @@ def _own_tensors(model: nn.Module, replica: nn.Module) -> tuple[StagedTensors, l
     return found, added
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and persistent buffers by name, each once."""
-    persistent = {
-        f"{prefix}.{key}" if prefix else key: buffer
-        for prefix, module in model.named_modules()
-        for key, buffer in module._buffers.items()
-        if buffer is not None and key not in module._non_persistent_buffers_set
-    }
-    return {**dict(model.named_parameters()), **persistent}
-
-
-def _add_tied(replica: Any, tensors: dict[str, Tensor], sources: dict[str, Source]) -> None:
-    """Let a shared weight be read under either of its names, and once."""
-    names: dict[int, str] = {id(parameter): name for name, parameter in replica.named_parameters()}
-    for alias, parameter in replica.named_parameters(remove_duplicate=False):
-        canonical = names[id(parameter)]
-        if alias != canonical and alias in sources:
-            source = sources.pop(alias)
-            sources.setdefault(canonical, source)
-
-
 def _fill(
     target: str, source: Source, weights: SafetensorsDirectory, replica: Any, tensors: dict[str, Tensor]
 ) -> set[str]:
     """Fill one parameter, or those that one conversion makes; return their names."""
     if source.converter is None:
         tensor = tensors[target]
-        _check_shape(weights.directory, target, weights.shape(source.name), tensor)
+        check_shape(weights.directory, target, weights.shape(source.name), tensor)
         region = _local_region(tensor)
         local = distributed.local_shard(tensor.detach())
         if local.numel():
@@ -154,20 +134,16 @@ def _fill(
     if not source.by_expert:
         converted = source.convert(target, replica, weights.read, slice(None))
         for name, value in converted.items():
-            _check_shape(weights.directory, name, tuple(value.shape), tensors[name])
+            check_shape(weights.directory, name, tuple(value.shape), tensors[name])
             _copy_region(tensors[name], value)
         return set(converted)
     tensor = tensors[target]
-    counts = {len(names) for names in source.names.values()}
-    if counts != {tensor.shape[0]}:
-        raise UserError(
-            f"model.path={weights.directory}: {target} needs {tensor.shape[0]} experts, found {sorted(counts)}"
-        )
+    check_experts(weights.directory, target, source, tensor)
     region = _local_region(tensor)
     local = distributed.local_shard(tensor.detach())
     for place, expert in enumerate(range(*region[0].indices(tensor.shape[0]))):
         value = source.convert(target, replica, weights.read, slice(expert, expert + 1))[target]
-        _check_shape(weights.directory, target, (tensor.shape[0], *value.shape[1:]), tensor)
+        check_shape(weights.directory, target, (tensor.shape[0], *value.shape[1:]), tensor)
         local[place].copy_(value[0][region[1:]])
     return {target}
 
@@ -205,7 +181,7 @@ def _parts(replica: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
 def _part_state(name: str, part: nn.Module, recurse: bool) -> dict[str, Tensor]:
     """Return a part's tensors by their full names; without ``recurse`` only those that are directly its own."""
     prefix = f"{name}." if name else ""
-    return {f"{prefix}{key}": tensor for key, tensor in _state(part).items() if recurse or "." not in key}
+    return {f"{prefix}{key}": tensor for key, tensor in named_state(part).items() if recurse or "." not in key}
 
 
 def _initialize(replica: nn.Module, name: str, part: nn.Module, recurse: bool) -> None:
@@ -228,18 +204,3 @@ def _owner(replica: Any, name: str) -> PreTrainedModel:
 
 def _keyed_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest(), "big")
-
-
-def _check_shape(directory: Path, name: str, found: tuple[int, ...], tensor: Tensor) -> None:
-    if found != tuple(tensor.shape):
-        raise UserError(
-            f"model.path={directory}: {name} has shape {list(found)} in the weights, "
-            f"but {list(tensor.shape)} by config.json"
-        )
-
-
-def _check_names(directory: Path, missing: list[str], unexpected: list[str]) -> None:
-    for kind, names in (("lack", missing), ("hold the unexpected", unexpected)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(f"model.path={directory}: the weights {kind} {', '.join(names[:3])}{more}")

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
+import logging
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lisa_dist import distributed
 from lisa_dist.config import UserError
 from lisa_dist.models.architecture import local_directory
+from lisa_dist.source_files import check_is_whole, read_json_object
 
+logger = logging.getLogger(__name__)
+
+SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_FILES = ["*.safetensors", INDEX_FILE, "config.json"]
 # safetensors' names of the floating-point types that are converted
@@ -26,21 +30,27 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F
 class SafetensorsDirectory:
     """The tensors of a Hugging Face directory, memory-mapped: reading a slice touches only its pages.
 
+    Files are opened when they are first read. Of one file and an index the file is read, as by transformers.
+
     Raises:
-        UserError: there are no safetensors in it.
+        UserError: there are no safetensors in it, or the index is broken.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
-        self.file_of: dict[str, str] = self._index()
+        self.indexed = (directory / INDEX_FILE).is_file() and not (directory / SINGLE_FILE).is_file()
+        self.file_of: dict[str, str] = self._read_index() if self.indexed else self._read_headers()
 
-    def _index(self) -> dict[str, str]:
-        index = self.directory / INDEX_FILE
-        if index.is_file():
-            return json.loads(index.read_text())["weight_map"]
-        single = self.directory / "model.safetensors"
+    def _read_index(self) -> dict[str, str]:
+        weight_map = read_json_object(self.directory / INDEX_FILE, self._key).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{self._key}: {INDEX_FILE} has no weight_map, which names the file of each tensor")
+        return weight_map
+
+    def _read_headers(self) -> dict[str, str]:
+        single = self.directory / SINGLE_FILE
         files = [single] if single.is_file() else sorted(self.directory.glob("*.safetensors"))
         if not files:
             pickled = sorted(file.name for file in self.directory.glob("*.bin"))
@@ -50,15 +60,74 @@ class SafetensorsDirectory:
                 if pickled
                 else "has no *.safetensors, so there are no weights to load; model.init=random starts without"
             )
-            raise UserError(f"model.path={self.directory}: {advice}")
-        return {name: file.name for file in files for name in self._open(file.name).keys()}  # noqa: SIM118
+            raise UserError(f"{self._key}: {advice}")
+        self._check_parts([file.name for file in files])
+        found: dict[str, str] = {}
+        for file in files:
+            for name in self._open(file.name).keys():  # noqa: SIM118  a safetensors file is no mapping
+                if name in found:
+                    raise UserError(
+                        f"{self._key}: both {found[name]} and {file.name} hold {name}, and no {INDEX_FILE} says which "
+                        "counts; remove one"
+                    )
+                found[name] = file.name
+        return found
+
+    def _check_parts(self, files: list[str]) -> None:
+        """Refuse numbered files of which some are not there."""
+        for file in files:
+            match = re.fullmatch(r"(.*-)(\d+)(-of-(\d+)\.safetensors)", file)
+            if match is None:
+                continue
+            names = [f"{match[1]}{number:0{len(match[2])}}{match[3]}" for number in range(1, int(match[4]) + 1)]
+            absent = sorted(set(names) - set(files))
+            if absent:
+                raise UserError(f"{self._key}: {file} is there but not {absent[0]}; copy or download it again")
+
+    def check_files(self) -> None:
+        """Open every file, and compare what they hold with the index.
+
+        Raises:
+            UserError: a file is not there, is cut short, is no safetensors file, or the index is that of other files.
+        """
+        if (self.directory / INDEX_FILE).is_file() and not self.indexed:
+            named = set(read_json_object(self.directory / INDEX_FILE, self._key).get("weight_map", {}).values())
+            if named != {SINGLE_FILE}:
+                logger.warning(
+                    "%s: holds both %s and %s; the first is read, as by transformers, and the files that the second "
+                    "names are not",
+                    *(self._key, SINGLE_FILE, INDEX_FILE),
+                )
+        for file in sorted(set(self.file_of.values())):
+            held = set(self._open(file).keys())
+            wanted = {name for name, holder in self.file_of.items() if holder == file}
+            for names, says in (
+                (wanted - held, "puts {} in {}, which lacks it"),
+                (held - wanted, "leaves out {} of {}"),
+            ):
+                if names:
+                    raise UserError(
+                        f"{self._key}: {INDEX_FILE} {says.format(min(names), file)}; the index is that of other files, "
+                        "so copy or download the directory again"
+                    )
+
+    @property
+    def _key(self) -> str:
+        return f"model.path={self.directory}"
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
             path = self.directory / file
             if not path.is_file():
-                raise UserError(f"model.path={self.directory}: {INDEX_FILE} names {file}, which is not there")
-            self._files[file] = self._stack.enter_context(safe_open(path, framework="pt"))
+                raise UserError(f"{self._key}: {INDEX_FILE} names {file}, which is not there; copy or download it")
+            check_is_whole(path, self._key)
+            try:
+                self._files[file] = self._stack.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"{self._key}: {file} ({path.stat().st_size} bytes) is cut short or no safetensors file ({error}); "
+                    "copy or download it again"
+                ) from error
         return self._files[file]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -67,7 +136,11 @@ class SafetensorsDirectory:
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor; uint8 stands for any that is no ordinary floating-point type."""
-        return DTYPES.get(self._open(self.file_of[name]).get_slice(name).get_dtype(), torch.uint8)
+        return DTYPES.get(self.stored_type(name), torch.uint8)
+
+    def stored_type(self, name: str) -> str:
+        """Return the file's own name of a tensor's type, as F8_E4M3."""
+        return self._open(self.file_of[name]).get_slice(name).get_dtype()
 
     def read(self, name: str, region: tuple[slice, ...] = ()) -> Tensor:
         """Return a tensor, or a region of it, in the file's dtype."""
@@ -91,13 +164,3 @@ def weights_directory(path: str) -> Path:
         except OSError as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"model.path={path}: can't be downloaded from the hub ({reason})") from error
-
-
-def weights_dtype(path: str | Path) -> torch.dtype:
-    """Return the floating-point dtype of most of the weights of a directory."""
-    weights = SafetensorsDirectory(Path(path))
-    sizes: Counter[torch.dtype] = Counter()
-    for name in weights.file_of:
-        sizes[weights.dtype(name)] += torch.Size(weights.shape(name)).numel()
-    weights.close()
-    return max((dtype for dtype in sizes if dtype.is_floating_point), key=lambda dtype: sizes[dtype])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,11 +17,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # registers t
 from transformers import PretrainedConfig
 
 from lisa_dist import distributed
-from lisa_dist.config import Config
+from lisa_dist.config import Config, UserError
 from lisa_dist.config.method import FixedSamplerConfig
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.learner import Learner, adopt_trained, allocate, begin_period, build_learner, count_persistent_bytes
-from lisa_dist.models.architecture import read_architecture
+from lisa_dist.models.architecture import CONFIG_FILE, local_directory, read_architecture
+from lisa_dist.models.inspection import ties_differ
 from lisa_dist.models.masking import mask_as_in_training
 from lisa_dist.sampling import build_sampler
 from lisa_dist.sharding.ledger import Ledger, Work, sum_of_work
@@ -73,8 +75,20 @@ def micro_batches_per_step(config: Config) -> int:
 
 
 def architecture_of(config: Config) -> PretrainedConfig:
-    """Return the architecture that ``model.*`` names, without reading weights."""
-    return read_architecture(config.model, without_weights=True)
+    """Return the architecture that ``model.*`` names; of weights that are there, only ties are looked at."""
+    architecture = read_architecture(config.model, without_weights=True)
+    directory = local_directory(str(config.model.path)) if config.model.path else None
+    is_tied = getattr(architecture, "tie_word_embeddings", False) and config.model.initialization == "pretrained"
+    if is_tied and directory is not None and any(directory.glob("*.safetensors")):
+        try:
+            if ties_differ(config.model, architecture, directory):
+                architecture.tie_word_embeddings = False
+                warnings.warn(
+                    f"model.path={directory}: planned with a head of its own, as in the weights", stacklevel=1
+                )
+        except UserError as error:
+            warnings.warn(f"planned as {CONFIG_FILE} says, whatever the weights are: {error}", stacklevel=1)
+    return architecture
 
 
 def extreme_sets(config: Config, own_depth: int, num_blocks: int | None = None) -> tuple[list[int], list[int]]:

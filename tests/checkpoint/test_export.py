@@ -9,13 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lisa_dist.checkpoint.description import write_description, write_tokenizer
 from lisa_dist.checkpoint.export import export_checkpoint, find_checkpoint
 from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import load
-from lisa_dist.data.tokenizer import RUN_FOLDER, load_tokenizer
+from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.learner import build_learner, load_initial_weights
+from lisa_dist.models.architecture import read_architecture
 from tests.checkpoint.runs import make_config, tensors_of, train
 from tests.private_memory import peak_private_bytes
 from tests.ranks import run_on_ranks
@@ -93,7 +95,8 @@ def peak_while_exporting(folder: str) -> tuple[int, int, int]:
     ]
     config = load([*choices, "export.max_shard_size=16MiB", "export.dtype=float32"])
     config.run.dir = folder
-    load_tokenizer("builtin:demo").save_pretrained(Path(folder) / RUN_FOLDER)
+    write_tokenizer(config, load_tokenizer("builtin:demo"))
+    write_description(config, read_architecture(config.model))
     learner = build_learner(config)
     load_initial_weights(learner, torch.device("cpu"))
     saver = CheckpointSaver(learner, Path(folder), "")

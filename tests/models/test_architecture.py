@@ -52,12 +52,44 @@ def test_model_is_on_meta_in_float32(tmp_path: Path) -> None:
     assert {n: p.shape for n, p in replica.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
 
 
-def test_only_the_language_model_of_several_modalities_is_taken(tmp_path: Path) -> None:
+def test_the_language_model_of_several_modalities_is_refused(tmp_path: Path) -> None:
     text = tiny_config("gemma3").to_dict()
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     AutoConfig.for_model("gemma3", text_config=text, vision_config=vision).save_pretrained(tmp_path)
-    architecture = read_architecture(ModelConfig(path=str(tmp_path)))
-    assert architecture.model_type == "gemma3_text" and architecture.num_hidden_layers == 4
+    with pytest.raises(UserError, match=r"model_type=gemma3 is .*\(text_config, vision_config\).* text-only model"):
+        read_architecture(ModelConfig(path=str(tmp_path)))
+    tiny_config("gemma3").save_pretrained(tmp_path)
+    assert read_architecture(ModelConfig(path=str(tmp_path))).num_hidden_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("model_type", "parts"),
+    [
+        ("git", "vision_config"),  # the other modality stands beside the text model's own fields
+        ("phi4_multimodal", "audio_config, vision_config"),
+        ("fuyu", "text_config"),
+        ("llama4", "text_config, vision_config"),
+        ("llava", "text_config, vision_config"),
+    ],
+)
+def test_other_modalities_are_named(model_type: str, parts: str) -> None:
+    with pytest.raises(UserError, match=rf"model_type={model_type} is a language model and more \({parts}\)"):
+        read_architecture(ModelConfig(architecture={"model_type": model_type}))
+
+
+def test_nested_fields_of_a_text_model_are_no_other_modality() -> None:
+    for model_type in ("mpt", "dbrx"):
+        assert read_architecture(ModelConfig(architecture={"model_type": model_type})).model_type == model_type
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    for fields in ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, {"quantization_config": {}}):
+        path = _write(tmp_path, {**TINY, **fields})
+        if fields["quantization_config"]:
+            with pytest.raises(UserError, match=r"stored quantised \(quantization_config of config\.json: gptq\)"):
+                read_architecture(ModelConfig(path=path))
+        else:
+            assert read_architecture(ModelConfig(path=path)).hidden_size == 32
 
 
 def test_attention_kernel_is_the_models_own_choice_unless_named() -> None:
@@ -96,6 +128,15 @@ def test_directory_without_or_with_a_broken_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="no valid JSON"):
         read_architecture(ModelConfig(path=str(tmp_path)))
+    for text, message in [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", r"config\.json is a Git LFS pointer"),
+        ("", r"config\.json is empty"),
+        ("[]", r"config\.json must hold a JSON object, but holds a list"),
+        (json.dumps({**TINY, "hidden_size": "wide"}), r"config\.json can't be used \(.*hidden_size"),
+    ]:
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_architecture(ModelConfig(path=str(tmp_path)))
     with pytest.raises(UserError, match=r"unknown to transformers.*did you mean mistral"):
         read_architecture(ModelConfig(path=_write(tmp_path, {"model_type": "mistrall"})))
 

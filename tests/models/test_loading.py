@@ -16,7 +16,6 @@ from transformers.utils import logging as transformers_logging
 from lisa_dist.config import UserError
 from lisa_dist.models.conversion import export_conversion
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
-from lisa_dist.models.weight_files import weights_dtype
 from tests.models.families import FAMILIES, tiny_config
 
 transformers_logging.disable_progress_bar()
@@ -153,23 +152,6 @@ def test_tied_weight_is_read_under_either_name(tmp_path: Path) -> None:
     load_pretrained(model, tmp_path)
     assert torch.equal(model.model.embed_tokens.weight, weights["lm_head.weight"])
     assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
-@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
-def test_language_model_is_read_out_of_a_checkpoint_of_several_modalities(tmp_path: Path, prefix: str) -> None:
-    weights = saved(tmp_path, "gemma3")
-    renamed = {name.replace("model.", prefix, 1): tensor for name, tensor in weights.items()}
-    renamed["vision_tower.patches.weight"] = torch.zeros(2)
-    save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    model = allocated(tiny_config("gemma3"))
-    load_pretrained(model, tmp_path)
-    assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in weights.items())
-
-
-def test_stored_dtype_is_that_of_most_weights(tmp_path: Path) -> None:
-    tensors = {"norm": torch.ones(3), "weight": torch.ones(4, 4, dtype=torch.bfloat16), "ids": torch.ones(99).long()}
-    save_file(tensors, tmp_path / "model.safetensors")
-    assert weights_dtype(tmp_path) == torch.bfloat16
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,183 @@
+"""All of an exported directory but the weights and the tokenizer: written when a run starts, copied by an export.
+
+So what an export could fail at fails in the run's first minute, and an export needs nothing of the directory or the
+hub that the run started from.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from lisa_dist.checkpoint.code_files import GENERATE, copy_code
+from lisa_dist.checkpoint.generation import GENERATION_FILE, generation_fields, repaired
+from lisa_dist.config import Config, ModelConfig, UserError
+from lisa_dist.data.tokenizer import RUN_FOLDER, load_tokenizer
+from lisa_dist.models.architecture import (
+    CONFIG_FILE,
+    build_meta_model,
+    from_fields,
+    local_directory,
+    read_architecture,
+)
+from lisa_dist.source_files import read_json_object
+
+logger = logging.getLogger(__name__)
+
+MODEL_FOLDER = "model"  # of a run directory
+_PROBE = "Two words,\n  \tnumbers 12345, naïve 日本語 🙂 <s> </s> <|endoftext|> <|im_end|>"
+
+
+def described_model(config: Config) -> ModelConfig:
+    """Return the keys ``model.*`` of a run with its own description in the place of what it started from.
+
+    Raises:
+        UserError: the run directory has none.
+    """
+    folder = Path(str(config.run.dir)) / MODEL_FOLDER
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(
+            f"run.dir={config.run.dir}: has no {MODEL_FOLDER}/{CONFIG_FILE}, which a run writes when it starts"
+        )
+    return replace(config.model, path=str(folder), init=config.model.initialization, architecture={})
+
+
+def was_untied(config: Config) -> bool:
+    """Whether the run was started with a head of its own where config.json ties it to the embeddings."""
+    file = Path(str(config.run.dir)) / MODEL_FOLDER / CONFIG_FILE
+    return file.is_file() and read_json_object(file, f"run.dir={config.run.dir}").get("tie_word_embeddings") is False
+
+
+def write_description(config: Config, architecture: PretrainedConfig) -> None:
+    """Write config.json, generation_config.json and the code that comes with the model to the run directory.
+
+    What is there is replaced at once, when all is written and config.json was read again.
+
+    Args:
+        config: of the run.
+        architecture: as the model is built; its dtype is that of the weights.
+
+    Raises:
+        UserError: a file of the model is damaged, or can't be written.
+    """
+    folder = Path(str(config.run.dir)) / MODEL_FOLDER
+    unfinished = folder.with_name(f".{MODEL_FOLDER}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        source = model_source(config.model)
+        fields = _config_fields(config.model, architecture, source)
+        if source is not None:
+            copy_code(partial(source_file, source), fields, unfinished, GENERATE)
+        write_json(fields, unfinished / CONFIG_FILE)
+        write_json(_generation_fields(config.model, architecture, source, fields), unfinished / GENERATION_FILE)
+        unfinished.replace(folder)
+    except OSError as error:
+        raise UserError(f"run.dir={config.run.dir}: {folder} can't be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    _read_again(config, "auto_map" in fields)
+
+
+def write_tokenizer(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the tokenizer, its chat template and the code that comes with it to the run directory; read it again.
+
+    Raises:
+        UserError: it can't be saved, or not be read again.
+    """
+    folder = Path(str(config.run.dir)) / RUN_FOLDER
+    key = f"model.tokenizer={config.model.tokenizer or config.model.path}"
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # transformers raises many kinds, and code that comes with a tokenizer any
+        raise UserError(f"{key}: can't be saved for an export ({' '.join(str(error).split())[:300]})") from error
+    settings = folder / "tokenizer_config.json"
+    source = model_source(replace(config.model, path=config.model.tokenizer or config.model.path, architecture={}))
+    fields = read_json_object(settings, key)
+    if source is not None and "auto_map" in fields:
+        copy_code(partial(source_file, source), fields, folder)
+        write_json(fields, settings)
+    again = load_tokenizer(str(folder), config.model.trust_remote_code)
+    if again(_PROBE).input_ids != tokenizer(_PROBE).input_ids or again.chat_template != tokenizer.chat_template:
+        logger.warning("%s: once saved and read again, it encodes otherwise; an export will hold it as saved", key)
+
+
+def model_source(model: ModelConfig) -> str | None:
+    """Return the directory or the hub id that holds the model's files, None where its fields are in the preset."""
+    directory = local_directory(model.path) if model.path else None
+    if directory is not None:
+        return str(directory)
+    return None if model.architecture and (model.path is None or model.initialization == "random") else model.path
+
+
+def source_file(source: str, name: str) -> Path | None:
+    """Return a file of a directory or hub id, downloaded where it must be, or None where there is none."""
+    if Path(source).is_dir():
+        file = Path(source) / name
+        return file if file.is_file() else None
+    found = cached_file(
+        source,
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+def _read_again(config: Config, with_code: bool) -> None:
+    """Try what was written as transformers would; the model too, where its code was copied."""
+    described = described_model(config)
+    try:
+        architecture = read_architecture(described)
+        if with_code:
+            build_meta_model(described, architecture)
+    except UserError as error:
+        raise UserError(
+            f"model.path={config.model.path}: what an export would hold of it can't be used: {error}"
+        ) from error
+
+
+def _config_fields(model: ModelConfig, architecture: PretrainedConfig, source: str | None) -> dict[str, Any]:
+    """Return the source's own fields, less what training sets, with the dtype and the ties of the weights."""
+    if source is None:
+        fields = json.loads(from_fields(model.architecture).to_json_string(use_diff=True))
+    else:
+        file = source_file(source, CONFIG_FILE)
+        if file is None:
+            raise UserError(f"model.path={model.path}: its {CONFIG_FILE} can't be read again")
+        fields = read_json_object(file, f"model.path={model.path}")
+    dtype = torch.bfloat16 if model.initialization == "random" else architecture.dtype
+    set_dtype(fields, dtype)
+    fields["tie_word_embeddings"] = bool(getattr(architecture, "tie_word_embeddings", False))
+    return fields
+
+
+def write_json(fields: dict[str, Any], file: Path) -> None:
+    """Write an object as transformers lays its configuration files out."""
+    file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def set_dtype(fields: dict[str, Any], dtype: torch.dtype) -> None:
+    """Set the dtype of config.json under the name that it has there (older ones say ``torch_dtype``)."""
+    known = [key for key in ("dtype", "torch_dtype") if key in fields]
+    fields.update(dict.fromkeys(known or ["dtype"], str(dtype).removeprefix("torch.")))
+
+
+def _generation_fields(
+    model: ModelConfig, architecture: PretrainedConfig, source: str | None, fields: dict[str, Any]
+) -> dict[str, Any]:
+    file = None if source is None else source_file(source, GENERATION_FILE)
+    if file is None:
+        return repaired(generation_fields({**architecture.to_dict(), "use_cache": None, **fields}), CONFIG_FILE)
+    return repaired(read_json_object(file, f"model.path={model.path}"), GENERATION_FILE)

@@ -1,0 +1,173 @@
+"""What a run notes of its model when it starts is what an export holds: the source's own fields, code and settings."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from lisa_dist.checkpoint import description
+from lisa_dist.checkpoint.description import described_model, write_description, write_tokenizer
+from lisa_dist.checkpoint.export import export_checkpoint, find_checkpoint
+from lisa_dist.config import Config, UserError
+from lisa_dist.data.tokenizer import load_tokenizer
+from lisa_dist.models.architecture import read_architecture
+from lisa_dist.models.inspection import pretrained_architecture
+from tests.checkpoint.runs import Kill, train
+from tests.checkpoint.test_adapters import make_run
+from tests.models.families import tiny_config
+
+CONFIGURATION = "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+MODELING = """
+from transformers import LlamaForCausalLM
+from .configuration_own import OwnConfig
+from .naming import NAME
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+    name = NAME
+"""
+AUTO_MAP = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+
+
+def make_model(directory: Path, family: str = "llama", **fields: Any) -> dict[str, torch.Tensor]:
+    """Write a tiny model with the demonstration's vocabulary and further fields of config.json; return its tensors."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny_config(family, vocab_size=1024, max_position_embeddings=512)).save_pretrained(
+        directory
+    )
+    change_json(directory / "config.json", **fields)
+    return load_file(directory / "model.safetensors")
+
+
+def add_code(directory: Path) -> None:
+    """Make a model one of a class of its own."""
+    (directory / "configuration_own.py").write_text(CONFIGURATION)
+    (directory / "modeling_own.py").write_text(MODELING)
+    (directory / "naming.py").write_text("NAME = 'own'\n")
+    change_json(directory / "config.json", model_type="own", auto_map=AUTO_MAP, architectures=["OwnForCausalLM"])
+
+
+def change_json(file: Path, **fields: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def described(config: Config) -> dict[str, Any]:
+    """Write the description of a run that starts now; return the fields of its config.json."""
+    write_description(config, pretrained_architecture(config.model))
+    return json.loads((Path(str(config.run.dir)) / "model" / "config.json").read_text())
+
+
+def test_fields_are_the_sources_own_and_not_those_of_training(tmp_path: Path) -> None:
+    make_model(
+        tmp_path / "base", "mixtral", use_cache=False, output_router_logits=True, own_note="kept", temperature=0.7
+    )
+    source = json.loads((tmp_path / "base" / "config.json").read_text())
+    config = make_run(tmp_path / "run", tmp_path / "base", "model.attention=eager")
+    assert described(config) == {**source, "tie_word_embeddings": False}
+    assert read_architecture(described_model(config)).num_local_experts == 4
+
+
+def test_the_dtype_is_that_of_the_weights_under_the_name_it_had(tmp_path: Path) -> None:
+    tensors = make_model(tmp_path / "base", torch_dtype="float32")
+    fields = json.loads((tmp_path / "base" / "config.json").read_text())
+    del fields["dtype"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(fields))
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, tmp_path / "base" / "model.safetensors")
+    found = described(make_run(tmp_path / "run", tmp_path / "base"))
+    assert found["torch_dtype"] == "float16" and "dtype" not in found
+
+
+def test_a_preset_without_files_is_described_by_its_fields(tmp_path: Path) -> None:
+    fields = "{model_type:llama,vocab_size:1024,hidden_size:16,num_hidden_layers:1,num_attention_heads:2}"
+    config = make_run(tmp_path / "run", tmp_path, f"model.architecture={fields}", "model.init=random")
+    config.model.path = None
+    found = described(config)
+    assert (found["hidden_size"], found["dtype"], found.get("use_cache", True)) == (16, "bfloat16", True)
+
+
+def test_generation_settings_are_the_files_or_the_models(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_model(tmp_path / "base", use_cache=True)
+    config = make_run(tmp_path / "run", tmp_path / "base")
+    file = tmp_path / "base" / "generation_config.json"
+    written = tmp_path / "run" / "model" / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": 5, "num_return_sequences": 4}))
+    described(config)
+    assert json.loads(written.read_text()) == {"eos_token_id": 5}
+    assert "num_return_sequences=4 is left out" in caplog.text
+    file.unlink()
+    described(config)
+    found = json.loads(written.read_text())
+    assert (found["eos_token_id"], found["use_cache"]) == (2, True)
+    for text, message in [("{", "no valid JSON"), ("[1]", "must hold a JSON object"), ("", "is empty")]:
+        file.write_text(text)
+        with pytest.raises(UserError, match=rf"generation_config\.json {message}|generation_config\.json is {message}"):
+            described(config)
+        assert not (tmp_path / "run" / "model").exists()
+
+
+def test_code_that_an_export_would_lack_is_said_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model(tmp_path / "base")
+    add_code(tmp_path / "base")
+    config = make_run(tmp_path / "run", tmp_path / "base", "model.trust_remote_code=true")
+    described(config)
+    monkeypatch.setattr(description, "copy_code", lambda *_: None)
+    with pytest.raises(
+        UserError, match=r"base: what an export would hold of it can't be used: .*configuration_own\.py"
+    ):
+        described(config)
+
+
+def test_tokenizers_are_read_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = make_run(tmp_path / "run", tmp_path)
+    tokenizer = load_tokenizer("builtin:demo")
+    write_tokenizer(config, tokenizer)
+    assert not caplog.text
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "tokenizer").get_vocab() == tokenizer.get_vocab()
+    tokenizer.save_pretrained = lambda folder: (_ for _ in ()).throw(ValueError("no vocabulary"))
+    with pytest.raises(
+        UserError, match=r"model\.tokenizer=builtin:demo: can't be saved for an export \(no vocabulary\)"
+    ):
+        write_tokenizer(config, tokenizer)
+
+
+def test_a_model_with_code_of_its_own_is_exported_whole(tmp_path: Path) -> None:
+    make_model(tmp_path / "base")
+    add_code(tmp_path / "base")
+    config = make_run(tmp_path / "run", tmp_path / "base", "model.trust_remote_code=true", "sampler.active_layers=1")
+    train(1, config)
+    shutil.rmtree(tmp_path / "base")
+    export_checkpoint(config, find_checkpoint(tmp_path / "run" / "checkpoints", None), tmp_path / "hf")
+    shutil.rmtree(tmp_path / "run")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    assert (type(again).__name__, again.name) == ("OwnForCausalLM", "own")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["auto_map"] == AUTO_MAP
+    GenerationConfig.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "settings")
+
+
+def test_a_head_of_its_own_is_trained_resumed_and_exported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """config.json ties it; the head is frozen here, which tied weights would not allow beside trained embeddings."""
+    base = tmp_path / "base"
+    tensors = make_model(base, "qwen2")
+    tensors["lm_head.weight"] = 2 * tensors["model.embed_tokens.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    config = make_run(
+        tmp_path / "run", base, "always_active.head=false", "sampler.active_layers=1", "checkpoint.every=1"
+    )
+    train(1, config, Kill("before", 2))
+    (base / "model.safetensors").unlink()  # a resume reads the weights of the checkpoint
+    config.checkpoint.resume = "auto"
+    train(1, config)
+    export_checkpoint(config, find_checkpoint(tmp_path / "run" / "checkpoints", None), tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["tie_word_embeddings"] is False
+    with caplog.at_level(logging.WARNING, "transformers"):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert torch.equal(again.lm_head.weight, tensors["lm_head.weight"])
+    assert not torch.equal(again.model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
