@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from lisa_dist import distributed
 from lisa_dist.commands.inference import open_model
 from lisa_dist.config import EXIT_DONE, Config, UserError
-from lisa_dist.data.tokenizer import encode_prompt, render
+from lisa_dist.data.formats import BadRowError, Conversation
+from lisa_dist.data.spans import AnswerFinder
+from lisa_dist.data.tokenizer import encode_prompt
 from lisa_dist.models.answering import answer
 from lisa_dist.models.architecture import local_directory
 from lisa_dist.telemetry.logs import setup_logging
 
-TURN = "turn"  # stands for what is said, to see what the chat template puts after it
+TURN = "turn"  # stands for what is said, to see what the chat template ends an answer with
 
 Prompt = str | list[dict[str, Any]]  # a question, a text to go on with, or chat messages
 
@@ -86,7 +89,10 @@ def _prompt_of(file: Path, number: int, line: str) -> Prompt:
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Return the tokens of a prompt: through the chat template where the tokenizer has one, else the text as it is."""
     if tokenizer.chat_template:
-        return encode_prompt(tokenizer, prompt)
+        try:
+            return encode_prompt(tokenizer, prompt)
+        except TemplateError as error:
+            raise UserError(f"generate.prompts: the chat template refuses {str(prompt)[:80]!r} ({error})") from error
     if isinstance(prompt, list):
         raise UserError("generate.prompts: messages need a chat template, and this model's tokenizer has none")
     return tokenizer(prompt).input_ids
@@ -104,11 +110,16 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, directory: Path | None) -> set[
         ends = GenerationConfig.from_pretrained(directory).eos_token_id
         found |= set(ends) if isinstance(ends, list) else {ends} - {None}
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": TURN}, {"role": "assistant", "content": TURN}]
-        after = render(tokenizer, messages).rpartition(TURN)[2]
-        ids = tokenizer(after, add_special_tokens=False).input_ids
-        if ids and ids[0] in tokenizer.all_special_ids:
-            found.add(ids[0])
+        turns = [{"role": role, "content": TURN} for role in ("user", "assistant", "user", "assistant")]
+        try:
+            answers = AnswerFinder(tokenizer).find(Conversation(turns))
+        except BadRowError:
+            return found
+        # Where nothing ends the last answer, a middle one may end by the next header, which a model learns to write.
+        begin, end = answers.spans[3 if answers.ended else 1]
+        last = tokenizer(answers.text[begin:end], add_special_tokens=False).input_ids[-1]
+        if last in tokenizer.all_special_ids:
+            found.add(last)
     return found
 
 

@@ -26,7 +26,7 @@ from lisa_dist.distributed import gather_objects, local_rank_zero_first
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 1  # to be raised when the same rows give other tokens
+CACHE_VERSION = 2  # to be raised when the same rows give other tokens
 ROWS_A_BATCH = 1000
 BAD_ROWS_SHOWN = 3
 ROWS_A_REPORT = 50_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -132,16 +133,72 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return True
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    *,
+    tools: list[dict[str, Any]] | None = None,
+    prompt: bool = False,
+) -> str:
     """Render ``messages`` with the chat template; with ``prompt``, up to where the answer begins.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: role and content, and what else the template may use (tool_calls, reasoning_content, name).
+            Where it refuses the arguments of calls as objects, it gets them as JSON text.
+        tools: the functions that may be called, as JSON schemas.
+        prompt: open an answer at the end.
 
     Raises:
         jinja2.TemplateError: the template refuses these messages.
     """
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    try:
+        return _render(tokenizer, messages, tools, prompt)
+    except TemplateError:
+        with_text = _with_arguments_as_text(messages)
+        if with_text is None:
+            raise
+        try:
+            return _render(tokenizer, with_text, tools, prompt)
+        except TemplateError:
+            pass
+        raise
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    prompt: bool,
+) -> str:
+    try:
+        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:  # templates add and compare what they find
+        raise TemplateError(str(error) or type(error).__name__) from error
     if not isinstance(text, str):
         raise TemplateError(f"the chat template gave {type(text).__name__}, not text")
     return text
+
+
+def _with_arguments_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """Return the messages with the arguments of calls as JSON text, which some templates want; None without any."""
+    if not any(isinstance(_arguments(call), dict) for message in messages for call in message.get("tool_calls") or []):
+        return None
+    changed = []
+    for message in messages:
+        calls = [
+            {**call, "function": {**call["function"], "arguments": json.dumps(_arguments(call), ensure_ascii=False)}}
+            if isinstance(_arguments(call), dict)
+            else call
+            for call in message.get("tool_calls") or []
+        ]
+        changed.append({**message, "tool_calls": calls} if calls else message)
+    return changed
+
+
+def _arguments(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    return function.get("arguments") if isinstance(function, dict) else None
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:

@@ -16,6 +16,7 @@ from lisa_dist.commands import evaluate, export, generate
 from lisa_dist.config import UserError
 from lisa_dist.config.loading import load, load_run
 from lisa_dist.trainer import train
+from tests.data.templates import FAMILIES, NO_END, TEMPLATES, Template, tokenizer_with
 from tests.ranks import run_on_ranks
 
 QUESTIONS = ["sort 3 1 2", "Who are you?"]
@@ -121,3 +122,24 @@ def test_prompts_are_a_list_or_the_lines_of_a_file(tmp_path: Path) -> None:
             generate.read_prompts(wrong)
     with pytest.raises(UserError, match="line 2 must be an object"):
         generate.read_prompts(str(tmp_path / "broken.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("template", "stop"),
+    [
+        (TEMPLATES["chatml"], "<|im_end|>"),
+        (FAMILIES["two tokens at the end"], "<|end_turn|>"),
+        (FAMILIES["always opened"], "<|eot|>"),
+        (NO_END, "<|user|>"),
+        (TEMPLATES["instructions"], "</s>"),
+    ],
+)
+def test_answers_stop_at_what_ends_them_in_training(template: Template, stop: str) -> None:
+    tokenizer = tokenizer_with(template)
+    assert generate.stop_ids(tokenizer, None) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(stop)}
+
+
+def test_messages_that_the_template_refuses_are_named() -> None:
+    tokenizer = tokenizer_with(TEMPLATES["model_turns"])
+    with pytest.raises(UserError, match=r"generate.prompts: the chat template refuses .*no system role"):
+        generate.prompt_ids(tokenizer, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])

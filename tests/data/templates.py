@@ -47,7 +47,8 @@ TEMPLATES = {
         (),
         "</s>",
     ),
-    # The last answer is opened by an empty thought, earlier answers are not: a prefix renders unlike the whole.
+    # The last answer is opened by an empty thought, earlier answers are not: a prefix renders unlike the whole. The
+    # prompt does not hold it, so the model must write it.
     "thoughts": Template(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
@@ -62,6 +63,86 @@ TEMPLATES = {
         "<|im_end|>",
     ),
 }
+
+
+OPEN_HEADERS = "{{ bos_token }}{% for m in messages %}<|start|>{{ m.role }}<|stop|>{{ m.content }}<|eot|>{% endfor %}"
+
+# In the manner of well-known families that trl ships no training template for.
+FAMILIES = {
+    # Mistral: the system message and the tools stand in the last question.
+    "system in the last question": Template(
+        "{{ bos_token }}{% set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
+        "{% for m in messages %}{% if m.role == 'user' %}"
+        "{% if tools and loop.index0 == messages | map(attribute='role') | list | length - 1 %}"
+        "[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
+        "[INST] {% if messages[loop.index0:] | selectattr('role', 'equalto', 'user') | list | length == 1 %}"
+        "{{ system }}{% endif %}{{ m.content }}[/INST]"
+        "{% elif m.role == 'assistant' %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}",
+        ("[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
+        "</s>",
+    ),
+    # Llama 2: the system message stands in the first question.
+    "system in the first question": Template(
+        "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}{{ bos_token }}[INST] "
+        "{% if loop.first and system %}<<SYS>>\n{{ system }}\n<</SYS>>\n\n{% endif %}{{ m.content | trim }} [/INST]"
+        "{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}",
+        (),
+        " </s>",
+    ),
+    # Command R7B: two special tokens at the end, and the first one of the answer is for the model to write.
+    "two tokens at the end": Template(
+        "{{ bos_token }}{% for m in messages %}<|turn|>{% if m.role == 'assistant' %}<|bot|><|start_response|>"
+        "{{ m.content }}<|end_response|>{% else %}<|{{ m.role }}|>{{ m.content }}{% endif %}<|end_turn|>{% endfor %}"
+        "{% if add_generation_prompt %}<|turn|><|bot|>{% endif %}",
+        ("<|turn|>", "<|bot|>", "<|user|>", "<|system|>", "<|start_response|>", "<|end_response|>", "<|end_turn|>"),
+        "<|end_response|><|end_turn|>",
+    ),
+    # Llama 3 as it first came: an opened answer at the end of any text.
+    "always opened": Template(
+        OPEN_HEADERS + "<|start|>assistant<|stop|>",
+        ("<|start|>", "<|stop|>", "<|eot|>"),
+        "<|eot|>",
+    ),
+    # Zephyr and Granite: the end of the text ends every turn.
+    "end of text": Template(
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        (),
+        "</s>",
+    ),
+    # Phi 4: headers of three special tokens.
+    "separators": Template(
+        "{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}",
+        ("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
+        "<|im_end|>",
+    ),
+    # Phi 3: the end of the text behind the last turn's own end.
+    "an end of text behind the end": Template(
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}",
+        ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
+        "<|end|>",
+    ),
+}
+
+# GLM 4: no token ends a turn, the next header does.
+NO_END = Template(
+    "[gMASK]<sop>{% for m in messages %}{% if m.role == 'tool' %}<|observation|>{% else %}<|{{ m.role }}|>{% endif %}"
+    "{{ '\n' + m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}\n{{ c.function.arguments | tojson }}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>", "<|observation|>"),
+    "",
+)
+# DeepSeek R1: the prompt begins a thought, the rendered answer has none.
+PREFILLED = Template(
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}"
+    "<|Assistant|>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}",
+    ("<|User|>", "<|Assistant|>", "<think>", "</think>"),
+    "</s>",
+)
 
 
 def tokenizer_with(template: Template | None) -> PreTrainedTokenizerBase:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lisa_dist.data.encode import Encoder
 from lisa_dist.data.formats import BadRowError, Conversation
+from lisa_dist.data.spans import AnswerFinder
 from lisa_dist.data.tokenizer import encode_prompt, ensure_chat_template, render
 from tests.data.templates import TEMPLATES, tokenizer_with, trained_runs
 
@@ -32,6 +33,10 @@ def test_exactly_answers_and_their_end_are_trained(name, turns):
     template = TEMPLATES[name]
     messages = CONVERSATION[:turns]
     answers = [message["content"] + template.end for message in messages if message["role"] == "assistant"]
+    if name == "thoughts":
+        answers[-1] = "<think>\n\n</think>\n\n" + answers[-1]
+    if name == "no_generation_prompt":  # then the header is for the model to write
+        answers = ["<|im_start|>assistant\n" + answer for answer in answers]
     tokenizer = tokenizer_with(template)
     assert runs_of(tokenizer, messages) == answers
     encoded = Encoder(tokenizer, 512).encode(Conversation(messages))
@@ -74,7 +79,7 @@ def test_refusing_template_makes_a_bad_row():
 def test_template_without_an_end_token_gets_eos_after_the_last_answer():
     tokenizer = tokenizer_with(None)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n{% endfor %}"
-    assert runs_of(tokenizer, CONVERSATION[:2]) == ["Cold.\n</s>"]
+    assert runs_of(tokenizer, CONVERSATION[:2]) == ["assistant:\nCold.\n</s>"]
 
 
 def test_fallback_template(caplog):
@@ -135,6 +140,38 @@ def test_token_that_reaches_into_the_answer_is_trained():
     assert encoded.labels[1] == encoded.input_ids[1]
 
 
+@pytest.mark.parametrize("text", ["one two", "<s>one two", "one two</s>", "<s> one two </s>\n", "</s>"])
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_text_that_has_bos_and_eos_already_gets_no_second_one(text, adds_bos):
+    tokenizer = tokenizer_with(None)
+    if adds_bos:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+        )
+    ids = Encoder(tokenizer, 512).encode(text).input_ids.tolist()
+    assert ids.count(tokenizer.bos_token_id) == (1 if adds_bos or "<s>" in text else 0)
+    assert ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_answers_that_are_marked_untrained_carry_no_loss():
+    tokenizer = tokenizer_with(TEMPLATES["chatml"])
+    conversation = Conversation(CONVERSATION, untrained=frozenset({1}))
+    encoded = Encoder(tokenizer, 512).encode(conversation)
+    runs = trained_runs(tokenizer, encoded.input_ids.tolist(), encoded.labels.tolist())
+    assert runs == [CONVERSATION[3]["content"] + "<|im_end|>"]
+    everything = Encoder(tokenizer, 512, train_on_prompt=True).encode(conversation)
+    runs = trained_runs(tokenizer, everything.input_ids.tolist(), everything.labels.tolist())
+    assert "".join(runs) == tokenizer.decode(everything.input_ids[1:]).replace("Cold.<|im_end|>", "", 1)
+
+
+def test_the_end_that_an_untrained_last_answer_gets_is_untrained_too():
+    tokenizer = tokenizer_with(None)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n{% endfor %}"
+    encoded = Encoder(tokenizer, 512).encode(Conversation(CONVERSATION[:2], untrained=frozenset({1})))
+    assert encoded.input_ids[-1] == tokenizer.eos_token_id
+    assert not encoded.trained_tokens
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(
@@ -145,11 +182,9 @@ def test_marks_without_offsets_agree_with_marks_by_offsets(contents):
     roles = ["user", "assistant"] * 2
     messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
     encoder = Encoder(tokenizer_with(TEMPLATES["chatml"]), 10_000)
-    text = render(encoder.tokenizer, messages)
-    spans, ended = encoder.answer_spans(messages, text)
-    assert ended
-    assert [text[start:end] for start, end in spans] == [content + "<|im_end|>" for content in contents[1::2]]
-    ids, trained = encoder._mark_tokens(text, spans)
-    by_prefix_ids, by_prefix = encoder._mark_tokens_by_prefix(text, spans)
+    answers = AnswerFinder(encoder.tokenizer).find(Conversation(messages))
+    spans = list(answers.spans.values())
+    ids, trained = encoder._mark_tokens(answers.text, spans)
+    by_prefix_ids, by_prefix = encoder._mark_tokens_by_prefix(answers.text, spans)
     assert ids == by_prefix_ids
     assert trained == by_prefix

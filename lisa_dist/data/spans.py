@@ -1,0 +1,299 @@
+"""Where the answers of a conversation stand in its rendering: what the model has to produce, and nothing else.
+
+Stock chat templates seldom mark it, and many render a message in another way once others follow it, so it is found by
+comparing renderings, never by looking for the answer's text:
+
+- an answer begins where the prompt that is used to generate it ends: as far as that prompt and the whole agree;
+- its turn ends where the whole and the messages up to it cease to agree, and the last special token before that ends
+  it. Where the template gives turns no such token, the next header's (``<|user|>``) is what the model stops by.
+
+Where renderings differ early (a thought that is left out once a question follows, a system message put into the last
+question), they are compared from a place that both have, which marks in the messages show.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from lisa_dist.data.formats import BadRowError, Conversation, Message
+from lisa_dist.data.marks import Marks, Place, insert, text_of
+from lisa_dist.data.tokenizer import render
+
+logger = logging.getLogger(__name__)
+
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what data and templates call a message's thoughts
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A rendered conversation and the characters of its answers, by their index among the messages."""
+
+    text: str
+    spans: dict[int, tuple[int, int]]
+    ended: bool  # False: the last message is an answer, and nothing in the text ends it
+
+
+def common_length(one: str, other: str) -> int:
+    """Return how many characters two texts have in common at their beginning."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # slices are compared far faster than characters one by one
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+class AnswerFinder:
+    """Finds answers with one tokenizer and its chat template; remembers how that template ends turns."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+        self.special = _any_of(special)
+        self.added = _any_of(special | {token.content for token in added})
+        self.turn_ends: dict[tuple[bool, str], tuple[int, bool]] = {}
+        self._rendered: set[str] = set()
+        self._told: set[str] = set()
+
+    def find(self, conversation: Conversation) -> Answers:
+        """Render a conversation and find its answers.
+
+        Raises:
+            BadRowError: the template refuses the messages, leaves one out, or does not show where an answer stands.
+        """
+        try:
+            search = _Search(self, conversation)
+        except TemplateError as error:
+            raise BadRowError(f"the chat template refuses the messages ({error})") from error
+        found = search.answers()
+        self._warn_of_what_is_left_out(search)
+        return found
+
+    def agreement(self, one: str, other: str) -> int:
+        """Return how far two texts agree, in whole added tokens: ``<|end|>`` and ``<|eot|>`` have nothing in common."""
+        length = common_length(one, other)
+        if length < len(one) or length < len(other):
+            for text in (one, other):
+                for match in self.added.finditer(text, max(0, length - 100), length + 100):
+                    if match.start() < length < match.end():
+                        length = match.start()
+                        break
+        return length
+
+    def _warn_of_what_is_left_out(self, search: _Search) -> None:
+        """Say once what the template never renders: the tools, thoughts, words beside a tool call."""
+        if search.words_lost and "words" not in self._told:
+            self._told.add("words")
+            logger.warning("the chat template leaves out an answer's text where a tool call stands beside it")
+        last = search.messages[-1]
+        fields = [name for name in THOUGHTS if isinstance(last.get(name), str) and last[name].strip()]
+        for field in [*fields, "tools"] if search.tools else fields:
+            if field in self._rendered or field in self._told:
+                continue
+            bare = [*search.messages[:-1], {name: value for name, value in last.items() if name != field}]
+            try:
+                without = render(self.tokenizer, bare, tools=None if field == "tools" else search.tools)
+            except TemplateError:
+                continue
+            if without != search.whole:
+                self._rendered.add(field)
+                continue
+            self._told.add(field)
+            logger.warning("the chat template does not render %s, so the model neither sees nor learns them", field)
+
+
+def _any_of(texts: set[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(filter(None, texts), key=len, reverse=True))) or r"(?!)")
+
+
+class _Search:
+    """The search in one conversation."""
+
+    def __init__(self, finder: AnswerFinder, conversation: Conversation) -> None:
+        self.finder = finder
+        self.messages = conversation.messages
+        self.tools = conversation.tools
+        self.whole = self.render(self.messages)
+        self.marks = Marks(self.messages, self.whole, self.render_or_none)
+        self.words_lost = False
+
+    def render(self, messages: list[Message], prompt: bool = False) -> str:
+        return render(self.finder.tokenizer, messages, tools=self.tools, prompt=prompt)
+
+    def render_or_none(self, messages: list[Message], prompt: bool = False) -> str | None:
+        try:
+            return self.render(messages, prompt)
+        except TemplateError:
+            return None
+
+    def name(self, index: int) -> str:
+        return f"message {index + 1} of {len(self.messages)} ({self.messages[index]['role']})"
+
+    def answers(self) -> Answers:
+        self._refuse_what_is_left_out()
+        indexes = [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
+        begins = {index: self._begin(index) for index in indexes}
+        spans: dict[int, tuple[int, int]] = {}
+        reached, ended = 0, True
+        for index in indexes:
+            end, ended = self._end(index, begins)
+            if not reached <= begins[index] <= end:
+                raise BadRowError(f"the chat template does not show where {self.name(index)} begins and ends")
+            spans[index] = (begins[index], end)
+            reached = end
+            self._refuse_others_within(index, begins[index], end)
+        return Answers(self.whole, spans, ended or self.messages[-1]["role"] != "assistant")
+
+    def _refuse_what_is_left_out(self) -> None:
+        for mark in self.marks.lost():
+            message = self.messages[mark.message]
+            if mark.place is Place.CALL:
+                raise BadRowError(f"the chat template leaves out a tool call of {self.name(mark.message)}")
+            if message.get("tool_calls"):  # templates keep or drop the words beside a call by design
+                self.words_lost = True
+            elif text_of(message["content"]).strip():
+                raise BadRowError(f"the chat template leaves out the content of {self.name(mark.message)}")
+
+    def _refuse_others_within(self, index: int, begin: int, end: int) -> None:
+        for mark in self.marks.marks:
+            other = self.messages[mark.message]["role"] != "assistant"
+            if other and any(begin < place < end for place in self.marks.places.get(mark.word, [])):
+                raise BadRowError(f"the chat template puts {self.name(mark.message)} inside {self.name(index)}")
+
+    # Where an answer begins
+
+    def _begin(self, index: int) -> int:
+        try:
+            prompt = self.render(self.messages[:index], prompt=True)
+        except TemplateError as error:
+            if any(message["role"] == "user" for message in self.messages[:index]):
+                raise BadRowError(f"the chat template gives no prompt for {self.name(index)} ({error})") from error
+            return self._begin_unasked(index)
+        if self.whole.startswith(prompt):
+            return len(prompt)
+        context = self.render_or_none(self.messages[:index]) or ""
+        if self.whole.startswith(context[: self.finder.agreement(context, prompt)]):  # all but the answer's opening
+            return self.finder.agreement(prompt, self.whole)
+        return self._begin_after_mark(index)
+
+    def _begin_after_mark(self, index: int) -> int:
+        """Compare the prompt and the whole from the message before the answer on."""
+        before = index - 1
+        places = [place for mark in self.marks.of(before) for place in self.marks.places.get(mark.word, [])[:1]]
+        known = self.marks.with_marks_in(before)[:index]
+        prompt = self.marks.rest_after(before, self.render_or_none(known, prompt=True) or "")
+        context = self.marks.rest_after(before, self.render_or_none(known) or "")
+        if places and prompt is not None:
+            agreed = self.finder.agreement(prompt, self.whole[max(places) :])
+            if agreed >= self.finder.agreement(context or "", prompt):  # all that closes the message before
+                return max(places) + agreed
+        raise BadRowError(
+            f"the chat template renders what comes before {self.name(index)} otherwise once messages follow, "
+            f"so it does not show where the answer begins"
+        )
+
+    def _begin_unasked(self, index: int) -> int:
+        """Where an answer begins that no question comes before: after the opening that answers to questions have."""
+        question = [{"role": "user", "content": "a"}]
+        prompt = self.render_or_none(question, prompt=True) or ""
+        opening = prompt[self.finder.agreement(prompt, self.render_or_none(question) or "") :]
+        message, word = self.messages[index], self.marks.free_word
+        message = {**message, "content": insert(message["content"], word, at_end=False)}
+        text = self.render_or_none([*self.messages[:index], message, *self.messages[index + 1 :]])
+        if text is None or word not in text:
+            raise BadRowError(f"the chat template does not show where {self.name(index)} begins, no question precedes")
+        begin = common_length(text.partition(word)[0], self.whole)
+        found = self.whole.rfind(opening, 0, begin) if opening else -1
+        return found + len(opening) if found >= 0 else begin
+
+    # Where it ends
+
+    def _end(self, index: int, begins: dict[int, int]) -> tuple[int, bool]:
+        """Return where an answer ends, its end token included, and whether a token ends it."""
+        begin = begins[index]
+        firsts = [
+            min(after)
+            for mark in self.marks.of(index)
+            if (after := [place for place in self.marks.places.get(mark.word, []) if place >= begin])
+        ]
+        start = max(firsts, default=begin)
+        gap = self.whole[start : self._limit(index, start, begins)]
+        plain = bool(firsts) and not self.messages[index].get("tool_calls")
+        known = (index == len(self.messages) - 1, gap)
+        if not plain or known not in self.finder.turn_ends:
+            found = self._turn_end(index, bool(firsts), gap, begin)
+            if not plain:
+                return start + found[0], found[1]
+            self.finder.turn_ends[known] = found
+        length, ended = self.finder.turn_ends[known]
+        return start + length, ended
+
+    def _limit(self, index: int, start: int, begins: dict[int, int]) -> int:
+        """Where the content of the next message begins, or the next answer, or the text ends."""
+        for following in range(index + 1, len(self.messages)):
+            if following in begins:
+                return begins[following]
+            places = [place for mark in self.marks.of(following) for place in self.marks.places.get(mark.word, [])]
+            if any(place >= start for place in places):
+                return min(place for place in places if place >= start)
+        return len(self.whole)
+
+    def _turn_end(self, index: int, is_marked: bool, gap: str, begin: int) -> tuple[int, bool]:
+        """Return how much of ``gap``, the text after a place in the answer, is the answer's, and if a token ends it.
+
+        The other rendering (the last answer with another message behind it, an earlier one with none) shows how much
+        of the gap belongs to the turn itself.
+        """
+        last = index == len(self.messages) - 1
+        special = self.finder.special
+        if last and is_marked and len(special.findall(gap)) == 1:
+            return next(special.finditer(gap)).end(), True
+        other = self._with_a_message_behind(index) if last else self._with_none_behind(index, is_marked, begin)
+        own = gap if other is None else gap[: self.finder.agreement(gap, other)]
+        rest = (gap if last else other or "")[len(own) :]  # what is written where no message follows
+        if rest.strip() and not last and not is_marked and text_of(self.messages[index]["content"]).strip():
+            raise BadRowError(f"the chat template renders {self.name(index)} otherwise once messages follow")
+        ends = {match.end(): match.group() for match in special.finditer(own)}
+        # Some templates open an answer at the end of any text, and that opening begins like any other message's.
+        opens = (rest.strip() and self.whole[:begin].endswith(rest)) or (other is None and not last)
+        if ends and opens:
+            eos = [end for end, token in ends.items() if token == self.finder.tokenizer.eos_token]
+            return (eos or list(ends))[0], True
+        if ends:
+            return max(ends), True
+        after = special.search(gap, len(own))
+        if after is not None and after.group() != self.finder.tokenizer.bos_token:
+            return after.end(), True
+        return (len(gap) if last else len(own)), False
+
+    def _with_none_behind(self, index: int, is_marked: bool, begin: int) -> str | None:
+        """What follows the place in answer ``index`` where it is the last message; None where the template refuses."""
+        if is_marked:
+            return self.marks.rest_after(index, self.render_or_none(self.marks.with_marks_in(index)[: index + 1]) or "")
+        text = self.render_or_none(self.messages[: index + 1])
+        if text is None or text[:begin] != self.whole[:begin]:
+            return None
+        return text[begin:]
+
+    def _with_a_message_behind(self, index: int) -> str | None:
+        """What follows the place in the last answer up to the content of a message after it; None where refused."""
+        word = self.marks.free_word
+        followers: list[Message] = [{"role": "user", "content": word}]
+        for call in self.messages[index].get("tool_calls") or []:
+            name = call.get("function", call).get("name")
+            tool = {"role": "tool", "content": word, "name": name, "tool_call_id": call.get("id")}
+            followers.insert(0, {key: value for key, value in tool.items() if value is not None})
+        for follower in followers:
+            text = self.render_or_none([*self.marks.with_marks_in(index), follower])
+            after = None if text is None else self.marks.rest_after(index, text)
+            if after is not None and word in after:
+                return after.partition(word)[0]
+        return None

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trl
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from lisa_dist.data.formats import BadRowError, Conversation
+from lisa_dist.data.spans import AnswerFinder, common_length
+from tests.data.conversations import CONVERSATIONS, OSLO, SYSTEM, WEATHER, answer, call, result, user
+from tests.data.templates import FAMILIES, NO_END, PREFILLED, TEMPLATES, Template, tokenizer_with
+
+TWO = [user("The opposite of hot?"), answer("Cold."), user("Cold."), answer("Hot.")]
+
+
+def runs_of(template: Template | str, messages, tools=None) -> list[str]:
+    """Return the texts of the answers; a template's name means the one that trl has of that name."""
+    tokenizer = tokenizer_with(template if isinstance(template, Template) else shipped(template))
+    found = AnswerFinder(tokenizer).find(Conversation(messages, tools))
+    return [found.text[begin:end] for begin, end in found.spans.values()]
+
+
+def shipped(name: str) -> Template:
+    tokens = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>", "<|im_start|>")
+    file = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
+    return Template(file.read_text(), (*tokens, "<|im_end|>", "<|eot_id|>", "<|start_header_id|>"), "")
+
+
+@pytest.mark.parametrize("with_system", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name, with_system):
+    template = FAMILIES[name]
+    begin = {"two tokens at the end": "<|start_response|>", "system in the last question": " "}.get(name, "")
+    begin = " " if name == "system in the first question" else begin
+    messages = [SYSTEM, *TWO] if with_system else TWO
+    assert runs_of(template, messages) == [f"{begin}Cold.{template.end}", f"{begin}Hot.{template.end}"]
+    again = [*messages[:-2], user("The opposite of hot?"), answer("Cold.")]  # all words occur twice
+    assert runs_of(template, again) == [f"{begin}Cold.{template.end}"] * 2
+    assert runs_of(template, messages[:-1]) == [f"{begin}Cold.{template.end}"]
+
+
+def test_tools_in_the_last_question_move_nothing():
+    template = FAMILIES["system in the last question"]
+    assert runs_of(template, [SYSTEM, *TWO], [WEATHER]) == [" Cold.</s>", " Hot.</s>"]
+
+
+def test_the_next_header_ends_a_turn_that_has_no_end_of_its_own():
+    messages = [OSLO, answer("", tool_calls=[call("Oslo")]), result("rain"), *TWO[1:]]
+    calling = '\nget_weather\n{"city": "Oslo"}<|observation|>'
+    assert runs_of(NO_END, messages) == [calling, "\nCold.<|user|>", "\nHot."]
+    assert not AnswerFinder(tokenizer_with(NO_END)).find(Conversation(messages)).ended
+    assert runs_of(NO_END, [user("a"), answer("see <|user|> there"), user("b"), answer("<|user|>")]) == [
+        "\nsee <|user|> there<|user|>",
+        "\n<|user|>",
+    ]
+
+
+def test_a_thought_that_the_prompt_begins_and_the_row_has_not_takes_nothing_off_the_answer():
+    messages = [user("Hot?"), answer("<think>\nhm\n</think>Cold."), user("Bold?"), answer("<b>Yes</b>")]
+    assert runs_of(PREFILLED, messages) == ["Cold.</s>", "<b>Yes</b></s>"]
+
+
+def test_qwen3_leaves_out_the_thoughts_of_calls_once_a_question_follows():
+    conversation = CONVERSATIONS["tools, thoughts before calls"]
+    assert runs_of("qwen3", conversation.messages, conversation.tools) == [
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>',
+        "Rain.<|im_end|>",
+        "<think>\n\n</think>\n\nYes.<|im_end|>",
+    ]
+    assert runs_of("qwen3", conversation.messages[:4], conversation.tools) == [
+        "<think>\nI must look.\n</think>\n\n"
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>',
+        "<think>\nIt rains.\n</think>\n\nRain.<|im_end|>",
+    ]
+
+
+def test_gpt_oss_leaves_out_thoughts_and_ends_the_last_answer_by_another_token():
+    messages = [OSLO, answer("", thinking="I look.", tool_calls=[call("Oslo")]), result("rain")]
+    messages += [answer("Rain.", thinking="It rains."), user("Sure?"), answer("Yes.", thinking="I am.")]
+    calling = ' to=functions.get_weather<|channel|>commentary json<|message|>{"city": "Oslo"}<|call|>'
+    last = "<|channel|>analysis<|message|>I am.<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>"
+    assert runs_of("gptoss", messages) == [calling, "<|channel|>final<|message|>Rain.<|end|>", last]
+    thought = "<|channel|>analysis<|message|>I look.<|end|><|start|>assistant"
+    assert runs_of("gptoss", messages[:3]) == [thought + calling]
+
+
+def test_arguments_become_text_where_the_template_wants_text(tmp_path):
+    (run,) = runs_of("deepseekv3", CONVERSATIONS["tools, a call at the end"].messages)
+    assert '```json\n{"city": "Oslo"}\n```' in run
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "reason"),
+    [
+        ("llama3", [OSLO, answer("", tool_calls=[call("Oslo")])], r"leaves out a tool call of message 2 of 2"),
+        (TEMPLATES["instructions"], [SYSTEM, *TWO], r"leaves out the content of message 1 of 5 \(system\)"),
+        ("gptoss", CONVERSATIONS["tools, parallel calls"].messages, "leaves out a tool call of message 2 of 5"),
+        ("gemma4", CONVERSATIONS["tools, words and a call"].messages, r"puts message 3 of 4 \(tool\) inside message 2"),
+        ("gemma", [user("a"), user("b"), answer("c")], "must alternate"),
+        (
+            "{{ raise_exception('an odd count') if messages | length == 3 and add_generation_prompt }}"
+            "{% for m in messages %}{{ m.role }} {{ m.content }}{{ eos_token }}{% endfor %}",
+            TWO,
+            "gives no prompt for message 4 of 4",
+        ),
+        (  # the words of earlier questions are replaced
+            "{% for m in messages %}<|{{ m.role }}|>"
+            "{{ m.content if loop.last or messages[loop.index0 + 1:] | length < 2 else m.content | upper }}"
+            "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+            TWO,
+            "otherwise once messages follow",
+        ),
+    ],
+)
+def test_rows_are_refused_where_the_template_does_not_allow_them(template, messages, reason):
+    if isinstance(template, str) and "{%" in template:
+        template = Template(template, (), "</s>")
+    with pytest.raises(BadRowError, match=reason):
+        runs_of(template, messages)
+
+
+def test_what_the_template_never_renders_is_said_once(caplog):
+    finder = AnswerFinder(tokenizer_with(TEMPLATES["chatml"]))
+    for _ in range(2):
+        finder.find(Conversation([user("a"), answer("b", reasoning_content="because")], [WEATHER]))
+    assert sorted(record.message.split(",")[0] for record in caplog.records) == [
+        "the chat template does not render reasoning_content",
+        "the chat template does not render tools",
+    ]
+    caplog.clear()
+    words = AnswerFinder(tokenizer_with(shipped("llama3_1")))
+    for _ in range(2):
+        words.find(Conversation([OSLO, answer("Let me look.", tool_calls=[call("Oslo")])]))
+    assert caplog.text.count("leaves out an answer's text where a tool call stands beside it") == 1
+
+
+def test_a_conversation_is_rendered_a_few_times_a_turn(monkeypatch):
+    tokenizer = tokenizer_with(shipped("qwen3"))
+    finder = AnswerFinder(tokenizer)
+    finder.find(Conversation(TWO))
+    calls = []
+    render = tokenizer.apply_chat_template
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **k: calls.append(1) or render(*a, **k))
+    finder.find(Conversation(TWO * 10))
+    assert len(calls) <= 2 + 20  # the whole, the whole with marks, and a prompt an answer
+
+
+def chatml(contents: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    text, spans = "<|im_start|>system\nBe helpful.<|im_end|>\n", []
+    for number, content in enumerate(contents):
+        text += f"<|im_start|>{'assistant' if number % 2 else 'user'}\n"
+        begin = len(text)
+        text += f"{content}<|im_end|>"
+        spans += [(begin, len(text))] * (number % 2)
+        text += "\n"
+    return text, spans
+
+
+def headers(contents: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    text, spans = "<s>", []
+    for number, content in enumerate(contents):
+        text += f"<|start_header_id|>{'assistant' if number % 2 else 'user'}<|end_header_id|>\n\n"
+        begin = len(text)
+        text += f"{content.strip()}<|eot_id|>"
+        spans += [(begin, len(text))] * (number % 2)
+    return text, spans
+
+
+def thoughts(contents: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    text, spans = "", []
+    for number, content in enumerate(contents):
+        text += f"<|im_start|>{'assistant' if number % 2 else 'user'}\n"
+        begin = len(text)
+        thought = "<think>\n\n</think>\n\n" if number % 2 and number == len(contents) - 1 else ""
+        text += f"{thought}{content}<|im_end|>"
+        spans += [(begin, len(text))] * (number % 2)
+        text += "\n"
+    return text, spans
+
+
+WORDS = ["assistant", "user", "\n", " ", "<|im_end|>", "<|im_start|>", "<|eot_id|>", "</s>", "Cold.", "zq0mk", "zqzq"]
+CONTENT = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(st.sampled_from(WORDS)).map("".join)
+FINDERS = {name: AnswerFinder(tokenizer_with(TEMPLATES[name])) for name in ("chatml", "headers", "thoughts")}
+
+
+@pytest.mark.parametrize("build", [chatml, headers, thoughts])
+@settings(max_examples=60, deadline=None)
+@given(st.lists(CONTENT, min_size=2, max_size=7))
+@example(["assistant", "assistant\n", "<|im_start|>assistant\n", "<|im_end|>", "", ""])
+@example(["zq0mk", "zq1mk", "zqmk", "zqzq1mk"])
+def test_spans_are_those_of_a_text_put_together_by_hand(build, contents):
+    messages = [answer(text) if number % 2 else user(text) for number, text in enumerate(contents)]
+    found = FINDERS[build.__name__].find(Conversation(messages))
+    assert (found.text, list(found.spans.values())) == build(contents)
+
+
+@given(st.text(), st.text(), st.text())
+def test_common_length(shared, one, other):
+    length = common_length(shared + one, shared + other)
+    assert length >= len(shared)
+    assert (shared + one)[:length] == (shared + other)[:length]
+    assert (shared + one)[length : length + 1] != (shared + other)[
+        length : length + 1
+    ] or shared + one == shared + other
