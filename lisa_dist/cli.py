@@ -22,6 +22,8 @@ from lisa_dist import __version__
 from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, Config, UserError
 from lisa_dist.config.errors import check_choice
 from lisa_dist.config.loading import GROUPS, group_choices, load, load_run, to_yaml
+from lisa_dist.config.overrides import parse_overrides
+from lisa_dist.config.paths import local_path
 from lisa_dist.config.reference import keys_of
 from lisa_dist.config.run_directory import check_run_dir_is_free, resolve_run_dir
 from lisa_dist.environment import environment_rank, has_ranks
@@ -167,9 +169,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _configuration(command: Command, overrides: list[str], config_dir: str | None) -> Config:
-    run_dirs = [text.partition("=")[2] for text in overrides if text.startswith("run.dir=")]
-    if command.reads_run and run_dirs:
-        return load_run(run_dirs[-1], overrides)
+    run_dirs = [text for text in overrides if text.startswith("run.dir=")]
+    run_dir = parse_overrides(run_dirs)[-1].value if run_dirs else None
+    if command.reads_run and run_dir is not None:
+        return load_run(str(local_path(str(run_dir))), overrides)
     return load(overrides, config_dir)
 
 

@@ -108,6 +108,7 @@ def prepare_run(config: Config) -> Run:
     tokenizer = open_tokenizer(config)
     with distributed.waiting_for_disks(config.parallel.timeout):
         data = prepare_data(config.data, tokenizer, config.train.seed)
+    warn_of_positions(config)
     distributed.on_rank_zero(lambda: write_tokenizer(config, tokenizer))
     show_preview(config.data, data, tokenizer)
     pad = int(tokenizer.pad_token_id or 0)
@@ -120,6 +121,7 @@ def prepare_run(config: Config) -> Run:
     max_steps = config.train.max_steps or batches.steps(config.train.epochs)
     announce_run(config, learner, data, batches, max_steps, progress)
     recorder = Recorder(config, max_steps, progress.step, progress.resumed_from)
+    recorder.figures |= rows_of(data)
     heartbeat = Heartbeat(Path(str(config.run.dir)), config.parallel.timeout)
     return Run(config, learner, tokenizer, batches, validation, max_steps, progress, recorder, checkpoints, heartbeat)
 
@@ -160,6 +162,26 @@ def open_tokenizer(config: Config) -> PreTrainedTokenizerBase:
             "choose the model's own tokenizer"
         )
     return tokenizer
+
+
+def warn_of_positions(config: Config) -> None:
+    """Warn where sequences may be longer than what the model was made for."""
+    architecture = read_architecture(config.model)
+    names = ("max_position_embeddings", "max_seq_len", "n_positions")
+    positions = next((found for name in names if isinstance(found := getattr(architecture, name, None), int)), None)
+    if positions is not None and config.data.sequence_length > positions:
+        logger.warning(
+            "data.sequence_length=%d: is above the %d positions of the model; what is longer trains positions that it "
+            "has never seen, or fails where positions are a table",
+            config.data.sequence_length,
+            positions,
+        )
+
+
+def rows_of(data: PreparedData) -> dict[str, Any]:
+    """Return what summary.json says of the rows: ``rows``, and ``validation_rows`` where they have a source."""
+    counts = {"rows": data.counts, "validation_rows": data.validation_counts}
+    return {name: found.rows for name, found in counts.items() if found is not None}
 
 
 def make_batches(config: Config, sequences: Sequences, pad_token_id: int) -> GlobalBatches:
@@ -225,6 +247,8 @@ def announce_run(
             f"gradients reduced in {precision.reduce}, {precision.on_freeze} rounding on freeze",
             "attention": str(architecture._attn_implementation),
             "data": f"{config.data.path}: {batches.num_sequences} sequences, format {data.format}, {trained}",
+            "rows": data.counts.describe(),
+            **({} if data.validation_counts is None else {"validation rows": data.validation_counts.describe()}),
             "steps": f"{progress.step} of {max_steps} done, global batch {config.train.global_batch_size} = "
             f"{config.train.micro_batch_size} a micro-batch",
             "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",

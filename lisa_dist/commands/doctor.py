@@ -22,6 +22,7 @@ from rich.console import Console
 from lisa_dist import distributed
 from lisa_dist.commands import self_test
 from lisa_dist.config import EXIT_DONE, EXIT_FAILED, Config, UserError
+from lisa_dist.config.paths import local_path
 from lisa_dist.environment import has_ranks
 from lisa_dist.preparation import open_tokenizer
 from lisa_dist.telemetry.units import GIB, format_bytes
@@ -157,7 +158,7 @@ def check_network(config: Config) -> Iterator[Finding]:
 
 def check_disk(config: Config) -> Iterator[Finding]:
     """Look at the room for runs and for temporary files, and whether runs can be written."""
-    directory = Path(config.run.dir or "runs").expanduser().absolute()
+    directory = local_path(config.run.dir or "runs").absolute()
     existing = next(parent for parent in (directory, *directory.parents) if parent.is_dir())
     for name, place in (("disk for runs", existing), ("disk for temporary files", Path(tempfile.gettempdir()))):
         free = shutil.disk_usage(place).free

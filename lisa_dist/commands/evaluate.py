@@ -12,8 +12,10 @@ from typing import Any
 from lisa_dist import distributed
 from lisa_dist.commands.inference import OpenedModel, open_model
 from lisa_dist.config import EXIT_DONE, Config, UserError
+from lisa_dist.config.paths import local_path
 from lisa_dist.data.prepare import prepare_data, validation_split
 from lisa_dist.data.sequences import Sequences
+from lisa_dist.data.sources import has_subset
 from lisa_dist.preparation import make_batches
 from lisa_dist.probes import mean_loss
 from lisa_dist.telemetry.logs import setup_logging
@@ -66,7 +68,9 @@ def held_out_sequences(config: Config, opened: OpenedModel) -> tuple[str, Sequen
     """
     path, limit = config.evaluate.data, config.evaluate.limit
     if path is not None:
-        chosen = replace(config.data, path=path, split=validation_split(path), validation=None, limit=limit)
+        subset = config.data.subset if has_subset(path, config.data.subset) else None
+        split = validation_split(path, subset)
+        chosen = replace(config.data, path=path, split=split, subset=subset, validation=None, limit=limit)
         return path, prepare_data(chosen, opened.tokenizer, config.train.seed).train
     held_out = prepare_data(config.data, opened.tokenizer, config.train.seed).validation
     if held_out is None:
@@ -97,7 +101,7 @@ def run_tasks(config: Config, opened: OpenedModel) -> dict[str, Any]:
 
 def _write(config: Config, results: dict[str, Any]) -> None:
     directory = Path(config.run.dir) if config.run.dir is not None else Path()
-    file = Path(config.evaluate.output).expanduser() if config.evaluate.output else directory / EVALUATION_FILE
+    file = local_path(config.evaluate.output) if config.evaluate.output else directory / EVALUATION_FILE
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(results, indent=1))

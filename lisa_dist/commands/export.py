@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lisa_dist.checkpoint.export import export_checkpoint, find_checkpoint
 from lisa_dist.config import EXIT_DONE, Config, UserError
+from lisa_dist.config.paths import local_path
 
 
 def run(config: Config) -> int:
@@ -18,7 +19,7 @@ def run(config: Config) -> int:
         raise UserError("run.dir=null: name the directory of the run to export")
     if config.export.path is None:
         raise UserError("export.path=null: name the Hugging Face directory to write")
-    target = Path(config.export.path).expanduser()
+    target = local_path(config.export.path)
     checkpoint = find_checkpoint(Path(config.run.dir) / "checkpoints", config.export.step)
     files = export_checkpoint(config, checkpoint, target)
     print(f"{target}: {len(files)} file{'s' if len(files) > 1 else ''} of weights from {checkpoint}")

@@ -14,6 +14,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from lisa_dist import distributed
 from lisa_dist.commands.inference import open_model
 from lisa_dist.config import EXIT_DONE, Config, UserError
+from lisa_dist.config.paths import local_path
 from lisa_dist.data.formats import BadRowError, Conversation
 from lisa_dist.data.spans import AnswerFinder
 from lisa_dist.data.tokenizer import encode_prompt
@@ -36,7 +37,7 @@ def run(config: Config) -> int:
     setup_logging()
     choice = config.generate
     prompts: list[Prompt] = distributed.on_rank_zero(lambda: read_prompts(choice.prompts))
-    output = Path(choice.output).expanduser() if choice.output else None
+    output = local_path(choice.output) if choice.output else None
     distributed.on_rank_zero(lambda: _check_output(output))
     opened = open_model(config, choice.path, choice.step, "generate")
     generator = torch.Generator().manual_seed(config.train.seed)
@@ -59,7 +60,7 @@ def read_prompts(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, list):
         found: list[Prompt] = [str(prompt) for prompt in prompts]
     else:
-        file = Path(str(prompts)).expanduser()
+        file = local_path(str(prompts))
         if not file.is_file():
             raise UserError(f"generate.prompts={prompts}: must be a list such as ['Hello'] or a file that exists")
         try:

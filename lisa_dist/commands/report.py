@@ -11,7 +11,7 @@ import yaml
 
 from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.telemetry.comparison import PAGE_FILE, write_comparison
-from lisa_dist.telemetry.page import Card, folded_text, render_page
+from lisa_dist.telemetry.page import Card, folded_text, render_page, table
 from lisa_dist.telemetry.plots import Period, Series, activity_heatmap, activity_shares, line_chart, moving_average
 from lisa_dist.telemetry.records import (
     LAYERS_FILE,
@@ -76,7 +76,7 @@ def _page(run_dir: Path, metrics: list[Row], layers: list[Row], summary: Row | N
     evals = [row for row in metrics if "eval_loss" in row]
     marks = (summary or {}).get("resumed_from") or []
     loss, *other_charts = _charts(steps, evals, marks)
-    cards = [loss, _activity_card(steps, layers, summary), *other_charts]
+    cards = [loss, _activity_card(steps, layers, summary), *other_charts, *_rows_cards(summary or {})]
     if settings:
         cards.append(Card("", folded_text("Configuration", yaml.safe_dump(settings, sort_keys=False)), wide=True))
     if summary:
@@ -132,6 +132,17 @@ def _activity_card(steps: list[Row], layers: list[Row], summary: Row | None) -> 
         f"{min(shares):.0%} to {max(shares):.0%}." + (f" {untouched} never trained." if untouched else "")
     )
     return Card(heading, activity_heatmap(periods, num_blocks, last_step), note)
+
+
+def _rows_cards(summary: Row) -> list[Card]:
+    """Return what became of the rows of the data, and of the validation data."""
+    cards = []
+    for key, heading in (("rows", "Rows of the data"), ("validation_rows", "Rows of the validation data")):
+        if counts := summary.get(key):
+            left_out = [[f"left out: {reason}", str(count)] for reason, count in counts["left_out"].items()]
+            counted = [[name, str(counts[name])] for name in ("read", "used", "cut")]
+            cards.append(Card(heading, table(["", "rows"], counted + left_out)))
+    return cards
 
 
 def _figures(steps: list[Row], evals: list[Row], summary: Row | None) -> dict[str, str]:

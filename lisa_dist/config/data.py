@@ -14,6 +14,7 @@ class DataConfig:
     name: str = "custom"  # the preset's name, for records
     path: str | None = None  # a file, a glob, a Hugging Face directory, a hub id, or builtin:demo
     split: str = "train"  # the split of a directory or a hub data set
+    subset: str | None = None  # of a data set that has several: the one to read, by its name
     format: str = "auto"  # alpaca, chat, sharegpt, prompt_completion, text; auto looks at the first row
     columns: dict[str, str] = field(default_factory=dict)  # the format's column -> the file's column
     sequence_length: int = 512  # tokens a sequence

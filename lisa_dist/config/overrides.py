@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lisa_dist.config.errors import UserError, nearest
 from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS
+from lisa_dist.config.paths import local_path, path_exists
 
 # The groups whose dataclass depends on the name that is chosen.
 SCHEMAS: dict[str, dict[str, type[Any]]] = {"sampler": {**SAMPLER_CONFIGS}, "update": {**UPDATE_CONFIGS}}
@@ -35,6 +36,14 @@ class KeyOverride:
     text: str
 
 
+# Keys whose value is a path: what exists is meant by its very name, and what Hydra can't read is a name too.
+PATH_KEYS = (
+    *("data.path", "data.validation", "data.preview_file", "data.cache_dir", "model.path", "model.tokenizer"),
+    *("run.dir", "sweep.dir", "export.path", "evaluate.path", "evaluate.data", "evaluate.task_dir", "evaluate.output"),
+    *("generate.path", "generate.prompts", "generate.output", "plan.gpu", "launch.script", "launch.container"),
+)
+
+
 def parse_overrides(texts: list[str]) -> list[KeyOverride]:
     """Parse Hydra's override grammar; the forms that would add or remove keys, or sweep, are refused.
 
@@ -52,13 +61,31 @@ def path_override(key: str, path: str) -> str:
     return f"{key}='{escaped}'"
 
 
+def literal_path(text: str) -> KeyOverride | None:
+    """Return ``key=path`` as it is written where ``key`` takes a path and ``path`` exists; else None.
+
+    So brackets, blanks, commas and parentheses of a path need no quotes. ``null`` stays null.
+    """
+    key, _, path = text.lstrip("+").partition("=")
+    path = path.strip()
+    if key not in PATH_KEYS or path in ("", "null") or not path_exists(local_path(path)):
+        return None
+    return KeyOverride(key, path, text)
+
+
 def _parse(text: str) -> KeyOverride:
+    literal = literal_path(text)
+    if literal is not None:
+        return literal
     try:
         override: Override = OverridesParser.create().parse_override(text)
     except HydraException:
+        key, _, path = text.lstrip("+").partition("=")
+        if key in PATH_KEYS:
+            return KeyOverride(key, path.strip(), text)
         raise UserError(
             f"{text}: cannot be read, it must be KEY=VALUE where a value that holds brackets, commas or = "
-            "stands in quotes, as in 'data.path=\"a=b.json\"'"
+            "stands in quotes, as in 'run.name=\"a=b\"'"
         ) from None
     key = override.key_or_group
     if override.type == OverrideType.DEL:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lisa_dist.config import Config
 from lisa_dist.config.errors import UserError
+from lisa_dist.config.paths import local_path
 
 
 def resolve_run_dir(config: Config) -> Config:
@@ -16,7 +17,7 @@ def resolve_run_dir(config: Config) -> Config:
     The default is ``runs/<run.name or date and time>`` in the current directory.
     """
     name = config.run.name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    directory = Path(config.run.dir or Path("runs") / name).expanduser().resolve()
+    directory = local_path(config.run.dir or str(Path("runs") / name)).resolve()
     return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(directory)))
 
 

@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 
 from lisa_dist.config.errors import UserError
 from lisa_dist.config.loading import GROUPS, group_choices
-from lisa_dist.config.overrides import parse_overrides
+from lisa_dist.config.overrides import PATH_KEYS, literal_path, parse_overrides
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,9 @@ def combinations(space: Space) -> list[SweptOverrides]:
 
 def _values(text: str, config_dir: str | None) -> tuple[str, list[str] | Interval]:
     """Return the key of an override and its text for every value, or its interval."""
+    literal = literal_path(text)
+    if literal is not None:
+        return literal.key, [text]
     try:
         override: Override = OverridesParser.create().parse_override(text)
         if not override.is_sweep_override():
@@ -82,6 +85,8 @@ def _values(text: str, config_dir: str | None) -> tuple[str, list[str] | Interva
         else:
             values = list(override.sweep_string_iterator())
     except HydraException:
+        if text.lstrip("+").partition("=")[0] in PATH_KEYS:
+            return parse_overrides([text])[0].key, [text]
         raise UserError(
             f"{text}: cannot be read as one value or several, write them as in {text.partition('=')[0]}=A,B "
             "or =range(1,4), in quotes what holds brackets or ="

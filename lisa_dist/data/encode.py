@@ -48,6 +48,11 @@ class Encoder:
         self._adds_bos = adds_bos(tokenizer)
         self._finder = AnswerFinder(tokenizer)
 
+    @property
+    def left_out(self) -> list[str]:
+        """What of the samples so far the chat template never renders, a sentence each."""
+        return list(self._finder.left_out.values())
+
     def encode(self, sample: Sample) -> Encoded:
         """Encode one sample.
 

@@ -6,14 +6,25 @@ instruction and, after a blank line, its input) and an answer, like every other 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import nearest
+from lisa_dist.data.messages import (
+    SPEAKERS,
+    BadRowError,
+    Message,
+    describe,
+    is_nothing,
+    parse_json,
+    read_tools,
+    read_turn,
+)
 
-Message = dict[str, Any]  # role and content; what else a chat template may use (tool_calls, name) is kept
+__all__ = ["BadRowError", "Conversation", "Message", "RowFormat", "Sample", "choose_format"]
 
 
 @dataclass(frozen=True)
@@ -26,24 +37,11 @@ class Conversation:
 
 
 Sample = Conversation | str
+Turn = tuple[Message, bool]  # and whether it carries loss
 
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-}
-
-
-class BadRowError(Exception):
-    """A row that does not hold what its format needs; the message says why, without the place."""
+PREFERENCES = ("rejected", "kto_tag")  # columns that only data of preferences have
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+FUNCTIONS = {"tools": ("functions",)}  # as the column was called before there were tools
 
 
 @dataclass(frozen=True)
@@ -54,36 +52,128 @@ class Format:
     required: tuple[str, ...]
     optional: tuple[str, ...]
     to_sample: Callable[[dict[str, Any]], Sample]
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a column's other names
 
     @property
     def columns(self) -> tuple[str, ...]:
         return self.required + self.optional
 
 
+@dataclass(frozen=True)
+class RowFormat:
+    """A format together with ``data.columns``: the format's column -> the file's column."""
+
+    format: Format
+    columns: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        return self.format.name
+
+    def names(self, column: str) -> tuple[str, ...]:
+        """Return what the file may call ``column``, the first that a row has being the one that is read."""
+        if column in self.columns:
+            return (self.columns[column],)
+        return (column, *self.format.aliases.get(column, ()))
+
+    def to_sample(self, row: Mapping[str, Any]) -> Sample:
+        """Turn one row into a conversation, or into plain text for the format ``text``.
+
+        Raises:
+            BadRowError: the row does not hold what the format needs.
+        """
+        for column in MEDIA:
+            if not is_empty(row.get(column)):
+                raise BadRowError(f"column {column} has content, and only text can be trained")
+        sample = self.format.to_sample({ours: row.get(name) for ours, name in self._read(row).items()})
+        if isinstance(sample, Conversation) and not any(message["role"] == "assistant" for message in sample.messages):
+            raise BadRowError("no turn is the assistant's, so there is nothing to learn")
+        return sample
+
+    def unread(self, row: Mapping[str, Any]) -> set[str]:
+        """Return the columns of ``row`` that hold something and that the format does not read."""
+        read = set(self._read(row).values())
+        return {column for column, value in row.items() if column not in read and not is_empty(value)}
+
+    def _read(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """Return which of the row's columns is read for each of the format's."""
+        names = {ours: self.names(ours) for ours in self.format.columns}
+        return {
+            ours: next((name for name in mine if row.get(name) is not None), mine[0]) for ours, mine in names.items()
+        }
+
+
+def is_empty(value: object) -> bool:
+    """Whether a cell holds nothing: null, NaN, an empty text or list. A 0 and a false are something."""
+    return is_nothing(value) or (isinstance(value, str | list | dict) and not value)
+
+
 def _text(values: dict[str, Any], column: str) -> str:
     value = values.get(column)
     if not isinstance(value, str):
-        raise BadRowError(f"column {column} must be text, found {'nothing' if value is None else _kind(value)}")
+        raise BadRowError(f"column {column} must be text, found {describe(value)}")
     return value
 
 
-def _kind(value: object) -> str:
-    return f"{type(value).__name__} {str(value)[:40]!r}"
+def _conversation(values: dict[str, Any], turns: list[Turn]) -> Conversation:
+    """Put the ``system`` column before the turns, and the ``tools`` beside them."""
+    if not is_empty(values.get("system")):
+        system = _text(values, "system")
+        first = turns[0][0]
+        if first["role"] not in ("system", "developer"):
+            turns = [({"role": "system", "content": system}, False), *turns]
+        elif first["content"] != system:
+            raise BadRowError(f"column system and the first turn are two different system prompts, found {system!r}")
+    untrained = {i for i, (message, trained) in enumerate(turns) if message["role"] == "assistant" and not trained}
+    return Conversation(
+        [message for message, _ in turns], read_tools(values.get("tools")), untrained=frozenset(untrained)
+    )
+
+
+def _asked(question: str, answer: str) -> list[Turn]:
+    return [({"role": "user", "content": question}, False), ({"role": "assistant", "content": answer}, True)]
 
 
 def _from_alpaca(values: dict[str, Any]) -> Sample:
-    question = _text(values, "instruction")
-    if values.get("input"):
-        question = f"{question}\n\n{_text(values, 'input')}"
-    return _asked(question, _text(values, "output"))
+    turns = [turn for question, answer in _history(values.get("history")) for turn in _asked(question, answer)]
+    parts = [_text(values, "instruction")]
+    if not is_empty(values.get("input")):
+        parts.append(_input(values))
+    return _conversation(values, turns + _asked("\n\n".join(part for part in parts if part), _text(values, "output")))
+
+
+def _input(values: dict[str, Any]) -> str:
+    """Return the input as text; a number, true and false are written as JSON writes them."""
+    value = values["input"]
+    return json.dumps(value) if isinstance(value, bool | int | float) else _text(values, "input")
+
+
+def _history(value: object) -> list[tuple[str, str]]:
+    if is_empty(value):
+        return []
+    rounds = parse_json(value, "column history") if isinstance(value, str) else value
+    if not isinstance(rounds, list) or not all(_is_round(pair) for pair in rounds):
+        raise BadRowError(f"column history must be a list of [question, answer], found {describe(value)}")
+    return [(question, answer) for question, answer in rounds]
+
+
+def _is_round(pair: object) -> bool:
+    return isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
 
 
 def _from_prompt_completion(values: dict[str, Any]) -> Sample:
-    return _asked(_text(values, "prompt"), _text(values, "completion"))
+    """Read texts, or lists of messages; of these only the completion's answers carry loss."""
+    prompt = [(message, False) for message, _ in _side(values, "prompt", "user")]
+    completion = _side(values, "completion", "assistant")
+    if not any(message["role"] == "assistant" for message, _ in completion):
+        raise BadRowError("no turn of the completion is the assistant's, so there is nothing to learn")
+    return _conversation(values, prompt + completion)
 
 
-def _asked(question: str, answer: str) -> Conversation:
-    return Conversation([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+def _side(values: dict[str, Any], column: str, role: str) -> list[Turn]:
+    if isinstance(values.get(column), list):
+        return [_chat_turn(turn) for turn in _turns(values, column)]
+    return [({"role": role, "content": _text(values, column)}, True)]
 
 
 def _from_text(values: dict[str, Any]) -> Sample:
@@ -91,90 +181,84 @@ def _from_text(values: dict[str, Any]) -> Sample:
 
 
 def _turns(values: dict[str, Any], column: str) -> list[dict[str, Any]]:
-    turns = values.get(column)
+    value = values.get(column)
+    turns = parse_json(value, f"column {column}") if isinstance(value, str) and value.strip()[:1] == "[" else value
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        found = "nothing" if turns is None or turns == [] else _kind(turns)
-        raise BadRowError(f"column {column} must be a list of turns, found {found}")
+        raise BadRowError(f"column {column} must be a list of turns, found {describe(turns or None)}")
     return turns
 
 
 def _from_chat(values: dict[str, Any]) -> Sample:
-    messages = []
-    for turn in _turns(values, "messages"):
-        message = {name: value for name, value in turn.items() if value is not None}
-        if not isinstance(message.get("role"), str):
-            raise BadRowError(f"a message must have a role, found {', '.join(map(str, turn)) or 'an empty one'}")
-        message["content"] = _content(message)
-        messages.append(message)
-    return Conversation(messages)
+    return _conversation(values, [_chat_turn(turn) for turn in _turns(values, "messages")])
 
 
-def _content(message: Message) -> str:
-    """Return a message's text: as it is, or joined from parts of type text."""
-    content = message.get("content")
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        return "".join(str(part.get("text") or "") for part in content)
-    if content is None and message.get("tool_calls"):
-        return ""
-    if not isinstance(content, str):
-        raise BadRowError(f"a message's content must be text, found {'nothing' if content is None else _kind(content)}")
-    return content
+def _chat_turn(turn: dict[str, Any]) -> Turn:
+    if not isinstance(turn.get("role"), str):
+        raise BadRowError(f"a message must have a role, found {', '.join(map(str, turn)) or 'an empty one'}")
+    speaker = turn["role"].strip().lower()
+    role = speaker if speaker == "observation" else SPEAKERS.get(speaker, speaker)  # some templates know that word
+    return read_turn(turn, speaker, role)
 
 
 def _from_sharegpt(values: dict[str, Any]) -> Sample:
-    messages: list[Message] = []
-    if values.get("system"):
-        messages.append({"role": "system", "content": _text(values, "system")})
-    for turn in _turns(values, "conversations"):
-        speaker = turn.get("from", turn.get("role"))
-        if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-            raise BadRowError(f"a turn's speaker must be one of {', '.join(SHAREGPT_ROLES)}, found {speaker!r}")
-        content = turn.get("value", turn.get("content"))
-        messages.append({"role": SHAREGPT_ROLES[speaker], "content": _content({"content": content})})
-    return Conversation(messages)
+    return _conversation(values, [_sharegpt_turn(turn) for turn in _turns(values, "conversations")])
+
+
+def _sharegpt_turn(turn: dict[str, Any]) -> Turn:
+    speaker = turn["role"] if turn.get("from") is None and "role" in turn else turn.get("from")
+    known = speaker.strip().lower() if isinstance(speaker, str) else ""
+    if known not in SPEAKERS:
+        raise BadRowError(f"a turn's speaker must be one of {', '.join(SPEAKERS)}, found {speaker!r}")
+    content = turn["content"] if turn.get("value") is None and "content" in turn else turn.get("value")
+    rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    return read_turn({**rest, "content": content}, known, SPEAKERS[known])
 
 
 FORMATS = {
     known.name: known
     for known in (
-        Format("chat", ("messages",), (), _from_chat),
-        Format("sharegpt", ("conversations",), ("system",), _from_sharegpt),
-        Format("alpaca", ("instruction", "output"), ("input",), _from_alpaca),
-        Format("prompt_completion", ("prompt", "completion"), (), _from_prompt_completion),
+        Format("chat", ("messages",), ("system", "tools"), _from_chat, FUNCTIONS),
+        Format("sharegpt", ("conversations",), ("system", "tools"), _from_sharegpt, FUNCTIONS),
+        Format("alpaca", ("instruction", "output"), ("input", "system", "history"), _from_alpaca),
+        Format(
+            "prompt_completion",
+            ("prompt", "completion"),
+            ("system", "tools"),
+            _from_prompt_completion,
+            {"prompt": ("question",), "completion": ("answer",), **FUNCTIONS},
+        ),
         Format("text", ("text",), (), _from_text),
     )
 }
 
 
-def choose_format(name: str, columns: dict[str, str], found: Iterable[str]) -> Format:
+def choose_format(name: str, columns: dict[str, str], first: Mapping[str, Any]) -> RowFormat:
     """Return the format named ``name``, or for ``auto`` the first one whose columns the first row has.
 
     Args:
         name: ``data.format``.
         columns: ``data.columns``: the format's column -> the file's column.
-        found: the first row's columns.
+        first: the first row.
 
     Raises:
-        UserError: no format fits, or ``columns`` names a column that the format or the file does not have.
+        UserError: no format fits, or ``columns`` names a column that the format or the file does not have; or, for
+            ``auto``, the columns are those of preferences.
     """
-    found = list(found)
+    found = list(first)
     for ours, theirs in columns.items():
         if theirs not in found:
             have = ", ".join(found)
             raise UserError(
                 f"data.columns.{ours}={theirs}: no such column, the data have {have}{nearest(theirs, found)}"
             )
-    if name == "auto":
-        chosen = _detect(columns, found)
-    else:
-        chosen = FORMATS[name]
+    chosen = _detect(columns, first) if name == "auto" else RowFormat(FORMATS[name], columns)
+    known = chosen.format.columns
     for ours in columns:
-        if ours not in chosen.columns:
+        if ours not in known:
             raise UserError(
-                f"data.columns.{ours}: format {chosen.name} has the columns {', '.join(chosen.columns)}"
-                f"{nearest(ours, chosen.columns)}"
+                f"data.columns.{ours}: format {chosen.name} has the columns {', '.join(known)}{nearest(ours, known)}"
             )
-    missing = [column for column in chosen.required if columns.get(column, column) not in found]
+    missing = [column for column in chosen.format.required if not set(chosen.names(column)) & set(found)]
     if missing:
         raise UserError(
             f"data.format={chosen.name}: needs the column{'s' * (len(missing) > 1)} {', '.join(missing)}, "
@@ -183,28 +267,22 @@ def choose_format(name: str, columns: dict[str, str], found: Iterable[str]) -> F
     return chosen
 
 
-def _detect(columns: dict[str, str], found: list[str]) -> Format:
-    names = {ours for ours in FORMATS_COLUMNS if columns.get(ours, ours) in found}
+def _detect(columns: dict[str, str], first: Mapping[str, Any]) -> RowFormat:
+    have = ", ".join(map(str, first))
+    preferences = [column for column in PREFERENCES if column in first and column not in columns.values()]
+    if isinstance(first.get("label"), bool) and "completion" in first:  # whether the completion is a wanted one
+        preferences.append("label")
+    if preferences:
+        raise UserError(
+            f"data.format=auto: column {preferences[0]} belongs to preferences, which are not supported (the data have "
+            f"{have}); to train on one of the columns' answers set data.format, and data.columns to name them"
+        )
     for known in FORMATS.values():
-        if names.issuperset(known.required):
-            return known
+        candidate = RowFormat(known, columns)
+        if all(set(candidate.names(column)) & set(first) for column in known.required):
+            return candidate
     needs = "; ".join(f"{known.name}: {', '.join(known.required)}" for known in FORMATS.values())
     raise UserError(
-        f"data.format=auto: no format fits the columns {', '.join(found)} (needed are {needs}); "
+        f"data.format=auto: no format fits the columns {have} (needed are {needs}); "
         f"set data.format, and data.columns to rename"
     )
-
-
-FORMATS_COLUMNS = {column for known in FORMATS.values() for column in known.columns}
-
-
-def to_sample(chosen: Format, columns: dict[str, str], values: dict[str, Any]) -> Sample:
-    """Turn one row into a conversation, or into plain text for the format ``text``.
-
-    Raises:
-        BadRowError: the row does not hold what the format needs.
-    """
-    sample = chosen.to_sample({ours: values.get(columns.get(ours, ours)) for ours in chosen.columns})
-    if isinstance(sample, Conversation) and not any(message["role"] == "assistant" for message in sample.messages):
-        raise BadRowError("no turn is the assistant's, so there is nothing to learn")
-    return sample

@@ -9,9 +9,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lisa_dist.config import DataConfig, UserError
+from lisa_dist.data.counts import DataCounts
 from lisa_dist.data.sequences import Sequences
-from lisa_dist.data.sources import has_split, is_local
-from lisa_dist.data.tokenized import DataCounts, TokenizedRows, tokenize
+from lisa_dist.data.sources import has_split, has_subset, is_local
+from lisa_dist.data.tokenized import TokenizedRows, tokenize
 
 VALIDATION_KEY = 20  # of the generator that draws the rows held out; no key changes it, so that runs can be compared
 
@@ -42,7 +43,7 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     """
     if config.path is None:
         raise UserError("data.path=null: must name a file, a glob, a directory, a hub id, or builtin:demo")
-    train = tokenize(config, config.path, config.split, tokenizer, limit=config.limit)
+    train = tokenize(config, config.path, config.split, tokenizer, subset=config.subset, limit=config.limit)
     held_out: TokenizedRows | None = None
     validation_rows: datasets.Dataset | None = None
     fraction = config.validation_fraction
@@ -51,10 +52,12 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     else:
         train_rows = train.rows
         path = config.validation
-        if path is None and config.split == "train" and has_split(config.path, "validation"):
+        if path is None and config.split == "train" and has_split(config.path, "validation", config.subset):
             path = config.path
         if path is not None:
-            held_out = tokenize(config, path, validation_split(path), tokenizer, key="data.validation")
+            subset = config.subset if path == config.path or has_subset(path, config.subset) else None
+            split = validation_split(path, subset)
+            held_out = tokenize(config, path, split, tokenizer, key="data.validation", subset=subset)
             validation_rows = held_out.rows
     sequences = [
         None
@@ -70,10 +73,10 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     )
 
 
-def validation_split(path: str) -> str:
+def validation_split(path: str, subset: str | None = None) -> str:
     """Return which split of ``path`` is validated on: validation, test, or, where it names none, all of it."""
     for split in ("validation", "test"):
-        if has_split(path, split):
+        if has_split(path, split, subset):
             return split
     return "train" if is_local(path) else "validation"
 

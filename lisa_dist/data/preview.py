@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -12,6 +11,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from lisa_dist.config import DataConfig, UserError
+from lisa_dist.config.paths import local_path
 from lisa_dist.data.encode import UNTRAINED
 from lisa_dist.data.prepare import PreparedData
 from lisa_dist.data.sequences import Sequences
@@ -49,14 +49,14 @@ def show_preview(
         console.rule(f"sample {number}: {trained} of {len(labels)} tokens trained ({trained / len(labels):.0%})")
         console.print(marked_text(tokenizer, input_ids, labels, brackets=console.color_system is None), soft_wrap=True)
     counts = data.counts
-    console.rule(f"trained: {counts.trained_share:.1%} of {counts.tokens} tokens in {counts.rows} rows")
+    console.rule(f"trained: {counts.trained_share:.1%} of {counts.tokens} tokens in {counts.used} rows")
     if config.preview_file is not None:
         _write(config.preview_file, samples)
 
 
 def _write(path: str, samples: list[tuple[list[int], list[int]]]) -> None:
     rows = [{"input_ids": input_ids, "labels": labels} for input_ids, labels in samples]
-    file = Path(path).expanduser()
+    file = local_path(path)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(rows) + "\n", encoding="utf-8")

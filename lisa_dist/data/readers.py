@@ -1,4 +1,4 @@
-"""Rows out of files: JSON, JSON lines, CSV, Parquet, plain text.
+"""Rows out of files: JSON, JSON lines, CSV, Parquet, plain text; what is text also compressed.
 
 JSON lines and CSV are read line by line rather than by pyarrow: a broken line is then reported by its number,
 and no text is taken for a date or a number.
@@ -6,13 +6,17 @@ and no text is taken for a date or a number.
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
 import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -43,18 +47,52 @@ class BrokenRow:
     reason: str
 
 
+DECOMPRESSORS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def kind_of(file: Path) -> str:
+    """Return the key of :data:`READERS` that reads ``file``, by its name; "" where none does."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in DECOMPRESSORS else (suffixes or [""])[-1]
+    readable = kind in READERS and (kind != ".parquet" or suffixes[-1] == kind)
+    return kind if readable else ""
+
+
+def read_rows(file: Path) -> Iterator[Row | BrokenRow]:
+    """Yield the rows of a file in order, broken ones as :class:`BrokenRow`.
+
+    Raises:
+        UserError: the file is broken as a whole, or can't be read.
+    """
+    try:
+        yield from READERS[kind_of(file)](file)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{file}: can't be read ({error})") from error
+
+
+def _open(file: Path) -> BinaryIO:
+    return DECOMPRESSORS.get(file.suffix.lower(), open)(file, "rb")
+
+
+def _open_text(file: Path, newline: str | None = None) -> TextIO:
+    opener = DECOMPRESSORS.get(file.suffix.lower(), open)
+    return opener(file, "rt", encoding="utf-8-sig", newline=newline)
+
+
 def _read_json(file: Path) -> Iterator[Row | BrokenRow]:
     """Read a JSON list of rows or ``{"data": [...]}``; JSON lines under either name are read as such."""
-    with file.open("rb") as stream:
+    whole = kind_of(file) == ".json"
+    with _open(file) as stream:
         first_line = stream.readline().removeprefix(b"\xef\xbb\xbf").strip()
-        lines = not first_line.startswith(b"[") and file.suffix != ".json"
-        if file.suffix == ".json" and first_line.startswith(b"{") and stream.read(1):
+        lines = not first_line.startswith(b"[") and not whole
+        if whole and first_line.startswith(b"{") and stream.read(1):
             lines = _is_json(first_line)  # a whole object, and more after it
     if lines:
         yield from _read_json_lines(file)
         return
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        with _open_text(file) as text:
+            content = json.load(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{file}, line {error.lineno}: not valid JSON ({error.msg})") from error
     except UnicodeDecodeError as error:
@@ -79,7 +117,7 @@ def _is_json(text: bytes) -> bool:
 
 
 def _read_json_lines(file: Path) -> Iterator[Row | BrokenRow]:
-    with file.open("rb") as stream:
+    with _open(file) as stream:
         for number, line in enumerate(stream, start=1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
@@ -102,8 +140,8 @@ def _read_json_lines(file: Path) -> Iterator[Row | BrokenRow]:
 
 def _read_csv(file: Path) -> Iterator[Row | BrokenRow]:
     csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is shorter than a long answer
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+    with _open_text(file, newline="") as stream:
+        reader = csv.reader(stream, delimiter="\t" if kind_of(file) == ".tsv" else ",", strict=True)
         header: list[str] | None = None
         while True:
             place = f"{file}, line {reader.line_num + 1}"
@@ -121,6 +159,11 @@ def _read_csv(file: Path) -> Iterator[Row | BrokenRow]:
                 continue
             if header is None:
                 header = fields
+                twice = next((name for name in header if header.count(name) > 1), None)
+                if twice is not None:
+                    raise UserError(
+                        f"{place}: the header names column {twice} twice, so its values can't be told apart"
+                    )
             elif len(fields) != len(header):
                 yield BrokenRow(place, f"has {len(fields)} fields, the header has {len(header)}")
             else:
@@ -144,7 +187,7 @@ def _read_text(file: Path) -> Iterator[Row | BrokenRow]:
     paragraph: list[str] = []
     start = 1
     try:
-        with file.open(encoding="utf-8-sig") as stream:
+        with _open_text(file) as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
                     start = start if paragraph else number

@@ -13,15 +13,16 @@ import datasets
 
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import nearest
-from lisa_dist.data.readers import READERS, BrokenRow, Row
+from lisa_dist.config.paths import local_path, path_exists
+from lisa_dist.data.folders import find_files, find_split, subsets_of
+from lisa_dist.data.readers import READERS, BrokenRow, Row, kind_of, read_rows
 from lisa_dist.hub import stay_offline_where_unreachable
 
 BUILTIN_PREFIX = "builtin:"
 SUFFIXES = list(READERS)
-SPLITS = {"train": ["train"], "validation": ["validation", "valid", "val", "dev"], "test": ["test"]}
 HUB_ID = re.compile(
     r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$"
-)  # owner/name, and after a colon a part of the data set
+)  # owner/name, and after a colon a subset of the data set
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Source:
     files: list[Path] = field(default_factory=list)
     dataset: datasets.Dataset | None = None
     fingerprint: str = ""  # of ``dataset``
+    notes: list[str] = field(default_factory=list)  # what was decided that the user should know
 
     def rows(self) -> Iterator[Row | BrokenRow]:
         """Yield every row in order, broken ones as :class:`BrokenRow`.
@@ -43,65 +45,101 @@ class Source:
             for index, values in enumerate(self.dataset):
                 yield Row(values, self.name, index + 1, "row")
         for file in self.files:
-            yield from READERS[file.suffix](file)
+            yield from read_rows(file)
 
     def content_hash(self) -> str:
-        """Return a hash of the content: of every byte of the files, or of what ``datasets`` knows its data by."""
+        """Return a hash of the content: of every byte of the files, or of what ``datasets`` knows its data by.
+
+        Raises:
+            UserError: a file can't be read.
+        """
         digest = hashlib.sha256(self.fingerprint.encode())
         for file in self.files:
-            with file.open("rb") as stream:
-                digest.update(f"{file.suffix}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+            try:
+                with file.open("rb") as stream:
+                    content = hashlib.file_digest(stream, "sha256").hexdigest()
+            except OSError as error:
+                raise UserError(f"{file}: can't be read ({error.strerror})") from error
+            digest.update(f"{kind_of(file)}{file.suffix}:{content}\n".encode())
         return digest.hexdigest()
 
 
-def find_source(path: str, split: str = "train", key: str = "data.path") -> Source:
-    """Find what ``path`` stands for.
+def find_source(path: str, split: str = "train", key: str = "data.path", subset: str | None = None) -> Source:
+    """Find what ``path`` stands for. What exists under this very name is meant before any pattern.
 
     Args:
-        path: a file (.json, .jsonl, .csv, .tsv, .parquet, .txt), a glob, a directory (written by
-            ``Dataset.save_to_disk``, or holding a file or a folder per split), a hub id, or ``builtin:demo``.
+        path: a file (.json, .jsonl, .csv, .tsv, .parquet, .txt; those of text also as .gz, .bz2 or .xz), a glob, a
+            directory (written by ``Dataset.save_to_disk``, or laid out as data sets of the hub are), a hub id, or
+            ``builtin:demo``.
         split: which split of a directory or a hub data set.
         key: the configuration key that ``path`` came from, for messages.
+        subset: which subset of a directory or a hub data set; None where it has but one, or a default.
 
     Raises:
         UserError: nothing is there, or it holds nothing that can be read.
     """
+    if not path.strip():
+        raise UserError(f"{key}={path}: must name a file, a glob, a directory, a hub id, or builtin:demo")
     if path.startswith(BUILTIN_PREFIX):
-        return _find_directory(builtin_directory(path, key), path, split, key)
-    is_file = Path(path).expanduser().is_file()
-    if split != "train" and (is_file or glob.has_magic(path)):
-        raise UserError(f"{key}={path}: a file has no splits, so split {split} can't be chosen; name its own file")
+        return _find_directory(builtin_directory(path, key), path, split, key, subset)
+    here = local_path(path)
+    if path_exists(here) and here.is_dir():
+        return _find_directory(here, path, split, key, subset)
+    if path_exists(here) or glob.has_magic(path):
+        if split != "train":
+            raise UserError(f"{key}={path}: a file has no splits, so split {split} can't be chosen; name its own file")
+        if subset is not None:
+            raise UserError(f"data.subset={subset}: {path} is a file, and only data sets have subsets")
+    if path_exists(here):
+        return Source(path, [_checked(here, key)])
     if glob.has_magic(path):
-        names = glob.glob(str(Path(path).expanduser()), recursive=True)  # noqa: PTH207 (Path.glob refuses absolute ones)
-        files = [Path(name) for name in sorted(names)]
-        files = [file for file in files if file.is_file()]
+        files = _match(path)
         if not files:
             raise UserError(f"{key}={path}: no file matches, looked from {Path.cwd()}")
         return Source(path, [_checked(file, key) for file in files])
-    here = Path(path).expanduser()
-    if here.is_dir():
-        return _find_directory(here, path, split, key)
-    if is_file:
-        return Source(path, [_checked(here, key)])
-    if HUB_ID.match(path) and here.suffix not in SUFFIXES:
-        return _find_on_hub(path, split, key)
+    if HUB_ID.match(path) and not kind_of(here):
+        return _find_on_hub(path, split, key, subset)
     raise UserError(f"{key}={path}: no such file or directory, looked at {here.absolute()}{_nearest_path(here)}")
+
+
+def _match(pattern: str) -> list[Path]:
+    """Return the files that match; the folders at its beginning that exist under their very names are no patterns."""
+    parts = list(local_path(pattern).parts)
+    root = Path(parts.pop(0)) if Path(parts[0]).is_absolute() else Path()
+    while len(parts) > 1 and path_exists(root / parts[0]):
+        root = root / parts.pop(0)
+    names = glob.glob(str(Path(*parts)), root_dir=root, recursive=True)  # noqa: PTH207 (takes brackets in the root)
+    return [root / name for name in sorted(names) if (root / name).is_file()]
 
 
 def is_local(path: str) -> bool:
     """Whether ``path`` stands for something on this machine rather than on the hub."""
-    return path.startswith(BUILTIN_PREFIX) or glob.has_magic(path) or Path(path).expanduser().exists()
+    return path.startswith(BUILTIN_PREFIX) or path_exists(local_path(path)) or glob.has_magic(path)
 
 
-def has_split(path: str, split: str) -> bool:
+def _folder(path: str) -> Path | None:
+    """Return the directory that ``path`` stands for, or None."""
+    if path.startswith(BUILTIN_PREFIX):
+        return builtin_directory(path)
+    here = local_path(path)
+    return here if path_exists(here) and here.is_dir() else None
+
+
+def has_split(path: str, split: str, subset: str | None = None) -> bool:
     """Whether ``path`` is a directory, or bundled, that has ``split``; the hub is not asked."""
-    if not is_local(path) or Path(path).expanduser().is_file() or glob.has_magic(path):
+    if _folder(path) is None:
         return False
     try:
-        find_source(path, split)
+        find_source(path, split, subset=subset)
     except UserError:
         return False
     return True
+
+
+def has_subset(path: str, subset: str | None) -> bool:
+    """Whether ``path`` is a directory whose README lists ``subset``; the hub is not asked."""
+    folder = _folder(path)
+    return folder is not None and subset in subsets_of(folder)
 
 
 def builtin_directory(path: str, key: str = "data.path") -> Path:
@@ -124,55 +162,45 @@ def _nearest_path(path: Path) -> str:
 
 
 def _checked(file: Path, key: str) -> Path:
-    if file.suffix not in SUFFIXES:
+    if not kind_of(file):
         raise UserError(f"{key}={file}: the name must end in one of {', '.join(SUFFIXES)}")
     return file
 
 
-def _find_directory(folder: Path, path: str, split: str, key: str) -> Source:
+def _find_directory(folder: Path, path: str, split: str, key: str, subset: str | None) -> Source:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        if subset is not None:
+            raise UserError(f"data.subset={subset}: {path} was saved by save_to_disk, which keeps no subsets")
         return _open_saved(folder, path, split, key)
-    available = _split_files(folder)
-    if split in available:
-        return Source(path, available[split])
-    if not available:
-        raise UserError(f"{key}={path}: the directory holds no file that ends in one of {', '.join(SUFFIXES)}")
-    raise UserError(
-        f"{key}={path}: the directory has no split {split}, it has {', '.join(available)}{nearest(split, available)}"
-    )
-
-
-def _split_files(folder: Path) -> dict[str, list[Path]]:
-    """Return the files of each split; files that name no split are the training split."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-    found: dict[str, list[Path]] = {}
-    for split, names in SPLITS.items():
-        named = re.compile(rf"^({'|'.join(names)})([-_.].*)?$", re.IGNORECASE)
-        matching = [file for file in files if any(named.match(part) for part in file.relative_to(folder).parts)]
-        if matching:
-            found[split] = matching
-    return found if found or not files else {"train": files}
+    found = find_files(folder, path, split, subset, key)
+    return Source(path, found.files, notes=found.notes)
 
 
 def _open_saved(folder: Path, path: str, split: str, key: str) -> Source:
-    opened = datasets.load_from_disk(str(folder))
+    try:
+        opened = datasets.load_from_disk(str(folder))
+    except Exception as error:  # datasets raises many kinds; all mean that this is no whole data set
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{key}={path}: can't be opened as what save_to_disk writes ({reason})") from error
     if isinstance(opened, datasets.DatasetDict):
-        if split not in opened:
+        name = find_split(opened, split)
+        if name is None:
             raise UserError(
                 f"{key}={path}: the data set has no split {split}, it has {', '.join(opened)}{nearest(split, opened)}"
             )
-        opened = opened[split]
+        opened = opened[name]
     elif split != "train":
         raise UserError(f"{key}={path}: the data set was saved without splits, so split {split} is not there")
     return Source(path, dataset=opened, fingerprint=opened._fingerprint)
 
 
-def _find_on_hub(path: str, split: str, key: str) -> Source:
+def _find_on_hub(path: str, split: str, key: str, subset: str | None) -> Source:
     stay_offline_where_unreachable()
-    name, _, subset = path.partition(":")  # openai/gsm8k:main names a part of a data set
+    name, _, named = path.partition(":")  # openai/gsm8k:main names a subset of a data set
+    if subset and named and subset != named:
+        raise UserError(f"data.subset={subset}: {key}={path} names another subset")
     try:
-        dataset = datasets.load_dataset(name, subset or None, split=split)
+        dataset = datasets.load_dataset(name, subset or named or None, split=split)
     except Exception as error:  # the client raises a dozen kinds; all mean that the data cannot be had
         reason = " ".join(str(error).split())[:200]
         where = Path(path).absolute()

@@ -13,7 +13,6 @@ question), they are compared from a place that both have, which marks in the mes
 
 from __future__ import annotations
 
-import logging
 import re
 from dataclasses import dataclass
 
@@ -23,8 +22,6 @@ from transformers import PreTrainedTokenizerBase
 from lisa_dist.data.formats import BadRowError, Conversation, Message
 from lisa_dist.data.marks import Marks, Place, insert, text_of
 from lisa_dist.data.tokenizer import render
-
-logger = logging.getLogger(__name__)
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what data and templates call a message's thoughts
 
@@ -60,8 +57,8 @@ class AnswerFinder:
         self.special = _any_of(special)
         self.added = _any_of(special | {token.content for token in added})
         self.turn_ends: dict[tuple[bool, str], tuple[int, bool]] = {}
+        self.left_out: dict[str, str] = {}  # what the template never renders, and a sentence that says so
         self._rendered: set[str] = set()
-        self._told: set[str] = set()
 
     def find(self, conversation: Conversation) -> Answers:
         """Render a conversation and find its answers.
@@ -74,7 +71,7 @@ class AnswerFinder:
         except TemplateError as error:
             raise BadRowError(f"the chat template refuses the messages ({error})") from error
         found = search.answers()
-        self._warn_of_what_is_left_out(search)
+        self._note_what_is_left_out(search)
         return found
 
     def agreement(self, one: str, other: str) -> int:
@@ -88,15 +85,14 @@ class AnswerFinder:
                         break
         return length
 
-    def _warn_of_what_is_left_out(self, search: _Search) -> None:
-        """Say once what the template never renders: the tools, thoughts, words beside a tool call."""
-        if search.words_lost and "words" not in self._told:
-            self._told.add("words")
-            logger.warning("the chat template leaves out an answer's text where a tool call stands beside it")
+    def _note_what_is_left_out(self, search: _Search) -> None:
+        """Note what the template never renders: the tools, thoughts, words beside a tool call."""
+        if search.words_lost:
+            self.left_out["words"] = "the chat template leaves out an answer's text where a tool call stands beside it"
         last = search.messages[-1]
         fields = [name for name in THOUGHTS if isinstance(last.get(name), str) and last[name].strip()]
         for field in [*fields, "tools"] if search.tools else fields:
-            if field in self._rendered or field in self._told:
+            if field in self._rendered or field in self.left_out:
                 continue
             bare = [*search.messages[:-1], {name: value for name, value in last.items() if name != field}]
             try:
@@ -106,8 +102,9 @@ class AnswerFinder:
             if without != search.whole:
                 self._rendered.add(field)
                 continue
-            self._told.add(field)
-            logger.warning("the chat template does not render %s, so the model neither sees nor learns them", field)
+            self.left_out[field] = (
+                f"the chat template does not render {field}, so the model neither sees nor learns them"
+            )
 
 
 def _any_of(texts: set[str]) -> re.Pattern[str]:

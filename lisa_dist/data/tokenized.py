@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,8 +18,10 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from lisa_dist.config import DataConfig, UserError
+from lisa_dist.config.paths import local_path
+from lisa_dist.data.counts import DataCounts
 from lisa_dist.data.encode import Encoded, Encoder
-from lisa_dist.data.formats import BadRowError, Format, choose_format, to_sample
+from lisa_dist.data.formats import BadRowError, Conversation, Message, RowFormat, Sample, choose_format
 from lisa_dist.data.readers import BrokenRow
 from lisa_dist.data.sources import Source, find_source
 from lisa_dist.data.tokenizer import FALLBACK_TEMPLATE, ensure_chat_template
@@ -26,27 +29,11 @@ from lisa_dist.distributed import gather_objects, local_rank_zero_first
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 2  # to be raised when the same rows give other tokens
+CACHE_VERSION = 3  # to be raised when the same rows give other tokens
+ANSWER_KEYS = ("content", "tool_calls", "reasoning_content", "reasoning", "thinking")
 ROWS_A_BATCH = 1000
 BAD_ROWS_SHOWN = 3
 ROWS_A_REPORT = 50_000
-
-
-@dataclass(frozen=True)
-class DataCounts:
-    """What became of the rows of one file or split."""
-
-    rows: int  # rows with a trained token, those that are used
-    bad_rows: int  # unreadable or not of the format, skipped by data.on_bad_row=skip
-    dropped_rows: int  # without a trained token after the cut to data.sequence_length
-    cut_rows: int  # cut at the right to data.sequence_length
-    tokens: int
-    trained_tokens: int
-
-    @property
-    def trained_share(self) -> float:
-        """Trained tokens as a share of all."""
-        return self.trained_tokens / self.tokens if self.tokens else 0.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +52,7 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     *,
     key: str = "data.path",
+    subset: str | None = None,
     limit: int | None = None,
 ) -> TokenizedRows:
     """Tokenize one file or split on the first rank of each machine; every rank maps the result. Collective: every rank.
@@ -74,18 +62,23 @@ def tokenize(
     Raises:
         UserError: there are no rows, no rows with a trained token, or bad rows and ``data.on_bad_row=error``.
     """
-    cache = Path(config.cache_dir or "~/.cache/lisa_dist").expanduser()
+    cache = local_path(config.cache_dir or "~/.cache/lisa_dist")
     folder: Path | None = None
     with local_rank_zero_first() as first:
         if first:
-            source = find_source(path, split, key)
+            source = find_source(path, split, key, subset)
+            for note in source.notes:
+                logger.warning("%s=%s: %s", key, path, note)
             folder = cache / _cache_key(config, source, tokenizer, limit)
             if not (folder / "counts.json").is_file():
                 _tokenize_into(folder, config, source, tokenizer, key, limit)
     folders = {found.name for found in gather_objects(folder) if found is not None}
     if len(folders) != 1:
         raise UserError(f"{key}={path}: the files, or the tokenizer's, differ between the machines")
-    return _load(cache / folders.pop(), tokenizer)
+    tokenized = _load(cache / folders.pop(), tokenizer)
+    for warning in tokenized.counts.warnings():
+        logger.warning("%s=%s: %s", key, path, warning)
+    return tokenized
 
 
 def _load(folder: Path, tokenizer: PreTrainedTokenizerBase) -> TokenizedRows:
@@ -133,10 +126,10 @@ def _tokenize_into(
     except OSError as error:
         raise UserError(f"data.cache_dir={folder.parent}: can't be written ({error}), name another") from error
     try:
-        counts = _write_tokens(scratch / "tokens.arrow", reader, config, tokenizer)
-        _refuse_unusable(counts, source, config, key)
+        _write_tokens(scratch / "tokens.arrow", reader, tokenizer)
+        _refuse_unusable(reader.counts, source, config, key)
         chosen = reader.format.name if reader.format is not None else ""
-        (scratch / "counts.json").write_text(json.dumps({"format": chosen, **dataclasses.asdict(counts)}))
+        (scratch / "counts.json").write_text(json.dumps({"format": chosen, **dataclasses.asdict(reader.counts)}))
         try:
             scratch.rename(folder)
         except OSError:  # another machine on the same file system was faster
@@ -147,24 +140,25 @@ def _tokenize_into(
 
 
 class RowReader:
-    """Goes through a source's rows once, finds their format, and counts those that can't be used."""
+    """Goes through a source's rows once, finds their format, and counts what becomes of them."""
 
     def __init__(self, config: DataConfig, source: Source, key: str, limit: int | None) -> None:
         self.config = config
         self.source = source
         self.key = key
         self.limit = limit
-        self.format: Format | None = None
-        self.bad_rows = 0
+        self.format: RowFormat | None = None
+        self.counts = DataCounts()
 
     def encoded(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[Encoded]:
-        """Yield every usable row as tokens."""
+        """Yield every row that has a trained token, as tokens."""
         encoder: Encoder | None = None
         for index, row in enumerate(self.source.rows()):
             if index == self.limit:
                 return
             if index and index % ROWS_A_REPORT == 0:
                 logger.info("tokenized %d rows of %s", index, self.source.name)
+            self.counts.read += 1
             if isinstance(row, BrokenRow):
                 self._bad(row.place, row.reason)
                 continue
@@ -174,25 +168,55 @@ class RowReader:
                     ensure_chat_template(tokenizer)
                 encoder = Encoder(tokenizer, self.config.sequence_length, self.config.train_on_prompt)
             try:
-                yield encoder.encode(to_sample(self.format, self.config.columns, row.values))
+                sample = self.format.to_sample(row.values)
+                encoded = encoder.encode(sample)
             except BadRowError as error:
                 self._bad(row.place, str(error))
+                continue
+            unread = self.format.unread(row.values)
+            self.counts.unread_columns += sorted(unread.difference(self.counts.unread_columns))
+            self.counts.not_rendered = encoder.left_out
+            if self._count(sample, encoded):
+                yield encoded
+
+    def _count(self, sample: Sample, encoded: Encoded) -> bool:
+        """Count a row, and return whether it is used."""
+        counts = self.counts
+        if not encoded.trained_tokens:
+            within = f" within data.sequence_length={self.config.sequence_length}" if encoded.cut else ""
+            counts.leave_out(f"without a trained token{within}")
+            return False
+        counts.used += 1
+        counts.cut += encoded.cut
+        counts.tokens += len(encoded.input_ids)
+        counts.trained_tokens += encoded.trained_tokens
+        if isinstance(sample, Conversation):
+            counts.empty_answers += sum(
+                message["role"] == "assistant" and index not in sample.untrained and _is_empty(message)
+                for index, message in enumerate(sample.messages)
+            )
+        return True
 
     def _bad(self, place: str, reason: str) -> None:
         if self.config.on_bad_row == "error":
             raise UserError(
                 f"{self.key}={self.source.name}: {place}: {reason}; mend the row, or set data.on_bad_row=skip"
             )
-        self.bad_rows += 1
-        if self.bad_rows <= BAD_ROWS_SHOWN:
+        kind = re.split(r", found | \(|; ", reason)[0]  # what follows is of this row alone
+        self.counts.leave_out(f"bad: {kind}")
+        if sum(count for why, count in self.counts.left_out.items() if why.startswith("bad: ")) <= BAD_ROWS_SHOWN:
             logger.warning("skipped %s: %s", place, reason)
 
 
-def _write_tokens(file: Path, reader: RowReader, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataCounts:
-    """Write the rows that have a trained token, as Arrow, a batch at a time."""
+def _is_empty(answer: Message) -> bool:
+    """Whether an answer says nothing: no text, no call, no thought."""
+    return not any(str(answer.get(key) or "").strip() for key in ANSWER_KEYS)
+
+
+def _write_tokens(file: Path, reader: RowReader, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the rows that are used, as Arrow, a batch at a time."""
     tokens = pa.list_(pa.int32())
     schema = pa.schema({"input_ids": tokens, "labels": tokens, "length": pa.int32()})
-    rows = dropped = cut = total = trained = 0
     batch: list[Encoded] = []
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
 
@@ -206,29 +230,22 @@ def _write_tokens(file: Path, reader: RowReader, config: DataConfig, tokenizer: 
             batch.clear()
 
         for encoded in reader.encoded(tokenizer):
-            cut += encoded.cut
-            if not encoded.trained_tokens:
-                dropped += 1
-                continue
-            rows += 1
-            total += len(encoded.input_ids)
-            trained += encoded.trained_tokens
             batch.append(encoded)
             if len(batch) == ROWS_A_BATCH:
                 flush()
         if batch:
             flush()
-    return DataCounts(rows, reader.bad_rows, dropped, cut, total, trained)
 
 
 def _refuse_unusable(counts: DataCounts, source: Source, config: DataConfig, key: str) -> None:
-    if counts.rows:
+    if counts.used:
         return
-    if counts.dropped_rows:
-        raise UserError(
-            f"{key}={source.name}: none of {counts.dropped_rows} rows keeps a trained token within "
-            f"data.sequence_length={config.sequence_length}; raise it, or look at the rows' answers"
-        )
-    if counts.bad_rows:
-        raise UserError(f"{key}={source.name}: all {counts.bad_rows} rows are bad")
-    raise UserError(f"{key}={source.name}: the data set is empty")
+    if not counts.read:
+        raise UserError(f"{key}={source.name}: the data set is empty")
+    bad = {reason: count for reason, count in counts.left_out.items() if not reason.startswith("without")}
+    if bad and sum(bad.values()) == counts.read:
+        raise UserError(f"{key}={source.name}: all {counts.read} rows are bad ({counts.describe()})")
+    raise UserError(
+        f"{key}={source.name}: none of {counts.read} rows keeps a trained token within "
+        f"data.sequence_length={config.sequence_length} ({counts.describe()}); raise it, or look at the rows' answers"
+    )

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, LaunchConfig, UserError
 from lisa_dist.config.overrides import path_override
+from lisa_dist.config.paths import local_path
 from lisa_dist.config.run_directory import check_run_dir_is_free, resolve_run_dir
 from lisa_dist.launching.sweep_jobs import list_jobs, read_sweep, unfinished
 from lisa_dist.telemetry.comparison import EXIT_CODE_FILE, JOBS_FILE, RESUME
@@ -71,7 +72,7 @@ def run(config: Config, overrides: list[str], config_dir: str | None) -> int:
     kept = [text for text in overrides if not _is_settled(text, SETTLED)]
     script = run_script(config, kept, config_dir)
     _make_folder(run_dir / "logs")
-    path = Path(config.launch.script or run_dir / "job.sbatch").expanduser().resolve()
+    path = local_path(config.launch.script or str(run_dir / "job.sbatch")).resolve()
     return _hand_over(script, path, config.launch, f"lisa-dist: the run lies in {run_dir}")
 
 
@@ -95,7 +96,7 @@ def run_sweep(overrides: list[str], config_dir: str | None) -> int:
     array = Array(sweep_dir, [job.number for job in left], config.sweep.parallel if config.sweep.parallel > 1 else None)
     script = sweep_script(config, array, config_dir)
     _make_folder(sweep_dir / "logs")
-    path = Path(config.launch.script or sweep_dir / "sweep.sbatch").expanduser().resolve()
+    path = local_path(config.launch.script or str(sweep_dir / "sweep.sbatch")).resolve()
     return _hand_over(script, path, config.launch, f"lisa-dist: the {len(left)} runs lie in {sweep_dir}")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import load
 from lisa_dist.config.overrides import path_override
+from lisa_dist.config.paths import local_path
 from lisa_dist.config.sweeps import Interval, Space, SweptOverrides, combinations, read_space
 from lisa_dist.telemetry.comparison import JOBS_FILE, RESUME, JobRecord, write_comparison
 from lisa_dist.telemetry.records import write_atomically
@@ -35,7 +36,7 @@ def read_sweep(overrides: list[str], config_dir: str | None) -> tuple[Space, Con
             f"{intervals[0]}: an interval has no list of values, write A,B or set sweep.trials=N to let Optuna choose"
         )
     directory = Path(config.sweep.dir or Path("sweeps") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-    return space, replace(config, sweep=replace(config.sweep, dir=str(directory.expanduser().resolve())))
+    return space, replace(config, sweep=replace(config.sweep, dir=str(local_path(str(directory)).resolve())))
 
 
 def list_jobs(space: Space, directory: Path) -> list[JobRecord]:

@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from lisa_dist.config import ModelConfig, UserError
 from lisa_dist.config.errors import nearest
 from lisa_dist.config.model import BUILTIN_PREFIX
+from lisa_dist.config.paths import local_path
 from lisa_dist.hub import stay_offline_where_unreachable
 from lisa_dist.source_files import read_json_object
 
@@ -42,7 +43,7 @@ def local_directory(path: str) -> Path | None:
             )
             raise UserError(f"model.path={path}: the built-in models are {', '.join(known)}{nearest(path, known)}")
         return directory
-    directory = Path(path).expanduser()
+    directory = local_path(path)
     if directory.is_dir():
         return directory
     if directory.is_file():

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import GROUPS, conf_dir, group_choices, load, load_run, read_config, to_yaml, vary
 from lisa_dist.config.method import SAMPLER_CONFIGS, AllSamplerConfig, FixedSamplerConfig, UniformSamplerConfig
-from lisa_dist.config.overrides import all_keys
+from lisa_dist.config.overrides import PATH_KEYS, all_keys
+from lisa_dist.config.sweeps import read_space
 
 # An override, and what its sentence must name beside the override itself.
 WRONG_OVERRIDES = [
@@ -52,7 +53,7 @@ WRONG_OVERRIDES = [
     ("sampler=schema_all", ["must be one of all"]),
     ("experiment=demmo", ["did you mean demo?"]),
     ("data.path=a,b", ["--multirun", "data.path=[A,B]"]),
-    ("data.path=a=b.json", ["KEY=VALUE", "quotes"]),
+    ("run.name=a=b", ["KEY=VALUE", "quotes"]),
     ("foo", ["KEY=VALUE"]),
     ("hydra.run.dir=x", ["run.dir"]),
     ("run.dir=${nowhere}", ["run.dir"]),
@@ -111,6 +112,10 @@ def test_every_key_can_be_overridden() -> None:
     result = OmegaConf.structured(config)
     assert {key: OmegaConf.select(result, key) for key in values} == values
     assert sum(values[key] != OmegaConf.select(defaults, key) for key in values) > 30
+
+
+def test_every_key_of_a_path_exists() -> None:
+    assert set(PATH_KEYS) <= set(all_keys(OmegaConf.structured(Config)))
 
 
 def test_defaults_are_the_demonstration() -> None:
@@ -191,6 +196,29 @@ def test_texts_stay_as_written() -> None:
     config = load(["run.name=1e3", "data.validation=0.10", "parallel.shard=2", "launch.time=1:00:00"])
     assert (config.run.name, config.data.validation) == ("1e3", "0.10")
     assert (config.parallel.shard, config.launch.time) == ("2", "1:00:00")
+
+
+@pytest.mark.parametrize("key", ["data.path", "run.dir", "generate.prompts"])
+@pytest.mark.parametrize(
+    "name", ["[v2]", "a (1).jsonl", "a,b", "a=b", "{c}", "it's", 'a"b', "~x", "1e3", "ü", "glob(*)"]
+)
+def test_a_path_that_exists_is_meant_by_its_name(tmp_path: Path, monkeypatch: Any, key: str, name: str) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    group, field = key.split(".")
+    for path in (name, str(tmp_path / name)):
+        assert getattr(getattr(load([f"{key}={path}"]), group), field) == path
+        assert list(read_space([f"{key}={path}"])) == [key]
+    assert getattr(getattr(load([f'{key}="x, y"', f"{key}=z"]), group), field) == "z"
+
+
+def test_what_of_a_path_is_not_read_as_a_name(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "null").mkdir()
+    assert load(["run.dir=null"]).run.dir is None
+    assert load(["run.dir='new [1]/a (2)'"]).run.dir == load(["run.dir=new [1]/a (2)"]).run.dir == "new [1]/a (2)"
+    assert load(["generate.prompts=[a,b]"]).generate.prompts == ["a", "b"]
+    assert len(read_space(["data.path=a.jsonl,b.jsonl"])["data.path"]) == 2
 
 
 def test_free_mappings_take_any_name() -> None:

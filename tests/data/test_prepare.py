@@ -8,6 +8,7 @@ import pytest
 
 from lisa_dist.config import DataConfig, UserError
 from lisa_dist.data import tokenized
+from lisa_dist.data.counts import DataCounts
 from lisa_dist.data.prepare import prepare_data, validation_split
 from lisa_dist.data.tokenized import tokenize
 from lisa_dist.data.tokenizer import load_tokenizer
@@ -42,7 +43,8 @@ def test_counts(tmp_path):
     assert data.counts.tokens == sum(map(len, expected))
     assert data.counts.trained_tokens == sum(map(len, answers))
     assert data.counts.trained_share == pytest.approx(data.counts.trained_tokens / data.counts.tokens)
-    assert (data.counts.rows, data.counts.bad_rows, data.counts.dropped_rows, data.counts.cut_rows) == (20, 0, 0, 0)
+    assert data.counts.rows == {"read": 20, "used": 20, "cut": 0, "left_out": {}}
+    assert data.counts.warnings() == []
     assert data.validation is None
     assert data.format == "prompt_completion"
 
@@ -52,7 +54,9 @@ def test_long_rows_are_cut_and_rows_without_an_answer_dropped(tmp_path):
     prompt = int((whole.train[0].labels != -100).argmax())
     rows = [ROWS[0], {"prompt": ROWS[0]["prompt"] * 3, "completion": "x"}]
     data = prepare(tmp_path, path=write(tmp_path / "long.jsonl", rows), sequence_length=prompt + 1)
-    assert (data.counts.rows, data.counts.dropped_rows, data.counts.cut_rows) == (1, 1, 2)
+    reason = f"without a trained token within data.sequence_length={prompt + 1}"
+    assert data.counts.rows == {"read": 2, "used": 1, "cut": 1, "left_out": {reason: 1}}
+    assert f"rows: 2 read, 1 used, 1 of them cut, 1 left out (1 {reason})" in data.counts.warnings()
     assert data.train[0].input_ids.tolist() == whole.train[0].input_ids[: prompt + 1].tolist()
 
 
@@ -78,9 +82,10 @@ def test_bad_rows(tmp_path, broken, message):
     with pytest.raises(UserError, match=message):
         prepare(tmp_path, path=path)
     data = prepare(tmp_path, path=path, on_bad_row="skip")
-    assert (data.counts.rows, data.counts.bad_rows) == (20, 1)
+    assert (data.counts.read, data.counts.used, sum(data.counts.left_out.values())) == (21, 20, 1)
+    assert next(iter(data.counts.left_out)).startswith("bad: ")
     assert rows_of(data.train) == rows_of(prepare(tmp_path).train)
-    assert prepare(tmp_path, path=path, on_bad_row="skip", limit=3).counts.rows == 2
+    assert prepare(tmp_path, path=path, on_bad_row="skip", limit=3).counts.used == 2
     with pytest.raises(UserError, match=r"all 2 rows are bad"):
         prepare(tmp_path, path=write(tmp_path / "worse.jsonl", ["{\n", "{\n"]), on_bad_row="skip")
 
@@ -125,7 +130,7 @@ def test_fraction_held_out(tmp_path):
 def test_validation_path_and_split(tmp_path):
     held_out = write(tmp_path / "other.jsonl", ROWS[:3])
     data = prepare(tmp_path, validation=held_out)
-    assert (len(data.train), len(data.validation), data.validation_counts.rows) == (20, 3, 3)
+    assert (len(data.train), len(data.validation), data.validation_counts.used) == (20, 3, 3)
     folder = tmp_path / "folder"
     folder.mkdir()
     write(folder / "train.jsonl", ROWS)
@@ -182,3 +187,69 @@ def test_one_rank_tokenizes_and_all_agree(tmp_path):
     bad = run_on_ranks(2, prepare_on_rank, str(tmp_path / "cache"), write(tmp_path / "bad.jsonl", ["{\n"]))
     assert "bad.jsonl, line 1: not valid JSON" in bad[0][0]
     assert bad[0][0] == bad[1][0]
+
+
+def said(caplog) -> list[str]:
+    texts = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    caplog.clear()
+    return texts
+
+
+def test_what_is_likely_not_meant_is_said_at_every_start(tmp_path, caplog):
+    rows = [{**row, "id": i, "note": None, "topic": "x"} for i, row in enumerate(ROWS)]
+    rows[3]["completion"] = " "
+    rows += [{"prompt": "q", "completion": "a"}] * 2
+    path = write(tmp_path / "rows.jsonl", rows)
+    for _ in range(2):  # the second time out of the cache
+        prepare(tmp_path, path=path)
+        assert [text.removeprefix(f"data.path={path}: ") for text in said(caplog)] == [
+            "nothing reads columns id, topic",
+            "1 answers are empty, of which only the end is trained",
+        ]
+    prepare(tmp_path, path=write(tmp_path / "long.jsonl", [{"prompt": "word " * 300, "completion": "a"}]))
+    assert any("only 0." in text and "of the tokens are trained" in text for text in said(caplog))
+    prepare(tmp_path, path=write(tmp_path / "few.jsonl", ROWS[:2]), validation=path)
+    assert [text.partition(": ")[0] for text in said(caplog)] == [f"data.validation={path}"] * 2
+
+
+TOOL = {"type": "function", "function": {"name": "f", "description": "does f", "parameters": {}}}
+
+
+def test_what_the_chat_template_leaves_out_is_said_at_every_start(tmp_path, caplog):
+    thought = {"role": "assistant", "content": "a", "reasoning_content": "t"}
+    path = write(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "q"}, thought], "tools": [TOOL]}])
+    for _ in range(2):
+        prepare(tmp_path, path=path)
+        assert [text.partition(", so")[0] for text in said(caplog)] == [
+            f"data.path={path}: the chat template does not render {name}" for name in ("reasoning_content", "tools")
+        ]
+
+
+def test_rows_are_left_out_by_reason(tmp_path):
+    rows = [*ROWS[:3], "{\n", {"prompt": "q", "completion": 1}, {"prompt": "q"}, {"prompt": "q", "completion": None}]
+    counts = prepare(tmp_path, path=write(tmp_path / "rows.jsonl", rows), on_bad_row="skip").counts
+    assert counts.left_out == {"bad: not valid JSON": 1, "bad: column completion must be text": 3}
+    counts = DataCounts()
+    for number in range(200):
+        counts.leave_out(f"reason {number}")
+    assert len(counts.left_out) <= 21 and sum(counts.left_out.values()) == 200
+
+
+def test_subsets_reach_the_validation_split(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    subsets = [{"config_name": name, "data_files": files(name)} for name in ("a", "b")]
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(subsets)}\n---\n")
+    for name, count in (("a", 5), ("b", 6)):
+        write(folder / f"{name}.jsonl", ROWS[:count])
+        write(folder / f"{name}_held.jsonl", ROWS[: count - 3])
+    data = prepare(tmp_path, path=str(folder), subset="b")
+    assert (len(data.train), len(data.validation)) == (6, 3)
+    other = prepare(tmp_path, path=str(folder / "a.jsonl"), validation=str(folder / "b.jsonl"))
+    assert (len(other.train), len(other.validation)) == (5, 6)
+    with pytest.raises(UserError, match=r"data.path=.*: has the subsets a, b; choose one with data.subset=NAME"):
+        prepare(tmp_path, path=str(folder))
+
+
+def files(name: str) -> list[dict]:
+    return [{"split": "train", "path": f"{name}.jsonl"}, {"split": "validation", "path": f"{name}_held.jsonl"}]

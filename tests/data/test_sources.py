@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
 
 import datasets
@@ -48,6 +51,22 @@ def test_text_files(tmp_path, name, content):
     assert values(file) == ROWS
 
 
+@pytest.mark.parametrize(("suffix", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("XZ", lzma.compress)])
+def test_compressed_files(tmp_path, suffix, compress):
+    contents = {
+        "json": json.dumps(ROWS, indent=1),
+        "jsonl": lines(ROWS),
+        "csv": "instruction,output\n" + "".join(f"q{i},a{i}\n" for i in range(4)),
+    }
+    for name, content in contents.items():
+        file = tmp_path / f"rows.{name}.{suffix}"
+        file.write_bytes(compress(content.encode()))
+        assert values(file) == ROWS
+    file.write_bytes(compress(b"x" * 5000)[:-20])
+    with pytest.raises(UserError, match=rf"rows\.csv\.{suffix}: can't be read"):
+        read(file)
+
+
 def test_parquet_saved_data_sets_and_globs(tmp_path):
     dataset = datasets.Dataset.from_list(ROWS)
     dataset.to_parquet(tmp_path / "rows.parquet")
@@ -81,12 +100,18 @@ def test_text_rows_are_paragraphs(tmp_path):
          ["train-0.jsonl", "train-1.jsonl"], ["val-0.jsonl"]),
         (["train/a.jsonl", "dev/b.jsonl"], ["a.jsonl"], ["b.jsonl"]),
         (["a.jsonl", "b.jsonl", ".hidden/c.jsonl"], ["a.jsonl", "b.jsonl"], None),
+        (["data/train-00000-of-00001.jsonl", "data/val-00000-of-00001.jsonl", "stray.jsonl"],
+         ["train-00000-of-00001.jsonl"], ["val-00000-of-00001.jsonl"]),
+        (["my_train.jsonl", "my-dev.jsonl.gz"], ["my_train.jsonl"], ["my-dev.jsonl.gz"]),
+        (["training1.jsonl", "valid.jsonl", "constrained.jsonl"], ["training1.jsonl"], ["valid.jsonl"]),
+        (["a.jsonl", "__pycache__/b.jsonl", "LICENSE.txt", "dataset_infos.json", "load.py"], ["a.jsonl"], None),
     ],
 )  # fmt: skip
 def test_splits_of_a_directory(tmp_path, files, train, validation):
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(lines(ROWS[:1]))
+        text = lines(ROWS[:1]).encode()
+        (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
     assert [Path(row.file).name for row in read(tmp_path)] == train
     assert has_split(str(tmp_path), "validation") == (validation is not None)
     if validation is None:
@@ -126,6 +151,8 @@ def test_broken_rows_of_other_files(tmp_path):
         ("rows.json", '[{"a": 1},\n {"a": }]', r"rows\.json, line 2: not valid JSON"),
         ("rows.json", '{"rows": []}', r"must be a list of rows or .*, found an object with rows"),
         ("rows.parquet", "nonsense", r"rows\.parquet: not a readable Parquet file"),
+        ("rows.csv", "a,b,a\n1,2,3\n", r"rows\.csv, line 1: the header names column a twice"),
+        ("rows.jsonl.gz", "nonsense", r"rows\.jsonl\.gz: can't be read"),
         ("rows.xml", "<a/>", r"rows\.xml: the name must end in one of \.json, "),
     ],
 )
@@ -178,3 +205,117 @@ def test_content_hash_follows_the_content(tmp_path):
     assert find_source(str(copy)).content_hash() == first
     file.write_text(lines(ROWS).replace("q1", "q9"))
     assert find_source(str(file)).content_hash() != first
+
+
+README = """---
+license: mit
+configs:
+- config_name: {first}
+  data_files:
+  - split: train
+    path: ["parts/*.jsonl", "[more].jsonl"]
+  - split: rest
+    path: missing.jsonl
+- config_name: second
+  data_dir: two{options}
+---
+# A data set
+
+---
+"""
+
+
+def described_folder(tmp_path, first: str = "first", options: str = "") -> str:
+    for name in ("parts/1", "parts/2", "[more]", "m", "two/train", "two/test"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_text(lines([{"text": name}]))
+    (tmp_path / "README.md").write_text(README.format(first=first, options=options))
+    return str(tmp_path)
+
+
+def texts(source) -> list[str]:
+    return [row.values["text"] for row in source.rows()]
+
+
+def test_subsets_of_a_readme(tmp_path):
+    path = described_folder(tmp_path)
+    assert texts(find_source(path, subset="first")) == ["parts/1", "parts/2", "[more]"]
+    assert texts(find_source(path, subset="second")) == ["two/train"]
+    assert texts(find_source(path, "test", subset="second")) == ["two/test"]
+    assert has_split(path, "test", "second") and not has_split(path, "test", "first")
+    for options, message in (
+        ({}, r"data.path=.*: has the subsets first, second; choose one with data.subset=NAME"),
+        ({"subset": "secnd"}, r"data.subset=secnd: .* has no such subset, it has first, second; did you mean second"),
+        ({"subset": "first", "split": "test"}, "the directory has no split test, it has train, rest"),
+        ({"subset": "first", "split": "rest"}, r"its README names missing\.jsonl, and no file there matches"),
+    ):
+        with pytest.raises(UserError, match=message):
+            find_source(path, **options)
+
+
+@pytest.mark.parametrize(("first", "options"), [("default", ""), ("first", "\n  default: true")])
+def test_a_default_subset_is_taken_and_said(tmp_path, first, options):
+    source = find_source(described_folder(tmp_path, first, options))
+    default = "default" if first == "default" else "second"
+    assert texts(source) == (["parts/1", "parts/2", "[more]"] if default == "default" else ["two/train"])
+    assert source.notes == [f"of the subsets {first}, second the default, {default}, is read (data.subset)"]
+
+
+@pytest.mark.parametrize(
+    ("readme", "message"),
+    [
+        ("---\nconfigs: [\n---\n", "README.md: its header can't be read as YAML"),
+        ("---\nconfigs: x\n---\n", "configs must be a list of subsets, each with a config_name"),
+        ("---\nconfigs: [{data_files: x}]\n---\n", "configs must be a list of subsets, each with a config_name"),
+        ("---\nconfigs: [{config_name: a, data_files: {x: y}}]\n---\n", "data_files must be a path, a list"),
+        ("---\nconfigs: [{config_name: a, data_files: a.csv, sep: ;}]\n---\n", "subset a sets sep, which changes"),
+        ("---\nconfigs: [{config_name: a, data_files: a.xml}]\n---\n", "split train has a.xml, and its files must end"),
+    ],
+)
+def test_readmes_that_can_not_be_followed(tmp_path, readme, message):
+    (tmp_path / "a.xml").write_text("<a/>")
+    (tmp_path / "README.md").write_text(readme)
+    with pytest.raises(UserError, match=message):
+        find_source(str(tmp_path))
+
+
+def test_one_subset_needs_no_choice_and_none_can_not_be_chosen(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines([{"text": "a"}]))
+    with pytest.raises(UserError, match=r"data.subset=x: .* has no such subset, its README lists none"):
+        find_source(str(tmp_path), subset="x")
+    with pytest.raises(UserError, match=r"data.subset=x: .*a.jsonl is a file, and only data sets have subsets"):
+        find_source(str(tmp_path / "a.jsonl"), subset="x")
+    (tmp_path / ".huggingface.yaml").write_text("configs: [{config_name: only, data_files: a.jsonl}]")
+    assert texts(find_source(str(tmp_path))) == ["a"]
+
+
+def test_files_of_a_directory_that_are_not_read_are_named(tmp_path):
+    for name in ("a.jsonl", "b.json", "c.csv", "notes.txt", "rest.zip", "README.md", "LICENSE.txt", ".gitattributes"):
+        (tmp_path / name).write_text(lines([{"text": "a"}]))
+    source = find_source(str(tmp_path))
+    assert [file.name for file in source.files] == ["a.jsonl", "b.json"]
+    assert source.notes == ["3 files of the directory are not read: c.csv, notes.txt, rest.zip"]
+
+
+AWKWARD = ["[v2] data", "a (1)", "b?*", "~", "~nobody", "ü 東京 'x' \"y\"", "{c}", "a,b=c", "x" * 200]
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_what_exists_is_read_under_its_name(tmp_path, monkeypatch, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / f"{name}.jsonl").write_text(lines([{"text": "a"}]))
+    (folder / "z.jsonl").write_text(lines([{"text": "z"}]))
+    assert texts(find_source(str(folder / f"{name}.jsonl"))) == ["a"]
+    assert texts(find_source(str(folder / "z*.jsonl"))) == ["z"]
+    assert sorted(texts(find_source(str(folder)))) == ["a", "z"]
+    monkeypatch.chdir(tmp_path)
+    assert sorted(texts(find_source(name))) == ["a", "z"]
+    datasets.Dataset.from_list([{"text": "s"}]).save_to_disk(folder / "saved [1]")
+    assert texts(find_source(f"{name}/saved [1]")) == ["s"]
+
+
+@pytest.mark.parametrize("path", ["", " ", "~nobody/x.jsonl", "x" * 5000, "y" * 300 + "/[a]*"])
+def test_what_is_no_path_is_said_so(path):
+    with pytest.raises(UserError, match=r"data.path="):
+        find_source(path)
