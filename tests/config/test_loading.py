@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import GROUPS, conf_dir, group_choices, load, load_run, read_config, to_yaml, vary
 from lisa_dist.config.method import SAMPLER_CONFIGS, AllSamplerConfig, FixedSamplerConfig, UniformSamplerConfig
-from lisa_dist.config.overrides import PATH_KEYS, all_keys
+from lisa_dist.config.overrides import PATH_KEYS, all_keys, parse_overrides
 from lisa_dist.config.sweeps import read_space
 
 # An override, and what its sentence must name beside the override itself.
@@ -198,26 +198,33 @@ def test_texts_stay_as_written() -> None:
     assert (config.parallel.shard, config.launch.time) == ("2", "1:00:00")
 
 
-@pytest.mark.parametrize("key", ["data.path", "run.dir", "generate.prompts"])
-@pytest.mark.parametrize(
-    "name", ["[v2]", "a (1).jsonl", "a,b", "a=b", "{c}", "it's", 'a"b', "~x", "1e3", "ü", "glob(*)"]
-)
-def test_a_path_that_exists_is_meant_by_its_name(tmp_path: Path, monkeypatch: Any, key: str, name: str) -> None:
+@pytest.mark.parametrize("name", ["[v2]", "a (1)", "a,b", "a=b", "{c}", "it's", 'a"b', "~x", "1e3", "ü", "glob(*)"])
+def test_a_path_that_exists_is_meant_by_its_name(tmp_path: Path, monkeypatch: Any, name: str) -> None:
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
-    group, field = key.split(".")
-    for path in (name, str(tmp_path / name)):
-        assert getattr(getattr(load([f"{key}={path}"]), group), field) == path
-        assert list(read_space([f"{key}={path}"])) == [key]
-    assert getattr(getattr(load([f'{key}="x, y"', f"{key}=z"]), group), field) == "z"
+    for key in ("data.path", "+run.dir", "generate.prompts"):
+        for path in (name, str(tmp_path / name)):
+            (override,) = parse_overrides([f"{key}={path}"])
+            assert (override.key, override.value) == (key.lstrip("+"), path)
+            assert list(read_space([f"{key}={path}"])) == [override.key]
+
+
+def test_paths_reach_the_configuration_as_they_are_written(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("1e3", "[v2]", "a,b"):
+        (tmp_path / name).mkdir()
+    config = load(["data.path=1e3", "run.dir=[v2]", "generate.prompts=a,b", "model.path='x, y'"])
+    assert (config.data.path, config.run.dir, config.generate.prompts, config.model.path) == (
+        "1e3", "[v2]", "a,b", "x, y",
+    )  # fmt: skip
 
 
 def test_what_of_a_path_is_not_read_as_a_name(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "null").mkdir()
-    assert load(["run.dir=null"]).run.dir is None
-    assert load(["run.dir='new [1]/a (2)'"]).run.dir == load(["run.dir=new [1]/a (2)"]).run.dir == "new [1]/a (2)"
-    assert load(["generate.prompts=[a,b]"]).generate.prompts == ["a", "b"]
+    texts = ["run.dir=null", "run.dir='new [1]/a (2)'", "run.dir=new [1]/a (2)", "generate.prompts=[a,b]"]
+    values = [override.value for override in parse_overrides(texts)]
+    assert values == [None, "new [1]/a (2)", "new [1]/a (2)", ["a", "b"]]
     assert len(read_space(["data.path=a.jsonl,b.jsonl"])["data.path"]) == 2
 
 
