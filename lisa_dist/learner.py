@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from lisa_dist import distributed, probes
@@ -17,9 +18,11 @@ from lisa_dist.config.method import LoraUpdateConfig, LowRankUpdateConfig
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.inspection import pretrained_architecture
-from lisa_dist.models.layer_map import find_layers
+from lisa_dist.models.layer_map import LayerMap, find_layers
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
 from lisa_dist.models.loss_head import install_loss_head
+from lisa_dist.models.masking import install_position_handling
+from lisa_dist.models.packing_check import Separation, find_separation
 from lisa_dist.models.quantization import quantize_linears
 from lisa_dist.optim.active_optimizer import ActiveOptimizer
 from lisa_dist.sampling import build_sampler
@@ -35,6 +38,7 @@ from lisa_dist.sharding.wrapping_policy import (
     recast,
     shard_model,
 )
+from lisa_dist.telemetry.units import format_count
 from lisa_dist.updates import Update, build_update
 
 logger = logging.getLogger(__name__)
@@ -75,6 +79,7 @@ def build_learner(config: Config, architecture: PretrainedConfig | None = None) 
     module = build_meta_model(config.model, architecture)
     update = build_update(config.update)
     layers = find_layers(module, config.model.blocks)
+    separation = separate_packed_samples(config, module, layers)
     update.prepare_model(module, layers)
     sampler = RankSynchronizedSampler(build_sampler(config.sampler, len(layers.blocks)))
     if config.model.quantization != "none":
@@ -83,6 +88,7 @@ def build_learner(config: Config, architecture: PretrainedConfig | None = None) 
             raise UserError(f"model.quantization={config.model.quantization}: this model has no layers for it")
     model = config.model
     install_loss_head(module, layers, model.loss_chunk, model.router_aux_loss, model.loss_kernel)
+    install_position_handling(module, packed_mask=separation == "mask")
     checkpointing = CheckpointingPolicy(config, update)
     checkpointing.measure(module)
     if config.parallel.compile:
@@ -93,6 +99,26 @@ def build_learner(config: Config, architecture: PretrainedConfig | None = None) 
     stepped = update if sharded.world is None else StepsMasters(update, sharded.world)
     optimizer = ActiveOptimizer(config.optimizer, stepped)
     return Learner(config, sharded, update, optimizer, sampler, active, checkpointing)
+
+
+def separate_packed_samples(config: Config, module: nn.Module, layers: LayerMap) -> Separation:
+    """Return what keeps packed samples apart, and say where that costs memory. Collective: every rank; rank 0 tries.
+
+    Raises:
+        UserError: ``data.packing=true`` and nothing keeps them apart in this model.
+    """
+    if not config.data.packing:
+        return "positions"
+    separation = distributed.on_rank_zero(lambda: find_separation(module, layers.blocks_path))
+    if separation == "mask" and distributed.is_main() and not distributed.is_simulated():
+        entries = config.train.micro_batch_size * config.data.sequence_length**2
+        logger.info(
+            "data.packing=true: %s builds its attention masks without looking at positions, so packed samples are kept "
+            "apart by an explicit mask: %s entries of a micro-batch, sequence length squared each",
+            type(module).__name__,
+            format_count(entries),
+        )
+    return separation
 
 
 def check_quantization(config: Config, probe_name: str | None) -> None:

@@ -19,6 +19,7 @@ from lisa_dist.config.errors import nearest
 from lisa_dist.config.model import BUILTIN_PREFIX
 from lisa_dist.config.paths import local_path
 from lisa_dist.hub import stay_offline_where_unreachable
+from lisa_dist.models.model_kinds import check_is_decoder
 from lisa_dist.source_files import read_json_object
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def read_architecture(config: ModelConfig, *, without_weights: bool = False) -> 
 
     Raises:
         UserError: no architecture is to be found, its type is unknown, it needs code that comes with the model, its
-            weights are quantised, or it is the language model of several modalities.
+            weights are quantised, it is the language model of several modalities, or no decoder.
     """
     directory = None if config.path is None else local_directory(config.path)
     weightless = without_weights or config.initialization == "random"
@@ -73,7 +74,8 @@ def read_architecture(config: ModelConfig, *, without_weights: bool = False) -> 
         architecture = _read_hub(config, config.path)
     else:
         raise UserError("model.path=null: name a Hugging Face directory, a hub id or builtin:demo, or choose a preset")
-    architecture = _text_alone(config, architecture)
+    whole, architecture = architecture, _text_alone(config, architecture)
+    check_is_decoder(config.path, whole)
     architecture.use_cache = False
     if hasattr(architecture, "output_router_logits"):
         architecture.output_router_logits = False  # the loss head adds the router's loss where it is asked for
@@ -109,6 +111,11 @@ def build_meta_model(config: ModelConfig, architecture: PretrainedConfig | None 
                 f"model.attention={config.attention}: this model has no such kernel; null chooses"
             ) from error
         raise UserError(f"model.path={config.path}: is no causal language model that can be built: {reason}") from error
+    except Exception as error:  # transformers raises whatever its code runs into where a field is missing or wrong
+        raise UserError(
+            f"model.path={config.path}: model_type={architecture.model_type} can't be built from its configuration, "
+            f"a field is missing or wrong ({type(error).__name__}: {_first_line(error)})"
+        ) from error
     model.tie_weights()  # transformers 5.0 leaves that out on meta
     return model.train()
 
@@ -175,12 +182,16 @@ def from_fields(fields: dict[str, Any]) -> PretrainedConfig:
     """Return the Hugging Face config of the fields ``model.architecture``.
 
     Raises:
-        UserError: transformers does not know its type.
+        UserError: transformers does not know its type, or not with these fields.
     """
     fields = dict(fields)
     model_type = fields.pop("model_type", None)
     _check_type("model.architecture.model_type", model_type)
-    return AutoConfig.for_model(model_type, **fields)
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except Exception as error:  # each configuration checks its fields in its own way
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model.architecture: model_type={model_type} can't have these fields ({reason})") from error
 
 
 def _check_fields(config: ModelConfig, fields: dict[str, Any]) -> None:

@@ -180,9 +180,8 @@ def install_loss_head(
         check_liger()
     original = model.forward
     head = layer_map.head
-    decoder: Any = model.base_model
     balance = _router_loss(model) if router_aux_loss else None
-    transform = _probe_transform(model, head)
+    decoder, transform = _find_decoder(model, head)
     if transform is None:
         logger.warning(
             "%s has a head of its own kind: the logits of a micro-batch are held in full", type(model).__name__
@@ -235,14 +234,24 @@ def _router_loss(model: nn.Module) -> Callable[[Any], Tensor]:
     return lambda router_logits: coefficient * balance(router_logits, experts, chosen)
 
 
-def _probe_transform(model: Any, head: Any) -> LogitTransform | None:
+def _find_decoder(model: Any, head: Any) -> tuple[Any, LogitTransform | None]:
+    """Return the module whose hidden states the head is given, and what the model does to the head's product."""
+    decoders = dict.fromkeys([model.base_model, model.get_decoder()])  # OPT's root calls a decoder inside its base
+    for decoder in decoders:
+        transform = _probe_transform(model, decoder, head)
+        if transform is not None:
+            return decoder, transform
+    return model.base_model, None
+
+
+def _probe_transform(model: Any, decoder: Any, head: Any) -> LogitTransform | None:
     """Find what the root's forward does between the decoder and the logits, by running it around stand-ins.
 
     The decoder is replaced by known hidden states and the head by known products, so no weight is touched (they
     may be on meta). None where the head is no plain linear layer, where the hidden states reach it changed, or where
     the logits that come out are neither a multiple of the products nor softly capped.
     """
-    if type(head).forward is not nn.Linear.forward or model.base_model is model:
+    if type(head).forward is not nn.Linear.forward or decoder is model:
         return None
     hidden = torch.linspace(-1.0, 1.0, 2 * head.in_features).view(1, 2, -1)
     products = torch.linspace(-8.0, 8.0, 2 * head.out_features).view(1, 2, -1)
@@ -254,16 +263,19 @@ def _probe_transform(model: Any, head: Any) -> LogitTransform | None:
 
     try:
         with (
-            _replaced_forward(model.base_model, lambda *args, **kwargs: _DecoderOutput(hidden)),
+            _replaced_forward(decoder, lambda *args, **kwargs: _DecoderOutput(hidden)),
             _replaced_forward(head, stand_in_head),
         ):
             logits = model.forward(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False).logits
+        # Where a part between the two works on meta, what comes out of it has no values to compare.
+        unchanged = len(seen) == 1 and torch.equal(seen[0], hidden) and logits.shape == products.shape
+        logits = logits.float().cpu()
     except Exception as error:  # whatever a foreign forward raises, its own head still works
         logger.debug("%s cannot be run around stand-ins: %s", type(model).__name__, error)
         return None
-    if len(seen) != 1 or not torch.equal(seen[0], hidden) or logits.shape != products.shape:
+    if not unchanged:
         return None
-    return _fit_transform(products, logits.float(), getattr(model.config, "final_logit_softcapping", None))
+    return _fit_transform(products, logits, getattr(model.config, "final_logit_softcapping", None))
 
 
 class _DecoderOutput:

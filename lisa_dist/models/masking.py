@@ -1,11 +1,17 @@
-"""Attention masks under fake tensors."""
+"""The attention masks of transformers: narrowed to each packed sample, and under fake tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from torch import Tensor, nn
 from transformers import masking_utils
+
+PACKED_MASKS = ("eager", "sdpa", "flex_attention")  # kernels whose masks can tell samples apart
 
 
 @contextmanager
@@ -22,3 +28,69 @@ def mask_as_in_training(packing: bool) -> Iterator[None]:
         yield
     finally:
         masking_utils.is_tracing = always
+
+
+def takes_positions(model: Any) -> bool:
+    """Whether ``model`` or its decoder names ``position_ids`` among the arguments of its forward pass."""
+    return any("position_ids" in inspect.signature(part.forward).parameters for part in (model, model.base_model))
+
+
+def install_position_handling(model: nn.Module, *, packed_mask: bool) -> None:
+    """Let ``model(position_ids=...)`` work whatever the architecture does with positions.
+
+    A model that takes none (it counts its tokens itself) is not given any. Call it before ``fully_shard`` and after
+    :func:`~lisa_dist.models.loss_head.install_loss_head`.
+
+    Args:
+        model: a causal language model.
+        packed_mask: also keep packed samples apart in every mask that the model builds, for architectures that
+            build theirs without the positions. Such a mask is dense, [b, 1, t, t].
+    """
+    original = model.forward
+    passes_positions = takes_positions(model)
+    if passes_positions and not packed_mask:
+        return
+
+    @functools.wraps(original)
+    def forward(*args: Any, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        if position_ids is not None and passes_positions:
+            kwargs["position_ids"] = position_ids
+        if position_ids is None or not packed_mask:
+            return original(*args, **kwargs)
+        with _samples_apart(position_ids):
+            return original(*args, **kwargs)
+
+    model.forward = forward  # type: ignore[method-assign]
+
+
+@contextmanager
+def _samples_apart(position_ids: Tensor) -> Iterator[None]:
+    """Narrow every mask that transformers builds meanwhile to pairs of tokens of one sample.
+
+    The masks stay the model's own (causal, windows, the kernel's dtype and polarity); transformers' table of mask
+    builders lets one user replace entries of it
+    (https://huggingface.co/docs/transformers/main/en/attention_interface#attention-mask-interface).
+
+    Args:
+        position_ids: [b, t], a sample begins wherever they do not count on.
+    """
+    starts = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
+    same_sample = masking_utils.packed_sequence_mask_function(starts.cumsum(-1))
+    builders = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    replaced = {name: builders[name] for name in PACKED_MASKS}
+
+    def narrowed(build: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(build)
+        def build_narrowed(*args: Any, mask_function: Callable[..., Any], **kwargs: Any) -> Any:
+            kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+            return build(*args, mask_function=masking_utils.and_masks(mask_function, same_sample), **kwargs)
+
+        return build_narrowed
+
+    for name, build in replaced.items():
+        builders[name] = narrowed(build)
+    try:
+        yield
+    finally:
+        for name, build in replaced.items():
+            builders[name] = build

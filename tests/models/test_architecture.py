@@ -160,3 +160,37 @@ def test_code_that_comes_with_a_model_is_refused(tmp_path: Path, caplog: pytest.
         architecture = read_architecture(ModelConfig(path=path, trust_remote_code=True))
     assert architecture.model_type == "own"
     assert "RUNS ON THIS MACHINE" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "bert"}, r"model_type=bert is an encoder, .*is_decoder=true"),
+        ({"model_type": "roberta", "is_decoder": False}, "model_type=roberta is an encoder"),
+        ({"model_type": "modernbert"}, "model_type=modernbert is an encoder"),
+        ({"model_type": "t5"}, "model_type=t5 is an encoder-decoder"),
+        ({"model_type": "bart"}, "model_type=bart is an encoder-decoder"),
+        ({"model_type": "whisper"}, "model_type=whisper is an encoder-decoder"),
+        ({"model_type": "vit"}, "model_type=vit is a vision model"),
+        ({"model_type": "wav2vec2"}, "model_type=wav2vec2 is a speech model"),
+    ],
+)
+def test_what_is_no_decoder_is_named_as_what_it_is(fields: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        read_architecture(ModelConfig(path=_write(tmp_path, fields)))
+
+
+def test_a_decoder_of_an_encoders_type_is_built(tmp_path: Path) -> None:
+    fields = {"model_type": "bert", "is_decoder": True, "num_hidden_layers": 1}
+    config = ModelConfig(path=_write(tmp_path, fields))
+    assert type(build_meta_model(config)).__name__ == "BertLMHeadModel"
+
+
+def test_fields_that_a_model_can_not_be_built_from_are_one_sentence() -> None:
+    architecture = {"model_type": "hunyuan_v1_dense", "head_dim": None}
+    with pytest.raises(UserError, match=r"model_type=hunyuan_v1_dense can't be built from its configuration.*TypeErr"):
+        build_meta_model(ModelConfig(architecture=architecture))
+    with pytest.raises(UserError, match=r"model_type=llama can't have these fields"):
+        read_architecture(
+            ModelConfig(architecture={"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4})
+        )

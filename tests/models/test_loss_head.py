@@ -20,11 +20,14 @@ from tests.models.families import FAMILIES, tiny_config
 
 LLAMA_SHAPE = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
 GPTJ_SHAPE = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8}
+OPT_SHAPE = {"hidden_size": 48, "ffn_dim": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 CASES = {name: tiny_config(name) for name in FAMILIES} | {
     "cohere": AutoConfig.for_model("cohere", **LLAMA_SHAPE, **TOKENS, logit_scale=0.0625),
     "granite": AutoConfig.for_model("granite", **LLAMA_SHAPE, **TOKENS, logits_scaling=8.0),
     "gptj": AutoConfig.for_model("gptj", **GPTJ_SHAPE, **TOKENS),
+    "opt": AutoConfig.for_model("opt", **OPT_SHAPE, **TOKENS, word_embed_proj_dim=48),
+    "opt with projections": AutoConfig.for_model("opt", **OPT_SHAPE, **TOKENS, word_embed_proj_dim=32),
 }
 
 
@@ -67,6 +70,12 @@ def test_equals_the_models_own_loss(name: str) -> None:
             continue
         scale = theirs.grad.abs().max()
         assert (ours.grad - theirs.grad).abs().max() <= 2e-5 * scale + 1e-7, parameter_name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_finds_on_meta_what_it_finds_with_weights(name: str) -> None:
+    model, on_meta = _model(copy.deepcopy(CASES[name])), build_meta_model(ModelConfig(), copy.deepcopy(CASES[name]))
+    assert install_loss_head(on_meta, find_layers(on_meta), 16) == install_loss_head(model, find_layers(model), 16)
 
 
 def test_transforms_are_those_of_the_configuration() -> None:

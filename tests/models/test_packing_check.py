@@ -1,0 +1,168 @@
+"""Packed samples are kept apart by positions, by a mask, or the architecture is refused; each found by trying."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lisa_dist.config import Config, DataConfig, ModelConfig, UserError
+from lisa_dist.learner import separate_packed_samples
+from lisa_dist.models import packing_check
+from lisa_dist.models.architecture import build_meta_model
+from lisa_dist.models.layer_map import find_layers
+from lisa_dist.models.loss_head import install_loss_head
+from lisa_dist.models.masking import install_position_handling
+from lisa_dist.models.packing_check import find_separation
+from lisa_dist.models.tiny_copy import NoTinyCopyError, tiny_copy
+from tests.models.families import FAMILIES, tiny_config
+
+# Published sizes, or nearly: what is tried is the tiny copy that the check makes of them.
+WITHOUT_POSITIONS: dict[str, dict[str, Any]] = {
+    "gpt_oss": {"num_local_experts": 32},
+    "opt": {"hidden_size": 512, "word_embed_proj_dim": 512, "num_attention_heads": 8, "ffn_dim": 2048},
+    "bloom": {"hidden_size": 1024, "n_head": 16, "n_layer": 24},
+    "mpt": {"d_model": 512, "n_heads": 8, "n_layers": 4, "expansion_ratio": 4},
+    "xglm": {"d_model": 512, "attention_heads": 8, "num_layers": 4, "ffn_dim": 2048},
+    "biogpt": {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048},
+}
+RUNNING_ON: dict[str, dict[str, Any]] = {
+    "mamba": {},
+    "falcon_mamba": {},
+    "rwkv": {},
+    "recurrent_gemma": {},
+    "bamba": {"num_hidden_layers": 6, "attn_layer_indices": [3]},
+    "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "conv"]},
+    "qwen3_next": {"num_hidden_layers": 8},
+    "granitemoehybrid": {"num_hidden_layers": 3, "layer_types": ["mamba", "mamba", "attention"]},
+}
+
+
+def _meta(model_type: str, **fields: Any) -> Any:
+    return build_meta_model(ModelConfig(), AutoConfig.for_model(model_type, **fields))
+
+
+def _separation(model: Any) -> str:
+    return find_separation(model, find_layers(model).blocks_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_need_no_more_than_positions(family: str) -> None:
+    assert _separation(build_meta_model(ModelConfig(), tiny_config(family))) == "positions"
+
+
+@pytest.mark.parametrize("model_type", WITHOUT_POSITIONS)
+def test_masks_built_without_positions_are_narrowed(model_type: str) -> None:
+    assert _separation(_meta(model_type, **WITHOUT_POSITIONS[model_type])) == "mask"
+
+
+@pytest.mark.parametrize("model_type", RUNNING_ON)
+def test_state_that_runs_on_is_refused_by_name(model_type: str) -> None:
+    model = _meta(model_type, **RUNNING_ON[model_type])
+    name = type(model).__name__
+    with pytest.raises(UserError, match=rf"data\.packing=true: {name} does not keep .*; use data\.packing=false"):
+        _separation(model)
+
+
+def test_positions_that_do_not_begin_anew_are_refused() -> None:
+    """It counts tokens itself: kept apart by a mask, the second sample still stands where it does not alone."""
+    model = _meta("bart", is_decoder=True, is_encoder_decoder=False)
+    with pytest.raises(UserError, match="BartForCausalLM does not keep packed samples apart"):
+        _separation(model)
+
+
+def test_what_can_not_be_tried_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise NoTinyCopyError("it would have 7,000,000,000 parameters")
+
+    monkeypatch.setattr(packing_check, "tiny_copy", fail)
+    with pytest.raises(UserError, match=r"LlamaForCausalLM .* can't be tried.*7,000,000,000.*data\.packing=false"):
+        _separation(build_meta_model(ModelConfig(), tiny_config("llama")))
+
+
+def test_a_copy_in_which_no_token_sees_another_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def blind(*args: Any) -> Any:
+        copy = tiny_copy(*args)
+        for name, parameter in copy.named_parameters():
+            if "o_proj" in name:
+                torch.nn.init.zeros_(parameter)
+        return copy
+
+    monkeypatch.setattr(packing_check, "tiny_copy", blind)
+    with pytest.raises(UserError, match="no token sees another"):
+        _separation(build_meta_model(ModelConfig(), tiny_config("llama")))
+
+
+def test_tiny_copy_has_every_kind_of_block_and_few_parameters() -> None:
+    state = torch.get_rng_state()
+    model = _meta("qwen3_next")
+    copy = tiny_copy(model, "model.layers")
+    assert len(copy.model.layers) == 4 < len(model.model.layers)  # the fourth is the first of full attention
+    assert sum(parameter.numel() for parameter in copy.parameters()) < 10**6
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+_GPT_OSS = {"num_local_experts": 4, "sliding_window": 4, "head_dim": 16}
+_OPT = {"ffn_dim": 64, "word_embed_proj_dim": 48, "dropout": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "kernel"), [("gpt_oss", _GPT_OSS, "eager"), ("opt", _OPT, "eager"), ("opt", _OPT, "sdpa")]
+)
+def test_packed_loss_and_gradients_are_those_of_the_samples_alone(
+    model_type: str, fields: dict[str, Any], kernel: str
+) -> None:
+    """Through the chunked loss, as in training, with padding, several samples a row and a window shorter than them."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(model_type, **{**shape, "num_hidden_layers": 2, "pad_token_id": 0, **fields})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kernel)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    install_loss_head(model, find_layers(model), chunk_tokens=16)
+    install_position_handling(model, packed_mask=True)
+    samples = [torch.randint(3, 64, (size,)) for size in (9, 6, 11, 5, 8)]
+
+    def loss_of(row: list[torch.Tensor], padded: int) -> torch.Tensor:
+        ids = torch.nn.functional.pad(torch.cat(row), (0, padded))[None]
+        labels = torch.cat([torch.cat([torch.tensor([-100]), sample[1:]]) for sample in row])
+        labels = torch.nn.functional.pad(labels, (0, padded), value=-100)[None]
+        sizes = [len(sample) for sample in row]
+        sizes[-1] += padded
+        positions = torch.cat([torch.arange(size) for size in sizes])[None]
+        return model(input_ids=ids, labels=labels, position_ids=positions)
+
+    loss_of(samples, 7).backward()
+    packed = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    loss = loss_of(samples, 7).item()
+    model.zero_grad()
+    alone = [loss_of([sample], 0) for sample in samples]
+    sum(alone).backward()  # type: ignore[union-attr]
+    assert loss == pytest.approx(sum(alone).item(), rel=1e-5)  # type: ignore[union-attr]
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_model_without_positions_trains_unpacked() -> None:
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("mpt", **{"d_model": 32, "n_heads": 4, "n_layers": 1})
+    )
+    ids = torch.arange(12)[None]
+    expected = model(input_ids=ids).logits
+    install_position_handling(model, packed_mask=False)
+    torch.testing.assert_close(model(input_ids=ids, position_ids=torch.arange(12)[None]).logits, expected)
+
+
+def test_a_dense_mask_is_announced_with_its_size(caplog: pytest.LogCaptureFixture) -> None:
+    model = _meta("opt", hidden_size=64, word_embed_proj_dim=64, num_attention_heads=4, ffn_dim=64)
+    config = Config(data=DataConfig(packing=True, sequence_length=1000))
+    config.train.micro_batch_size = 2
+    with caplog.at_level(logging.INFO):
+        assert separate_packed_samples(config, model, find_layers(model)) == "mask"
+    assert "OPTForCausalLM" in caplog.text and "2 M entries" in caplog.text
+    config.data.packing = False
+    assert separate_packed_samples(config, _meta("mamba"), find_layers(model)) == "positions"  # nothing is tried
