@@ -54,6 +54,7 @@ class Heartbeat:
         self.noted = time.time()
         self.order = 0  # counts the notes: of two ranks in one run, the smaller one is behind
         self._file = os.open(self.folder / f"heartbeat_{distributed.rank()}.json", os.O_WRONLY | os.O_CREAT, 0o666)
+        self._writing = threading.Lock()
         self._stop = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
@@ -69,12 +70,12 @@ class Heartbeat:
         Args:
             may_take_long: longer than one collective may, so that no standstill is suspected.
         """
-        outer = self.part
-        self.watched = not may_take_long
+        outer, watched = self.part, self.watched
         self._note(part)
+        self.watched = not may_take_long  # after the note, for the watcher measures from it
         yield  # where the body raises, the note stays: it says where
-        self.watched = True
         self._note(outer)
+        self.watched = watched
 
     def _note(self, part: str) -> None:
         self.part, self.beat = part, time.monotonic()
@@ -83,15 +84,16 @@ class Heartbeat:
         self._write()
 
     def _write(self) -> None:
-        record = {
-            "step": self.step,
-            "order": self.order,
-            "part": self.part,
-            "host": socket.gethostname(),
-            "noted": self.noted,
-            "alive": time.time(),
-        }
-        os.pwrite(self._file, json.dumps(record).encode().ljust(RECORD_BYTES - 1) + b"\n", 0)
+        with self._writing:  # the last of two writers has seen what the other has
+            record = {
+                "step": self.step,
+                "order": self.order,
+                "part": self.part,
+                "host": socket.gethostname(),
+                "noted": self.noted,
+                "alive": time.time(),
+            }
+            os.pwrite(self._file, json.dumps(record).encode().ljust(RECORD_BYTES - 1) + b"\n", 0)
 
     def explain(self) -> str:
         """Return where this rank waits, and which ranks are behind it or stand still, by the notes of all."""
