@@ -144,6 +144,8 @@ def run_rank(entry: str, config: Config, outcome_dir: Path, log_dir: Path, paren
     log = rank_log(log_dir, rank)
     if rank > 0:
         _send_output_to(log)
+    # Line by line, as in a terminal: else what is printed comes after what native code and later processes print.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     code, message, trace = EXIT_FAILED, "", ""
     try:
         module, _, function = entry.partition(":")
@@ -182,7 +184,6 @@ def _send_output_to(log: Path) -> None:
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
 def _leave_soon(code: int) -> NoReturn:
@@ -215,7 +216,7 @@ def _first_failure(outcomes: list[Outcome], ranks: int, agent_failure: ChildFail
 def _how_it_died(rank: int, agent_failure: ChildFailedError | None) -> str:
     failure = agent_failure.failures.get(rank) if agent_failure else None
     if failure is None or failure.exitcode >= 0:
-        return "it was killed"
+        return "it was killed"  # torch tells of one rank alone, and another one ended at about the same time
     name = signal.Signals(-failure.exitcode).name
     return f"it was killed by {name}" + (", as the system does when memory runs out" if name == "SIGKILL" else "")
 

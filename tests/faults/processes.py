@@ -10,14 +10,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.distributed.launcher.api import LaunchConfig
 
+from lisa_dist.checkpoint.manifest import list_checkpoints
 from lisa_dist.cli import main
 from lisa_dist.launching import local
 from lisa_dist.telemetry.records import read_rows
 from tests.checkpoint.runs import ARCHITECTURE
+
+T = TypeVar("T")
 
 OVERRIDES = [
     "model=custom",
@@ -37,7 +40,7 @@ OVERRIDES = [
     "checkpoint.keep=2",
     f"model.architecture={ARCHITECTURE.replace('DROPOUT', '0.1')}",
 ]
-PATIENCE = 200  # seconds for anything
+PATIENCE = 600  # seconds for what hangs
 
 
 # Modules that a run needs. One server imports them once and forks each launcher, which forks its ranks: a launcher
@@ -77,6 +80,7 @@ class Launched:
         self.temporary = run_dir.parent / f"{run_dir.name}_tmp"  # where the launcher notes its ranks
         self.temporary.mkdir(exist_ok=True)
         self.known = set(self.temporary.rglob("started_*"))
+        self.saved = self._checkpoints()
         self.output = self.temporary / "output"
         arguments = [*OVERRIDES, f"run.dir={run_dir}", *overrides]
         self.process = FORKSERVER.Process(target=_launch, args=(arguments, self.output, self.temporary))
@@ -99,21 +103,37 @@ class Launched:
         wait_until(is_up, f"rank {rank} to start")
         return int(found[-1].name.split("_")[2])
 
-    def wait_for_step(self, step: int) -> None:
-        """Wait until ``step`` is recorded."""
-        wait_until(lambda: self.reached(step), f"step {step}")
+    def outcome_is_known(self, rank: int) -> bool:
+        """Whether a rank has left how it ended, or nothing of the run is left."""
+        return bool(list(self.temporary.rglob(f"outcome_{rank}.json"))) or not self.process.is_alive()
 
-    def reached(self, step: int) -> bool:
-        """Whether ``step`` is recorded; the run must not have ended before."""
-        if not self.process.is_alive():
-            raise AssertionError(f"the run ended before step {step}:\n{self.output.read_text()}")
-        return any(row["step"] >= step and "loss" in row for row in read_rows(self.run_dir / "metrics.jsonl"))
+    def wait_for_checkpoint(self) -> None:
+        """Wait until this start has completed a checkpoint: steps alone may be those that an earlier one recorded."""
+        wait_until(lambda: bool(self._while_it_runs(self._checkpoints) - self.saved), "a checkpoint")
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until ``step`` is recorded, which no earlier start may have done."""
+        wait_until(lambda: self._while_it_runs(lambda: last_step(self.run_dir)) >= step, f"step {step}")
+
+    def _checkpoints(self) -> set[str]:
+        return {path.name for path in list_checkpoints(self.run_dir / "checkpoints")}
+
+    def _while_it_runs(self, look: Callable[[], T]) -> T:
+        alive, seen = self.process.is_alive(), look()
+        if not alive:
+            raise AssertionError(f"the run has ended:\n{self.output.read_text()}")
+        return seen
 
     def finish(self) -> tuple[int, str]:
         """The exit code and what was printed."""
         self.process.join(PATIENCE)
         assert self.process.exitcode is not None, f"the run goes on after {PATIENCE} s"
         return self.process.exitcode, self.output.read_text()
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step that is recorded, 0 where none is."""
+    return max((row["step"] for row in read_rows(run_dir / "metrics.jsonl") if "loss" in row), default=0)
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:

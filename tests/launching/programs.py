@@ -28,6 +28,7 @@ def finish(config: Config) -> int:
 def fail(config: Config) -> int:
     """Rank 1 fails; rank 0 fails a moment later, as it does when its peer is gone, and sums up what it knows."""
     if rank() == 1:
+        _wait_for_rank_0(config)
         raise ValueError("the first failure")
     _wait_for_the_end_of_rank_1(config)
     write_summary(config.run.dir or "", exit_reason="failed: a connection was lost", resumed_from=[3])
@@ -37,7 +38,7 @@ def fail(config: Config) -> int:
 def die(config: Config) -> int:
     """Rank 1 is killed by the system; rank 0 then fails."""
     if rank() == 1:
-        (Path(config.run.dir or "") / "last_words").touch()
+        _wait_for_rank_0(config)
         os.kill(os.getpid(), signal.SIGKILL)
     _wait_for_the_end_of_rank_1(config)
     raise RuntimeError("a connection was lost")
@@ -65,7 +66,14 @@ def train_until_stopped(config: Config) -> int:
     return EXIT_STOPPED
 
 
+def _wait_for_rank_0(config: Config) -> None:
+    """Wait until rank 0 is up: the launcher kills a rank that takes half a minute to end after another has failed."""
+    while not (Path(config.run.dir or "") / "rank_0_is_up").exists():
+        time.sleep(0.02)
+
+
 def _wait_for_the_end_of_rank_1(config: Config) -> None:
     """Wait until the launcher asks this rank to stop, which it does when rank 1 has failed."""
+    (Path(config.run.dir or "") / "rank_0_is_up").touch()
     while not stop_requested():
         time.sleep(0.02)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,29 @@ TINY = [
 ]
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 LISA_DIST = [sys.executable, "-m", "lisa_dist"]
+HOLD = Path(__file__).with_name("hold")
+
+
+def held(step: int, until: Path) -> dict[str, str]:
+    """Return variables under which ranks make ``step`` steps and wait, to be asked to stop or for the file ``until``.
+
+    A run that is asked to stop then makes one step more, or two where every rank heard of it in its wait.
+    """
+    places = [str(HOLD), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(places), "LISA_DIST_HOLD": f"{step}:{until}"}
+
+
+def free_ports(count: int = 1) -> int:
+    """Return the first of ``count`` ports in a row that are free, below those that the system gives to anybody."""
+    while True:
+        first = random.SystemRandom().randrange(10000, 20000 - count)
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+            return first
+        except OSError:
+            continue
 
 
 def rows_of_steps(run_dir: Path) -> list[dict[str, Any]]:

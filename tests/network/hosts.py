@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.launching.tiny import SYSTEM_PATH
 
-PATIENCE = 400
+PATIENCE = 600  # seconds for what hangs
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = 29700
 

@@ -13,6 +13,7 @@ from typing import Any
 from lisa_dist import trainer
 from lisa_dist.config.loading import load
 from lisa_dist.signals import install_stop_handlers
+from lisa_dist.telemetry.records import write_atomically
 
 
 def bytes_sent() -> int:
@@ -31,7 +32,7 @@ def main() -> int:
         before = bytes_sent()
         result = train_step(*arguments, **more)
         counts.append(bytes_sent() - before)
-        Path(file).write_text(json.dumps(counts))
+        write_atomically(Path(file), json.dumps(counts))
         return result
 
     trainer.train_step = counted

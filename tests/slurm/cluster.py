@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import getpass
 import os
+import random
 import re
 import shutil
 import signal
@@ -19,12 +20,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.launching.tiny import SYSTEM_PATH
+from tests.launching.tiny import SYSTEM_PATH, free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "sinfo", "squeue")
 NODES = ("n1", "n2")
-SECONDS_TO_START = 30
-SECONDS_TO_END = 150  # for a job of the tests
+PATIENCE = 600  # seconds for what hangs
 
 CONFIGURATION = """\
 ClusterName=tests
@@ -50,7 +50,8 @@ SchedulerParameters=sched_interval=1,bf_interval=1
 SlurmdParameters=config_overrides
 ReturnToService=2
 MinJobAge=600
-KillWait=20
+KillWait=300
+FirstJobId={job}
 NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=4 RealMemory=4000
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE
 """
@@ -66,10 +67,11 @@ class Cluster:
         self.daemons: list[subprocess.Popen[bytes]] = []
         for name in ("munge", "state", "spool"):
             (self.folder / name).mkdir(mode=0o755)
-        port = 17000 + os.getpid() % 1000 * 10
+        port = free_ports(1 + len(NODES))
         settings = {"host": socket.gethostname().partition(".")[0], "user": getpass.getuser(), "folder": self.folder}
         ports = {"port": port, "first": port + 1, "last": port + len(NODES), "nodes": ",".join(NODES)}
-        (self.folder / "slurm.conf").write_text(CONFIGURATION.format(**settings, **ports))
+        job = random.SystemRandom().randrange(1, 9000)  # a job's ranks meet at a port that its number gives
+        (self.folder / "slurm.conf").write_text(CONFIGURATION.format(**settings, **ports, job=job))
         if not Path("/sys/fs/cgroup").is_dir() or not any(Path("/sys/fs/cgroup").iterdir()):
             (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # else slurmd looks for a mount
 
@@ -82,12 +84,12 @@ class Cluster:
             "munged", "--force", "--foreground", f"--socket={munge}/socket", f"--key-file={munge}/key",
             f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed",
         )  # fmt: skip
-        self._wait(lambda: (munge / "socket").exists(), SECONDS_TO_START)
+        self._wait(lambda: (munge / "socket").exists(), PATIENCE)
         self._daemon("slurmctld", "-D")
         for node in NODES:
             self._daemon("slurmd", "-D", "-N", node)
         self._wait(lambda: self.command("sinfo", "-h", "-o", "%D %t", check=False).split() == ["2", "idle"],
-                   SECONDS_TO_START)  # fmt: skip
+                   PATIENCE)  # fmt: skip
 
     def stop(self) -> None:
         """End every job and then the daemons."""
@@ -95,11 +97,11 @@ class Cluster:
             user = f"--user={getpass.getuser()}"
             self.command("scancel", "--full", "--signal=KILL", user, check=False)
             self.command("scancel", user, check=False)
-            self._wait(lambda: not self.command("squeue", "-h", check=False), SECONDS_TO_START)
+            self._wait(lambda: not self.command("squeue", "-h", check=False), PATIENCE)
         for daemon in reversed(self.daemons):
             daemon.terminate()
         for daemon in reversed(self.daemons):
-            daemon.wait(SECONDS_TO_START)
+            daemon.wait(PATIENCE)
         shutil.rmtree(self.folder)
 
     def command(self, *arguments: str, check: bool = True) -> str:
@@ -114,7 +116,7 @@ class Cluster:
 
     def wait_for_state(self, job: str, *states: str) -> dict[str, str]:
         """Wait until a job has one of ``states`` and return what is known of it."""
-        self._wait(lambda: self.job(job)["JobState"] in states, SECONDS_TO_END, lambda: str(self.job(job)))
+        self._wait(lambda: self.job(job)["JobState"] in states, PATIENCE, lambda: str(self.job(job)))
         return self.job(job)
 
     def start_again_soon(self, job: str) -> None:
@@ -127,7 +129,7 @@ class Cluster:
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait until ``condition`` holds, as long as a job may take."""
-        self._wait(condition, SECONDS_TO_END)
+        self._wait(condition, PATIENCE)
 
     def _wait(self, condition: Callable[[], bool], seconds: float, told: Callable[[], str] = lambda: "") -> None:
         deadline = time.monotonic() + seconds

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from lisa_dist.cli import main
-from tests.launching.tiny import TINY, read_summary, steps_recorded, weights
+from tests.launching.tiny import TINY, held, read_summary, steps_recorded, weights
 from tests.slurm.cluster import Cluster
 
 REPOSITORY = Path(__file__).parents[2]
 STAND_INS = Path(__file__).with_name("stand_ins")
-STEPS = 80  # so many that the signal comes before the end
+STEPS, HELD_AT = 12, 4
 SMALL = 'launch.options=["--mem=100M"]'  # a job without it takes the memory of a whole node
 SWEPT = [*TINY, SMALL, "launch.nodes=2", f"train.max_steps={STEPS}", "sampler.period=3,-1"]
 
@@ -54,16 +54,23 @@ def test_array_over_a_sweep(sweep_dir: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_signal_before_the_limit_requeues_and_the_job_goes_on(
-    cluster: Cluster, sweep_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cluster: Cluster,
+    sweep_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run_dir = tmp_path / "run"
+    for name, value in held(HELD_AT, tmp_path / "requeued").items():
+        monkeypatch.setenv(name, value)  # Slurm hands the submitter's variables to the job
     job = launch(capsys, "launch.nodes=2", f"train.max_steps={STEPS}", f"run.dir={run_dir}")
-    cluster.wait_for(lambda: len(steps_recorded(run_dir)) >= 5)
+    cluster.wait_for(lambda: len(steps_recorded(run_dir)) == HELD_AT)
     cluster.command("scancel", "--signal=USR1", job)  # what Slurm sends before the limit, to the same processes
     cluster.wait_for_state(job, "PENDING")
     assert read_summary(run_dir)["exit_reason"] == "signal"
     saved = len(steps_recorded(run_dir))
-    assert 5 <= saved < STEPS
+    assert saved in (HELD_AT + 1, HELD_AT + 2)
+    (tmp_path / "requeued").touch()
     cluster.start_again_soon(job)
     told = cluster.wait_for_state(job, "COMPLETED", "FAILED")
     assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1")
