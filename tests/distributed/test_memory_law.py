@@ -58,7 +58,7 @@ def explained_storages(learner: Learner) -> dict[str, dict[int, int]]:
 
 def unexplained_storages(explained: set[int]) -> list[tuple[int, str]]:
     """Storages that nothing explains. gloo's threads let go of a collective's tensors a moment after its end."""
-    deadline = time.monotonic() + 1
+    deadline = time.monotonic() + 60
     while True:
         unexplained = [text for address, text in live_storages().items() if address not in explained]
         if not unexplained or time.monotonic() > deadline:
