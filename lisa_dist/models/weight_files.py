@@ -45,7 +45,8 @@ class SafetensorsDirectory:
 
     def _read_index(self) -> dict[str, str]:
         weight_map = read_json_object(self.directory / INDEX_FILE, self._key).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        named = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
+        if not named or not weight_map:
             raise UserError(f"{self._key}: {INDEX_FILE} has no weight_map, which names the file of each tensor")
         return weight_map
 
@@ -90,14 +91,13 @@ class SafetensorsDirectory:
         Raises:
             UserError: a file is not there, is cut short, is no safetensors file, or the index is that of other files.
         """
-        if (self.directory / INDEX_FILE).is_file() and not self.indexed:
-            named = set(read_json_object(self.directory / INDEX_FILE, self._key).get("weight_map", {}).values())
-            if named != {SINGLE_FILE}:
-                logger.warning(
-                    "%s: holds both %s and %s; the first is read, as by transformers, and the files that the second "
-                    "names are not",
-                    *(self._key, SINGLE_FILE, INDEX_FILE),
-                )
+        passed_over = (self.directory / INDEX_FILE).is_file() and not self.indexed
+        if passed_over and set(self._read_index().values()) != {SINGLE_FILE}:
+            logger.warning(
+                "%s: holds both %s and %s; the first is read, as by transformers, and the files that the second names "
+                "are not",
+                *(self._key, SINGLE_FILE, INDEX_FILE),
+            )
         for file in sorted(set(self.file_of.values())):
             held = set(self._open(file).keys())
             wanted = {name for name, holder in self.file_of.items() if holder == file}

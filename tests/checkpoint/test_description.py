@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from lisa_dist import preparation
 from lisa_dist.checkpoint import description
 from lisa_dist.checkpoint.description import described_model, write_description, write_tokenizer
 from lisa_dist.checkpoint.export import export_checkpoint, find_checkpoint
@@ -20,6 +21,7 @@ from lisa_dist.config import Config, UserError
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.models.architecture import read_architecture
 from lisa_dist.models.inspection import pretrained_architecture
+from lisa_dist.planning.simulation import architecture_of
 from tests.checkpoint.runs import Kill, train
 from tests.checkpoint.test_adapters import make_run
 from tests.models.families import tiny_config
@@ -123,6 +125,34 @@ def test_code_that_an_export_would_lack_is_said_at_the_start(tmp_path: Path, mon
         UserError, match=r"base: what an export would hold of it can't be used: .*configuration_own\.py"
     ):
         described(config)
+
+
+def test_weights_are_looked_at_before_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(preparation, "prepare_data", lambda *_: pytest.fail("the data was read first"))
+    with pytest.raises(UserError, match=r"model\.safetensors is a Git LFS pointer"):
+        preparation.prepare_run(make_run(tmp_path / "run", tmp_path / "base"))
+
+
+def test_a_run_without_a_description_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run\.dir=.* has no model/config\.json, which a run writes when it starts"):
+        described_model(make_run(tmp_path / "run", tmp_path / "base"))
+
+
+def test_a_plan_has_the_head_of_the_weights(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tensors = make_model(base, "qwen2")
+    config = make_run(tmp_path / "run", base)
+    assert architecture_of(config).tie_word_embeddings is True
+    tensors["lm_head.weight"] = 2 * tensors["model.embed_tokens.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="planned with a head of its own"):
+        assert architecture_of(config).tie_word_embeddings is False
+    (base / "model.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"planned as config\.json says.* is empty"):
+        assert architecture_of(config).tie_word_embeddings is True
 
 
 def test_tokenizers_are_read_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

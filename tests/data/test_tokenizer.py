@@ -70,3 +70,15 @@ def test_no_eos_token(tmp_path):
 def test_paths_without_a_tokenizer(path, message):
     with pytest.raises(UserError, match=message):
         load_tokenizer(path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_files_that_git_lfs_has_not_fetched_are_named(tmp_path, name):
+    shutil.copytree(MODELS / "demo", tmp_path, dirs_exist_ok=True)
+    load_tokenizer(str(tmp_path))
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
+    with pytest.raises(UserError, match=rf"{name} is a Git LFS pointer .*git lfs pull"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=f"{name} is empty"):
+        load_tokenizer(str(tmp_path))
