@@ -20,7 +20,8 @@ ENDS = {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 0}
         ({**ENDS, "do_sample": True, "temperature": 0.6, "top_p": 0.9, "num_return_sequences": 4}, {}),
         ({**ENDS, "their_own_field": {"a": 1}}, {}),
         ({"temperature": 0.9, "top_p": 0.6, **ENDS}, {"temperature": 0.9, "top_p": 0.6}),
-        ({"temperature": 0.9, "do_sample": True, **ENDS}, {}),  # what allows a setting may follow it
+        # What allows a setting may follow it.
+        ({"temperature": 0.9, "do_sample": True, "max_new_tokens": 0, **ENDS}, {"max_new_tokens": 0}),
         ({**ENDS, "num_return_sequences": 4}, {"num_return_sequences": 4}),
         ({**ENDS, "num_return_sequences": 4, "num_beams": 4}, {}),
         ({**ENDS, "max_new_tokens": 0}, {"max_new_tokens": 0}),
