@@ -55,7 +55,7 @@ class DataCounts:
             found.append(f"nothing reads column{'s' * (len(self.unread_columns) > 1)} {', '.join(self.unread_columns)}")
         found += self.not_rendered
         if self.empty_answers:
-            found.append(f"{self.empty_answers} answers are empty, of which only the end is trained")
+            found.append(f"empty answers: {self.empty_answers}, of which only the end is trained")
         if self.trained_share < LEAST_TRAINED_SHARE:
             found.append(f"only {self.trained_share:.2%} of the tokens are trained ({self.trained_tokens})")
         return found

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import nearest
+from lisa_dist.config.paths import local_path
 from lisa_dist.hub import stay_offline_where_unreachable
 from lisa_dist.source_files import check_is_whole
 
@@ -82,7 +83,7 @@ def _locate(path: str, key: str) -> str:
         if name not in names:
             raise UserError(f"{key}={path}: bundled are {', '.join(BUILTIN_PREFIX + known for known in names)}")
         return str(MODELS / name)
-    here = Path(path).expanduser()
+    here = local_path(path)
     if here.is_file():
         raise UserError(f"{key}={path}: must be a directory, did you mean {here.parent}?")
     if here.is_dir():

@@ -151,3 +151,14 @@ def test_what_cannot_be_reported_is_an_error_that_says_why(tmp_path, files, mess
 def test_a_run_directory_must_be_named():
     with pytest.raises(UserError, match=r"run.dir=null: name the directory"):
         report.run(Config())
+
+
+def test_the_page_says_what_became_of_the_rows(tmp_path):
+    rows = {"read": 40, "used": 17, "cut": 3, "left_out": {"bad: <not> valid JSON": 23}}
+    make_run(tmp_path, steps=2, exit_reason="finished", resumed_from=[], rows=rows, validation_rows={**rows, "read": 9})
+    page = page_of(tmp_path)
+    check_is_whole_and_self_contained(page)
+    cells = re.findall("<td[^>]*>([^<]*)</td>", page)
+    first = ["read", "40", "used", "17", "cut", "3", "left out: bad: &lt;not&gt; valid JSON", "23"]
+    assert cells == [*first, "read", "9", *first[2:]]
+    assert page.index("Rows of the data") < page.index("Rows of the validation data")

@@ -204,7 +204,7 @@ def test_what_is_likely_not_meant_is_said_at_every_start(tmp_path, caplog):
         prepare(tmp_path, path=path)
         assert [text.removeprefix(f"data.path={path}: ") for text in said(caplog)] == [
             "nothing reads columns id, topic",
-            "1 answers are empty, of which only the end is trained",
+            "empty answers: 1, of which only the end is trained",
         ]
     prepare(tmp_path, path=write(tmp_path / "long.jsonl", [{"prompt": "word " * 300, "completion": "a"}]))
     assert any("only 0." in text and "of the tokens are trained" in text for text in said(caplog))
