@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lisa_dist import distributed
 from lisa_dist.data.preview import sample_questions
@@ -27,6 +28,6 @@ def show_answers(run: Run, title: str) -> None:
         limit = min(LONGEST_ANSWER, 2 * len(question.answer_ids) + 8)
         found = answer(run.learner.sharded.module, question.prompt_ids, stop_ids, limit)
         texts = (question.prompt_ids, found, question.answer_ids)
-        table.add_row(*(str(run.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in texts))
+        table.add_row(*(Text(str(run.tokenizer.decode(ids, skip_special_tokens=True)).strip()) for ids in texts))
     if distributed.is_main():
         Console(highlight=False).print(table)

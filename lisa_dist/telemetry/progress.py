@@ -32,7 +32,7 @@ def announce(entries: dict[str, str], title: str = "") -> None:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in entries.items():
-        table.add_row(key, value)
+        table.add_row(key, Text(value))  # as a plain text, a path with [brackets] would be taken for markup
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110, highlight=False).print(table)
 
 

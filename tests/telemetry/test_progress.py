@@ -63,3 +63,8 @@ def test_other_ranks_show_nothing(caplog, capsys, monkeypatch):
         display.update({"step": 1, **ROW})
         display.update({"step": 1, "eval_loss": 1.0})
     assert not caplog.records and capsys.readouterr().out == ""
+
+
+def test_brackets_are_no_markup(capsys):
+    announce({"data": "/data/[v2] new/[/INST].jsonl"})
+    assert "/data/[v2] new/[/INST].jsonl" in capsys.readouterr().out
