@@ -13,14 +13,16 @@ question), they are compared from a place that both have, which marks in the mes
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lisa_dist.data.formats import BadRowError, Conversation, Message
-from lisa_dist.data.marks import Marks, Place, insert, text_of
+from lisa_dist.data.marks import Mark, Marks, Place, insert, text_of
+from lisa_dist.data.template_texts import TemplateTexts, common_length
 from lisa_dist.data.tokenizer import render
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what data and templates call a message's thoughts
@@ -35,27 +37,12 @@ class Answers:
     ended: bool  # False: the last message is an answer, and nothing in the text ends it
 
 
-def common_length(one: str, other: str) -> int:
-    """Return how many characters two texts have in common at their beginning."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:  # slices are compared far faster than characters one by one
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
 class AnswerFinder:
     """Finds answers with one tokenizer and its chat template; remembers how that template ends turns."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        added = tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
-        self.special = _any_of(special)
-        self.added = _any_of(special | {token.content for token in added})
+        self.texts = TemplateTexts(tokenizer)
         self.turn_ends: dict[tuple[bool, str], tuple[int, bool]] = {}
         self.left_out: dict[str, str] = {}  # what the template never renders, and a sentence that says so
         self._rendered: set[str] = set()
@@ -67,23 +54,12 @@ class AnswerFinder:
             BadRowError: the template refuses the messages, leaves one out, or does not show where an answer stands.
         """
         try:
-            search = _Search(self, conversation)
+            search = _Search(self, conversation.messages, conversation.tools)
         except TemplateError as error:
             raise BadRowError(f"the chat template refuses the messages ({error})") from error
         found = search.answers()
         self._note_what_is_left_out(search)
         return found
-
-    def agreement(self, one: str, other: str) -> int:
-        """Return how far two texts agree, in whole added tokens: ``<|end|>`` and ``<|eot|>`` have nothing in common."""
-        length = common_length(one, other)
-        if length < len(one) or length < len(other):
-            for text in (one, other):
-                for match in self.added.finditer(text, max(0, length - 100), length + 100):
-                    if match.start() < length < match.end():
-                        length = match.start()
-                        break
-        return length
 
     def _note_what_is_left_out(self, search: _Search) -> None:
         """Note what the template never renders: the tools, thoughts, words beside a tool call."""
@@ -107,19 +83,21 @@ class AnswerFinder:
             )
 
 
-def _any_of(texts: set[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(filter(None, texts), key=len, reverse=True))) or r"(?!)")
-
-
 class _Search:
     """The search in one conversation."""
 
-    def __init__(self, finder: AnswerFinder, conversation: Conversation) -> None:
+    def __init__(
+        self,
+        finder: AnswerFinder,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None,
+        prompt: bool = False,
+    ) -> None:
         self.finder = finder
-        self.messages = conversation.messages
-        self.tools = conversation.tools
-        self.whole = self.render(self.messages)
-        self.marks = Marks(self.messages, self.whole, self.render_or_none)
+        self.messages = messages
+        self.tools = tools
+        self.whole = self.render(messages, prompt)
+        self.marks = Marks(messages, self.whole, lambda marked: self.render_or_none(marked, prompt))
         self.words_lost = False
 
     def render(self, messages: list[Message], prompt: bool = False) -> str:
@@ -135,7 +113,8 @@ class _Search:
         return f"message {index + 1} of {len(self.messages)} ({self.messages[index]['role']})"
 
     def answers(self) -> Answers:
-        self._refuse_what_is_left_out()
+        if self._left_out():
+            return self._answers_behind_the_last_prompt()
         indexes = [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
         begins = {index: self._begin(index) for index in indexes}
         spans: dict[int, tuple[int, int]] = {}
@@ -149,15 +128,37 @@ class _Search:
             self._refuse_others_within(index, begins[index], end)
         return Answers(self.whole, spans, ended or self.messages[-1]["role"] != "assistant")
 
-    def _refuse_what_is_left_out(self) -> None:
+    def _left_out(self) -> list[Mark]:
+        """Return the marks of questions and system messages that are not rendered; refuse a row that loses answers."""
+        left_out = []
         for mark in self.marks.lost():
             message = self.messages[mark.message]
             if mark.place is Place.CALL:
                 raise BadRowError(f"the chat template leaves out a tool call of {self.name(mark.message)}")
-            if message.get("tool_calls"):  # templates keep or drop the words beside a call by design
+            if message["role"] != "assistant":
+                left_out.append(mark)
+            elif message.get("tool_calls"):  # templates keep or drop the words beside a call by design
                 self.words_lost = True
             elif text_of(message["content"]).strip():
                 raise BadRowError(f"the chat template leaves out the content of {self.name(mark.message)}")
+        return left_out
+
+    def _answers_behind_the_last_prompt(self) -> Answers:
+        """Put the last answer behind its prompt, where that has what the whole leaves out.
+
+        Mistral's templates write the system message into a last question, and where an answer follows, nowhere.
+        """
+        last = len(self.messages) - 1
+        lost = self._left_out()[0].message
+        if self.messages[last]["role"] == "assistant":
+            begin = self._begin(last)
+            end, ended = self._end(last, {last: begin})
+            before = _Search(self.finder, self.messages[:last], self.tools, prompt=True)
+            if not before._left_out():
+                found = before.answers()
+                spans = {**found.spans, last: (len(found.text), len(found.text) + end - begin)}
+                return Answers(found.text + self.whole[begin:], spans, ended)
+        raise BadRowError(f"the chat template leaves out the content of {self.name(lost)}")
 
     def _refuse_others_within(self, index: int, begin: int, end: int) -> None:
         for mark in self.marks.marks:
@@ -177,8 +178,10 @@ class _Search:
         if self.whole.startswith(prompt):
             return len(prompt)
         context = self.render_or_none(self.messages[:index]) or ""
-        if self.whole.startswith(context[: self.finder.agreement(context, prompt)]):  # all but the answer's opening
-            return self.finder.agreement(prompt, self.whole)
+        if self.whole.startswith(
+            context[: self.finder.texts.agreement(context, prompt)]
+        ):  # all but the answer's opening
+            return self._past(prompt, 0)
         return self._begin_after_mark(index)
 
     def _begin_after_mark(self, index: int) -> int:
@@ -189,19 +192,27 @@ class _Search:
         prompt = self.marks.rest_after(before, self.render_or_none(known, prompt=True) or "")
         context = self.marks.rest_after(before, self.render_or_none(known) or "")
         if places and prompt is not None:
-            agreed = self.finder.agreement(prompt, self.whole[max(places) :])
-            if agreed >= self.finder.agreement(context or "", prompt):  # all that closes the message before
-                return max(places) + agreed
+            agreed = self.finder.texts.agreement(prompt, self.whole[max(places) :])
+            if agreed >= self.finder.texts.agreement(context or "", prompt):  # all that closes the message before
+                return self._past(prompt, max(places))
         raise BadRowError(
             f"the chat template renders what comes before {self.name(index)} otherwise once messages follow, "
             f"so it does not show where the answer begins"
         )
 
+    def _past(self, prompt: str, place: int) -> int:
+        """Where the whole, from ``place`` on, ceases to agree with a prompt; blanks before its opening may differ."""
+        agreed = self.finder.texts.agreement(prompt, self.whole[place:])
+        end = place + agreed
+        blanks = len(self.whole[end:]) - len(self.whole[end:].lstrip())
+        opening = prompt[agreed:].strip()
+        return end + blanks + len(opening) if opening and self.whole.startswith(opening, end + blanks) else end
+
     def _begin_unasked(self, index: int) -> int:
         """Where an answer begins that no question comes before: after the opening that answers to questions have."""
         question = [{"role": "user", "content": "a"}]
         prompt = self.render_or_none(question, prompt=True) or ""
-        opening = prompt[self.finder.agreement(prompt, self.render_or_none(question) or "") :]
+        opening = prompt[self.finder.texts.agreement(prompt, self.render_or_none(question) or "") :]
         message, word = self.messages[index], self.marks.free_word
         message = {**message, "content": insert(message["content"], word, at_end=False)}
         text = self.render_or_none([*self.messages[:index], message, *self.messages[index + 1 :]])
@@ -250,24 +261,24 @@ class _Search:
         of the gap belongs to the turn itself.
         """
         last = index == len(self.messages) - 1
-        special = self.finder.special
+        special, bos = self.finder.texts.special, self.finder.tokenizer.bos_token
         if last and is_marked and len(special.findall(gap)) == 1:
             return next(special.finditer(gap)).end(), True
         other = self._with_a_message_behind(index) if last else self._with_none_behind(index, is_marked, begin)
-        own = gap if other is None else gap[: self.finder.agreement(gap, other)]
+        own = gap if other is None else gap[: self.finder.texts.agreement(gap, other)]
         rest = (gap if last else other or "")[len(own) :]  # what is written where no message follows
         if rest.strip() and not last and not is_marked and text_of(self.messages[index]["content"]).strip():
             raise BadRowError(f"the chat template renders {self.name(index)} otherwise once messages follow")
         ends = {match.end(): match.group() for match in special.finditer(own)}
-        # Some templates open an answer at the end of any text, and that opening begins like any other message's.
-        opens = (rest.strip() and self.whole[:begin].endswith(rest)) or (other is None and not last)
-        if ends and opens:
-            eos = [end for end, token in ends.items() if token == self.finder.tokenizer.eos_token]
-            return (eos or list(ends))[0], True
+        if rest.strip() or (other is None and not last):
+            # Some templates open an answer at the end of any text; that opening begins as the first message's does.
+            opener = next((token for token in special.findall(self.whole) if token != bos), None)
+            before = list(takewhile(lambda end: ends[end] != opener, ends))
+            ends = {end: ends[end] for end in before or list(ends)[:1]}
         if ends:
             return max(ends), True
         after = special.search(gap, len(own))
-        if after is not None and after.group() != self.finder.tokenizer.bos_token:
+        if after is not None and after.group() != bos:
             return after.end(), True
         return (len(gap) if last else len(own)), False
 

@@ -104,6 +104,14 @@ FAMILIES = {
         ("<|start|>", "<|stop|>", "<|eot|>"),
         "<|eot|>",
     ),
+    # Command A: likewise, and its default system message ends as every turn does.
+    "always opened, two tokens at the end": Template(
+        "{{ bos_token }}<|turn|><|system|>Be helpful.<|end_turn|>{% for m in messages %}<|turn|>"
+        "{% if m.role == 'assistant' %}<|bot|>{{ m.content }}<|end_response|>"
+        "{% else %}<|{{ m.role }}|>{{ m.content }}{% endif %}<|end_turn|>{% endfor %}<|turn|><|bot|>",
+        ("<|turn|>", "<|bot|>", "<|user|>", "<|system|>", "<|end_response|>", "<|end_turn|>"),
+        "<|end_response|><|end_turn|>",
+    ),
     # Zephyr and Granite: the end of the text ends every turn.
     "end of text": Template(
         "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"

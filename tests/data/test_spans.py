@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lisa_dist.data.formats import BadRowError, Conversation
-from lisa_dist.data.spans import AnswerFinder, common_length
+from lisa_dist.data.spans import AnswerFinder
 from tests.data.conversations import CONVERSATIONS, OSLO, SYSTEM, WEATHER, answer, call, result, user
 from tests.data.templates import FAMILIES, NO_END, PREFILLED, TEMPLATES, Template, tokenizer_with
 
@@ -39,6 +39,40 @@ def test_families(name, with_system):
     again = [*messages[:-2], user("The opposite of hot?"), answer("Cold.")]  # all words occur twice
     assert runs_of(template, again) == [f"{begin}Cold.{template.end}"] * 2
     assert runs_of(template, messages[:-1]) == [f"{begin}Cold.{template.end}"]
+
+
+def test_a_system_message_that_only_a_last_question_has_is_kept():
+    template = Template(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] "
+        "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}{% endif %}"
+        "{{ m.content }}[/INST]"
+        "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+        ("[INST]", "[/INST]"),
+        "</s>",
+    )
+    asked = user("What is cold? Cold.")
+    for messages, text in (
+        ([SYSTEM, asked, answer("Cold.")], f"<s>[INST] {SYSTEM['content']}\n\n{asked['content']}[/INST] Cold.</s>"),
+        (
+            [SYSTEM, user("Cold."), answer("Cold."), user("Cold."), answer("Cold.")],
+            f"<s>[INST] Cold.[/INST] Cold.</s>[INST] {SYSTEM['content']}\n\nCold.[/INST] Cold.</s>",
+        ),
+    ):
+        found = AnswerFinder(tokenizer_with(template)).find(Conversation(messages))
+        assert found.text == text
+        assert found.ended
+        assert [text[begin:end] for begin, end in found.spans.values()] == [" Cold.</s>"] * (len(messages) // 2)
+
+
+def test_other_blanks_before_the_opening_train_no_header():
+    template = Template(
+        "{% for m in messages %}{% if m.role == 'user' %}{{ 'USER: ' + m.content + '\n' }}{% else %}"
+        "{{ '    ASSISTANT: ' + m.content + eos_token + '\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
+        (),
+        "</s>",
+    )
+    assert runs_of(template, TWO) == [" Cold.</s>", " Hot.</s>"]
 
 
 def test_tools_in_the_last_question_move_nothing():
@@ -193,13 +227,3 @@ def test_spans_are_those_of_a_text_put_together_by_hand(build, contents):
     messages = [answer(text) if number % 2 else user(text) for number, text in enumerate(contents)]
     found = FINDERS[build.__name__].find(Conversation(messages))
     assert (found.text, list(found.spans.values())) == build(contents)
-
-
-@given(st.text(), st.text(), st.text())
-def test_common_length(shared, one, other):
-    length = common_length(shared + one, shared + other)
-    assert length >= len(shared)
-    assert (shared + one)[:length] == (shared + other)[:length]
-    assert (shared + one)[length : length + 1] != (shared + other)[
-        length : length + 1
-    ] or shared + one == shared + other
