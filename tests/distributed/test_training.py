@@ -37,6 +37,9 @@ ARCHITECTURE = {
     "initializer_range": 0.1,
 }
 STEPS, PERIOD, GLOBAL_BATCH = 9, 3, 8
+# Of weights that moved by some 5%. Sums in another order, as libraries choose by the place in memory, differ by 1e-7,
+# and Adam divides small gradients by themselves: 1e-5 was exceeded now and then.
+ROUNDED = 5e-5
 
 
 def make_config(**changes: Any) -> Config:
@@ -169,7 +172,7 @@ def test_three_periods_equal_plain_pytorch(world_size: int, tied: bool) -> None:
     assert first["losses"] == pytest.approx(losses, rel=1e-5)
     for name, parameter in first["final"].items():
         error = (parameter - reference[name]).norm() / reference[name].norm()
-        assert error < 1e-5, f"{name}: relative error {error}"
+        assert error < ROUNDED, f"{name}: relative error {error}"
     for other in results[1:]:
         assert other["losses"] == first["losses"] and other["draws"] == first["draws"]
 
@@ -189,7 +192,7 @@ def test_hybrid_sharding_equals_plain_sharding() -> None:
         hybrid = run_on_ranks(4, train_on_rank, config)[0]
         assert hybrid["losses"] == pytest.approx(plain["losses"], rel=1e-6)
         for name, parameter in hybrid["final"].items():
-            assert (parameter - plain["final"][name]).norm() / plain["final"][name].norm() < 1e-5, name
+            assert (parameter - plain["final"][name]).norm() / plain["final"][name].norm() < ROUNDED, name
 
 
 def storage_over_periods(config: Config) -> list[dict[str, Any]]:
