@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from lisa_dist import __version__
 from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, Config, UserError
 from lisa_dist.config.errors import check_choice
-from lisa_dist.config.loading import GROUPS, group_choices, load, load_run, to_yaml
+from lisa_dist.config.loading import GROUPS, group_choices, load, load_run, resume_run, to_yaml
 from lisa_dist.config.overrides import parse_overrides
 from lisa_dist.config.paths import local_path
 from lisa_dist.config.reference import keys_of
@@ -158,7 +158,7 @@ def _run(arguments: argparse.Namespace) -> int:
         overrides = overrides[1:]
     if arguments.multirun:
         return _multirun(name, overrides, arguments.config_dir)
-    config = _configuration(COMMANDS[name], overrides, arguments.config_dir)
+    config = _configuration(name, overrides, arguments.config_dir)
     if arguments.cfg == "job":
         if environment_rank() == 0:
             print(to_yaml(config), end="")
@@ -168,12 +168,23 @@ def _run(arguments: argparse.Namespace) -> int:
     return _dispatch(name, config)
 
 
-def _configuration(command: Command, overrides: list[str], config_dir: str | None) -> Config:
-    run_dirs = [text for text in overrides if text.startswith("run.dir=")]
-    run_dir = parse_overrides(run_dirs)[-1].value if run_dirs else None
-    if command.reads_run and run_dir is not None:
-        return load_run(str(local_path(str(run_dir))), overrides)
-    return load(overrides, config_dir)
+def _configuration(name: str, overrides: list[str], config_dir: str | None) -> Config:
+    given = {
+        override.key: override.value if isinstance(override.value, str) else override.text.partition("=")[2]
+        for override in parse_overrides(overrides)
+    }
+    run_dir = given.get("run.dir", "null")
+    if run_dir == "null":
+        return load(overrides, config_dir)
+    if COMMANDS[name].reads_run:
+        return load_run(str(local_path(run_dir)), overrides)
+    goes_on = name in ("train", "launch") and given.get("checkpoint.resume") == "auto"
+    settings = local_path(run_dir) / "config.yaml"
+    if not goes_on or not settings.is_file():
+        return load(overrides, config_dir)
+    if environment_rank() == 0:
+        print(f"lisa-dist: settings that are not given here are those of {settings}", file=sys.stderr)
+    return resume_run(str(settings.parent), overrides, config_dir)
 
 
 def _dispatch(name: str, config: Config) -> int:

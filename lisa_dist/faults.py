@@ -59,13 +59,13 @@ def keep_batch(run: Run, micro_batches: list[MicroBatch], loss: float, grad_norm
     tensors = {f"{index}.{name}": t for index, batch in enumerate(micro_batches) for name, t in batch.items()}
     write_safetensors(tensors, folder / f"rank_{distributed.rank():05d}.safetensors", {})
     if distributed.is_main():
-        batch = run.progress.batch_of(step - 1)
+        seen = run.progress.sequences - run.batches.global_batch_size
         facts = {
             "step": step,
             "loss": str(loss),  # JSON has no word for inf
             "grad_norm": str(grad_norm),
             "active_layers": run.learner.active.blocks,
-            "sequences": run.batches.micro_batch_indices(batch),  # micro-batch i went to rank i mod ranks
+            "sequences": run.batches.micro_batch_indices(seen, run.progress.place_of),  # i mod ranks: whose
         }
         write_atomically(folder / "step.json", to_json(facts, indent=1))
     return folder
@@ -86,27 +86,31 @@ def remember_loss(config: TrainConfig, recent: list[float], loss: float) -> None
 
 
 def roll_back(run: Run, step: int, loss: float) -> None:
-    """Go back to the newest checkpoint and leave out the global batch of ``step`` (from 0). Collective: every rank.
+    """Go back to the newest checkpoint and leave out the sequences of ``step`` (from 0). Collective: every rank.
 
     Raises:
         LossSpikeError: at the limit of roll-backs.
     """
     config, progress = run.config.train, run.progress
-    batch = progress.batch_of(step)
+    last = progress.sequences + run.batches.global_batch_size - 1
+    stretch = [progress.place_of(progress.sequences), progress.place_of(last) + 1]
     found = (
         f"step {step + 1}: loss {loss:.4f} is {loss / statistics.median(progress.recent_losses):.1f} times the median"
     )
-    if len(progress.skipped_batches) >= config.spike_limit:
+    if len(progress.left_out) >= config.spike_limit:
         raise LossSpikeError(f"{found}, after {config.spike_limit} roll-backs (train.spike_limit)")
     run.checkpoints.finish()
     newest = newest_complete(run.checkpoints.directory)
     assert newest is not None, "a run that measures spikes begins with a checkpoint"
     learner = run.learner
     learner.optimizer.release(list(learner.optimizer.parameters))
-    restored, state = restore_checkpoint(learner, newest, distributed.device())
+    restored, state = restore_checkpoint(learner, newest, distributed.device(), progress.data)
     run.checkpoints.continue_from(newest, state)
-    progress.step, progress.recent_losses = restored.step, restored.recent_losses
-    progress.skipped_batches.append(batch)
+    progress.step, progress.sequences = restored.step, restored.sequences
+    progress.recent_losses = restored.recent_losses
+    progress.left_out.append(stretch)
     run.recorder.cut_after(progress.step)
     if distributed.is_main():
-        logger.warning("%s: back to step %d, without global batch %d", found, progress.step, batch)
+        logger.warning(
+            "%s: back to step %d, without sequences %d to %d", found, progress.step, stretch[0], stretch[1] - 1
+        )

@@ -14,14 +14,16 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lisa_dist import distributed
 from lisa_dist.checkpoint.description import was_untied, write_description, write_tokenizer
-from lisa_dist.checkpoint.manifest import list_checkpoints
+from lisa_dist.checkpoint.differences import changed_settings, table_of
+from lisa_dist.checkpoint.manifest import CONFIG, list_checkpoints
 from lisa_dist.checkpoint.restore import newest_complete, restore_checkpoint
 from lisa_dist.checkpoint.save import CheckpointSaver, remove_leftovers
-from lisa_dist.checkpoint.state import Progress
+from lisa_dist.checkpoint.state import Progress, read_state
 from lisa_dist.config import Config, LaunchConfig, UserError
 from lisa_dist.config.loading import to_yaml
-from lisa_dist.config.run_directory import check_run_dir_is_free, resolve_run_dir
-from lisa_dist.data.batches import GlobalBatches
+from lisa_dist.config.run_directory import check_run_dir_is_free, holds_run, resolve_run_dir
+from lisa_dist.data.batches import GlobalBatches, MicroBatch
+from lisa_dist.data.fingerprint import fingerprint
 from lisa_dist.data.prepare import PreparedData, prepare_data
 from lisa_dist.data.preview import show_preview
 from lisa_dist.data.sequences import Sequences
@@ -35,6 +37,7 @@ from lisa_dist.telemetry.heartbeat import Heartbeat
 from lisa_dist.telemetry.memory import free_memory_bytes, memory_kind, peak_memory_gib
 from lisa_dist.telemetry.progress import announce
 from lisa_dist.telemetry.recorder import Recorder
+from lisa_dist.telemetry.records import write_atomically
 from lisa_dist.telemetry.units import format_bytes, format_count
 
 logger = logging.getLogger(__name__)
@@ -55,9 +58,13 @@ class Run:
     checkpoints: CheckpointSaver
     heartbeat: Heartbeat
 
+    def coming_micro_batches(self, count: int) -> list[MicroBatch]:
+        """Return this rank's next ``count`` micro-batches, not yet trained on."""
+        return self.batches.coming_micro_batches(self.progress.sequences, count, self.progress.place_of)
+
 
 def open_run_directory(config: Config) -> Config:
-    """Fix ``run.dir`` and write config.yaml there. Collective: rank 0 acts, every rank learns.
+    """Fix ``run.dir`` and, at a fresh start, write config.yaml there. Collective: rank 0 acts, every rank learns.
 
     Where the elastic agent restarted a rank, the run is resumed, whatever ``checkpoint.resume`` says.
 
@@ -76,7 +83,8 @@ def open_run_directory(config: Config) -> Config:
         try:
             checkpoint_directory(settled).mkdir(parents=True, exist_ok=True)
             remove_leftovers(checkpoint_directory(settled))
-            (directory / "config.yaml").write_text(public_yaml(settled))
+            if not holds_run(directory):  # a run that is there keeps its own until it goes on
+                write_atomically(directory / CONFIG, public_yaml(settled))
         except OSError as error:
             raise UserError(f"run.dir={directory}: can't be written ({error.strerror})") from error
         return settled
@@ -106,19 +114,28 @@ def prepare_run(config: Config) -> Run:
     with distributed.waiting_for_disks(config.parallel.timeout):
         architecture = open_architecture(config)
     tokenizer = open_tokenizer(config)
+    directory = checkpoint_directory(config)
     with distributed.waiting_for_disks(config.parallel.timeout):
-        data = prepare_data(config.data, tokenizer, config.train.seed)
+        newest = newest_complete(directory) if config.checkpoint.resume == "auto" else None
+        order_seed = config.train.seed if newest is None else first_seed(newest)
+        data = prepare_data(config.data, tokenizer, order_seed)
+        described = distributed.on_rank_zero(lambda: fingerprint(config.data, data, tokenizer))
     warn_of_positions(config)
-    distributed.on_rank_zero(lambda: write_tokenizer(config, tokenizer))
     show_preview(config.data, data, tokenizer)
     pad = int(tokenizer.pad_token_id or 0)
-    batches = make_batches(config, data.train, pad)
-    validation = None if data.validation is None else make_batches(config, data.validation, pad)
+    batches = make_batches(config, data.train, pad, order_seed)
+    validation = None if data.validation is None else make_batches(config, data.validation, pad, order_seed)
     learner = build_learner(config, architecture)
-    checkpoints = CheckpointSaver(learner, checkpoint_directory(config), public_yaml(config))
+    checkpoints = CheckpointSaver(learner, directory, public_yaml(config))
+    progress = Progress(order_seed=order_seed, data=described)
     with distributed.waiting_for_disks(config.parallel.timeout):
-        progress = load_state(learner, checkpoints, device)
-    max_steps = config.train.max_steps or batches.steps(config.train.epochs)
+        if newest is None:
+            distributed.on_rank_zero(lambda: settle_run_directory(config, tokenizer))
+            start_afresh(learner, device)
+        else:
+            progress = go_on(learner, checkpoints, newest, device, described)
+            distributed.on_rank_zero(lambda: settle_run_directory(config, tokenizer))
+    max_steps = planned_steps(config, batches, progress)
     announce_run(config, learner, data, batches, max_steps, progress)
     recorder = Recorder(config, max_steps, progress.step, progress.resumed_from)
     recorder.figures |= rows_of(data)
@@ -143,6 +160,28 @@ def open_architecture(config: Config) -> PretrainedConfig:
     architecture = pretrained_architecture(config.model, config.precision.frozen)
     distributed.on_rank_zero(lambda: write_description(config, architecture))
     return architecture
+
+
+def first_seed(checkpoint: Path) -> int:
+    """Return ``train.seed`` of the run's first start, which its data are ordered by. Collective: every rank.
+
+    Raises:
+        UserError: the checkpoint is of another format.
+    """
+    return distributed.on_rank_zero(lambda: read_state(checkpoint)["progress"]["order_seed"])
+
+
+def settle_run_directory(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write what the run starts or goes on with, configuration and tokenizer, once nothing of it can be refused."""
+    write_atomically(Path(str(config.run.dir)) / CONFIG, public_yaml(config))
+    write_tokenizer(config, tokenizer)
+
+
+def planned_steps(config: Config, batches: GlobalBatches, progress: Progress) -> int:
+    """Return after how many optimizer steps the run ends; with epochs, what is left of the data decides."""
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    return progress.step + batches.steps(config.train.epochs, progress.sequences)
 
 
 def open_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -184,14 +223,14 @@ def rows_of(data: PreparedData) -> dict[str, Any]:
     return {name: found.rows for name, found in counts.items() if found is not None}
 
 
-def make_batches(config: Config, sequences: Sequences, pad_token_id: int) -> GlobalBatches:
-    """Return this rank's view of the global batches over ``sequences``."""
+def make_batches(config: Config, sequences: Sequences, pad_token_id: int, seed: int | None = None) -> GlobalBatches:
+    """Return this rank's view of the global batches over ``sequences``, ordered by ``seed`` or ``train.seed``."""
     return GlobalBatches(
         sequences,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         sequence_length=config.data.sequence_length,
-        seed=config.train.seed,
+        seed=config.train.seed if seed is None else seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         pad_token_id=pad_token_id,
@@ -199,21 +238,13 @@ def make_batches(config: Config, sequences: Sequences, pad_token_id: int) -> Glo
     )
 
 
-def load_state(learner: Learner, checkpoints: CheckpointSaver, device: torch.device) -> Progress:
-    """Fill the model from the newest complete checkpoint, or from where it starts. Collective: every rank.
+def start_afresh(learner: Learner, device: torch.device) -> None:
+    """Fill the model from where it starts. Collective: every rank.
 
     Raises:
-        UserError: at a fresh start, the global batch is not a multiple of what the ranks take at a time; at a
-            resume, every checkpoint is damaged, or it is that of another model or method.
+        UserError: the global batch is not a multiple of what the ranks take at a time.
     """
     config = learner.config
-    newest = newest_complete(checkpoints.directory) if config.checkpoint.resume == "auto" else None
-    if newest is not None:
-        progress, state = restore_checkpoint(learner, newest, device)
-        checkpoints.continue_from(newest, state)
-        progress.resumed_from.append(progress.step)
-        logger.info("going on from %s", newest)
-        return progress
     at_a_time = config.train.micro_batch_size * distributed.world_size()
     if config.train.global_batch_size % at_a_time:
         raise UserError(
@@ -221,7 +252,31 @@ def load_state(learner: Learner, checkpoints: CheckpointSaver, device: torch.dev
             f"train.micro_batch_size={config.train.micro_batch_size} x {distributed.world_size()} ranks"
         )
     load_initial_weights(learner, device)
-    return Progress()
+
+
+def go_on(
+    learner: Learner, checkpoints: CheckpointSaver, newest: Path, device: torch.device, data: dict[str, Any]
+) -> Progress:
+    """Fill the model from the newest complete checkpoint, and say what differs from it. Collective: every rank.
+
+    Args:
+        learner: whose model is filled.
+        checkpoints: what the run's further checkpoints build on.
+        newest: the checkpoint.
+        device: where shards lie.
+        data: the fingerprint of the data that the run goes on with.
+
+    Raises:
+        UserError: the checkpoint is that of another model or method, or of other data.
+    """
+    progress, state = restore_checkpoint(learner, newest, device, data)
+    checkpoints.continue_from(newest, state)
+    progress.resumed_from.append(progress.step)
+    logger.info("going on from %s", newest)
+    changes = changed_settings(newest, checkpoints.config_yaml)
+    if changes and distributed.is_main():
+        logger.info("%s", table_of(changes))
+    return progress
 
 
 def announce_run(

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -235,6 +234,7 @@ def train_steps(run: Run) -> bool:
             roll_back(run, step, result.loss)
             continue
         progress.step += 1
+        progress.sequences += run.batches.global_batch_size
         record(run, result, time.monotonic() - started)
         if result.skipped:
             leave_out_step(run, micro_batches, result.loss, result.grad_norm)
@@ -257,7 +257,7 @@ def coming_steps(run: Run) -> Iterator[tuple[int, list[MicroBatch]]]:
     progress = run.progress
     while progress.step < run.max_steps:
         first = progress.step
-        batches = run.batches.iterate(first, run.max_steps, progress.batch_of)
+        batches = run.batches.iterate(progress.sequences, run.max_steps - first, progress.place_of)
         for step, micro_batches in enumerate(batches, start=first):
             if step != progress.step:
                 break
@@ -267,7 +267,7 @@ def coming_steps(run: Run) -> Iterator[tuple[int, list[MicroBatch]]]:
 def switch(run: Run, step: int) -> None:
     """Begin the period that starts with ``step``. Collective: every rank."""
     learner, period = run.learner, step // run.learner.period_length
-    begin_period(learner, period, partial(run.batches.coming_micro_batches, run.progress.batch_of(step)))
+    begin_period(learner, period, run.coming_micro_batches)
     run.checkpoints.note_trained()
     run.recorder.record_period(period, step + 1, learner.active.blocks, learner.sampler.scores())
 
@@ -285,7 +285,7 @@ def record(run: Run, result: StepResult, seconds: float) -> None:
     remember_loss(run.config.train, run.progress.recent_losses, result.loss)
     run.recorder.record_step(
         step=run.progress.step,
-        epoch=run.batches.epoch(run.progress.step),
+        epoch=run.batches.epoch(run.progress.sequences),
         period=run.learner.active.period,
         active_layers=run.learner.active.blocks,
         loss=result.loss,

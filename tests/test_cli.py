@@ -155,6 +155,30 @@ def test_commands_on_a_run_get_its_configuration(calls: list[tuple[Any, ...]], t
     assert (config.train.seed, config.method, config.export.path) == (11, "full", "out")
 
 
+@pytest.mark.parametrize("command", [["train"], ["launch", "slurm"]])
+def test_a_run_that_goes_on_takes_its_own_settings(
+    command: list[str], calls: list[tuple[Any, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "a run, quoted"
+    overrides = [f"run.dir='{run_dir}'", "checkpoint.resume=auto"]
+    assert main([*command, *overrides]) == 7
+    assert calls[-1][1].model == load([]).model, "in an empty directory a run starts with the defaults"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(to_yaml(load(["train.seed=11", "model.path=/models/mine", "method=full"])))
+    assert main([*command, *overrides, "optimizer.lr=0.25"]) == 7
+    config = calls[-1][1]
+    assert (config.train.seed, config.model.path, config.method, config.optimizer.lr) == (
+        11,
+        "/models/mine",
+        "full",
+        0.25,
+    )
+    assert (config.run.dir, config.checkpoint.resume) == (str(run_dir), "auto")
+    assert f"settings that are not given here are those of {run_dir}/config.yaml" in capsys.readouterr().err
+    assert main([*command, f"run.dir='{run_dir}'"]) == 7
+    assert calls[-1][1].train.seed == 0, "without checkpoint.resume=auto nothing goes on"
+
+
 def test_plan_composes_and_runs_here(calls: list[tuple[Any, ...]]) -> None:
     assert main(["plan", "plan.format=json"]) == 7
     assert calls[-1] == ("lisa_dist.commands.plan:run", load(["plan.format=json"]))

@@ -12,7 +12,7 @@ import torch
 
 from lisa_dist.checkpoint.adapters import merged_tensors, write_adapter
 from lisa_dist.checkpoint.description import described_model, set_dtype, write_json
-from lisa_dist.checkpoint.manifest import checkpoint_name, damage, list_checkpoints, step_of
+from lisa_dist.checkpoint.manifest import check_format, checkpoint_name, damage, list_checkpoints, step_of
 from lisa_dist.checkpoint.shards import write_safetensors
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config, UserError
@@ -34,7 +34,7 @@ def find_checkpoint(directory: Path, step: int | None, key: str = "export.step")
         key: the configuration key that ``step`` came from, for messages.
 
     Raises:
-        UserError: there is none, or the one asked for is damaged.
+        UserError: there is none, or the one asked for is damaged or of another format.
     """
     found = list_checkpoints(directory)
     steps = ", ".join(str(step_of(path)) for path in reversed(found)) or "none"
@@ -42,11 +42,13 @@ def find_checkpoint(directory: Path, step: int | None, key: str = "export.step")
         chosen = directory / checkpoint_name(step)
         if chosen not in found:
             raise UserError(f"{key}={step}: {directory} has no checkpoint of that step; it has {steps}")
+        check_format(chosen)
         wrong = damage(chosen)
         if wrong is not None:
             raise UserError(f"{key}={step}: the checkpoint {chosen} is damaged: {wrong}")
         return chosen
     for candidate in found:
+        check_format(candidate)
         if damage(candidate) is None:
             return candidate
     raise UserError(f"run.dir={directory.parent}: has no complete checkpoint (steps found: {steps})")

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from lisa_dist.checkpoint.shards import WrittenFile
+from lisa_dist.config import UserError
 from lisa_dist.telemetry.records import write_atomically
 
 MANIFEST, WEIGHTS, MOMENTS, STATE, CONFIG = "manifest.json", "weights", "optimizer", "state.json", "config.yaml"
+FORMAT = 2  # of a checkpoint, to be raised when its content or meaning changes; the first had no number
 _STEP = re.compile(r"step_(\d{8,})$")
 
 
@@ -40,7 +42,8 @@ def write_manifest(directory: Path, files: dict[str, WrittenFile], needs: list[s
         files: every file by its path inside the checkpoint.
         needs: names of the earlier checkpoints beside it that hold the rest of its weights.
     """
-    content = {"files": {name: asdict(file) for name, file in sorted(files.items())}, "needs": needs}
+    described = {name: asdict(file) for name, file in sorted(files.items())}
+    content = {"format": FORMAT, "files": described, "needs": needs}
     write_atomically(directory / MANIFEST, json.dumps(content, indent=1))
 
 
@@ -70,6 +73,24 @@ def damage(directory: Path, part: int = 0, parts: int = 1) -> str | None:
         return next((wrong for wrong in found if wrong is not None), None)
     except _ManifestError as error:
         return str(error)
+
+
+def check_format(directory: Path) -> None:
+    """Check that a checkpoint is of the format that this version reads; a manifest that can't be read says nothing.
+
+    Raises:
+        UserError: it is of another one.
+    """
+    try:
+        found = json.loads((directory / MANIFEST).read_text())
+        number = found.get("format", 1)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return
+    if number != FORMAT:
+        raise UserError(
+            f"{directory}: is a checkpoint of format {number}, this version of lisa_dist reads format {FORMAT}; use "
+            f"the version that wrote it, or start again in another run.dir"
+        )
 
 
 def needed_by(directory: Path) -> list[str]:

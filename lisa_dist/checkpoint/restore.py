@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from lisa_dist import distributed
-from lisa_dist.checkpoint.manifest import MOMENTS, WEIGHTS, damage, list_checkpoints
-from lisa_dist.checkpoint.state import Progress, check_identity, read_state, weight_tensors
-from lisa_dist.config import UserError
+from lisa_dist.checkpoint.differences import changed_data, refuse_other_data, refuse_other_moments
+from lisa_dist.checkpoint.manifest import MOMENTS, WEIGHTS, check_format, damage, list_checkpoints
+from lisa_dist.checkpoint.state import Progress, check_identity, hash_of_shapes, read_state, weight_tensors
+from lisa_dist.config import Config, UserError
+from lisa_dist.config.loading import to_yaml
 from lisa_dist.learner import Learner, adopt_trained, allocate
+from lisa_dist.redaction import hide_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +31,13 @@ def newest_complete(directory: Path) -> Path | None:
     A damaged one is named in the log and passed over.
 
     Raises:
-        UserError: there are checkpoints, but all are damaged: starting from scratch is the user's decision.
+        UserError: there are checkpoints, but all are damaged: starting from scratch is the user's decision. Or one is
+            of another format, which says nothing of the earlier ones.
     """
     found = distributed.on_rank_zero(lambda: list_checkpoints(directory))
     reasons = []
     for candidate in found:
+        distributed.on_rank_zero(partial(check_format, candidate))
         shares = distributed.gather_objects(damage(candidate, distributed.rank(), distributed.world_size()))
         wrong = next((share for share in shares if share is not None), None)
         if wrong is None:
@@ -45,19 +53,28 @@ def newest_complete(directory: Path) -> Path | None:
     return None
 
 
-def restore_checkpoint(learner: Learner, checkpoint: Path, device: torch.device) -> tuple[Progress, dict[str, Any]]:
+def restore_checkpoint(
+    learner: Learner, checkpoint: Path, device: torch.device, data: Mapping[str, Any]
+) -> tuple[Progress, dict[str, Any]]:
     """Allocate the model for the checkpoint's active set and fill it. Collective: every rank.
 
     The active set comes first: moments exist for it alone, and storage dtypes follow it.
+
+    Args:
+        learner: whose model is on ``meta``, or released.
+        checkpoint: where to read.
+        device: where shards lie.
+        data: the fingerprint of the data that the run goes on with.
 
     Returns:
         Where the run stands, and the whole state of the checkpoint.
 
     Raises:
-        UserError: the checkpoint is that of another model or method.
+        UserError: the checkpoint is that of another model or method, or of other data.
     """
     state = distributed.on_rank_zero(lambda: read_state(checkpoint))
     check_identity(learner, checkpoint, state["identity"])
+    progress = place_in_data(Progress(**state["progress"]), checkpoint, data, learner.config)
     allocate(learner, state["active_layers"], device)
     learner.active.period = state["period"]
     restore_weights(learner, checkpoint, state)
@@ -65,11 +82,32 @@ def restore_checkpoint(learner: Learner, checkpoint: Path, device: torch.device)
     waiting = state["optimizer_steps"].keys() - learner.optimizer.parameters.keys()
     learner.optimizer.expect_offloaded({name: learner.sharded.parameter(name) for name in sorted(waiting)})
     moments = learner.optimizer.moment_tensors()
+    if hash_of_shapes(moments) != state["moments"]:
+        refuse_other_moments(checkpoint, hide_secrets(to_yaml(learner.config)))
     _read_tensors(moments, checkpoint / MOMENTS)
     learner.optimizer.load_moments(moments)
     learner.optimizer.set_step_counts(state["optimizer_steps"])
     learner.sampler.load_state_dict(state["sampler"])
-    return Progress(**state["progress"]), state
+    return progress, state
+
+
+def place_in_data(progress: Progress, checkpoint: Path, data: Mapping[str, Any], config: Config) -> Progress:
+    """Return ``progress`` with the place in ``data``: that of the checkpoint, or the start of other data.
+
+    Raises:
+        UserError: the data are other ones, and ``checkpoint.new_data=false``.
+    """
+    if not changed_data(progress.data, data):
+        return progress
+    if not config.checkpoint.new_data:
+        refuse_other_data(checkpoint, progress.data, data, hide_secrets(to_yaml(config)))
+    if distributed.is_main():
+        logger.warning(
+            "checkpoint.new_data=true: other data than those of %s (%s), so the run goes on at their start",
+            checkpoint.name,
+            ", ".join(changed_data(progress.data, data)),
+        )
+    return replace(progress, sequences=0, left_out=[], data=dict(data))
 
 
 def restore_weights(learner: Learner, checkpoint: Path, state: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 import transformers
 
 from lisa_dist import __version__, distributed
-from lisa_dist.checkpoint.manifest import STATE
+from lisa_dist.checkpoint.manifest import STATE, check_format
 from lisa_dist.config import UserError
 from lisa_dist.learner import Learner
 from lisa_dist.sharding.storage import reshard_all
@@ -28,17 +29,23 @@ class Progress:
     """Where a run stands: the next step follows from it alone."""
 
     step: int = 0  # optimizer steps done, those left out for what was not finite included
+    sequences: int = 0  # seen in these steps, of the data that the run goes on with
+    left_out: list[list[int]] = field(default_factory=list)  # stretches of the data [start, stop) that made losses leap
     resumed_from: list[int] = field(default_factory=list)
     skipped_steps: int = 0  # steps left out because the loss or a gradient was not finite
-    skipped_batches: list[int] = field(default_factory=list)  # global batches, by number, that caused loss spikes
     recent_losses: list[float] = field(default_factory=list)  # what a spike is measured by; empty where none is
+    order_seed: int = 0  # train.seed at the run's first start, by which the data are ordered and packed
+    data: dict[str, Any] = field(default_factory=dict)  # what the data are, see lisa_dist.data.fingerprint
 
-    def batch_of(self, step: int) -> int:
-        """Return the number of the global batch that step ``step`` (counted from 0) trains on."""
-        batch = step
-        for skipped in sorted(self.skipped_batches):
-            batch += skipped <= batch
-        return batch
+    def place_of(self, sequence: int) -> int:
+        """Return the place in the stream of data of the ``sequence``-th that the run sees, counted from 0."""
+        place, reached = sequence, 0
+        for start, stop in sorted(self.left_out):
+            start = max(start, reached)  # a stretch may lie within another
+            if start <= place:
+                place += max(0, stop - start)
+            reached = max(reached, stop)
+        return place
 
 
 def weight_tensors(learner: Learner) -> dict[str, torch.Tensor]:
@@ -61,6 +68,7 @@ def state_of(learner: Learner, progress: Progress) -> dict[str, Any]:
         "period": learner.active.period,
         "active_layers": list(learner.active.blocks),
         "sampler": learner.sampler.state_dict(),
+        "moments": hash_of_shapes(learner.optimizer.moment_tensors()),
         "optimizer_steps": learner.optimizer.step_counts(),
         "identity": identity(learner),
         "world_size": distributed.world_size(),
@@ -76,20 +84,31 @@ def state_of(learner: Learner, progress: Progress) -> dict[str, Any]:
 
 def identity(learner: Learner) -> dict[str, Any]:
     """Return what a run must have in common with a checkpoint to go on from it."""
-    shapes = {name: list(learner.sharded.parameter(name).shape) for name in sorted(learner.sharded.handles)}
     config = learner.config
     return {
-        "parameters": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
+        "parameters": hash_of_shapes({name: learner.sharded.parameter(name) for name in learner.sharded.handles}),
         "blocks": len(learner.sharded.layers.blocks),
         "update.name": config.update.name,
         "sampler.name": config.sampler.name,
         "sampler.period": config.sampler.period,
         "optimizer.name": config.optimizer.name,
+        **{f"always_active.{part}": trains for part, trains in asdict(config.always_active).items()},
     }
 
 
+def hash_of_shapes(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return a hash of the names and shapes of tensors, whole where they are sharded."""
+    shapes = {name: list(tensors[name].shape) for name in sorted(tensors)}
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return the part of a checkpoint that is not tensors."""
+    """Return the part of a checkpoint that is not tensors.
+
+    Raises:
+        UserError: the checkpoint is of another format.
+    """
+    check_format(checkpoint)
     return json.loads((checkpoint / STATE).read_text())
 
 

@@ -57,7 +57,11 @@ class Trainer:
         rehearse(self.learner, micro_batch)
 
     def switch(self) -> None:
-        begin_period(self.learner, self.period, partial(self.batches.coming_micro_batches, self.steps))
+        begin_period(
+            self.learner,
+            self.period,
+            partial(self.batches.coming_micro_batches, self.steps * self.batches.global_batch_size),
+        )
         self.period += 1
 
     def step(self, micro_batches: list[MicroBatch], stopwatch: Stopwatch) -> None:

@@ -93,7 +93,7 @@ def check_training(config: Config, directory: Path) -> None:
         train_step(learner, [batch], step, STEPS)
     CheckpointSaver(learner, directory, to_yaml(config)).save(Progress(step=STEPS))
     again = build_learner(config)
-    restore_checkpoint(again, directory / checkpoint_name(STEPS), distributed.device())
+    restore_checkpoint(again, directory / checkpoint_name(STEPS), distributed.device(), data={})
     if not _equal(learner, again):
         raise SelfTestError(f"a checkpoint in {directory} does not hold what was written to it")
     distributed.barrier()

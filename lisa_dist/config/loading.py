@@ -193,6 +193,39 @@ def load_run(run_dir: str, overrides: list[str]) -> Config:
     return _to_dataclasses(config)
 
 
+def resume_run(run_dir: str, overrides: list[str], config_dir: str | None = None) -> Config:
+    """Return the configuration with which training in ``run_dir`` goes on: that of the run, the overrides on top.
+
+    A group whose name is the run's keeps the run's keys; another choice replaces it. An experiment is a whole
+    configuration, so with one nothing is taken from the run. ``checkpoint.new_data`` holds for one start only.
+
+    Raises:
+        UserError: an override, or the run's config.yaml, is wrong.
+    """
+    parsed = parse_overrides(overrides)
+    groups = {override.key: override.text for override in parsed if override.key in GROUPS}
+    if any(override.key == "experiment" and override.value is not None for override in parsed):
+        return load(overrides, config_dir)
+    run = _to_dataclasses(_read(Path(run_dir) / "config.yaml"))
+    fresh = load(["model=custom", *groups.values()], config_dir)
+    changes: dict[str, Any] = {}
+    for group in groups.keys() - {"experiment"}:
+        parts = VARIED.get(group, (group,))
+        if any(_name_of(getattr(run, part)) != _name_of(getattr(fresh, part)) for part in parts):
+            changes |= {part: getattr(fresh, part) for part in parts}
+    config = OmegaConf.structured(replace(run, **changes))
+    config.checkpoint.new_data = False
+    for override in parsed:
+        if override.key not in GROUPS:
+            apply_override(config, override)
+    config.run.dir = run_dir
+    return _to_dataclasses(config)
+
+
+def _name_of(part: Any) -> str | None:
+    return part if isinstance(part, str) else getattr(part, "name", None)
+
+
 def vary(config: Config, overrides: list[str]) -> Config:
     """Return ``config`` with further overrides: single keys, and ``method``, ``sampler`` or ``update`` chosen anew.
 

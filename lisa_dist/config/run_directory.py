@@ -24,7 +24,7 @@ def resolve_run_dir(config: Config) -> Config:
 def check_run_dir_is_free(config: Config) -> None:
     """Raise :class:`UserError` where training would write over a run that it does not continue."""
     directory = Path(config.run.dir or "")
-    if config.checkpoint.resume == "none" and _holds_run(directory):
+    if config.checkpoint.resume == "none" and holds_run(directory):
         raise UserError(
             f"run.dir={config.run.dir}: holds a run already, choose another directory or continue that run with "
             "checkpoint.resume=auto"
@@ -33,7 +33,7 @@ def check_run_dir_is_free(config: Config) -> None:
         raise UserError(f"run.dir={config.run.dir}: must be a directory, but is a file")
 
 
-def _holds_run(directory: Path) -> bool:
+def holds_run(directory: Path) -> bool:
     """Whether a step was recorded or saved here; a start that failed before its first step may be repeated."""
     metrics, checkpoints = directory / "metrics.jsonl", directory / "checkpoints"
     return (metrics.is_file() and metrics.stat().st_size > 0) or (checkpoints.is_dir() and any(checkpoints.iterdir()))

@@ -12,6 +12,7 @@ class CheckpointConfig:
     keep: int = 3  # newest checkpoints kept, and those that they need; 0: all
     full_every: int = 1  # every n-th checkpoint is full, those between hold the weights that changed
     resume: str = "none"  # none, or auto: go on from the newest complete checkpoint of the run directory
+    new_data: bool = False  # go on although the data are other ones than the checkpoint's, at their start
     on_error: str = "stop"  # a checkpoint that can't be written: stop, or warn and go on
 
     def __post_init__(self) -> None:

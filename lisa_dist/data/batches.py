@@ -1,8 +1,9 @@
-"""Global batches: which sequences make up optimizer step s, and this rank's part of them.
+"""Global batches: which sequences make up an optimizer step, and this rank's part of them.
 
 Nothing here has state. Epoch e is a permutation drawn from (seed, e), the epochs follow one another in one
-stream, and global batch s is ``stream[s * G : (s + 1) * G]``, parted into micro-batches in one way at any number
-of ranks. So the position in the data is the step, and a run resumes exactly on any number of ranks.
+stream, and the global batch after n sequences is ``stream[n : n + G]``, parted into micro-batches in one way at any
+number of ranks. So the place in the data is the number of sequences seen, and a run goes on exactly on any number of
+ranks, and at the next sequence with any G.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from lisa_dist.data.encode import UNTRAINED
 from lisa_dist.data.sequences import Sequences, TokenSequence
 
 MicroBatch = dict[str, torch.Tensor]  # input_ids, labels, position_ids: int64, [sequences, tokens]
+PlaceOf = Callable[[int], int]  # number of a sequence, as the run sees them -> its place in the stream
 
 # Lengths are rounded up to a multiple of this: matrix units are full, and there are few distinct shapes, for each of
 # which kernels (on CPUs) and allocators (on GPUs) keep memory of their own.
@@ -49,7 +51,11 @@ def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size:
 
 
 class GlobalBatches:
-    """The global batches of a run, by step, and one rank's micro-batches of each."""
+    """The global batches of a run, by the sequences seen before them, and one rank's micro-batches of each.
+
+    Where a method takes ``seen``, that is the number of sequences that the run has seen before the global batch; with
+    ``place_of`` some of the stream are left out.
+    """
 
     def __init__(
         self,
@@ -92,66 +98,55 @@ class GlobalBatches:
         """Sequences of an epoch."""
         return len(self.sequences)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps after which every sequence was seen; where the last batch is not full, the next epoch fills it."""
-        return math.ceil(self.num_sequences / self.global_batch_size)
+    def steps(self, epochs: float, seen: int = 0) -> int:
+        """Steps that ``epochs`` passes over the data still take when ``seen`` sequences of them were seen."""
+        left = math.ceil(epochs * self.num_sequences - 1e-9) - seen
+        return max(0, math.ceil(left / self.global_batch_size))
 
-    def steps(self, epochs: float) -> int:
-        """Steps that ``epochs`` passes over the data take, at least one."""
-        return max(1, math.ceil(epochs * self.num_sequences / self.global_batch_size - 1e-9))
-
-    def epoch(self, step: int) -> float:
-        """Passes over the data that ``step`` steps have made."""
-        return step * self.global_batch_size / self.num_sequences
+    def epoch(self, seen: int) -> float:
+        """Passes over the data that ``seen`` sequences are."""
+        return seen / self.num_sequences
 
     def _draw_permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_sequences)
 
-    def global_batch(self, step: int) -> list[int]:
-        """Return the sequences, by index, of the ``step``-th optimizer step, counted from 0: the same on every rank."""
-        start = step * self.global_batch_size
-        places = range(start, start + self.global_batch_size)
+    def global_batch(self, seen: int, place_of: PlaceOf = int) -> list[int]:
+        """Return the sequences, by index, of the next optimizer step: the same on every rank."""
+        places = [place_of(number) for number in range(seen, seen + self.global_batch_size)]
         return [int(self._permutation(place // self.num_sequences)[place % self.num_sequences]) for place in places]
 
-    def micro_batch_indices(self, step: int) -> list[list[int]]:
+    def micro_batch_indices(self, seen: int, place_of: PlaceOf = int) -> list[list[int]]:
         """Return the sequences of every micro-batch of a global batch, longest first: the same at any world size.
 
         Sequences of like length share a micro-batch, so that little is padded and ranks are busy equally long.
         """
-        batch = self.global_batch(step)
+        batch = self.global_batch(seen, place_of)
         by_length = sorted(batch, key=lambda index: -self.sequences.lengths[index])
         return _chunks(by_length, self.micro_batch_size)
 
-    def micro_batches(self, step: int) -> list[MicroBatch]:
+    def micro_batches(self, seen: int, place_of: PlaceOf = int) -> list[MicroBatch]:
         """Return this rank's micro-batches of a step: as many on every rank, those beyond the data without labels."""
-        parts = self.micro_batch_indices(step)
+        parts = self.micro_batch_indices(seen, place_of)
         rounds = math.ceil(len(parts) / self.world_size)
         return [self._own_part(parts, turn) for turn in range(rounds)]
 
-    def iterate(
-        self, start_step: int, stop_step: int, batch_of: Callable[[int], int] = int
-    ) -> Iterator[list[MicroBatch]]:
-        """Yield :meth:`micro_batches` of the steps from ``start_step`` up to ``stop_step``, made in the background.
-
-        Args:
-            batch_of: step -> number of its global batch, where some are left out.
-        """
+    def iterate(self, seen: int, steps: int, place_of: PlaceOf = int) -> Iterator[list[MicroBatch]]:
+        """Yield :meth:`micro_batches` of the next ``steps`` steps, made in the background."""
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
             ahead: deque[Future[list[MicroBatch]]] = deque()
-            for step in range(start_step, stop_step):
-                ahead.append(pool.submit(self.micro_batches, batch_of(step)))
+            for step in range(steps):
+                ahead.append(pool.submit(self.micro_batches, seen + step * self.global_batch_size, place_of))
                 if len(ahead) > STEPS_AHEAD:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
 
-    def coming_micro_batches(self, step: int, count: int) -> list[MicroBatch]:
-        """Return this rank's next ``count`` micro-batches from the beginning of a step on, not yet trained on."""
+    def coming_micro_batches(self, seen: int, count: int, place_of: PlaceOf = int) -> list[MicroBatch]:
+        """Return this rank's next ``count`` micro-batches, not yet trained on."""
         found: list[MicroBatch] = []
         while len(found) < count:
-            found += self.micro_batches(step)
-            step += 1
+            found += self.micro_batches(seen, place_of)
+            seen += self.global_batch_size
         return found[:count]
 
     def longest_micro_batch(self) -> MicroBatch:

@@ -11,7 +11,17 @@ import pytest
 from omegaconf import OmegaConf
 
 from lisa_dist.config import Config, UserError
-from lisa_dist.config.loading import GROUPS, conf_dir, group_choices, load, load_run, read_config, to_yaml, vary
+from lisa_dist.config.loading import (
+    GROUPS,
+    conf_dir,
+    group_choices,
+    load,
+    load_run,
+    read_config,
+    resume_run,
+    to_yaml,
+    vary,
+)
 from lisa_dist.config.method import SAMPLER_CONFIGS, AllSamplerConfig, FixedSamplerConfig, UniformSamplerConfig
 from lisa_dist.config.overrides import PATH_KEYS, all_keys, parse_overrides
 from lisa_dist.config.sweeps import read_space
@@ -276,6 +286,38 @@ def test_commands_read_the_configuration_of_a_run(tmp_path: Path) -> None:
         load_run(str(tmp_path), ["export.pth=x"])
     with pytest.raises(UserError, match=r"run\.dir=nowhere"):
         load_run("nowhere", [])
+
+
+def written(run_dir: Path, *overrides: str) -> Path:
+    """The directory of a run with these settings."""
+    (run_dir / "config.yaml").write_text(to_yaml(load([*overrides, f"run.dir={run_dir}"])))
+    return run_dir
+
+
+def test_a_run_goes_on_with_its_own_settings_and_those_given(tmp_path: Path) -> None:
+    overrides = ["model.path=/m", "data.path=/d.jsonl", "method=lora", "sampler=sweep", "sampler.period=7"]
+    overrides += ["optimizer.lr=0.5", "logger=wandb", "logger.wandb.project=mine", "checkpoint.new_data=true"]
+    run = load([*overrides, f"run.dir={written(tmp_path, *overrides)}"])
+    run.checkpoint.new_data = False  # holds for one start
+    assert resume_run(str(tmp_path), []) == run
+    # The same choices again, as a job that was requeued repeats them, and in another order.
+    assert resume_run(str(tmp_path), ["sampler=sweep", "method=lora", "experiment=null", "logger=wandb"]) == run
+    found = resume_run(str(tmp_path), ["checkpoint.new_data=true", "optimizer.lr=0.25", "data.path=/e.jsonl"])
+    assert (found.optimizer.lr, found.data.path, found.checkpoint.new_data) == (0.25, "/e.jsonl", True)
+    assert found.sampler == run.sampler and found.logger == run.logger
+    other = resume_run(str(tmp_path), ["logger=tensorboard", "scheduler=linear", "scheduler.warmup_steps=3"])
+    assert (other.logger.name, other.scheduler.name, other.scheduler.warmup_steps) == ("tensorboard", "linear", 3)
+    assert (other.model, other.optimizer, other.method) == (run.model, run.optimizer, "lora")
+    assert resume_run(str(tmp_path), ["sampler=all"]).sampler.name == "all"
+    for wrong in ("sampler=some", "optimizer.rl=1", "train.seed=x"):
+        with pytest.raises(UserError, match=re.escape(wrong.partition("=")[0])):
+            resume_run(str(tmp_path), [wrong])
+
+
+def test_an_experiment_is_a_whole_configuration(tmp_path: Path) -> None:
+    written(tmp_path, "model.path=/m", "data.path=/d.jsonl")
+    overrides = ["experiment=demo", f"run.dir={tmp_path}"]
+    assert resume_run(str(tmp_path), overrides) == load(overrides)
 
 
 def test_the_groups_of_the_checkout_are_the_ones_that_are_read() -> None:

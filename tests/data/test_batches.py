@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import UserError
 from lisa_dist.data.batches import GlobalBatches, check_batch_sizes, label_tokens
 from lisa_dist.data.sequences import Sequences
@@ -37,7 +38,7 @@ def rows_in(micro_batch) -> list[int]:
 
 
 def test_same_global_batches_at_any_world_size(sequences):
-    for step in range(5):
+    for step in range(0, 60, 12):
         expected = batches(sequences).global_batch(step)
         for world_size in (1, 2, 3, 4, 8):
             ranks = [batches(sequences, rank=rank, world_size=world_size) for rank in range(world_size)]
@@ -60,7 +61,7 @@ def test_micro_batches_are_dealt_in_turn(sequences):
 def test_each_epoch_holds_every_sequence_once(global_batch_size, seed, epochs):
     mine = batches(Sequences(make_rows([2] * 23)), global_batch_size=global_batch_size, seed=seed)
     steps = mine.steps(epochs)
-    stream = [index for step in range(steps) for index in mine.global_batch(step)]
+    stream = [index for step in range(steps) for index in mine.global_batch(step * global_batch_size)]
     assert len(stream) - global_batch_size < 23 * epochs <= len(stream)
     for epoch in range(epochs):
         assert sorted(stream[23 * epoch : 23 * (epoch + 1)]) == list(range(23))
@@ -69,14 +70,39 @@ def test_each_epoch_holds_every_sequence_once(global_batch_size, seed, epochs):
 def test_order_follows_the_seed_and_changes_with_the_epoch():
     mine = batches(Sequences(make_rows([2] * 24)))
     assert mine.global_batch(0) != batches(mine.sequences, seed=6).global_batch(0)
-    assert mine.global_batch(0) + mine.global_batch(1) != mine.global_batch(2) + mine.global_batch(3)
+    assert mine.global_batch(0) + mine.global_batch(12) != mine.global_batch(24) + mine.global_batch(36)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.lists(st.integers(0, 40), max_size=3))
+def test_other_global_batches_go_on_at_the_next_sequence(sizes, left_out):
+    """Whatever the sizes of the steps, every sequence but those left out is seen once an epoch, in one order."""
+    rows = Sequences(make_rows([2] * 23))
+    places = Progress(left_out=[[start, start + 2] for start in left_out])
+    seen, found = 0, []
+    for size in sizes:
+        found += batches(rows, global_batch_size=size).global_batch(seen, places.place_of)
+        seen += size
+    whole = batches(rows, global_batch_size=69).global_batch(0)
+    skipped = {place for start in left_out for place in (start, start + 1)}
+    assert found == [index for place, index in enumerate(whole) if place not in skipped][: len(found)]
+    assert len(found) == seen or seen > 69 - len(skipped)
 
 
 def test_steps_and_epochs(sequences):
     mine = batches(sequences)  # 37 sequences, 12 a step
-    assert (mine.num_sequences, mine.steps_per_epoch) == (37, 4)
+    assert mine.num_sequences == 37
     assert (mine.steps(1), mine.steps(3), mine.steps(0.1), mine.steps(12)) == (4, 10, 1, 37)
-    assert mine.epoch(37) == pytest.approx(12)
+    assert mine.epoch(37 * 12) == pytest.approx(12)
+
+
+def test_steps_left_follow_from_the_sequences_seen(sequences):
+    for epochs in (0.1, 1, 2.5, 3):
+        steps = batches(sequences).steps(epochs)
+        assert [batches(sequences).steps(epochs, 12 * done) for done in range(steps + 1)] == list(range(steps, -1, -1))
+    half = batches(sequences, global_batch_size=6)
+    assert half.steps(2, seen=3 * 12) == 7, "38 of 74 sequences are left"
+    assert half.steps(1, seen=48) == 0, "the last batch saw some of the next epoch"
 
 
 def test_padding(sequences):
@@ -104,11 +130,11 @@ def test_longest_micro_batch(sequences):
 
 def test_iterate_goes_on_at_any_step(sequences):
     mine = batches(sequences, world_size=2, rank=1)
-    for start, stop in ((0, 5), (3, 4), (2, 9), (4, 4)):
-        got = list(mine.iterate(start, stop))
-        assert len(got) == stop - start
-        for step, micro_batches in zip(range(start, stop), got, strict=True):
-            for ours, expected in zip(micro_batches, mine.micro_batches(step), strict=True):
+    for seen, steps in ((0, 5), (36, 1), (17, 7), (4, 0)):
+        got = list(mine.iterate(seen, steps))
+        assert len(got) == steps
+        for step, micro_batches in enumerate(got):
+            for ours, expected in zip(micro_batches, mine.micro_batches(seen + 12 * step), strict=True):
                 assert all(ours[name].equal(expected[name]) for name in expected)
 
 

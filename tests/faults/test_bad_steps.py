@@ -116,7 +116,7 @@ def test_a_spike_takes_the_run_back_without_its_batch(tmp_path: Path) -> None:
     config = make_config(tmp_path / "whole", *SPIKES)
     assert run_on_ranks(2, train_with_bad_batches, config, "spike", [6]) == [0, 0]
     state = final_state(tmp_path / "whole")
-    assert state["progress"]["skipped_batches"] == [5], "batch 5 is that of step 6"
+    assert state["progress"]["left_out"] == [[20, 24]], "of 4 sequences a step, those of step 6"
     rows = [row for row in metrics(tmp_path / "whole") if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), "rows past the checkpoint are cut"
     assert max(row["loss"] for row in rows) < 10
@@ -141,6 +141,8 @@ def test_what_a_spike_is() -> None:
     assert not is_spike(TrainConfig(spike_window=1), [1.0], 9.0), "off"
 
 
-def test_batches_left_out() -> None:
-    progress = Progress(skipped_batches=[5, 2, 3])
-    assert [progress.batch_of(step) for step in range(5)] == [0, 1, 4, 6, 7]
+def test_stretches_left_out() -> None:
+    progress = Progress(left_out=[[10, 12], [4, 8]])
+    assert [progress.place_of(number) for number in range(8)] == [0, 1, 2, 3, 8, 9, 12, 13]
+    progress.left_out.append([9, 14])  # a batch that went over a stretch that was left out before
+    assert [progress.place_of(number) for number in range(3, 7)] == [3, 8, 14, 15]
