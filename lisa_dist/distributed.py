@@ -10,6 +10,7 @@ import datetime
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -255,6 +256,13 @@ def waiting_for_disks(timeout: int) -> Iterator[None]:
     finally:
         if world_size() > 1:
             dist.distributed_c10d._set_pg_timeout(usual)
+
+
+def now() -> float:
+    """Return a time in seconds, once this rank's GPU has done what it was given."""
+    if device().type == "cuda":
+        torch.cuda.synchronize(device())
+    return time.perf_counter()
 
 
 def all_reduce_sum(values: list[float]) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,7 @@ def prepare_run(config: Config) -> Run:
     Raises:
         UserError: the configuration does not fit the model, the data or the ranks.
     """
+    started = time.monotonic()
     device = distributed.device()
     with distributed.waiting_for_disks(config.parallel.timeout):
         architecture = open_architecture(config)
@@ -137,7 +139,14 @@ def prepare_run(config: Config) -> Run:
             distributed.on_rank_zero(lambda: settle_run_directory(config, tokenizer))
     max_steps = planned_steps(config, batches, progress)
     announce_run(config, learner, data, batches, max_steps, progress)
-    recorder = Recorder(config, max_steps, progress.step, progress.resumed_from)
+    recorder = Recorder(
+        config,
+        max_steps,
+        num_blocks=len(learner.sharded.layers.blocks),
+        started=started,
+        first_step=progress.step,
+        resumed_from=progress.resumed_from,
+    )
     recorder.figures |= rows_of(data)
     heartbeat = Heartbeat(Path(str(config.run.dir)), config.parallel.timeout)
     return Run(config, learner, tokenizer, batches, validation, max_steps, progress, recorder, checkpoints, heartbeat)

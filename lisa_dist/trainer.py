@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +18,9 @@ from torch.distributed.fsdp import FSDPModule
 from lisa_dist import distributed
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, UserError
 from lisa_dist.data.batches import MicroBatch, label_tokens
+from lisa_dist.distributed import now
 from lisa_dist.faults import is_spike, leave_out_step, remember_loss, roll_back
+from lisa_dist.flops import peak_rate, step_flops
 from lisa_dist.learner import (
     Learner,
     begin_period,
@@ -220,22 +221,25 @@ def train_steps(run: Run) -> bool:
         show_answers(run, "answers before training")
         if config.train.spike_factor > 0:
             save(run)  # what a first spike goes back to
-    for step, micro_batches in coming_steps(run):
-        started = time.monotonic()
+    for step, micro_batches, data_seconds in coming_steps(run):
         heartbeat.begin_step(step + 1)
+        figures = {"data_seconds": data_seconds}
         if step % learner.period_length == 0:
             with heartbeat.phase("the draw and switch of active blocks"):
-                switch(run, step)
+                figures["switch_seconds"] = switch(run, step)
         if step == first_step:
             introduce(run)
         stop = stop_requested() or run.checkpoints.must_stop()
+        run.recorder.begin_step()
+        started = now()
         result = train_step(learner, micro_batches, step, run.max_steps, stop, heartbeat.phase)
+        figures["step_seconds"] = data_seconds + now() - started
         if is_spike(config.train, progress.recent_losses, result.loss):
             roll_back(run, step, result.loss)
             continue
         progress.step += 1
         progress.sequences += run.batches.global_batch_size
-        record(run, result, time.monotonic() - started)
+        record(run, result, figures)
         if result.skipped:
             leave_out_step(run, micro_batches, result.loss, result.grad_norm)
         last = progress.step == run.max_steps or result.stop_requested
@@ -252,24 +256,31 @@ def train_steps(run: Run) -> bool:
     return stopped
 
 
-def coming_steps(run: Run) -> Iterator[tuple[int, list[MicroBatch]]]:
-    """Yield each step to be made with this rank's micro-batches; after a roll-back, from the checkpoint's step on."""
+def coming_steps(run: Run) -> Iterator[tuple[int, list[MicroBatch], float]]:
+    """Yield each step to be made, this rank's micro-batches, and the seconds it waited for them.
+
+    After a roll-back, from the checkpoint's step on.
+    """
     progress = run.progress
     while progress.step < run.max_steps:
         first = progress.step
         batches = run.batches.iterate(progress.sequences, run.max_steps - first, progress.place_of)
-        for step, micro_batches in enumerate(batches, start=first):
+        for step in range(first, run.max_steps):
             if step != progress.step:
                 break
-            yield step, micro_batches
+            started = now()
+            micro_batches = next(batches)
+            yield step, micro_batches, now() - started
 
 
-def switch(run: Run, step: int) -> None:
-    """Begin the period that starts with ``step``. Collective: every rank."""
+def switch(run: Run, step: int) -> float:
+    """Begin the period that starts with ``step``, and return the seconds it took. Collective: every rank."""
+    started = now()
     learner, period = run.learner, step // run.learner.period_length
     begin_period(learner, period, run.coming_micro_batches)
     run.checkpoints.note_trained()
     run.recorder.record_period(period, step + 1, learner.active.blocks, learner.sampler.scores())
+    return now() - started
 
 
 def introduce(run: Run) -> None:
@@ -280,9 +291,16 @@ def introduce(run: Run) -> None:
     run.recorder.figures |= {"persistent_bytes": counted, "trained_parameters": trained}
 
 
-def record(run: Run, result: StepResult, seconds: float) -> None:
-    """Record the step that was just made."""
+def record(run: Run, result: StepResult, figures: dict[str, float]) -> None:
+    """Record the step that was just made; ``figures`` are its times."""
     remember_loss(run.config.train, run.progress.recent_losses, result.loss)
+    if not distributed.is_main():
+        return
+    lengths = run.batches.lengths(run.progress.sequences - run.batches.global_batch_size, run.progress.place_of)
+    rate = peak_rate(distributed.device())
+    if rate is not None:
+        achieved = step_flops(run.learner, lengths) / figures["step_seconds"]
+        figures["mfu"] = achieved / (rate * distributed.world_size())
     run.recorder.record_step(
         step=run.progress.step,
         epoch=run.batches.epoch(run.progress.sequences),
@@ -291,8 +309,9 @@ def record(run: Run, result: StepResult, seconds: float) -> None:
         loss=result.loss,
         lr=result.lr,
         grad_norm=result.grad_norm,
-        tokens=result.tokens,
-        step_seconds=seconds,
+        tokens=int(lengths.sum()),
+        label_tokens=result.tokens,
+        **figures,
     )
 
 

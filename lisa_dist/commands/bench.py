@@ -144,13 +144,14 @@ def show(result: dict[str, Any]) -> None:
     title = f"lisa-dist bench: {result['model']}, {result['ranks']} x {result['device']}"
     table = Table(title=title, title_justify="left")
     parts = [f"{part} s" for part in PARTS]
-    for heading in ("", "tokens/s", "step s", *parts, "switch in steps", "peak", "use", "ratio"):
+    for heading in ("", "tokens/s", "label tokens/s", "step s", *parts, "switch in steps", "peak", "use", "ratio"):
         table.add_column(heading, justify="right" if heading else "left")
     for row in rows:
         step, relative = row["step_seconds"], row.get("ratio")
         table.add_row(
             row.get("overrides") or row["method"],
             format_count(row["tokens_per_second"]),
+            format_count(row["label_tokens_per_second"]),
             f"{step['median']:.4f} ± {step['spread']:.4f}",
             *(f"{step['by_part'][part]:.4f}" for part in PARTS),
             f"{row['switch_in_steps']:.2f}",
@@ -161,7 +162,7 @@ def show(result: dict[str, Any]) -> None:
     console = Console(width=160, highlight=False)
     console.print(table)
     console.print(
-        f"{result['measured_steps']} steps each in {result['rounds']} rounds; tokens are all that pass through the "
-        "model, padding included; ± is the distance between the quartiles; the switch is shared out over the steps "
-        f"of a period; peak of a rank: {result['peak_bytes_are']}; torch {result['torch']}"
+        f"{result['measured_steps']} steps each in {result['rounds']} rounds; tokens/s counts every token but "
+        "padding, label tokens/s those with loss; ± is the distance between the quartiles; the switch is shared out "
+        f"over the steps of a period; peak of a rank: {result['peak_bytes_are']}; torch {result['torch']}"
     )

@@ -5,15 +5,16 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lisa_dist import distributed
 from lisa_dist.active_blocks import RankSynchronizedSampler
-from lisa_dist.commands.flops import attention_flops, parameter_flops_per_token
 from lisa_dist.config import Config, UserError
 from lisa_dist.data.batches import GlobalBatches, MicroBatch
+from lisa_dist.flops import step_flops
 from lisa_dist.learner import begin_period, build_learner, load_initial_weights
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.inspection import pretrained_architecture
@@ -39,8 +40,8 @@ class Contestant(Protocol):
     def step(self, micro_batches: list[MicroBatch], stopwatch: Stopwatch) -> None:
         """Make one optimizer step."""
 
-    def flops(self, micro_batches: list[MicroBatch]) -> float | None:
-        """Return the operations of a step over these micro-batches; None where they are not counted."""
+    def flops(self, lengths: np.ndarray) -> float | None:
+        """Return the operations, of all ranks, of a step over sequences of so many tokens; None: not counted."""
 
 
 class Trainer:
@@ -68,10 +69,8 @@ class Trainer:
         train_step(self.learner, micro_batches, self.steps, HORIZON, stopwatch=stopwatch)
         self.steps += 1
 
-    def flops(self, micro_batches: list[MicroBatch]) -> float:
-        per_token = parameter_flops_per_token(self.learner)
-        shapes = [micro_batch["input_ids"].shape for micro_batch in micro_batches]
-        return sum(rows * tokens * per_token + attention_flops(self.learner, rows, tokens) for rows, tokens in shapes)
+    def flops(self, lengths: np.ndarray) -> float:
+        return step_flops(self.learner, lengths)
 
 
 class Bare:
@@ -147,7 +146,7 @@ class Bare:
             self.optimizer.zero_grad()
         total.item()
 
-    def flops(self, micro_batches: list[MicroBatch]) -> None:
+    def flops(self, lengths: np.ndarray) -> None:
         return None
 
     def _loss(self, micro_batch: MicroBatch) -> torch.Tensor:

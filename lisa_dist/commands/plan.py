@@ -46,7 +46,7 @@ def notes_on(plan: Plan) -> list[str]:
     config = plan.config
     micro_batches = micro_batches_per_step(config)
     planned = micro_batches * num_ranks(config) * config.train.micro_batch_size
-    notes = []
+    notes = ["every sequence is planned full, and every token trained: padding and prompts lower the tokens/s of a run"]
     if planned != config.train.global_batch_size:
         notes.append(
             f"planned with train.global_batch_size={planned}, the next multiple of micro-batch x ranks; "
@@ -60,6 +60,12 @@ def notes_on(plan: Plan) -> list[str]:
             f"{format_bytes(-plan.head_room * num_ranks(config))} on the cluster"
         )
     return notes
+
+
+def label_tokens_per_second(plan: Plan) -> float:
+    """Return the tokens a second that carry loss where all do but the first of a sequence: the most there can be."""
+    length = plan.config.data.sequence_length
+    return plan.estimate.tokens_per_second * (length - 1) / length
 
 
 def _figures(plan: Plan) -> dict[str, Any]:
@@ -76,6 +82,7 @@ def _figures(plan: Plan) -> dict[str, Any]:
         "flops_per_step": work.flops,
         "step_seconds_estimate": plan.estimate.step_seconds,
         "tokens_per_second_estimate": plan.estimate.tokens_per_second,
+        "label_tokens_per_second_estimate": label_tokens_per_second(plan),
         "estimate_seconds": asdict(plan.estimate),
     }
 
@@ -156,7 +163,11 @@ def _table_of(plan: Plan) -> Table:
         f"{format_duration(times.step_seconds)} (computing {format_duration(times.compute_seconds)}, communicating "
         f"{format_duration(times.communication_seconds)}, host {format_duration(times.host_seconds)}; overlapped)",
     )
-    table.add_row("speed, estimate", f"{format_count(times.tokens_per_second)} tokens/s on the whole cluster")
+    labels = format_count(label_tokens_per_second(plan))
+    table.add_row(
+        "speed, estimate",
+        f"{format_count(times.tokens_per_second)} tokens/s on the whole cluster, at most {labels} label tokens/s",
+    )
     return table
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ from lisa_dist.telemetry.units import format_bytes, format_count, format_duratio
 
 REPORT_FILE = "report.html"
 CONFIG_FILE = "config.yaml"
+SPEED_NOTE = "Padding is left out. Label tokens are those with loss."
+TIME_NOTE = "Switches of blocks, evaluations and checkpoints are not part of a step."
 SMOOTH_FROM = 60  # steps from which on the loss is also drawn smoothed
 
 
@@ -105,30 +106,50 @@ def _charts(steps: list[Row], evals: list[Row], marks: list[float]) -> list[Card
         at = [row["step"] for row in evals]
         lines.append(Series("validation", at, _column(evals, "eval_loss"), dots=len(evals) <= 60, color=1))
     note = "Dashed: the run went on from a checkpoint." if marks else ""
-    gib: Callable[[float], str] = lambda value: f"{value:.3g}"  # noqa: E731
+    speeds = [
+        Series("all tokens", x, _column(steps, "tokens_per_second"), color=0),
+        Series("label tokens", x, _column(steps, "label_tokens_per_second"), color=1),
+    ]
+    times = [
+        Series("step", x, _column(steps, "step_seconds"), color=0),
+        Series("of it waiting for data", x, _column(steps, "data_seconds"), color=1),
+    ]
+    has_mfu = any(row.get("mfu") is not None for row in steps)
     return [
         Card("Loss", line_chart(lines, marks=marks), note),
-        Card("Tokens per second", chart("tokens_per_second", from_zero=True, format_y=format_count)),
-        Card("Memory of rank 0, GiB", chart("memory_gib", from_zero=True, format_y=gib)),
+        Card("Tokens per second", line_chart(speeds, marks=marks, from_zero=True, format_y=format_count), SPEED_NOTE),
+        Card("Seconds a step", line_chart(times, marks=marks, from_zero=True, format_y=plain), TIME_NOTE),
+        *([Card("Utilisation (mfu)", chart("mfu", from_zero=True, format_y=share))] if has_mfu else []),
+        Card("Peak memory of rank 0 in each step, GiB", chart("peak_memory_gib", from_zero=True, format_y=plain)),
         Card("Gradient norm before clipping", chart("grad_norm", from_zero=True)),
         Card("Learning rate", chart("lr", from_zero=True)),
     ]
 
 
+def plain(value: float) -> str:
+    """Return three digits of a number."""
+    return f"{value:.3g}"
+
+
+def share(value: float) -> str:
+    """Return a share in per cent."""
+    return f"{value:.0%}"
+
+
 def _activity_card(steps: list[Row], layers: list[Row], summary: Row | None) -> Card:
     heading = "Which block trained when"
     periods = [Period(row["step"], row["active_layers"]) for row in layers]
-    known = [max(period.active, default=-1) + 1 for period in periods] + [
-        len(row.get("scores") or []) for row in layers
-    ]
-    num_blocks = max([(summary or {}).get("num_blocks") or 0, *known])
+    drawn = max([max(period.active, default=-1) + 1 for period in periods], default=0)
+    recorded = max([row.get("num_blocks") or 0 for row in [*layers, summary or {}]], default=0)
+    num_blocks = max(recorded, drawn)
+    blocks = f"{num_blocks} blocks" if recorded else f"at least {num_blocks} blocks, the record does not say how many"
     if not periods or num_blocks == 0:
-        return Card(heading, activity_heatmap([], 0, 0))
+        return Card(heading, activity_heatmap([], 0, 0), f"{blocks}." if recorded else "")
     last_step = max([row["step"] for row in steps] + [periods[-1].step])
     shares = activity_shares(periods, num_blocks, last_step)
     untouched = sum(share == 0 for share in shares)
     note = (
-        f"Periods: {len(periods)}, blocks: {num_blocks}, the last on top; at the right each one's share of the steps, "
+        f"{len(periods)} periods, {blocks}, the last on top; at the right each one's share of the steps, "
         f"{min(shares):.0%} to {max(shares):.0%}." + (f" {untouched} never trained." if untouched else "")
     )
     return Card(heading, activity_heatmap(periods, num_blocks, last_step), note)
@@ -155,15 +176,19 @@ def _figures(steps: list[Row], evals: list[Row], summary: Row | None) -> dict[st
     if eval_losses:
         figures["last validation loss"] = f"{eval_losses[-1]:.4f}"
         figures["best validation loss"] = f"{min(eval_losses):.4f}"
-    speeds = [value for value in _column(steps, "tokens_per_second") if value is not None]
-    if speeds:
-        figures["tokens/s, median"] = format_count(statistics.median(speeds))
-    memory = [value for value in [*_column(steps, "memory_gib"), summary.get("peak_memory_gib")] if value is not None]
+    for name, key in (("tokens/s", "tokens_per_second"), ("label tokens/s", "label_tokens_per_second")):
+        speeds = [value for value in _column(steps, key) if value is not None]
+        if speeds:
+            figures[f"{name}, median"] = format_count(statistics.median(speeds))
+    memory = [
+        value for value in [*_column(steps, "peak_memory_gib"), summary.get("peak_memory_gib")] if value is not None
+    ]
     if memory:
         figures["peak memory, rank 0"] = f"{max(memory):.3g} GiB"
     seconds = summary.get("wall_seconds") or sum(value or 0 for value in _column(steps, "step_seconds"))
     if seconds:
-        figures["wall time" if summary.get("wall_seconds") else "time in steps"] = format_duration(seconds)
+        since = ", since the last start" if summary.get("resumed_from") else ""
+        figures[f"wall time{since}" if summary.get("wall_seconds") else "time in steps"] = format_duration(seconds)
     if summary.get("trained_parameters"):
         figures["trained parameters"] = format_count(_total(summary["trained_parameters"]))
     if summary.get("persistent_bytes"):

@@ -11,10 +11,11 @@ from typing import Any
 
 from lisa_dist import distributed
 from lisa_dist.commands.contestants import HORIZON, Contestant
-from lisa_dist.commands.flops import peak_rate
-from lisa_dist.commands.stopwatch import PeakMemory, Stopwatch, now, spread_of
+from lisa_dist.commands.stopwatch import PeakMemory, Stopwatch, spread_of
 from lisa_dist.config import Config
 from lisa_dist.data.batches import GlobalBatches, MicroBatch, label_tokens
+from lisa_dist.distributed import now
+from lisa_dist.flops import peak_rate
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +26,12 @@ PARTS = ("data", "forward", "backward", "optimizer", "other", "switch")
 
 @dataclass
 class Step:
-    """One measured optimizer step: seconds by this rank's clock, the rest summed over the ranks."""
+    """One measured optimizer step: seconds by this rank's clock, the rest of all ranks."""
 
     seconds: float
     cpu_seconds: float  # that all threads of this rank spent on a processor: what other programs do, does not count
     parts: dict[str, float]
-    tokens: int = 0
+    tokens: int = 0  # padding left out
     label_tokens: int = 0
     flops: float = 0.0
 
@@ -59,8 +60,10 @@ class Lane:
     name: str
     config: Config
     contestant: Contestant
+    data: GlobalBatches
     batches: Iterator[list[MicroBatch]]
-    peak_bytes: int
+    peak_bytes: int = 0
+    seen: int = 0  # sequences
     rounds: list[Round] = field(default_factory=list)
 
 
@@ -72,7 +75,7 @@ def enter(
     with PeakMemory(distributed.device()) as peak:
         contestant = build(config, batches)
         peak.start()
-        lane = Lane(name, config, contestant, batches.iterate(0, HORIZON), 0)
+        lane = Lane(name, config, contestant, batches, batches.iterate(0, HORIZON))
         contestant.switch()
         contestant.rehearse(batches.longest_micro_batch())
         for _ in range(config.bench.warmup_steps):
@@ -88,9 +91,9 @@ def take_turns(lanes: list[Lane], rounds: int, steps: int) -> None:
     for turn in range(rounds):
         for lane in lanes if turn % 2 == 0 else reversed(lanes):
             distributed.barrier()
-            started = now(distributed.device())
+            started = now()
             lane.contestant.switch()
-            switch_seconds = now(distributed.device()) - started
+            switch_seconds = now() - started
             first = measure_step(lane)
             lane.rounds.append(Round(switch_seconds, first, [measure_step(lane) for _ in range(steps)]))
         logger.info("round %d of %d", turn + 1, rounds)
@@ -100,18 +103,17 @@ def measure_step(lane: Lane) -> Step:
     """Make one step and measure it. Collective: every rank."""
     device = distributed.device()
     stopwatch = Stopwatch(device)
-    started, cpu_started = now(device), time.process_time()
+    started, cpu_started = now(), time.process_time()
     with stopwatch("data"):
         micro_batches = next(lane.batches)
     lane.contestant.step(micro_batches, stopwatch)
-    seconds, cpu_seconds = now(device) - started, time.process_time() - cpu_started
+    seconds, cpu_seconds = now() - started, time.process_time() - cpu_started
     parts = {part: spent for part, spent in stopwatch.take().items() if part in PARTS}
     parts["other"] = seconds - sum(parts.values())
-    tokens = sum(micro_batch["input_ids"].numel() for micro_batch in micro_batches)
-    labels = sum(label_tokens(micro_batch) for micro_batch in micro_batches)
-    flops = lane.contestant.flops(micro_batches) or 0.0
-    counted = distributed.all_reduce_sum([float(tokens), float(labels), flops])
-    return Step(seconds, cpu_seconds, parts, int(counted[0]), int(counted[1]), counted[2])
+    lengths = lane.data.lengths(lane.seen)
+    lane.seen += lane.data.global_batch_size
+    (labels,) = distributed.all_reduce_sum([float(sum(map(label_tokens, micro_batches)))])
+    return Step(seconds, cpu_seconds, parts, int(lengths.sum()), int(labels), lane.contestant.flops(lengths) or 0.0)
 
 
 def summarize(lane: Lane) -> dict[str, Any]:

@@ -71,13 +71,6 @@ class Stopwatch:
         return taken
 
 
-def now(device: torch.device) -> float:
-    """Return a time in seconds, once the GPU has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 class PeakMemory:
     """The most bytes of tensors that the body held at a time since :meth:`start`, beyond those from before the body.
 

@@ -80,12 +80,12 @@ class JobRecord:
     @property
     def peak_memory_gib(self) -> float | None:
         """The peak memory of rank 0."""
-        known = [row["memory_gib"] for row in self.metrics if row.get("memory_gib") is not None]
+        known = [row["peak_memory_gib"] for row in self.metrics if row.get("peak_memory_gib") is not None]
         return self.summary.get("peak_memory_gib", max(known, default=None))
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Label tokens a second: the median of the steps."""
+        """Tokens a second, padding left out: the median of the steps."""
         known = [row["tokens_per_second"] for row in self.metrics if row.get("tokens_per_second") is not None]
         return statistics.median(known) if known else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from lisa_dist.distributed import device
 from lisa_dist.telemetry.units import GIB
 
+_STATUS = Path("/proc/self/status")
+
 
 def memory_kind() -> str:
     """What the figures of this module count."""
@@ -19,33 +22,28 @@ def memory_kind() -> str:
     return "resident memory of the process"
 
 
-def current_memory_gib() -> float:
-    """Return the memory in use now, in GiB: tensors on the GPU, or without one the process' resident set."""
-    here = device()
-    if here.type == "cuda":
-        return torch.cuda.memory_allocated(here) / GIB
-    statm = Path("/proc/self/statm")
-    if not statm.exists():  # not Linux: the peak is what the system tells
-        return peak_memory_gib()
-    return int(statm.read_text().split()[1]) * resource.getpagesize() / GIB
-
-
 def peak_memory_gib() -> float:
-    """Return the largest figure so far, in GiB.
+    """Return the most memory in use at a time since :func:`reset_peak_memory`, or since the start, in GiB.
 
-    On a GPU since the last :func:`reset_peak_memory`; on a CPU since the process started, imports included.
+    On a GPU what tensors hold; without one the process' resident set, imports included.
     """
     here = device()
     if here.type == "cuda":
         return torch.cuda.max_memory_allocated(here) / GIB
+    if _STATUS.exists():
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024 / GIB
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
 def reset_peak_memory() -> None:
-    """Begin a new peak on the GPU; the CPU's cannot be reset."""
+    """Begin a new peak with what is in use now; where the system does not allow it, the peak goes on from the start."""
     if device().type == "cuda":
         torch.cuda.reset_peak_memory_stats(device())
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # see proc(5); Linux alone has it
 
 
 def free_memory_bytes() -> int | None:

@@ -101,7 +101,7 @@ class ProgressDisplay:
         parts += [
             f"lr {row['lr']:.2e}",
             f"{format_count(row['tokens_per_second'])} tokens/s",
-            f"{row['memory_gib']:.2f} GiB",
+            f"{row['peak_memory_gib']:.2f} GiB",
             f"blocks {format_ranges(row['active_layers']) or 'none'}",
         ]
         return "  ".join(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from pathlib import Path
 from types import TracebackType
@@ -9,22 +10,52 @@ from typing import Any
 
 from lisa_dist.config import Config
 from lisa_dist.distributed import is_main
-from lisa_dist.telemetry.memory import current_memory_gib, peak_memory_gib
+from lisa_dist.telemetry.memory import peak_memory_gib, reset_peak_memory
 from lisa_dist.telemetry.progress import ProgressDisplay
-from lisa_dist.telemetry.records import METRICS_FILE, MetricsWriter, Row, read_rows, write_summary
+from lisa_dist.telemetry.records import METRICS_FILE, MetricsWriter, Row, read_rows, read_summary, write_summary
 from lisa_dist.telemetry.sinks import build_sink
+
+SPEEDS = ("tokens_per_second", "label_tokens_per_second")
+OF_THE_FIRST_STEP = (
+    "trained_parameters",
+    "persistent_bytes",
+)  # kept by a resume that has nothing to do
 
 
 class Recorder:
     """metrics.jsonl, layers.jsonl, summary.json, the logger and the progress bar. Does nothing but on rank 0."""
 
-    def __init__(self, config: Config, max_steps: int, first_step: int, resumed_from: list[int]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        max_steps: int,
+        *,
+        num_blocks: int,
+        started: float,
+        first_step: int = 0,
+        resumed_from: list[int] | None = None,
+    ) -> None:
+        """Open the files of ``run.dir``.
+
+        Args:
+            config: names them, and the logger.
+            max_steps: of the whole run.
+            num_blocks: of the model.
+            started: when this process began with the run, by ``time.monotonic``.
+            first_step: steps already done, where the run goes on.
+            resumed_from: the checkpoint steps that the run went on from.
+        """
         self.run_dir = Path(config.run.dir or ".")
-        self.resumed_from = resumed_from
-        self.tokens = 0  # label tokens trained on since the start of this process
-        self.started = time.monotonic()
+        self.resumed_from = resumed_from or []
+        self.started = started
+        self.num_blocks = num_blocks
+        self.peak_memory_gib = 0.0  # until the step that is under way
+        self.speeds: dict[str, list[float]] = {key: [] for key in SPEEDS}  # a figure a step
         self.writer = MetricsWriter(self.run_dir)
-        self.figures: dict[str, Any] = {}  # of summary.json
+        self.figures: dict[str, Any] = {"num_blocks": num_blocks}  # of summary.json
+        if first_step and is_main():
+            known = read_summary(self.run_dir) or {}
+            self.figures |= {key: known[key] for key in OF_THE_FIRST_STEP if key in known}
         self.cut_after(first_step or -1)  # at a fresh start the evaluation of step 0 is repeated too
         self.sink = build_sink(config, self.run_dir, first_step)
         self.display = ProgressDisplay(max_steps, first_step)
@@ -33,28 +64,38 @@ class Recorder:
         """The run goes on from the checkpoint of ``step``: what was recorded past it is dropped."""
         self.writer.cut_after(step)
         if is_main():
-            self.figures |= figures_of(read_rows(self.run_dir / METRICS_FILE))
+            rows = read_rows(self.run_dir / METRICS_FILE)
+            self.figures |= figures_of(rows)
+            self.speeds = {key: [row[key] for row in rows if row.get(key) is not None] for key in SPEEDS}
 
     def record_period(self, period: int, step: int, active_layers: list[int], scores: list[float] | None) -> None:
         """A period began: ``step`` is the first that trains these blocks."""
-        self.writer.write_period(period=period, step=step, active_layers=active_layers, scores=scores)
+        self.writer.write_period(
+            period=period, step=step, active_layers=active_layers, num_blocks=self.num_blocks, scores=scores
+        )
 
-    def record_step(self, *, tokens: int, step_seconds: float, loss: float, step: int, **figures: Any) -> None:
-        """An optimizer step was made."""
+    def begin_step(self) -> None:
+        """What is in memory from here on is that of the step."""
+        if is_main():
+            self.peak_memory_gib = max(self.peak_memory_gib, peak_memory_gib())
+            reset_peak_memory()
+
+    def record_step(self, *, step: int, loss: float, tokens: int, label_tokens: int, **figures: Any) -> None:
+        """An optimizer step was made; see :meth:`MetricsWriter.write_step`."""
         row = self.writer.write_step(
             step=step,
             loss=loss,
             tokens=tokens,
-            tokens_per_second=tokens / step_seconds,
-            step_seconds=step_seconds,
-            memory_gib=current_memory_gib(),
+            label_tokens=label_tokens,
+            peak_memory_gib=peak_memory_gib(),
             **figures,
         )
         self._show(row)
-        self.figures["final_step"] = step
-        self.figures["final_loss"] = loss
+        for key in SPEEDS:
+            self.speeds[key].append(row[key])
+        self.figures |= {"final_step": step, "final_loss": loss}
         self.figures["tokens_seen"] = self.figures.get("tokens_seen", 0) + tokens
-        self.tokens += tokens
+        self.figures["label_tokens_seen"] = self.figures.get("label_tokens_seen", 0) + label_tokens
 
     def record_evaluation(self, step: int, eval_loss: float) -> None:
         """The validation set was run through the model."""
@@ -63,13 +104,16 @@ class Recorder:
         self.figures["best_eval_loss"] = min(eval_loss, self.figures.get("best_eval_loss", eval_loss))
 
     def write_summary(self, exit_reason: str) -> None:
-        """The run ended: ``finished``, ``signal``, or ``failed: <why>``."""
-        seconds = time.monotonic() - self.started
+        """The run ended: ``finished``, ``signal``, or ``failed: <why>``.
+
+        Speeds are medians of the steps, also of those before a resume; wall time is that of this process, loading,
+        switches, evaluations and checkpoints included.
+        """
         figures = {
             **self.figures,
-            "wall_seconds": seconds,
-            "peak_memory_gib": peak_memory_gib(),
-            "tokens_per_second": self.tokens / seconds,
+            "wall_seconds": time.monotonic() - self.started,
+            "peak_memory_gib": max(self.peak_memory_gib, peak_memory_gib()),
+            **{key: statistics.median(values) for key, values in self.speeds.items() if values},
         }
         write_summary(self.run_dir, exit_reason=exit_reason, resumed_from=self.resumed_from, **figures)
 
@@ -97,6 +141,7 @@ def figures_of(rows: list[Row]) -> dict[str, Any]:
     if steps:
         figures |= {"final_step": steps[-1]["step"], "final_loss": steps[-1]["loss"]}
         figures["tokens_seen"] = sum(row["tokens"] for row in steps)
+        figures["label_tokens_seen"] = sum(row["label_tokens"] for row in steps)
     if evaluations:
         figures |= {"eval_loss": evaluations[-1], "best_eval_loss": min(evaluations)}
     return figures

@@ -45,12 +45,23 @@ class MetricsWriter:
         lr: float,
         grad_norm: float,
         tokens: int,
-        tokens_per_second: float,
+        label_tokens: int,
         step_seconds: float,
-        memory_gib: float,
+        data_seconds: float,
+        peak_memory_gib: float,
         **more: Any,
     ) -> Row:
-        """Write and return the row of one optimizer step; ``more`` are further keys, such as times by part."""
+        """Write and return the row of one optimizer step.
+
+        Args:
+            step, epoch, period, active_layers, loss, lr, grad_norm: of the step.
+            tokens: of the global batch, padding left out.
+            label_tokens: those of them that carry loss.
+            step_seconds: from the wait for the data to the optimizer's step.
+            data_seconds: of these, waiting for the data.
+            peak_memory_gib: the most that rank 0 held at a time in this step.
+            more: further keys, such as ``mfu``.
+        """
         row = {
             "step": step,
             "epoch": epoch,
@@ -60,9 +71,12 @@ class MetricsWriter:
             "lr": lr,
             "grad_norm": grad_norm,
             "tokens": tokens,
-            "tokens_per_second": tokens_per_second,
+            "label_tokens": label_tokens,
+            "tokens_per_second": tokens / step_seconds,
+            "label_tokens_per_second": label_tokens / step_seconds,
             "step_seconds": step_seconds,
-            "memory_gib": memory_gib,
+            "data_seconds": data_seconds,
+            "peak_memory_gib": peak_memory_gib,
             **more,
         }
         _append(self._metrics, row)
@@ -75,10 +89,10 @@ class MetricsWriter:
         return row
 
     def write_period(
-        self, *, period: int, step: int, active_layers: list[int], scores: list[float] | None = None
+        self, *, period: int, step: int, active_layers: list[int], num_blocks: int, scores: list[float] | None = None
     ) -> Row:
-        """Write and return the row of one period: ``step`` is the first that trains these blocks."""
-        row: Row = {"period": period, "step": step, "active_layers": active_layers}
+        """Write and return the row of one period: ``step`` is the first that trains these of ``num_blocks`` blocks."""
+        row: Row = {"period": period, "step": step, "active_layers": active_layers, "num_blocks": num_blocks}
         if scores is not None:
             row["scores"] = scores
         _append(self._layers, row)

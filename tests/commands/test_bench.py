@@ -8,15 +8,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from lisa_dist import cli, distributed
 from lisa_dist.commands import bench
-from lisa_dist.commands.flops import attention_flops, parameter_flops_per_token, preset_rate
 from lisa_dist.commands.stopwatch import PeakMemory, spread_of
 from lisa_dist.config import UserError
 from lisa_dist.config.loading import load, vary
+from lisa_dist.flops import attention_flops, parameter_flops_per_token, preset_rate
 from lisa_dist.learner import begin_period, build_learner, load_initial_weights
 from tests.ranks import run_on_ranks
 
@@ -84,7 +85,7 @@ def counted_flops(overrides: list[str]) -> tuple[list[int], float, float]:
     learner = build_learner(load(overrides))
     load_initial_weights(learner, distributed.device())
     begin_period(learner, 0)
-    return learner.active.blocks, parameter_flops_per_token(learner), attention_flops(learner, 3, TOKENS)
+    return learner.active.blocks, parameter_flops_per_token(learner), attention_flops(learner, np.full(3, TOKENS))
 
 
 def test_operations_follow_from_what_trains() -> None:

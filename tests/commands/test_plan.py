@@ -59,6 +59,8 @@ def test_json_holds_the_figures_that_the_law_and_arithmetic_give(capsys: pytest.
     # Only the trained parameters are reduced, in fp32, once a micro-batch; of two ranks each sends half.
     assert figures["communication_bytes_per_step"]["reduce_scatter"] == 2 * 4 * ACTIVE // 2
     assert figures["tokens_per_second_estimate"] * figures["step_seconds_estimate"] == pytest.approx(4 * 256)
+    labels = figures["label_tokens_per_second_estimate"]
+    assert labels == pytest.approx(figures["tokens_per_second_estimate"] * 255 / 256)
     assert figures["compare"]["lisa"]["peak_bytes"] == figures["peak_bytes"]
     assert figures["compare"]["full"]["persistent_bytes"]["frozen_parameters"] == 0
 

@@ -11,16 +11,17 @@ from lisa_dist.telemetry.records import MetricsWriter, write_summary
 CONFIG = "method: lisa\nmodel:\n  path: /models/tiny\nlaunch:\n  setup: [export HF_TOKEN=hidden]\n"
 
 
-def make_run(run_dir, steps=100, eval_every=25, **summary):
+def make_run(run_dir, steps=100, eval_every=25, more=None, **summary):
+    more = more or {}
     with MetricsWriter(run_dir) as writer:
         for step in range(1, steps + 1):
             active = [step // 20]
             if step % 20 == 1:
-                writer.write_period(period=step // 20, step=step, active_layers=active)
+                writer.write_period(period=step // 20, step=step, active_layers=active, num_blocks=30)
             writer.write_step(
                 step=step, epoch=0.1, period=step // 20, active_layers=active,
-                loss=math.nan if step == 7 else 3 - step / 100, lr=1e-5, grad_norm=1.0, tokens=64,
-                tokens_per_second=1000.0 + step, step_seconds=0.5, memory_gib=1.5,
+                loss=math.nan if step == 7 else 3 - step / 100, lr=1e-5, grad_norm=1.0, tokens=64 + step,
+                label_tokens=16, step_seconds=0.5, data_seconds=0.125, peak_memory_gib=1.5, **more,
             )  # fmt: skip
             if eval_every and step % eval_every == 0:
                 writer.write_eval(step=step, eval_loss=3.25 - step / 100)
@@ -67,7 +68,7 @@ def test_a_finished_run(tmp_path, capsys):
     run_dir = make_run(
         tmp_path / "my run", exit_reason="finished", resumed_from=[40], wall_seconds=75.0,
         trained_parameters={"blocks": 1_000_000, "head": 500_000},
-        persistent_bytes=3 * 1024**2, peak_memory_gib=1.75, num_blocks=6,
+        persistent_bytes=3 * 1024**2, peak_memory_gib=1.75, num_blocks=30,
     )  # fmt: skip
     (run_dir / "config.yaml").write_text(CONFIG)
     page = page_of(run_dir)
@@ -78,19 +79,21 @@ def test_a_finished_run(tmp_path, capsys):
         "last training loss": "2.0000",
         "last validation loss": "2.2500",
         "best validation loss": "2.2500",
-        "tokens/s, median": "1.05 k",
+        "tokens/s, median": "229",
+        "label tokens/s, median": "32",
         "peak memory, rank 0": "1.75 GiB",
-        "wall time": "1 min 15 s",
+        "wall time, since the last start": "1 min 15 s",
         "trained parameters": "1.5 M",
         "persistent, rank 0": "3.0 MiB",
     }
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == [
-        "Loss", "Which block trained when", "Tokens per second", "Memory of rank 0, GiB",
+        "Loss", "Which block trained when", "Tokens per second", "Seconds a step",
+        "Peak memory of rank 0 in each step, GiB",
         "Gradient norm before clipping", "Learning rate",
     ]  # fmt: skip
-    assert page.count('class="mark"') == 5  # where it was resumed, in each line chart
-    assert "1 never trained" in page  # block 5 of 6
+    assert page.count('class="mark"') == 6  # where it was resumed, in each line chart
+    assert "5 periods, 30 blocks" in page and "25 never trained" in page, "only 0 to 4 were drawn"
     assert "method lisa" in page and "/models/tiny" in page
     assert "hidden" not in page and "did not finish" not in page
 
@@ -105,7 +108,7 @@ def test_a_failed_run_tells_why(tmp_path):
 def test_a_run_that_failed_before_its_first_step(tmp_path):
     write_summary(tmp_path / "run", exit_reason="failed: no memory", resumed_from=[])
     page = page_of(tmp_path / "run")
-    assert "failed: no memory" in page and page.count("nothing recorded") == 5 and "no period recorded" in page
+    assert "failed: no memory" in page and page.count("nothing recorded") == 6 and "no period recorded" in page
 
 
 def test_a_run_of_one_step_without_summary_or_layers(tmp_path):

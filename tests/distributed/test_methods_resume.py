@@ -37,7 +37,7 @@ PAIRS = {
 def sampler_state(config: Config, checkpoint: Path) -> dict[str, Any]:
     """The sampler's state and the active blocks after loading a checkpoint. Runs on every rank."""
     learner = build_learner(config)
-    restore_checkpoint(learner, checkpoint, torch.device("cpu"))
+    restore_checkpoint(learner, checkpoint, torch.device("cpu"), data={})
     return {"sampler": learner.sampler.state_dict(), "active_layers": learner.active.blocks}
 
 

@@ -87,7 +87,7 @@ def test_bad_steps_are_left_out_and_kept(kind: str, tmp_path: Path) -> None:
     assert facts["step"] == 3 and len(facts["sequences"]) == 4
     kept = [load_file(folder / f"rank_0000{rank}.safetensors") for rank in range(2)]
     labelled = sum(int((t[:, 1:] != -100).sum()) for part in kept for name, t in part.items() if "labels" in name)
-    assert labelled == rows[2]["tokens"]
+    assert labelled == rows[2]["label_tokens"]
 
 
 def test_a_left_out_step_changes_nothing(tmp_path: Path) -> None:

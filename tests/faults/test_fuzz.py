@@ -109,6 +109,6 @@ def test_any_history_of_layers(name: str, content: list[str], tmp_path: Path) ->
         except UserError as error:
             assert f"{name} is damaged" in str(error)
             return
-        writer.write_period(period=1, step=2, active_layers=[0])
+        writer.write_period(period=1, step=2, active_layers=[0], num_blocks=4)
     if name == "layers.jsonl":
         assert read_rows(tmp_path / name)[-1] == {"period": 1, "step": 2, "active_layers": [0]}

@@ -101,7 +101,7 @@ def test_run_goes_on_without_a_lost_machine(machines: Machines, tmp_path: Path) 
     rows = rows_of_steps(run_dir)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     # 60 rows are 15 global batches: however many ranks train it, an epoch has the same label tokens.
-    epochs = [sum(row["tokens"] for row in rows[first : first + 15]) for first in range(0, STEPS, 15)]
+    epochs = [sum(row["label_tokens"] for row in rows[first : first + 15]) for first in range(0, STEPS, 15)]
     assert len(set(epochs)) == 1
 
 

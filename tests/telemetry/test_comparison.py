@@ -26,7 +26,7 @@ def make_job(
     if code is not None:
         (run_dir / "exit_code").write_text(f"{code}\n")
     rows: list[dict[str, Any]] = [
-        {"step": step, "loss": loss, "tokens_per_second": 100.0 * step, "memory_gib": 1.0 + step}
+        {"step": step, "loss": loss, "tokens_per_second": 100.0 * step, "peak_memory_gib": 1.0 + step}
         for step, loss in enumerate(losses, start=1)
     ]
     rows += [{"step": len(losses), "eval_loss": loss} for loss in evals]

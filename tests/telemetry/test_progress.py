@@ -5,7 +5,7 @@ from lisa_dist.telemetry import progress
 from lisa_dist.telemetry.progress import ProgressDisplay, announce
 
 ROW = {
-    "loss": 2.5, "lr": 2e-5, "tokens_per_second": 12_345.0, "memory_gib": 1.25, "active_layers": [1, 2, 3, 7],
+    "loss": 2.5, "lr": 2e-5, "tokens_per_second": 12_345.0, "peak_memory_gib": 1.25, "active_layers": [1, 2, 3, 7],
     "step_seconds": 2.0,
 }  # fmt: skip
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from typing import Any
 
+import numpy as np
 import torch
 
 from lisa_dist.config.gpu import read_gpu
 from lisa_dist.config.loading import conf_dir
 from lisa_dist.learner import Learner
+
+logger = logging.getLogger(__name__)
 
 
 def parameter_flops_per_token(learner: Learner) -> float:
@@ -38,8 +43,13 @@ def parameter_flops_per_token(learner: Learner) -> float:
     return total
 
 
-def attention_flops(learner: Learner, sequences: int, tokens: int) -> float:
-    """Return the operations of attention over ``sequences`` of ``tokens`` each, forward and backward.
+def step_flops(learner: Learner, lengths: np.ndarray) -> float:
+    """Return the operations of a step over sequences of ``lengths`` tokens; what is spent on padding does not count."""
+    return parameter_flops_per_token(learner) * float(lengths.sum()) + attention_flops(learner, lengths)
+
+
+def attention_flops(learner: Learner, lengths: np.ndarray) -> float:
+    """Return the operations of attention over sequences of ``lengths`` tokens, forward and backward.
 
     12 x layers x heads x head size x tokens for each token (arXiv 2204.02311, appendix B): every query with every
     key, as is the custom, though causal attention needs but half.
@@ -47,7 +57,8 @@ def attention_flops(learner: Learner, sequences: int, tokens: int) -> float:
     architecture: Any = learner.sharded.module.config
     heads = architecture.num_attention_heads
     head_size = getattr(architecture, "head_dim", None) or architecture.hidden_size // heads
-    return 12.0 * len(learner.sharded.layers.blocks) * heads * head_size * sequences * tokens * tokens
+    squares = float(np.square(lengths, dtype=np.float64).sum())
+    return 12.0 * len(learner.sharded.layers.blocks) * heads * head_size * squares
 
 
 def peak_rate(device: torch.device) -> float | None:
@@ -57,12 +68,14 @@ def peak_rate(device: torch.device) -> float | None:
     return preset_rate(torch.cuda.get_device_name(device))
 
 
+@functools.cache
 def preset_rate(device_name: str) -> float | None:
     """Return the FLOP/s of the preset whose name, without its memory size, is in the device's name."""
     plain = device_name.lower().replace(" ", "")
     for preset in sorted(file.stem for file in (conf_dir() / "gpu").glob("*.yaml")):
         if re.sub(r"_\d+gb$", "", preset).replace("_", "") in plain:
             return read_gpu(preset).matrix_flops
+    logger.warning("conf/gpu has no preset for %s: how far it is used is not known", device_name)
     return None
 
 
