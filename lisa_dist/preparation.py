@@ -93,6 +93,13 @@ def open_run_directory(config: Config) -> Config:
     return distributed.on_rank_zero(claim)
 
 
+def forget_start(config: Config) -> None:
+    """Remove config.yaml where a first start was refused: the next one must not take its settings for a run's."""
+    directory = Path(str(config.run.dir))
+    if distributed.is_main() and not holds_run(directory):
+        (directory / CONFIG).unlink(missing_ok=True)
+
+
 def public_yaml(config: Config) -> str:
     """Return what config.yaml holds: no secrets, and not the job script's shell lines, which may hold some."""
     return hide_secrets(to_yaml(replace(config, launch=LaunchConfig())))

@@ -31,7 +31,7 @@ from lisa_dist.learner import (
 )
 from lisa_dist.optim.clipping import normalize_and_clip
 from lisa_dist.optim.schedule import learning_rate
-from lisa_dist.preparation import Run, announce_trained, open_run_directory, prepare_run
+from lisa_dist.preparation import Run, announce_trained, forget_start, open_run_directory, prepare_run
 from lisa_dist.probes import mean_loss
 from lisa_dist.sample_answers import show_answers
 from lisa_dist.signals import ignore_stop_signals, stop_requested
@@ -197,7 +197,11 @@ def train(config: Config) -> int:
     config = open_run_directory(config)
     setup_logging(config.run.dir)
     check_step_in_backward(config)
-    run = prepare_run(config)
+    try:
+        run = prepare_run(config)
+    except UserError:
+        forget_start(config)
+        raise
     with run.recorder as recorder, run.heartbeat:
         try:
             stopped = train_steps(run)

@@ -204,6 +204,16 @@ def test_another_rank_of_the_projection_is_refused(base: Path) -> None:
     assert "holds optimizer state of other tensors than this run's (update.rank=4 then, 3 now)" in message
 
 
+def test_a_start_that_was_refused_leaves_no_settings_to_go_on_with(base: Path) -> None:
+    config = config_of(base, "train.global_batch_size=3", "train.micro_batch_size=2")
+    config.run.dir = str(base / "refused")
+    (message,) = run_on_ranks(1, refusal, config)
+    assert "train.global_batch_size=3" in message
+    assert not (base / "refused" / "config.yaml").exists()
+    (message,) = run_on_ranks(1, refusal, resuming(config_of(base, "data.packing=true")))
+    assert (base / "run" / "config.yaml").exists(), "that of a run stays"
+
+
 @pytest.mark.parametrize("number", [None, 99])
 def test_a_checkpoint_of_another_format_is_refused(number: int | None, base: Path) -> None:
     checkpoints = base / "run" / "checkpoints"
