@@ -139,6 +139,7 @@ def test_arguments_become_text_where_the_template_wants_text(tmp_path):
             TWO,
             "gives no prompt for message 4 of 4",
         ),
+        ("deepseekv3", CONVERSATIONS["tools, two calls in a row"].messages, "before message 4 of 6 .* otherwise once"),
         (  # the words of earlier questions are replaced
             "{% for m in messages %}<|{{ m.role }}|>"
             "{{ m.content if loop.last or messages[loop.index0 + 1:] | length < 2 else m.content | upper }}"
