@@ -1,6 +1,6 @@
 # make demo       set up .venv and train the demonstration on two CPU ranks
 # make test       set up .venv and run the tests
-# make soak       the long tests: many kills, many switches
+# make soak       the long tests: many kills, many switches, errors put into the code
 # make gpu-check  the tests that need a GPU, and the standing benchmark, on one GPU
 VENV := .venv
 BIN := $(VENV)/bin

@@ -1,0 +1,404 @@
+"""Errors that a change could bring into the core, and for each the tests that must notice it.
+
+Each is a piece of the program that is replaced by a wrong one. None ends in an exception where the code runs: the
+numbers are wrong, or a promise is broken. The pieces must occur exactly once in their file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One error: ``old`` becomes ``new`` in ``file``."""
+
+    name: str  # what goes wrong, as docs/reliability.md tells it
+    file: str  # inside lisa_dist/
+    old: str
+    new: str
+    test: str  # the test that notices, inside tests/
+
+
+TRAINING, METHODS = "distributed/test_training.py", "distributed/test_methods.py"
+EXACT, SAVING = "distributed/test_checkpoint_exact.py", "distributed/test_checkpoint_saving.py"
+THREE_PERIODS = f"{TRAINING}::test_three_periods_equal_plain_pytorch"
+REPEATED = f"{EXACT}::test_steps_since_the_last_checkpoint_are_repeated"
+MEMORY_LAW = f"{TRAINING}::test_memory_law_holds_on_every_rank_after_every_switch[2]"
+
+WRITTEN = "self.failure = self._agree(lambda: files.update(_write_own_files(snapshot, partial)), snapshot.step)"
+
+STEP = [
+    Mutation(
+        "the optimizer makes no step",
+        "optim/active_optimizer.py",
+        "self._adamw.step()",
+        "pass",
+        f"{TRAINING}::test_every_family_trains_two_periods[llama]",
+    ),
+    Mutation(
+        "no optimizer step, seen with every sampler",
+        "optim/active_optimizer.py",
+        "self._adamw.step()",
+        "pass",
+        f"{METHODS}::test_every_sampler_goes_with_every_update[full_rank]",
+    ),
+    Mutation(
+        "gradients are divided by the number of ranks",
+        "sharding/wrapping_policy.py",
+        "module.set_gradient_divide_factor(1.0)",
+        "module.set_gradient_divide_factor(float(mesh.size()))",
+        "distributed/test_loss_head.py::test_loss_and_gradients_equal_one_plain_process[llama]",
+    ),
+    Mutation(
+        "gradients are clipped before they are divided by the label tokens",
+        "optim/clipping.py",
+        "max_norm / (norms[0] + 1e-6)",
+        "max_norm / (label_tokens * norms[0] + 1e-6)",
+        f"{THREE_PERIODS}[False-1]",
+    ),
+    Mutation(
+        "a rank clips by the norm of its own shards",
+        "optim/clipping.py",
+        "norms = _over_ranks(own, gradients[0])",
+        "norms = own",
+        f"{THREE_PERIODS}[False-2]",
+    ),
+    Mutation(
+        "the loss is divided by a rank's own label tokens",
+        "trainer.py",
+        "max(tokens, 1), config.optimizer.grad_clip",
+        "max(local_tokens * distributed.world_size(), 1), config.optimizer.grad_clip",
+        f"{THREE_PERIODS}[False-2]",
+    ),
+    Mutation(
+        "gradients of a replica are not summed with those of the others",
+        "sharding/wrapping_policy.py",
+        "module.set_force_sum_reduction_for_comms(True)",
+        "module.set_force_sum_reduction_for_comms(True), module.set_requires_all_reduce(False)",
+        f"{TRAINING}::test_hybrid_sharding_equals_plain_sharding",
+    ),
+    Mutation(
+        "the learning rate is that of the next step",
+        "trainer.py",
+        "lr = learning_rate(config.scheduler, config.optimizer.lr, step, max_steps)",
+        "lr = learning_rate(config.scheduler, config.optimizer.lr, step + 1, max_steps)",
+        f"{THREE_PERIODS}[False-1]",
+    ),
+    Mutation(
+        "warm-up begins at zero, a step late",
+        "optim/schedule.py",
+        "return base * (step + 1) / config.warmup_steps",
+        "return base * step / config.warmup_steps",
+        "optim/test_schedule.py",
+    ),
+    Mutation(
+        "a step that is not finite is made all the same",
+        "trainer.py",
+        "        if finite:\n",
+        "        if True:\n",
+        "faults/test_bad_steps.py::test_a_left_out_step_changes_nothing",
+    ),
+    Mutation(
+        "dropout is not seeded anew at each step",
+        "trainer.py",
+        "torch.manual_seed(hash((config.train.seed, step, distributed.rank())) % 2**63)",
+        "pass",
+        REPEATED,
+    ),
+    Mutation(
+        "a signal is ignored",
+        "trainer.py",
+        "stop = stop_requested() or run.checkpoints.must_stop()",
+        "stop = run.checkpoints.must_stop()",
+        "launching/test_sweep.py::test_failed_and_stopped_jobs_go_on_when_the_sweep_is_run_again",
+    ),
+    Mutation(
+        "after a spike the run goes back and trains on the same batch again",
+        "faults.py",
+        "progress.left_out.append(stretch)",
+        "pass",
+        "faults/test_bad_steps.py::test_a_spike_takes_the_run_back_without_its_batch",
+    ),
+]
+
+SWITCH = [
+    Mutation(
+        "the state of a frozen block is not released",
+        "optim/active_optimizer.py",
+        "self._adamw.state.pop(entry.target, None)",
+        "pass",
+        "distributed/test_memory_law.py::test_every_byte_is_explained_and_nothing_grows_over_ten_periods",
+    ),
+    Mutation(
+        "a block that is drawn twice running starts anew",
+        "active_blocks.py",
+        "leaving = [block for block in active.blocks if block not in blocks]\n"
+        "    entering = [block for block in blocks if block not in active.blocks]",
+        "leaving, entering = list(active.blocks), list(blocks)",
+        f"{THREE_PERIODS}[False-1]",
+    ),
+    Mutation(
+        "other blocks are thawed and frozen than were drawn",
+        "sharding/wrapping_policy.py",
+        'return self.parameters_of(f"block:{block}")',
+        'return self.parameters_of(f"block:{len(self.layers.blocks) - 1 - block}")',
+        f"{THREE_PERIODS}[False-1]",
+    ),
+    Mutation(
+        "a frozen block goes on having gradients",
+        "sharding/wrapping_policy.py",
+        "storage.replace_shard(fsdp_param, shard, requires_grad=trained)",
+        "storage.replace_shard(fsdp_param, shard, requires_grad=True)",
+        MEMORY_LAW,
+    ),
+    Mutation(
+        "masters are rounded to nearest when their block is frozen",
+        "sharding/storage.py",
+        "return round_stochastically(values, seed)",
+        "return values.to(dtype)",
+        "distributed/test_memory_law.py::test_stochastic_rounding_keeps_updates_that_nearest_loses",
+    ),
+    Mutation(
+        "the rounding noise is the same in every period",
+        "sharding/storage.py",
+        'f"{seed}/{period}/{name}/{shard_index}"',
+        'f"{seed}/{name}/{shard_index}"',
+        "sharding/test_storage.py::test_noise_depends_on_every_part_of_its_key",
+    ),
+    Mutation(
+        "every rank draws for itself",
+        "active_blocks.py",
+        "drawn = self.sampler.draw(period) if distributed.is_main() else None\n"
+        "        message = distributed.broadcast_object(None if drawn is None else (drawn, checksum(period, drawn)))",
+        "drawn = self.sampler.draw(period)\n        message = (drawn, checksum(period, drawn))",
+        f"{TRAINING}::test_ranks_seeded_differently_agree_on_every_set",
+    ),
+    Mutation(
+        "FSDP2 keeps the dtypes that it read at first",
+        "sharding/storage.py",
+        "group._init_mp_dtypes()",
+        "pass",
+        f"{TRAINING}::test_bf16_storage_follows_the_fp32_losses_and_reduces_in_fp32",
+    ),
+    Mutation(
+        "masters that were stepped are not put into the shards",
+        "sharding/masters.py",
+        "self.masters.publish({name: entry.parameter for name, entry in trained.items()})",
+        "pass",
+        "sharding/test_masters.py::test_training_equals_that_with_masters_on_every_replica[full_rank]",
+    ),
+    Mutation(
+        "of several micro-batches the last gradient alone reaches the masters",
+        "sharding/masters.py",
+        "local_shard(master.grad).add_(local_shard(own))",
+        "master.grad = own",
+        "sharding/test_masters.py::test_training_equals_that_with_masters_on_every_replica[full_rank]",
+    ),
+    Mutation(
+        "where masters lie apart, LoRA-FA trains plain LoRA's gradients",
+        "sharding/masters.py",
+        "self.update.transform_gradients(_of_masters(trained))",
+        "pass",
+        "sharding/test_masters.py::test_training_equals_that_with_masters_on_every_replica[lora_fa]",
+    ),
+    Mutation(
+        "the gradient of B in LoRA-FA is not corrected",
+        "updates/lora.py",
+        "gradient.copy_(gradient.float() @ self.corrections[name])",
+        "pass",
+        f"{METHODS}::test_lora_fa_equals_its_formula[1]",
+    ),
+    Mutation(
+        "GaLore's projectors are found once and never again",
+        "updates/low_rank.py",
+        "entry.step % self.config.refresh_every == 0",
+        "entry.step == 0",
+        f"{METHODS}::test_galore_equals_its_formula[1]",
+    ),
+    Mutation(
+        "the outlier probe counts padding",
+        "probes.py",
+        "inputs = inputs * kept[..., None]",
+        "pass",
+        "distributed/test_probes.py::test_probes_equal_plain_computation[1-1-None]",
+    ),
+]
+
+DATA = [
+    Mutation(
+        "padding has labels",
+        "data/batches.py",
+        '"labels": np.full((len(chosen), tokens), UNTRAINED, dtype=np.int64),',
+        '"labels": np.full((len(chosen), tokens), self.pad_token_id, dtype=np.int64),',
+        "data/test_batches.py::test_padding",
+    ),
+    Mutation(
+        "every rank takes the same micro-batches",
+        "data/batches.py",
+        "place = turn * self.world_size + self.rank",
+        "place = turn * self.world_size",
+        "data/test_batches.py::test_micro_batches_are_dealt_in_turn",
+    ),
+    Mutation(
+        "every epoch has the same order",
+        "data/batches.py",
+        "np.random.default_rng([self.seed, epoch])",
+        "np.random.default_rng([self.seed, 0])",
+        "data/test_batches.py::test_order_follows_the_seed_and_changes_with_the_epoch",
+    ),
+    Mutation(
+        "the label at position 0 is counted as a label token",
+        "data/batches.py",
+        'return int((micro_batch["labels"][:, 1:] != UNTRAINED).sum())',
+        'return int((micro_batch["labels"] != UNTRAINED).sum())',
+        f"{THREE_PERIODS}[False-1]",
+    ),
+    Mutation(
+        "the token before an answer is trained",
+        "data/encode.py",
+        "trained |= (last > start) & (first < end)",
+        "trained |= (last >= start) & (first < end)",
+        "data/test_encode.py::test_exactly_answers_and_their_end_are_trained",
+    ),
+    Mutation(
+        "turns that are marked untrained are trained",
+        "data/encode.py",
+        "spans = [span for index, span in answers.spans.items() if index not in conversation.untrained]",
+        "spans = list(answers.spans.values())",
+        "data/test_encode.py::test_answers_that_are_marked_untrained_carry_no_loss",
+    ),
+    Mutation(
+        "a text that ends with EOS gets a second one",
+        "data/encode.py",
+        "if not text.rstrip().endswith(eos):",
+        "if True:",
+        "data/test_encode.py::test_a_text_that_has_bos_and_eos_already_gets_no_second_one",
+    ),
+    Mutation(
+        "positions of packed samples run on",
+        "data/sequences.py",
+        "np.concatenate([np.arange(len(sample_labels), dtype=np.int64) for sample_labels in labels])",
+        "np.arange(sum(map(len, labels)), dtype=np.int64)",
+        "data/test_packing.py::test_no_token_of_a_packed_sequence_sees_another_sample",
+    ),
+    Mutation(
+        "the last token of a packed sample has to predict the first of the next",
+        "data/sequences.py",
+        "sample_labels[:1] = UNTRAINED",
+        "pass",
+        "data/test_packing.py::test_no_token_of_a_packed_sequence_sees_another_sample",
+    ),
+    Mutation(
+        "rows held out for validation are trained on too",
+        "data/prepare.py",
+        "rows.select(np.sort(order[count:]))",
+        "rows.select(np.sort(order))",
+        "data/test_prepare.py::test_fraction_held_out",
+    ),
+    Mutation(
+        "a token is trained to predict itself",
+        "models/loss_head.py",
+        "return F.pad(labels[:, 1:], (0, 1), value=IGNORED)",
+        "return labels",
+        "distributed/test_loss_head.py::test_loss_and_gradients_equal_one_plain_process[llama]",
+    ),
+]
+
+CHECKPOINT = [
+    Mutation(
+        "a resumed run has lost its moments",
+        "checkpoint/restore.py",
+        "_read_tensors(moments, checkpoint / MOMENTS)",
+        "pass",
+        REPEATED,
+    ),
+    Mutation(
+        "a resumed run has lost its step counts",
+        "checkpoint/restore.py",
+        'learner.optimizer.set_step_counts(state["optimizer_steps"])',
+        "pass",
+        REPEATED,
+    ),
+    Mutation(
+        "a resumed run has lost the sampler's state",
+        "checkpoint/restore.py",
+        'learner.sampler.load_state_dict(state["sampler"])',
+        "pass",
+        REPEATED,
+    ),
+    Mutation(
+        "a resumed run begins the data anew",
+        "checkpoint/restore.py",
+        "if not changed_data(progress.data, data):\n        return progress",
+        "if not changed_data(progress.data, data):\n        return replace(progress, sequences=0)",
+        REPEATED,
+    ),
+    Mutation(
+        "a run is resumed on other data without a word",
+        "checkpoint/restore.py",
+        "if not changed_data(progress.data, data):",
+        "if True:",
+        "distributed/test_resume.py::test_other_data_are_refused_by_name_and_nothing_is_written_over",
+    ),
+    Mutation(
+        "what was recorded past the checkpoint stays in the records",
+        "telemetry/records.py",
+        'if row["step"] <= step]',
+        "]",
+        REPEATED,
+    ),
+    Mutation(
+        "a checkpoint is complete, and old ones are removed, before it is written",
+        "checkpoint/save.py",
+        WRITTEN,
+        "self._agree(lambda: self._complete(snapshot, partial, {}), snapshot.step)\n"
+        "            self._agree(lambda: _make_folders(partial) if distributed.is_main() else None, snapshot.step)\n"
+        f"            {WRITTEN}",
+        f"{SAVING}::test_the_only_checkpoint_survives_a_kill_while_the_next_is_written",
+    ),
+    Mutation(
+        "the checksums of a checkpoint are not looked at",
+        "checkpoint/manifest.py",
+        "if describe_file(directory / name).sha256 != checksum:",
+        "if False:",
+        "checkpoint/test_manifest.py::test_damage_is_named",
+    ),
+    Mutation(
+        "a checkpoint that later ones need is removed",
+        "checkpoint/manifest.py",
+        "if old.name not in needed:",
+        "if True:",
+        "checkpoint/test_manifest.py::test_retention_keeps_bases_and_later_checkpoints",
+    ),
+    Mutation(
+        "an incremental checkpoint leaves out what was frozen since the last",
+        "checkpoint/save.py",
+        "key in self.changed | trained",
+        "key in trained",
+        f"{SAVING}::test_only_what_changed",
+    ),
+    Mutation(
+        "what trains is not copied before it is written in the background",
+        "checkpoint/save.py",
+        "frozen = learner.sharded.handles.keys() - learner.optimizer.parameters.keys()",
+        "frozen = learner.sharded.handles.keys()",
+        f"{SAVING}::test_training_goes_on_while_it_writes[bfloat16]",
+    ),
+    Mutation(
+        "tied weights are written twice",
+        "checkpoint/state.py",
+        "if first_names[id(tensor)] == name}",
+        "}",
+        "checkpoint/test_export.py::test_transformers_loads_the_same_model",
+    ),
+    Mutation(
+        "adapters are left out of the export",
+        "checkpoint/adapters.py",
+        'yield f"{layer}.weight", merge(_plain(tensors, name, config), a, b, scaling, magnitude, transposed)',
+        'yield f"{layer}.weight", _plain(tensors, name, config)',
+        "checkpoint/test_adapters.py::test_both_exports_answer_as_the_trained_model",
+    ),
+]
+
+MUTATIONS = [*STEP, *SWITCH, *DATA, *CHECKPOINT]
