@@ -21,8 +21,8 @@ from lisa_dist.models.inspection import pretrained_architecture
 from lisa_dist.models.layer_map import LayerMap, find_layers
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
 from lisa_dist.models.loss_head import install_loss_head
-from lisa_dist.models.masking import install_position_handling
-from lisa_dist.models.packing_check import Separation, find_separation
+from lisa_dist.models.masking import Separation, install_position_handling
+from lisa_dist.models.packing_check import find_separation
 from lisa_dist.models.quantization import quantize_linears
 from lisa_dist.optim.active_optimizer import ActiveOptimizer
 from lisa_dist.sampling import build_sampler
@@ -88,7 +88,7 @@ def build_learner(config: Config, architecture: PretrainedConfig | None = None) 
             raise UserError(f"model.quantization={config.model.quantization}: this model has no layers for it")
     model = config.model
     install_loss_head(module, layers, model.loss_chunk, model.router_aux_loss, model.loss_kernel)
-    install_position_handling(module, packed_mask=separation == "mask")
+    install_position_handling(module, separation)
     checkpointing = CheckpointingPolicy(config, update)
     checkpointing.measure(module)
     if config.parallel.compile:
@@ -101,14 +101,16 @@ def build_learner(config: Config, architecture: PretrainedConfig | None = None) 
     return Learner(config, sharded, update, optimizer, sampler, active, checkpointing)
 
 
-def separate_packed_samples(config: Config, module: nn.Module, layers: LayerMap) -> Separation:
-    """Return what keeps packed samples apart, and say where that costs memory. Collective: every rank; rank 0 tries.
+def separate_packed_samples(config: Config, module: nn.Module, layers: LayerMap) -> Separation | None:
+    """Return what keeps packed samples apart, and say where that is a mask; None where nothing is packed.
+
+    Collective: every rank; rank 0 tries.
 
     Raises:
         UserError: ``data.packing=true`` and nothing keeps them apart in this model.
     """
     if not config.data.packing:
-        return "positions"
+        return None
     separation = distributed.on_rank_zero(lambda: find_separation(module, layers.blocks_path))
     if separation == "mask" and distributed.is_main() and not distributed.is_simulated():
         entries = config.train.micro_batch_size * config.data.sequence_length**2

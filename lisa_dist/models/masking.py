@@ -6,10 +6,12 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers import masking_utils
+
+Separation = Literal["positions", "mask"]  # what keeps packed samples apart
 
 PACKED_MASKS = ("eager", "sdpa", "flex_attention")  # kernels whose masks can tell samples apart
 
@@ -35,27 +37,28 @@ def takes_positions(model: Any) -> bool:
     return any("position_ids" in inspect.signature(part.forward).parameters for part in (model, model.base_model))
 
 
-def install_position_handling(model: nn.Module, *, packed_mask: bool) -> None:
-    """Let ``model(position_ids=...)`` work whatever the architecture does with positions.
+def install_position_handling(model: nn.Module, separation: Separation | None) -> None:
+    """Let ``model(position_ids=...)`` do what is right whatever the architecture makes of positions.
 
-    A model that takes none (it counts its tokens itself) is not given any. Call it before ``fully_shard`` and after
+    Where nothing is packed, and to a model that takes none, they are not given: each counts its tokens in its own way
+    (RoBERTa from 2, others not at all), and that is what its weights know. Call it before ``fully_shard`` and after
     :func:`~lisa_dist.models.loss_head.install_loss_head`.
 
     Args:
         model: a causal language model.
-        packed_mask: also keep packed samples apart in every mask that the model builds, for architectures that
-            build theirs without the positions. Such a mask is dense, [b, 1, t, t].
+        separation: what keeps packed samples apart; None: nothing is packed. ``mask`` also narrows every mask that the
+            model builds to pairs of tokens of one sample, [b, 1, t, t].
     """
     original = model.forward
-    passes_positions = takes_positions(model)
-    if passes_positions and not packed_mask:
+    passes_positions = separation is not None and takes_positions(model)
+    if separation == "positions" and passes_positions:
         return
 
     @functools.wraps(original)
     def forward(*args: Any, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
         if position_ids is not None and passes_positions:
             kwargs["position_ids"] = position_ids
-        if position_ids is None or not packed_mask:
+        if position_ids is None or separation != "mask":
             return original(*args, **kwargs)
         with _samples_apart(position_ids):
             return original(*args, **kwargs)

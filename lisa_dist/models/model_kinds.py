@@ -7,8 +7,14 @@ from transformers.models.auto import modeling_auto as auto
 
 from lisa_dist.config import UserError
 
-# Encoders that transformers lends a causal head to; whether they are causal is for the configuration to say.
-_ENCODERS = {*auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
+# Models that transformers lends a causal head to, though by default every token sees all others: the field and the
+# value that make them causal. Encoders not named here have is_decoder. None: nothing does.
+_CAUSAL_BY: dict[str, tuple[str, object] | None] = {
+    "bert-generation": ("is_decoder", True),
+    "xlm": ("causal", True),
+    "xlnet": ("attn_type", "uni"),
+    "cpmant": None,
+}
 _KINDS = (  # the first table that holds a model names it
     ("a model of text and images", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
     ("an encoder-decoder", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
@@ -41,11 +47,17 @@ def check_is_decoder(path: str | None, architecture: PretrainedConfig) -> None:
     only = "only causal language models (decoders) can be trained"
     if architecture.is_encoder_decoder:
         raise UserError(f"{key} an encoder-decoder; {only}")
-    if model_type in _ENCODERS and getattr(architecture, "is_decoder", None) is False:
-        raise UserError(
-            f"{key} an encoder, in which every token sees those after it; {only} (a decoder of this type says "
-            "is_decoder=true in its config.json)"
+    default = (
+        ("is_decoder", True) if model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES else ("model_type", model_type)
+    )
+    field = _CAUSAL_BY.get(model_type, default)
+    if field is None or getattr(architecture, field[0], field[1]) != field[1]:
+        decoder = (
+            ""
+            if field is None
+            else f" (a decoder of this type says {field[0]}={str(field[1]).lower()} in its config.json)"
         )
+        raise UserError(f"{key} an encoder, or like one, in which tokens see those after them; {only}{decoder}")
     if model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in _own_code(architecture):
         return
     kind = next((kind for kind, names in _KINDS if model_type in names), None)

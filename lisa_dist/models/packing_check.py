@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lisa_dist import distributed
 from lisa_dist.config import UserError
-from lisa_dist.models.masking import install_position_handling
+from lisa_dist.models.masking import Separation, install_position_handling
 from lisa_dist.models.tiny_copy import FIRST_PLAIN_TOKEN, VOCABULARY, NoTinyCopyError, tiny_copy
 
 SAMPLE_TOKENS = (21, 13)  # longer than the tiny copy's windows, and no multiple of them
@@ -18,8 +18,6 @@ PADDING = 6
 # in sight 0.3 to 6.
 SAME = {torch.float32: 2e-3, torch.bfloat16: 0.2}
 SEEN = 0.2
-
-Separation = Literal["positions", "mask"]  # what keeps packed samples apart
 
 
 def find_separation(model: Any, blocks_path: str) -> Separation:
@@ -50,8 +48,9 @@ def find_separation(model: Any, blocks_path: str) -> Separation:
     if "flash" in kernel:
         small.to(torch.bfloat16)  # type: ignore[arg-type]
     found: dict[Separation, float | str] = {}
-    for separation in ("positions", "mask"):
-        install_position_handling(small, packed_mask=separation == "mask")
+    tried: tuple[Separation, ...] = ("positions", "mask")
+    for separation in tried:
+        install_position_handling(small, separation)
         found[separation] = difference = _tried(small)
         if isinstance(difference, float) and difference < SAME[small.dtype]:
             return separation

@@ -23,6 +23,7 @@ from lisa_dist.models.architecture import original_class
 
 VOCABULARY = 128
 FIRST_PLAIN_TOKEN = 16  # below it lie the special tokens
+POSITIONS = 64  # at least
 WINDOW = 8  # tokens that windows, chunks and other reaches over the sequence are cut to
 EXPERTS = 16  # enough for groups of experts with several in each
 HEADS = 4  # at least
@@ -32,9 +33,8 @@ NARROW = 32  # widths up to this stay: ranks, kernels, states
 MAX_PARAMETERS = 50_000_000
 WEIGHT_GAIN = 1.5  # attention must not be uniform, and every block must change the result much
 
-_SAME = re.compile(
-    r"position|model_max|max_seq|n_ctx|type|kernel|conv|pattern|state|batch|ngram_size|groups?_size|patch"
-)
+_POSITIONS = re.compile(r"^max_(position|seq)|^n_(positions|ctx)$|^context_length$|^model_max_length$")
+_SAME = re.compile(r"position|type|kernel|conv|pattern|state|batch|ngram_size|groups?_size|patch")
 _HEAD_SIZE = re.compile(r"head_?dim|dim_head|d_head|head_size|kv_channels|rotary_dim")
 _HEAD_COUNT = re.compile(r"(^|_)n?_?heads?(_per_layer)?$|num_query_groups$|multi_query_group_num$")
 _LAYER_COUNT = re.compile(r"layers?$|^num_blocks$")
@@ -129,8 +129,8 @@ def _divisors(config: PretrainedConfig, fields: dict[str, Any]) -> tuple[int, in
 
     numbers = list(_numbers(fields))
     heads = number("num_attention_heads") or next((value for name, value in numbers if _HEAD_COUNT.search(name)), 1)
-    # A few keys and values for many queries stay several, where that is possible.
-    common = math.gcd(heads, *(value for name, value in numbers if _HEAD_COUNT.search(name) and 1 < value < heads))
+    shared = (value for name, value in numbers if _HEAD_COUNT.search(name) or name.endswith("n_groups"))
+    common = math.gcd(heads, *(value for value in shared if 1 < value < heads))
     by_heads = max(by for by in range(1, common + 1) if common % by == 0 and (by == 1 or heads // by >= HEADS))
     sizes = [value for name, value in numbers if _HEAD_SIZE.search(name) and value > 1]
     width = number("hidden_size")
@@ -185,7 +185,9 @@ def _shrunk_number(name: str, value: int, scale: Scale) -> int:
     if _TOKEN.search(name):
         return value if value < FIRST_PLAIN_TOKEN else 1
     if "vocab" in name and "type" not in name:
-        return min(value, VOCABULARY)
+        return VOCABULARY
+    if _POSITIONS.search(name):
+        return max(value, POSITIONS)
     if _REACH.search(name):
         return min(value, WINDOW)
     if _SAME.search(name):
@@ -201,11 +203,7 @@ def _shrunk_number(name: str, value: int, scale: Scale) -> int:
     if name.endswith("rank"):
         return min(value, HEAD_SIZE)
     if _WIDTH.search(name) and value > NARROW:
-        return (
-            value // scale.width
-            if value % scale.width == 0
-            else max(1, round(value / scale.width / MULTIPLE)) * MULTIPLE
-        )
+        return max(1, round(value / scale.width / MULTIPLE)) * MULTIPLE
     return value
 
 

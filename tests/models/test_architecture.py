@@ -167,6 +167,9 @@ def test_code_that_comes_with_a_model_is_refused(tmp_path: Path, caplog: pytest.
     [
         ({"model_type": "bert"}, r"model_type=bert is an encoder, .*is_decoder=true"),
         ({"model_type": "roberta", "is_decoder": False}, "model_type=roberta is an encoder"),
+        ({"model_type": "xlm"}, "model_type=xlm is an encoder, .*causal=true"),
+        ({"model_type": "xlnet"}, "model_type=xlnet is an encoder, .*attn_type=uni"),
+        ({"model_type": "cpmant"}, "model_type=cpmant is an encoder, or like one"),
         ({"model_type": "modernbert"}, "model_type=modernbert is an encoder"),
         ({"model_type": "t5"}, "model_type=t5 is an encoder-decoder"),
         ({"model_type": "bart"}, "model_type=bart is an encoder-decoder"),

@@ -59,6 +59,12 @@ def test_masks_built_without_positions_are_narrowed(model_type: str) -> None:
     assert _separation(_meta(model_type, **WITHOUT_POSITIONS[model_type])) == "mask"
 
 
+def test_a_model_smaller_than_its_tiny_copy_is_tried_too() -> None:
+    fields = {"hidden_size": 16, "word_embed_proj_dim": 16, "num_attention_heads": 2, "ffn_dim": 16}
+    small = _meta("opt", **fields, vocab_size=12, num_hidden_layers=1, max_position_embeddings=16)
+    assert _separation(small) == "mask"
+
+
 @pytest.mark.parametrize("model_type", RUNNING_ON)
 def test_state_that_runs_on_is_refused_by_name(model_type: str) -> None:
     model = _meta(model_type, **RUNNING_ON[model_type])
@@ -124,7 +130,7 @@ def test_packed_loss_and_gradients_are_those_of_the_samples_alone(
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
     install_loss_head(model, find_layers(model), chunk_tokens=16)
-    install_position_handling(model, packed_mask=True)
+    install_position_handling(model, "mask")
     samples = [torch.randint(3, 64, (size,)) for size in (9, 6, 11, 5, 8)]
 
     def loss_of(row: list[torch.Tensor], padded: int) -> torch.Tensor:
@@ -147,13 +153,21 @@ def test_packed_loss_and_gradients_are_those_of_the_samples_alone(
         torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_a_model_without_positions_trains_unpacked() -> None:
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("mpt", **{"d_model": 32, "n_heads": 4, "n_layers": 1})
-    )
-    ids = torch.arange(12)[None]
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 1}),  # takes no positions
+        (
+            "roberta",
+            {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "is_decoder": True},
+        ),  # from 2
+    ],
+)
+def test_an_unpacked_model_counts_in_its_own_way(model_type: str, fields: dict[str, Any]) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields)).eval()
+    ids = torch.arange(10, 22)[None]
     expected = model(input_ids=ids).logits
-    install_position_handling(model, packed_mask=False)
+    install_position_handling(model, None)
     torch.testing.assert_close(model(input_ids=ids, position_ids=torch.arange(12)[None]).logits, expected)
 
 
@@ -165,4 +179,4 @@ def test_a_dense_mask_is_announced_with_its_size(caplog: pytest.LogCaptureFixtur
         assert separate_packed_samples(config, model, find_layers(model)) == "mask"
     assert "OPTForCausalLM" in caplog.text and "2 M entries" in caplog.text
     config.data.packing = False
-    assert separate_packed_samples(config, _meta("mamba"), find_layers(model)) == "positions"  # nothing is tried
+    assert separate_packed_samples(config, _meta("mamba"), find_layers(model)) is None  # nothing is tried

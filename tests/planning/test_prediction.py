@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lisa_dist.config import Config
+from lisa_dist.config import Config, UserError
 from lisa_dist.config.method import AllSamplerConfig, UniformSamplerConfig
 from lisa_dist.planning import prediction
 from lisa_dist.planning.prediction import has_equal_blocks, predict
@@ -73,3 +73,26 @@ def test_blocks_that_differ_are_simulated_one_by_one() -> None:
         "head_dim": 18,
     }
     assert not has_equal_blocks(config)
+
+
+def test_the_explicit_mask_of_packed_samples_is_planned() -> None:
+    """OPT: the mask of packed rows, a byte an entry, and what the kernel makes of it."""
+    peaks = {}
+    for packing in (False, True):
+        config = make_config({"train": {"global_batch_size": 4, "micro_batch_size": 1}})
+        config.model.architecture = {
+            "model_type": "opt",
+            **{"vocab_size": 64, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 32},
+            **{"num_hidden_layers": 2, "num_attention_heads": 2},
+        }
+        config.data.packing, config.data.sequence_length = packing, 1024
+        peaks[packing] = simulate(config).peak_bytes
+    assert peaks[True] - peaks[False] >= 1024**2
+
+
+def test_a_plan_of_packed_rows_is_refused_where_training_is() -> None:
+    config = make_config({})
+    config.model.architecture = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+    config.data.packing = True
+    with pytest.raises(UserError, match=r"MambaForCausalLM does not keep packed samples apart.*data\.packing=false"):
+        simulate(config)
