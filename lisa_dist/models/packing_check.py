@@ -35,13 +35,11 @@ def find_separation(model: Any, blocks_path: str) -> Separation:
         UserError: neither keeps them apart, or that can't be tried.
     """
     name, remedy = type(model).__name__, "use data.packing=false"
+    untried = f"data.packing=true: whether {name} keeps packed samples apart can't be tried"
     try:
         small = tiny_copy(model, blocks_path)
     except NoTinyCopyError as error:
-        raise UserError(
-            f"data.packing=true: whether {name} keeps packed samples apart can't be tried, since no tiny copy of it "
-            f"can be built ({error}); {remedy}"
-        ) from error
+        raise UserError(f"{untried}, since no tiny copy of it can be built ({error}); {remedy}") from error
     kernel = str(small.config._attn_implementation)
     if kernel not in ("eager", "sdpa"):
         small.to(distributed.device())  # type: ignore[arg-type]
@@ -54,10 +52,12 @@ def find_separation(model: Any, blocks_path: str) -> Separation:
         found[separation] = difference = _tried(small)
         if isinstance(difference, float) and difference < SAME[small.dtype]:
             return separation
-    texts = [text if isinstance(text, str) else f"a difference of {text:.2g}" for text in found.values()]
+    reasons = [reason if isinstance(reason, str) else f"a difference of {reason:.2g}" for reason in found.values()]
+    if all(isinstance(reason, str) for reason in found.values()):
+        raise UserError(f"{untried}: a tiny copy of it gives {reasons[1]}; {remedy}")
     raise UserError(
         f"data.packing=true: {name} does not keep packed samples apart: in a tiny copy of it a sample packed behind "
-        f"another gets other numbers than alone ({texts[0]}; with an explicit mask {texts[1]}); {remedy}"
+        f"another gets other numbers than alone ({reasons[0]}; with an explicit mask {reasons[1]}); {remedy}"
     )
 
 
