@@ -81,7 +81,7 @@ def build_learner(config: Config, architecture: PretrainedConfig | None = None) 
     layers = find_layers(module, config.model.blocks)
     separation = separate_packed_samples(config, module, layers)
     update.prepare_model(module, layers)
-    sampler = RankSynchronizedSampler(build_sampler(config.sampler, len(layers.blocks)))
+    sampler = RankSynchronizedSampler(build_sampler(config.sampler, len(layers.blocks), config.train.seed))
     if config.model.quantization != "none":
         check_quantization(config, sampler.sampler.needs)
         if not quantize_linears(layers.blocks, config.model.quantization):

@@ -87,7 +87,7 @@ class Bare:
         self.model = build_meta_model(config.model, pretrained_architecture(config.model, config.precision.frozen))
         layers = find_layers(self.model, config.model.blocks)
         precision, always = config.precision, config.always_active
-        active = RankSynchronizedSampler(build_sampler(config.sampler, len(layers.blocks))).draw(0)
+        active = RankSynchronizedSampler(build_sampler(config.sampler, len(layers.blocks), config.train.seed)).draw(0)
         for index, block in enumerate(layers.blocks):
             if index not in active:
                 block.requires_grad_(False).to(dtype_of(precision.frozen))

@@ -14,7 +14,7 @@ class SamplerConfig:
     name: str = "uniform"
     active_layers: int | None = 2  # gamma: blocks trained in a period; only sampler=importance has a null
     period: int = 20  # K: optimizer steps between two draws
-    seed: int = 0  # of the draws, apart from train.seed
+    seed: int | None = None  # of the draws; null: train.seed
 
     def __post_init__(self) -> None:
         check_at_least("sampler.active_layers", self.active_layers, 0)

@@ -37,7 +37,8 @@ class LisaCallback(TrainerCallback):
 
     def __init__(self, sampler: SamplerConfig | None = None, always_active: AlwaysActiveConfig | None = None) -> None:
         """Args:
-        sampler: which blocks, how many and for how long; LISA's two for 20 steps where it is left out.
+        sampler: which blocks, how many and for how long; LISA's two for 20 steps where it is left out. Its seed is
+            that of the ``TrainingArguments`` unless set.
         always_active: what trains outside the blocks; embeddings, final norm and head where it is left out.
         """
         self.config = UniformSamplerConfig() if sampler is None else sampler
@@ -63,7 +64,7 @@ class LisaCallback(TrainerCallback):
                 "set it to True, or shard with FSDP2"
             )
         self._layers = find_layers(model)
-        self._sampler = RankSynchronizedSampler(build_sampler(self.config, len(self._layers.blocks)))
+        self._sampler = RankSynchronizedSampler(build_sampler(self.config, len(self._layers.blocks), args.seed))
         wanted = "needs calibration data" if self._sampler.sampler.needs is not None else None
         if self._sampler.sampler.observes_steps:
             wanted = "learns from the gradients of every step"

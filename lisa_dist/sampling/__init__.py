@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from collections.abc import Callable
 from typing import Any
 
@@ -37,13 +38,14 @@ SAMPLERS: dict[str, Callable[[Any, int], Sampler]] = {
 }
 
 
-def build_sampler(config: SamplerConfig, num_blocks: int) -> Sampler:
+def build_sampler(config: SamplerConfig, num_blocks: int, seed: int = 0) -> Sampler:
     """Return the sampler of ``config`` for a model of ``num_blocks`` blocks.
 
     Raises:
         UserError: the model has too few blocks for what is asked, or a listed block does not exist.
     """
-    sampler = SAMPLERS[config.name](config, num_blocks)
+    seeded = config if config.seed is not None else replace(config, seed=seed)
+    sampler = SAMPLERS[config.name](seeded, num_blocks)
     if sampler.num_active > num_blocks:
         raise UserError(
             f"sampler.active_layers={sampler.num_active}: must be at most {num_blocks}, "

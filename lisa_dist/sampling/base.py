@@ -57,6 +57,7 @@ class Sampler(ABC):
         if count is None:
             raise UserError(f"sampler.active_layers=null: must be a number for sampler={config.name}")
         self.num_active = count
+        assert config.seed is not None, "build_sampler settles the seed"
         self.generator = random.Random(config.seed)
         self.last_period = -1
         self.active: list[int] = []

@@ -27,6 +27,15 @@ def test_draws_are_fresh_each_period_and_depend_on_the_seed():
     assert len({tuple(draw) for draw in draws(0)}) > 10
 
 
+def test_the_seed_follows_that_of_the_run_unless_set():
+    def draws(seed, run_seed):
+        sampler = build_sampler(UniformSamplerConfig(active_layers=3, seed=seed), num_blocks=12, seed=run_seed)
+        return [sampler.draw(period) for period in range(5)]
+
+    assert draws(None, 3) == draws(3, 3) == draws(3, 4)
+    assert draws(None, 3) != draws(None, 4)
+
+
 @pytest.mark.parametrize("active", [0, 6])
 def test_the_extreme_numbers_of_blocks(active):
     sampler = build_sampler(UniformSamplerConfig(active_layers=active), num_blocks=6)
