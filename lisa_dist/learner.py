@@ -25,6 +25,7 @@ from lisa_dist.models.masking import Separation, install_position_handling
 from lisa_dist.models.packing_check import find_separation
 from lisa_dist.models.quantization import quantize_linears
 from lisa_dist.optim.active_optimizer import ActiveOptimizer
+from lisa_dist.optim.weight_decay import norms_and_biases
 from lisa_dist.sampling import build_sampler
 from lisa_dist.sampling.base import GRADIENT_NORMS, OUTLIERS, RESPONSE_SUPPRESSION, WEIGHT_NORMS
 from lisa_dist.sharding.checkpointing_policy import CheckpointingPolicy
@@ -90,6 +91,7 @@ def build_learner(config: Config, architecture: PretrainedConfig | None = None) 
     install_loss_head(module, layers, model.loss_chunk, model.router_aux_loss, model.loss_kernel)
     install_position_handling(module, separation)
     checkpointing = CheckpointingPolicy(config, update)
+    undecayed = frozenset() if config.optimizer.decay_norms_and_biases else norms_and_biases(module)
     checkpointing.measure(module)
     if config.parallel.compile:
         compile_blocks(layers.blocks)
@@ -97,7 +99,7 @@ def build_learner(config: Config, architecture: PretrainedConfig | None = None) 
     sharded = shard_model(module, layers, mesh, config.parallel, config.precision)
     active = ActiveSet(always_active_parameters(sharded, config.always_active))
     stepped = update if sharded.world is None else StepsMasters(update, sharded.world)
-    optimizer = ActiveOptimizer(config.optimizer, stepped)
+    optimizer = ActiveOptimizer(config.optimizer, stepped, undecayed)
     return Learner(config, sharded, update, optimizer, sampler, active, checkpointing)
 
 

@@ -28,8 +28,15 @@ def train_plainly(
         period: steps between draws.
         learning_rates: one a step.
     """
-    settings = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay}
-    always_optimizer = torch.optim.AdamW(always, **settings)
+
+    def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """Norms and biases, here all that is no matrix, have no weight decay."""
+        matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+        rest = [parameter for parameter in parameters if parameter.dim() == 1]
+        groups = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+
+    always_optimizer = adamw(always)
     block_optimizers: dict[int, torch.optim.Optimizer] = {}
     losses = []
     for step, lr in enumerate(learning_rates):
@@ -38,8 +45,7 @@ def train_plainly(
             for index, block in enumerate(blocks):
                 block.requires_grad_(index in active)
             block_optimizers = {
-                index: block_optimizers.get(index) or torch.optim.AdamW(blocks[index].parameters(), **settings)
-                for index in active
+                index: block_optimizers.get(index) or adamw(list(blocks[index].parameters())) for index in active
             }
         total = torch.zeros(())
         tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in global_batches[step])
@@ -54,7 +60,8 @@ def train_plainly(
         if grad_clip > 0:
             nn.utils.clip_grad_norm_(trained, grad_clip)
         for optimizer in (always_optimizer, *block_optimizers.values()):
-            optimizer.param_groups[0]["lr"] = lr
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             optimizer.step()
         for parameter in trained:
             parameter.grad = None

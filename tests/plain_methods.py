@@ -79,7 +79,8 @@ def train_by_hand(
         factor = min(1.0, grad_clip / (norm + 1e-6))
         with torch.no_grad():
             for name, gradient in gradients.items():
-                parameters[name].mul_(1 - lr * weight_decay)
+                if parameters[name].dim() > 1 or ".lora_magnitude" in name:  # norms and biases are not decayed
+                    parameters[name].mul_(1 - lr * weight_decay)
                 parameters[name].sub_(lr * direction(adam, name, gradient * factor))
         losses.append(loss.item())
     return losses

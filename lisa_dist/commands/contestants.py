@@ -115,6 +115,7 @@ class Bare:
             load_pretrained(self.model, str(config.model.path))
         optimizer = config.optimizer
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        # One group for all, decayed alike: it changes no step's time.
         self.optimizer = torch.optim.AdamW(
             self.trained,
             lr=optimizer.lr,

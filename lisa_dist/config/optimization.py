@@ -13,7 +13,8 @@ class OptimizerConfig:
     lr: float = 2e-5
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
-    weight_decay: float = 0.0  # applies to every trained parameter
+    weight_decay: float = 0.0  # of every trained parameter that is no norm's and no bias
+    decay_norms_and_biases: bool = False  # of these too; transformers' Trainer leaves them out
     grad_clip: float = 1.0  # largest global gradient norm; 0 turns clipping off
     in_backward: bool = False  # update each block inside the backward pass
     state_on_freeze: str = "discard"  # discard (LISA) or offload: keep moments in host memory until the block returns

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,9 +51,15 @@ class ActiveOptimizer:
     itself, or the update's stand-in for it.
     """
 
-    def __init__(self, config: OptimizerConfig, update: Update) -> None:
+    def __init__(self, config: OptimizerConfig, update: Update, undecayed: Collection[str] = ()) -> None:
+        """Args:
+        config: of the optimizer.
+        update: says what is stepped for a parameter.
+        undecayed: names of the parameters that weight decay leaves out.
+        """
         self.config = config
         self.update = update
+        self.undecayed = undecayed
         self.trained: dict[str, Trained] = {}
         self.offloaded: dict[str, Offloaded] = {}
         self._adamw: torch.optim.Optimizer | None = None  # torch refuses one without parameters
@@ -87,19 +94,34 @@ class ActiveOptimizer:
                 self._take_up(name)
             if self.config.in_backward:
                 entry.parameter.register_post_accumulate_grad_hook(self._hook_of(name))
-        self._adamw.param_groups[0]["params"] = self._targets()
+        self._point_at(self.trained)
 
     def _build(self) -> torch.optim.Optimizer:
+        """Return the optimizer with two groups: what is decayed, and what is not."""
+        groups: list[dict[str, Any]] = [
+            {"params": [], "weight_decay": self.config.weight_decay},
+            {"params": [], "weight_decay": 0.0},
+        ]
         if self._in_8_bits:
-            return eight_bit.build_adamw8bit(self._targets(), self.config)
+            return eight_bit.build_adamw8bit(groups, self.config)
         return torch.optim.AdamW(
-            self._targets(),
+            groups,
             lr=self.config.lr,
             betas=(self.config.betas[0], self.config.betas[1]),
             eps=self.config.eps,
-            weight_decay=self.config.weight_decay,
             fused=True,  # no temporaries; foreach would hold several times the parameters
         )
+
+    def _point_at(self, trained: Mapping[str, Trained]) -> None:
+        """Let the optimizer step what is stepped for ``trained``, each in its group."""
+        assert self._adamw is not None
+        for group, entries in zip(self._adamw.param_groups, self._by_decay(trained)):
+            group["params"] = [entry.target for entry in entries.values()]
+
+    def _by_decay(self, trained: Mapping[str, Trained]) -> tuple[dict[str, Trained], dict[str, Trained]]:
+        """Return what is decayed, and what is not."""
+        decayed = {name: entry for name, entry in trained.items() if name not in self.undecayed}
+        return decayed, {name: entry for name, entry in trained.items() if name not in decayed}
 
     def _zero_moment(self, target: torch.Tensor, moment: str) -> torch.Tensor:
         if self._in_8_bits:
@@ -118,7 +140,7 @@ class ActiveOptimizer:
             if self._adamw is not None:
                 self._adamw.state.pop(entry.target, None)
         if self._adamw is not None:
-            self._adamw.param_groups[0]["params"] = self._targets()
+            self._point_at(self.trained)
 
     def step(self, lr: float) -> None:
         """Make one AdamW step at learning rate ``lr`` and drop the gradients.
@@ -133,14 +155,17 @@ class ActiveOptimizer:
         self.before_change()
         with torch.no_grad():
             self.update.transform_gradients(trained)
-            self._adamw.param_groups[0]["params"] = [entry.target for entry in trained.values()]
-            if self._in_8_bits:
-                self._adamw.param_groups[0]["lr"].fill_(lr)
-            else:
-                self._adamw.param_groups[0]["lr"] = lr
+            self._point_at(trained)
+            for group in self._adamw.param_groups:
+                if self._in_8_bits:
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
             self._adamw.step()
-            self._adamw.param_groups[0]["params"] = self._targets()
-            self.update.apply_steps(trained, lr * self.config.weight_decay)
+            self._point_at(self.trained)
+            decayed, undecayed = self._by_decay(trained)
+            self.update.apply_steps(decayed, lr * self.config.weight_decay)
+            self.update.apply_steps(undecayed, 0.0)
         for entry in trained.values():
             entry.step += entry.target.grad is not None
             entry.parameter.grad = entry.target.grad = None
@@ -246,9 +271,6 @@ class ActiveOptimizer:
     def offloaded_bytes(self) -> int:
         """Return this rank's bytes of state that waits in host memory."""
         return sum(waiting.nbytes for waiting in self.offloaded.values())
-
-    def _targets(self) -> list[nn.Parameter]:
-        return [entry.target for entry in self.trained.values()]
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

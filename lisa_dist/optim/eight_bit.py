@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -29,14 +28,12 @@ def check_installed() -> None:
         ) from error
 
 
-def build_adamw8bit(parameters: list[nn.Parameter], config: OptimizerConfig) -> Any:
-    """Return torchao's optimizer, an ``Optimizer`` of torch."""
+def build_adamw8bit(groups: list[dict[str, Any]], config: OptimizerConfig) -> Any:
+    """Return torchao's optimizer, an ``Optimizer`` of torch, for groups of parameters with their weight decays."""
     from torchao.optim import AdamW8bit
 
     betas = (config.betas[0], config.betas[1])
-    return AdamW8bit(
-        parameters, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, block_size=BLOCK
-    )
+    return AdamW8bit(groups, lr=config.lr, betas=betas, eps=config.eps, block_size=BLOCK)
 
 
 def zero_moment(optimizer: Any, parameter: torch.Tensor, signed: bool) -> torch.Tensor:
