@@ -24,11 +24,19 @@ METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "full": ("all", "full_rank", {"always_active.embeddings": True}),
     "lora": ("all", "lora", {"always_active.embeddings": False, "always_active.head": False}),
     "lora_fa": ("all", "lora_fa", {"always_active.norm": False}),
-    "galore": ("all", "low_rank", {"update.preset_rank": 128, "update.refresh_every": 200, "update.scale": 0.25}),
+    "galore": (
+        "all",
+        "low_rank",
+        {"update.preset_rank": 128, "update.refresh_every": 200, "update.scale": 4.0, "optimizer.lr": 3e-5},
+    ),
     "grass": ("gradient", "full_rank", {"sampler.period": 25}),
     "owlore": ("outlier", "low_rank", {"sampler.active_layers": 5, "sampler.period": 50, "update.preset_rank": 256}),
     "ist": ("importance", "lora", {"sampler.suppression_factor": 0.25, "sampler.active_layers": None}),
-    "badam": ("sweep", "full_rank", {"sampler.active_layers": 1, "sampler.order": "descending"}),
+    "badam": (
+        "sweep",
+        "full_rank",
+        {"sampler.active_layers": 1, "sampler.order": "descending", "optimizer.lr": 1e-6},
+    ),
 }
 
 
