@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from lisa_dist import __version__
 from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, Config, UserError
+from lisa_dist.config.checks import check_combinations
 from lisa_dist.config.errors import check_choice
 from lisa_dist.config.loading import GROUPS, group_choices, load, load_run, resume_run, to_yaml
 from lisa_dist.config.overrides import parse_overrides
@@ -42,6 +43,7 @@ class Command:
 
 
 SECONDS_FOR_RANK_0 = 5
+TRAINING = ("train", "plan", "bench", "launch")  # whose configuration is one to train with
 TRAINING_KEYS = (
     "model data sampler update always_active optimizer scheduler train parallel precision checkpoint logger run"
 )
@@ -163,6 +165,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if environment_rank() == 0:
             print(to_yaml(config), end="")
         return EXIT_DONE
+    if name in TRAINING:
+        check_combinations(config)
     if name == "launch":  # the script repeats the overrides, which a reader understands, not the whole configuration
         return _function(COMMANDS[name].function)(config, overrides, arguments.config_dir)
     return _dispatch(name, config)

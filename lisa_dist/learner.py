@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from lisa_dist import distributed, probes
 from lisa_dist.active_blocks import ActiveSet, RankSynchronizedSampler, switch_active_blocks, trained_parameters
 from lisa_dist.config import Config, UserError
-from lisa_dist.config.method import LoraUpdateConfig, LowRankUpdateConfig
+from lisa_dist.config.checks import check_combinations
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.inspection import pretrained_architecture
@@ -73,8 +73,11 @@ def build_learner(config: Config, architecture: PretrainedConfig | None = None) 
     Args:
         config: the whole configuration.
         architecture: in place of what ``model.*`` names and its weights say.
+
+    Raises:
+        UserError: options exclude each other, or do not fit the model.
     """
-    check_optimizer_shard(config)
+    check_combinations(config)
     if architecture is None:
         architecture = pretrained_architecture(config.model, config.precision.frozen)
     module = build_meta_model(config.model, architecture)
@@ -84,14 +87,14 @@ def build_learner(config: Config, architecture: PretrainedConfig | None = None) 
     update.prepare_model(module, layers)
     sampler = RankSynchronizedSampler(build_sampler(config.sampler, len(layers.blocks), config.train.seed))
     if config.model.quantization != "none":
-        check_quantization(config, sampler.sampler.needs)
+        check_torch_for_quantization(config.model.quantization)
         if not quantize_linears(layers.blocks, config.model.quantization):
             raise UserError(f"model.quantization={config.model.quantization}: this model has no layers for it")
+    undecayed = frozenset() if config.optimizer.decay_norms_and_biases else norms_and_biases(module)
     model = config.model
     install_loss_head(module, layers, model.loss_chunk, model.router_aux_loss, model.loss_kernel)
     install_position_handling(module, separation)
     checkpointing = CheckpointingPolicy(config, update)
-    undecayed = frozenset() if config.optimizer.decay_norms_and_biases else norms_and_biases(module)
     checkpointing.measure(module)
     if config.parallel.compile:
         compile_blocks(layers.blocks)
@@ -125,36 +128,13 @@ def separate_packed_samples(config: Config, module: nn.Module, layers: LayerMap)
     return separation
 
 
-def check_quantization(config: Config, probe_name: str | None) -> None:
-    """Raise :class:`UserError` where something needs the numbers that quantised weights stand for."""
-    key = f"model.quantization={config.model.quantization}"
+def check_torch_for_quantization(kind: str) -> None:
+    """Raise :class:`UserError` where this torch can't shard quantised weights."""
     if tuple(int(number) for number in torch.__version__.split(".")[:2]) < (2, 13):
         raise UserError(
-            f"{key}: needs torch 2.13 or later, here is {torch.__version__}, whose FSDP2 shards no integers"
+            f"model.quantization={kind}: needs torch 2.13 or later, here is {torch.__version__}, "
+            "whose FSDP2 shards no integers"
         )
-    if not isinstance(config.update, LoraUpdateConfig):
-        raise UserError(f"{key}: quantised weights can't be trained by update={config.update.name}, but by update=lora")
-    if config.update.dora:
-        raise UserError(f"{key}: update.dora=true needs the norms of weights that are not quantised")
-    if probe_name in (OUTLIERS, WEIGHT_NORMS):
-        raise UserError(f"{key}: sampler={config.sampler.name} looks at weights, which must then not be quantised")
-
-
-def check_optimizer_shard(config: Config) -> None:
-    """Raise :class:`UserError` where ``parallel.optimizer_shard=world`` can't be; say where it changes nothing."""
-    if config.parallel.optimizer_shard != "world":
-        return
-    if isinstance(config.update, LowRankUpdateConfig):
-        raise UserError(
-            f"parallel.optimizer_shard=world: update={config.update.name} has no masters to shard, what it steps is "
-            "low-rank; use parallel.optimizer_shard=replica"
-        )
-    if config.optimizer.in_backward:
-        raise UserError("parallel.optimizer_shard=world: needs optimizer.in_backward=false, steps are gathered at once")
-    if config.parallel.offload == "all":
-        raise UserError("parallel.optimizer_shard=world: parallel.offload must be none or frozen, not all")
-    if config.parallel.replicate == 1:
-        logger.info("parallel.optimizer_shard=world: has no effect, with parallel.replicate=1 a replica is the world")
 
 
 def allocate(learner: Learner, active_blocks: list[int], device: torch.device) -> None:

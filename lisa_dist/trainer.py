@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lisa_dist import distributed
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, UserError
+from lisa_dist.config.checks import check_accumulation, options_without_effect
 from lisa_dist.data.batches import MicroBatch, label_tokens
 from lisa_dist.distributed import now
 from lisa_dist.faults import is_spike, leave_out_step, remember_loss, roll_back
@@ -151,28 +152,6 @@ def step_in_backward(
     return StepResult(loss_sum / max(tokens, 1), norm, int(tokens), lr, stops > 0, skipped=not finite)
 
 
-def check_step_in_backward(config: Config) -> None:
-    """Check what a step within the backward pass can't do, and say what it does not.
-
-    Raises:
-        UserError: gradients would be accumulated, kept or projected.
-    """
-    if not config.optimizer.in_backward:
-        return
-    at_once = config.train.micro_batch_size * distributed.world_size()
-    if config.train.global_batch_size > at_once:
-        raise UserError(
-            f"optimizer.in_backward=true: can't accumulate gradients, so train.global_batch_size="
-            f"{config.train.global_batch_size} must be micro-batch x ranks, {at_once}"
-        )
-    if config.update.name == "low_rank":
-        raise UserError("optimizer.in_backward=true: can't project gradients; choose another update")
-    if config.train.on_nonfinite == "skip":
-        raise UserError("optimizer.in_backward=true: can't leave steps out, so train.on_nonfinite must be stop")
-    if config.optimizer.grad_clip > 0 and distributed.is_main():
-        logger.warning("optimizer.in_backward=true: gradients are not clipped, optimizer.grad_clip has no effect")
-
-
 def rehearse(learner: Learner, micro_batch: MicroBatch) -> dict[str, int]:
     """Run the longest micro-batch once, so that a run that does not fit fails in its first minute.
 
@@ -194,14 +173,17 @@ def train(config: Config) -> int:
         UserError: the configuration does not fit the model, the data or the ranks.
     """
     distributed.initialize(config.parallel)
+    check_accumulation(config, distributed.world_size())
     config = open_run_directory(config)
     setup_logging(config.run.dir)
-    check_step_in_backward(config)
     try:
         run = prepare_run(config)
     except UserError:
         forget_start(config)
         raise
+    for sentence in options_without_effect(config, distributed.world_size(), run.validation is not None):
+        if distributed.is_main():
+            logger.warning(sentence)
     with run.recorder as recorder, run.heartbeat:
         try:
             stopped = train_steps(run)

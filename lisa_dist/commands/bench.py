@@ -21,6 +21,7 @@ from lisa_dist.commands.contestants import BARE, Bare, Trainer
 from lisa_dist.commands.rounds import PARTS, Builder, Lane, enter, measure_step, ratio, summarize, take_turns
 from lisa_dist.commands.stopwatch import PEAK_MEANINGS
 from lisa_dist.config import EXIT_DONE, Config, UserError
+from lisa_dist.config.checks import check_accumulation
 from lisa_dist.config.errors import check_choice
 from lisa_dist.config.loading import group_choices, vary
 from lisa_dist.data.batches import GlobalBatches, check_batch_sizes
@@ -95,6 +96,7 @@ def bench_batches(config: Config) -> GlobalBatches:
     Collective: every rank.
     """
     check_batch_sizes(config.train.global_batch_size, config.train.micro_batch_size, distributed.world_size())
+    check_accumulation(config, distributed.world_size())
     if config.data.path is None:
         vocabulary = read_architecture(config.model).vocab_size
         return make_batches(config, random_sequences(config.data.sequence_length, vocabulary), 0)

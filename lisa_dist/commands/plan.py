@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lisa_dist.config import EXIT_DONE, Config
+from lisa_dist.config.checks import options_without_effect
 from lisa_dist.config.errors import check_choice
 from lisa_dist.config.gpu import read_gpu
 from lisa_dist.config.loading import group_choices
@@ -52,6 +53,7 @@ def notes_on(plan: Plan) -> list[str]:
             f"planned with train.global_batch_size={planned}, the next multiple of micro-batch x ranks; "
             f"train would refuse {config.train.global_batch_size}"
         )
+    notes += options_without_effect(config, num_ranks(config))
     if config.parallel.compile:
         notes.append("activations are those of the model that is not compiled: parallel.compile saves some of them")
     if not plan.fits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from lisa_dist.config.errors import UserError, check_above_zero, check_at_least, check_choice, check_fraction
 
@@ -10,6 +11,8 @@ from lisa_dist.config.errors import UserError, check_above_zero, check_at_least,
 @dataclass
 class SamplerConfig:
     """What every sampler shares; a sampler's own keys are in its subclass."""
+
+    draws_once: ClassVar[bool] = False  # trains the same blocks in every period
 
     name: str = "uniform"
     active_layers: int | None = 2  # gamma: blocks trained in a period; only sampler=importance has a null
@@ -19,6 +22,11 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         check_at_least("sampler.active_layers", self.active_layers, 0)
         check_at_least("sampler.period", self.period, 1)
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the draws depend on the values of frozen weights."""
+        return False
 
 
 @dataclass
@@ -32,12 +40,16 @@ class UniformSamplerConfig(SamplerConfig):
 class AllSamplerConfig(SamplerConfig):
     """Every block in every period."""
 
+    draws_once: ClassVar[bool] = True
+
     name: str = "all"
 
 
 @dataclass
 class FixedSamplerConfig(SamplerConfig):
     """The same listed blocks in every period."""
+
+    draws_once: ClassVar[bool] = True
 
     name: str = "fixed"
     blocks: list[int] = field(default_factory=list)  # indices of the blocks that train, from 0
@@ -67,6 +79,11 @@ class WeightedSamplerConfig(SamplerConfig):
             )
         if any(weight < 0 for weight in self.weights):
             raise UserError(f"sampler.weights={self.weights}: must not be negative")
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the law is one of the model's weights."""
+        return self.law in ("weight_norm", "weight_norm_ratio")
 
 
 @dataclass
@@ -132,6 +149,11 @@ class OutlierSamplerConfig(SamplerConfig):
         check_above_zero("sampler.threshold", self.threshold)
         check_at_least("sampler.probe_batches", self.probe_batches, 1)
 
+    @property
+    def reads_weights(self) -> bool:
+        """Outliers are looked for among inputs times weights."""
+        return True
+
 
 @dataclass
 class ImportanceSamplerConfig(SamplerConfig):
@@ -186,7 +208,12 @@ SAMPLER_CONFIGS: dict[str, type[SamplerConfig]] = {
 
 @dataclass
 class UpdateConfig:
-    """What every update shares; an update's own keys are in its subclass."""
+    """What every update shares, and what it supports; an update's own keys are in its subclass."""
+
+    supports_quantized_base: ClassVar[bool] = False  # what trains is not what model.quantization stores
+    supports_sharded_masters: ClassVar[bool] = True  # parallel.optimizer_shard=world
+    supports_step_in_backward: ClassVar[bool] = True  # optimizer.in_backward
+    trains_whole_blocks: ClassVar[bool] = False  # nothing of an active block is frozen
 
     name: str = "full_rank"
 
@@ -195,12 +222,18 @@ class UpdateConfig:
 class FullRankUpdateConfig(UpdateConfig):
     """Every parameter of an active block."""
 
+    trains_whole_blocks: ClassVar[bool] = True
+
     name: str = "full_rank"
 
 
 @dataclass
 class LowRankUpdateConfig(UpdateConfig):
     """GaLore: Adam on gradients projected to a low rank."""
+
+    supports_sharded_masters: ClassVar[bool] = False
+    supports_step_in_backward: ClassVar[bool] = False
+    trains_whole_blocks: ClassVar[bool] = True
 
     name: str = "low_rank"
     rank: int | None = None  # of the projections; null: preset_rank, cut to what a matrix has
@@ -218,6 +251,8 @@ class LowRankUpdateConfig(UpdateConfig):
 @dataclass
 class LoraUpdateConfig(UpdateConfig):
     """LoRA: a product of two thin matrices beside every linear layer of an active block."""
+
+    supports_quantized_base: ClassVar[bool] = True
 
     name: str = "lora"
     rank: int | None = None  # of the adapters; null: preset_rank, cut to what the matrices have

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lisa_dist.config import Config, UserError
+from lisa_dist.config.checks import check_accumulation, check_combinations
 from lisa_dist.config.gpu import Gpu
 from lisa_dist.config.loading import vary
-from lisa_dist.learner import check_optimizer_shard
 from lisa_dist.planning.estimate import Estimate, estimate
 from lisa_dist.planning.prediction import predict
-from lisa_dist.planning.simulation import Trace
+from lisa_dist.planning.simulation import Trace, num_ranks
 from lisa_dist.sharding.activation_checkpointing import KINDS
 from lisa_dist.sharding.checkpointing_policy import RESERVED_BYTES
 from lisa_dist.telemetry.units import GIB
@@ -47,8 +47,10 @@ def make_plan(config: Config, gpu: Gpu, overrides: list[str] | None = None) -> P
         UserError: the configuration fits neither the model nor the cluster.
     """
     overrides = overrides or []
-    limit = [f"parallel.memory_limit={gpu.memory_bytes / GIB}"] if config.parallel.memory_limit is None else []
-    config = vary(config, [*overrides, *limit])
+    config = vary(config, overrides)
+    parallel = config.parallel
+    if parallel.activation_checkpointing == "auto" and parallel.memory_limit is None:
+        config = vary(config, [f"parallel.memory_limit={gpu.memory_bytes / GIB}"])
     trace = predict(config)
     return Plan(overrides, config, gpu, trace, estimate(trace, gpu, config))
 
@@ -93,7 +95,8 @@ def single_changes(config: Config) -> list[list[str]]:
 def _is_allowed(config: Config, overrides: list[str]) -> bool:
     varied = vary(config, overrides)
     try:
-        check_optimizer_shard(varied)
+        check_combinations(varied)
+        check_accumulation(varied, num_ranks(varied))
     except UserError:
         return False
     return True

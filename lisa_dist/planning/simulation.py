@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 
 from lisa_dist import distributed
 from lisa_dist.config import Config, UserError
+from lisa_dist.config.checks import check_accumulation, check_combinations
 from lisa_dist.config.method import FixedSamplerConfig
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.learner import Learner, adopt_trained, allocate, begin_period, build_learner, count_persistent_bytes
@@ -133,6 +134,7 @@ def simulate(config: Config, num_blocks: int | None = None) -> Trace:
     Raises:
         UserError: the configuration fits neither the model nor the cluster.
     """
+    check_combinations(config)  # here the sampler is still the configured one
     architecture = architecture_of(config)
     before, blocks = extreme_sets(config, architecture.num_hidden_layers, num_blocks)
     if num_blocks is not None:
@@ -142,6 +144,7 @@ def simulate(config: Config, num_blocks: int | None = None) -> Trace:
     config = replace(config, sampler=sampler, parallel=replace(config.parallel, compile=False))
     micro_batches = micro_batches_per_step(config)
     ranks = num_ranks(config)
+    check_accumulation(config, ranks)
     with simulated_world(ranks):
         learner = build_learner(config, architecture)
         ledger = Ledger(ranks_per_node(config))

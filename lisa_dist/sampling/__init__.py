@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import replace
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from lisa_dist.config import SamplerConfig, UserError
@@ -21,8 +20,6 @@ from lisa_dist.sampling.uniform import UniformSampler
 from lisa_dist.sampling.weighted import WeightedSampler
 
 __all__ = ["Sampler", "build_sampler"]
-
-logger = logging.getLogger(__name__)
 
 SAMPLERS: dict[str, Callable[[Any, int], Sampler]] = {
     "all": AllSampler,
@@ -41,6 +38,11 @@ SAMPLERS: dict[str, Callable[[Any, int], Sampler]] = {
 def build_sampler(config: SamplerConfig, num_blocks: int, seed: int = 0) -> Sampler:
     """Return the sampler of ``config`` for a model of ``num_blocks`` blocks.
 
+    Args:
+        config: which sampler, and its settings.
+        num_blocks: blocks of the model.
+        seed: the run's (``train.seed``), of the draws too where ``sampler.seed`` is null.
+
     Raises:
         UserError: the model has too few blocks for what is asked, or a listed block does not exist.
     """
@@ -51,10 +53,4 @@ def build_sampler(config: SamplerConfig, num_blocks: int, seed: int = 0) -> Samp
             f"sampler.active_layers={sampler.num_active}: must be at most {num_blocks}, "
             "the number of blocks of this model"
         )
-    if config.name in ("all", "fixed"):
-        logger.info(
-            "sampler=%s trains the same %d of %d blocks in every period: sampler.active_layers, sampler.period "
-            "and sampler.seed have no effect",
-            config.name, sampler.num_active, num_blocks,
-        )  # fmt: skip
     return sampler

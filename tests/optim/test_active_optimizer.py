@@ -10,8 +10,9 @@ import torch
 
 from lisa_dist import distributed
 from lisa_dist.config import UserError
+from lisa_dist.config.checks import check_accumulation, check_combinations
 from lisa_dist.learner import begin_period, build_learner, count_persistent_bytes, load_initial_weights
-from lisa_dist.trainer import check_step_in_backward, train_step
+from lisa_dist.trainer import train_step
 from tests.checkpoint import runs
 from tests.distributed.test_training import full_parameters, make_config, make_global_batches
 from tests.ranks import run_on_ranks
@@ -90,8 +91,10 @@ def test_steps_within_the_backward_pass_equal_the_usual_ones() -> None:
     ],
 )
 def test_what_a_step_in_backward_cannot_do_is_refused(changes: dict[str, Any], message: str) -> None:
+    config = make_config(optimizer={"in_backward": True}, **changes)
     with pytest.raises(UserError, match=message):
-        check_step_in_backward(make_config(optimizer={"in_backward": True}, **changes))
+        check_combinations(config)
+        check_accumulation(config, ranks=1)
 
 
 def test_state_that_waits_is_in_the_checkpoint(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ import torch
 
 from lisa_dist import distributed
 from lisa_dist.config import UserError
+from lisa_dist.config.checks import check_combinations
 from lisa_dist.config.loading import load
 from lisa_dist.distributed import local_shard
 from lisa_dist.learner import (
     Learner,
     begin_period,
     build_learner,
-    check_optimizer_shard,
     count_persistent_bytes,
     load_initial_weights,
     probe,
@@ -180,4 +180,4 @@ def test_a_probe_sees_the_gradients() -> None:
 )
 def test_what_has_no_masters_to_shard_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_optimizer_shard(load(["parallel.replicate=2", "parallel.optimizer_shard=world", *overrides]))
+        check_combinations(load(["parallel.replicate=2", "parallel.optimizer_shard=world", *overrides]))

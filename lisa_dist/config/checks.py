@@ -1,0 +1,218 @@
+"""What depends on several groups of keys: judged without torch, for the command line, the planner and the trainer.
+
+A pair of options either works together, is refused here, or one of them has no effect, which is said here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lisa_dist.config import Config
+from lisa_dist.config.errors import UserError
+
+
+def check_combinations(config: Config) -> None:
+    """Check options that exclude each other, whatever the model and the ranks.
+
+    Raises:
+        UserError: two of them can't be had together.
+    """
+    check_quantization(config)
+    check_optimizer_shard(config)
+    check_step_in_backward(config)
+
+
+def check_quantization(config: Config) -> None:
+    """Raise :class:`UserError` where something needs the numbers that quantised weights stand for."""
+    if config.model.quantization == "none":
+        return
+    key = f"model.quantization={config.model.quantization}"
+    if not config.update.supports_quantized_base:
+        raise UserError(f"{key}: quantised weights can't be trained by update={config.update.name}, but by update=lora")
+    if getattr(config.update, "dora", False):
+        raise UserError(f"{key}: update.dora=true needs the norms of weights that are not quantised")
+    if config.sampler.reads_weights:
+        raise UserError(f"{key}: sampler={config.sampler.name} looks at weights, which must then not be quantised")
+
+
+def check_optimizer_shard(config: Config) -> None:
+    """Raise :class:`UserError` where ``parallel.optimizer_shard=world`` can't be."""
+    if config.parallel.optimizer_shard != "world":
+        return
+    if not config.update.supports_sharded_masters:
+        raise UserError(
+            f"parallel.optimizer_shard=world: update={config.update.name} has no masters to shard, what it steps is "
+            "low-rank; use parallel.optimizer_shard=replica"
+        )
+    if config.optimizer.in_backward:
+        raise UserError("parallel.optimizer_shard=world: needs optimizer.in_backward=false, steps are gathered at once")
+    if config.parallel.offload == "all":
+        raise UserError("parallel.optimizer_shard=world: parallel.offload must be none or frozen, not all")
+
+
+def check_step_in_backward(config: Config) -> None:
+    """Raise :class:`UserError` where a step would need gradients after the backward pass."""
+    if not config.optimizer.in_backward:
+        return
+    if not config.update.supports_step_in_backward:
+        raise UserError("optimizer.in_backward=true: can't project gradients; choose another update")
+    if config.train.on_nonfinite == "skip":
+        raise UserError("optimizer.in_backward=true: can't leave steps out, so train.on_nonfinite must be stop")
+
+
+def check_accumulation(config: Config, ranks: int) -> None:
+    """Raise :class:`UserError` where a step within the backward pass would take several micro-batches of a rank."""
+    at_once = config.train.micro_batch_size * ranks
+    if config.optimizer.in_backward and config.train.global_batch_size > at_once:
+        raise UserError(
+            f"optimizer.in_backward=true: can't accumulate gradients, so train.global_batch_size="
+            f"{config.train.global_batch_size} must be micro-batch x ranks, {at_once}"
+        )
+
+
+def options_without_effect(config: Config, ranks: int, has_validation: bool = True) -> list[str]:
+    """Return a sentence for each option that was chosen and has no effect with the others chosen.
+
+    Chosen is what differs from its default; besides, defaults that a user would rely on and that don't hold.
+
+    Args:
+        config: the whole configuration.
+        ranks: of the run.
+        has_validation: whether there are rows to validate on.
+    """
+    rows = [*_of_sampler(config), *_of_optimization(config, has_validation), *_of_placement(config, ranks)]
+    rows += _of_running(config)
+    return [_sentence(config, keys.split(", "), why) for keys, idle, why in rows if idle]
+
+
+Row = tuple[str, bool, str]  # keys, whether they are chosen and have no effect, why
+
+
+def _of_sampler(config: Config) -> Iterator[Row]:
+    sampler = config.sampler
+    yield (
+        "sampler.active_layers, sampler.period, sampler.seed",
+        sampler.draws_once,
+        f"sampler={sampler.name} trains the same blocks in every period",
+    )
+    ordered = sampler.name == "sweep" and getattr(sampler, "order", "") != "random"
+    yield "sampler.seed", ordered and sampler.seed is not None, "only sampler.order=random draws at random"
+    yield (
+        "sampler.smoothing",
+        sampler.name == "bandit" and _chosen(config, "sampler.smoothing") and getattr(sampler, "eta", 1) == 0,
+        "with sampler.eta=0 gradients count for nothing",
+    )
+
+
+def _of_optimization(config: Config, has_validation: bool) -> Iterator[Row]:
+    optimizer, scheduler, train = config.optimizer, config.scheduler, config.train
+    yield (
+        "optimizer.grad_clip",
+        optimizer.in_backward and optimizer.grad_clip > 0,
+        "with optimizer.in_backward=true the norm of all gradients is never known, so none is clipped",
+    )
+    yield (
+        "optimizer.decay_norms_and_biases",
+        optimizer.decay_norms_and_biases and optimizer.weight_decay == 0,
+        "optimizer.weight_decay is 0",
+    )
+    yield (
+        "optimizer.state_on_freeze",
+        optimizer.state_on_freeze == "offload" and config.sampler.draws_once,
+        f"sampler={config.sampler.name} never freezes a block that has trained",
+    )
+    yield (
+        "scheduler.min_lr_ratio",
+        _chosen(config, "scheduler.min_lr_ratio") and scheduler.name == "constant",
+        "scheduler=constant does not fall",
+    )
+    yield "train.epochs", _chosen(config, "train.epochs") and train.max_steps is not None, "train.max_steps is given"
+    yield (
+        "train.nonfinite_limit",
+        _chosen(config, "train.nonfinite_limit") and train.on_nonfinite == "stop",
+        "train.on_nonfinite=stop skips no step",
+    )
+    for key in ("train.spike_window", "train.spike_limit"):
+        yield key, _chosen(config, key) and train.spike_factor == 0, "train.spike_factor is 0"
+    for key in ("train.eval_every", "train.eval_batches"):
+        yield key, _chosen(config, key) and not has_validation, "there is no validation data; set data.validation"
+
+
+def _of_placement(config: Config, ranks: int) -> Iterator[Row]:
+    parallel, precision, model = config.parallel, config.precision, config.model
+    always = config.always_active
+    nothing_frozen = (
+        config.sampler.name == "all"
+        and config.update.trains_whole_blocks
+        and always.embeddings
+        and always.norm
+        and always.head
+    )
+    all_train = f"method={config.method} trains every parameter in every period"
+    yield "parallel.offload", parallel.offload == "frozen" and nothing_frozen, all_train
+    yield (
+        "parallel.memory_limit",
+        parallel.memory_limit is not None and parallel.activation_checkpointing != "auto",
+        "only parallel.activation_checkpointing=auto reads it",
+    )
+    yield (
+        "parallel.defer_reduction",
+        parallel.defer_reduction and config.train.global_batch_size <= config.train.micro_batch_size * ranks,
+        "a step is one micro-batch of each rank",
+    )
+    yield (
+        "parallel.optimizer_shard",
+        parallel.optimizer_shard == "world" and parallel.replicate == 1,
+        "with parallel.replicate=1 a replica is the world",
+    )
+    yield "precision.frozen", _chosen(config, "precision.frozen") and nothing_frozen, all_train
+    on_freeze = _chosen(config, "precision.on_freeze")
+    yield "precision.on_freeze", on_freeze and config.sampler.draws_once, "no block that has trained is ever frozen"
+    yield (
+        "precision.on_freeze",
+        on_freeze and not config.sampler.draws_once and precision.frozen == precision.active,
+        "precision.frozen and precision.active are the same",
+    )
+    yield (
+        "model.loss_chunk",
+        _chosen(config, "model.loss_chunk") and model.loss_kernel == "liger",
+        "model.loss_kernel=liger chooses its own chunks",
+    )
+
+
+def _of_running(config: Config) -> Iterator[Row]:
+    checkpoint, data = config.checkpoint, config.data
+    only_last = "checkpoint.every=0 writes the last checkpoint alone"
+    yield "checkpoint.full_every", _chosen(config, "checkpoint.full_every") and checkpoint.every == 0, only_last
+    yield "checkpoint.async", checkpoint.in_background and checkpoint.every == 0, only_last
+    for name in ("mode", "project", "entity", "tags"):
+        key = f"logger.wandb.{name}"
+        yield key, _chosen(config, key) and config.logger.name != "wandb", f"logger={config.logger.name} is chosen"
+    yield (
+        "data.train_on_prompt",
+        data.train_on_prompt and data.format == "text",
+        "of data.format=text every token is trained",
+    )
+
+
+def _sentence(config: Config, keys: list[str], why: str) -> str:
+    named = ", ".join(f"{key}={_written(_value(config, key))}" for key in keys)
+    return f"{named}: {'has' if len(keys) == 1 else 'have'} no effect, {why}"
+
+
+def _chosen(config: Config, key: str) -> bool:
+    """Whether a key's value differs from its default."""
+    group, _, name = key.rpartition(".")
+    part = _value(config, group)
+    return bool(getattr(part, name) != getattr(type(part)(), name))
+
+
+def _value(config: Config, key: str) -> object:
+    found: object = config
+    for name in key.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _written(value: object) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

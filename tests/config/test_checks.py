@@ -1,0 +1,116 @@
+"""Pairs of options that exclude each other, and options that have no effect with the others: refused, or said."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from lisa_dist.cli import main
+from lisa_dist.config import UserError
+from lisa_dist.config.checks import check_accumulation, check_combinations, options_without_effect
+from lisa_dist.config.loading import load
+
+MODEL = ["model.path=a/model", "data.path=rows.json"]
+
+# what is chosen -> the key that has no effect then, and what must be chosen besides for it to have one
+WITHOUT_EFFECT = [
+    (["sampler=all"], "sampler.active_layers=2, sampler.period=20, sampler.seed=null", ["sampler=uniform"]),
+    (["sampler=sweep", "sampler.seed=3"], "sampler.seed=3", ["sampler.order=random"]),
+    (["sampler=bandit", "sampler.eta=0", "sampler.smoothing=0.5"], "sampler.smoothing=0.5", ["sampler.eta=1"]),
+    (["optimizer.in_backward=true"], "optimizer.grad_clip=1.0", ["optimizer.in_backward=false"]),
+    (["optimizer.decay_norms_and_biases=true"], "optimizer.decay_norms_and_biases", ["optimizer.weight_decay=0.1"]),
+    (["method=full", "optimizer.state_on_freeze=offload"], "optimizer.state_on_freeze=offload", ["sampler=uniform"]),
+    (["scheduler=constant", "scheduler.min_lr_ratio=0.1"], "scheduler.min_lr_ratio=0.1", ["scheduler=linear"]),
+    (["train.max_steps=5", "train.epochs=2"], "train.epochs=2.0", ["train.max_steps=null"]),
+    (["train.nonfinite_limit=3"], "train.nonfinite_limit=3", ["train.on_nonfinite=skip"]),
+    (["train.spike_window=9"], "train.spike_window=9", ["train.spike_factor=2"]),
+    (["train.spike_limit=9"], "train.spike_limit=9", ["train.spike_factor=2"]),
+    (["method=full", "parallel.offload=frozen"], "parallel.offload=frozen", ["method=lora"]),
+    (["parallel.memory_limit=20"], "parallel.memory_limit=20.0", ["parallel.activation_checkpointing=auto"]),
+    (["parallel.defer_reduction=true"], "parallel.defer_reduction=true", ["train.global_batch_size=16"]),
+    (["parallel.optimizer_shard=world"], "parallel.optimizer_shard=world", ["parallel.replicate=2"]),
+    (["method=full", "precision.frozen=float32"], "precision.frozen=float32", ["method=lora"]),
+    (["method=full", "precision.on_freeze=nearest"], "precision.on_freeze=nearest", ["sampler=uniform"]),
+    (
+        ["precision.frozen=float32", "precision.on_freeze=nearest"],
+        "precision.on_freeze=nearest",
+        ["precision.frozen=bfloat16"],
+    ),
+    (["model.loss_kernel=liger", "model.loss_chunk=99"], "model.loss_chunk=99", ["model.loss_kernel=chunked"]),
+    (["checkpoint.full_every=4"], "checkpoint.full_every=4", ["checkpoint.every=10"]),
+    (["checkpoint.async=true"], "checkpoint.async=true", ["checkpoint.every=10"]),
+    (["logger.wandb.project=x"], "logger.wandb.project=x", ["logger=wandb"]),
+    (["data.format=text", "data.train_on_prompt=true"], "data.train_on_prompt=true", ["data.format=alpaca"]),
+]
+
+
+@pytest.mark.parametrize(("chosen", "named", "besides"), WITHOUT_EFFECT, ids=str)
+def test_an_option_without_effect_is_named_and_one_with_effect_is_not(
+    chosen: list[str], named: str, besides: list[str]
+) -> None:
+    idle = options_without_effect(load([*MODEL, *chosen]), ranks=8)
+    assert len([sentence for sentence in idle if sentence.startswith(named)]) == 1, idle
+    assert all("no effect, " in sentence for sentence in idle)
+    key = named.partition("=")[0]
+    with_effect = options_without_effect(load([*MODEL, *chosen, *besides]), ranks=8)
+    assert not [sentence for sentence in with_effect if sentence.startswith(key)], with_effect
+
+
+@pytest.mark.parametrize("method", ["lisa", "lora", "lora_fa", "grass", "owlore", "ist", "badam", "galore", "full"])
+def test_a_preset_alone_chooses_nothing_in_vain(method: str) -> None:
+    idle = options_without_effect(load([*MODEL, f"method={method}"]), ranks=1)
+    assert all(sentence.startswith("sampler.active_layers=2, sampler.period=20, sampler.seed") for sentence in idle)
+    assert len(idle) == (method in ("full", "galore", "lora", "lora_fa"))
+
+
+def test_evaluation_without_rows_to_evaluate_on_is_named() -> None:
+    config = load([*MODEL, "train.eval_every=5"])
+    assert not options_without_effect(config, 1)
+    (sentence,) = options_without_effect(config, 1, has_validation=False)
+    assert sentence == "train.eval_every=5: has no effect, there is no validation data; set data.validation"
+
+
+REFUSED = [
+    (["model.quantization=int8"], "model.quantization=int8: .*update=full_rank, but by update=lora"),
+    (["model.quantization=nf4", "update=low_rank"], "model.quantization=nf4: .*update=low_rank"),
+    (["model.quantization=int8", "update=lora", "update.dora=true"], "update.dora=true needs the norms of weights"),
+    (["model.quantization=int8", "update=lora", "sampler=outlier"], "sampler=outlier looks at weights"),
+    (
+        ["model.quantization=int8", "update=lora", "sampler=weighted", "sampler.law=weight_norm"],
+        "sampler=weighted looks at weights",
+    ),
+    (["parallel.optimizer_shard=world", "update=low_rank"], "use parallel.optimizer_shard=replica"),
+    (["parallel.optimizer_shard=world", "optimizer.in_backward=true"], "needs optimizer.in_backward=false"),
+    (["parallel.optimizer_shard=world", "parallel.offload=all"], "parallel.offload must be none or frozen"),
+    (["optimizer.in_backward=true", "update=low_rank"], "can't project gradients"),
+    (["optimizer.in_backward=true", "train.on_nonfinite=skip"], "train.on_nonfinite must be stop"),
+]
+
+
+@pytest.mark.parametrize(("chosen", "message"), REFUSED, ids=str)
+def test_options_that_exclude_each_other_are_refused(chosen: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_combinations(load([*MODEL, *chosen]))
+
+
+def test_gradients_used_at_once_are_not_accumulated() -> None:
+    config = load([*MODEL, "optimizer.in_backward=true", "train.global_batch_size=8"])
+    check_accumulation(config, ranks=8)
+    with pytest.raises(UserError, match=r"train\.global_batch_size=8 must be micro-batch x ranks, 4"):
+        check_accumulation(config, ranks=4)
+
+
+@pytest.mark.parametrize("command", [["train"], ["plan"], ["bench"], ["launch", "slurm"]])
+def test_every_command_that_trains_refuses_before_it_starts(command: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert main([*command, *MODEL, "model.quantization=int8"]) == 2
+    assert "quantised weights can't be trained by update=full_rank" in capsys.readouterr().err
+
+
+def test_no_torch_is_needed_to_judge() -> None:
+    program = (
+        "import sys; from lisa_dist.config.checks import *; from lisa_dist.config.loading import load; "
+        "check_combinations(load([])); options_without_effect(load([]), 1); assert 'torch' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
