@@ -60,19 +60,21 @@ def train_by_hand(
     weight_decay: float,
     grad_clip: float,
     direction: Callable[[PlainAdamW, str, torch.Tensor], torch.Tensor],
+    keeps_state: bool = False,
 ) -> list[float]:
     """Train ``model`` in place and return the losses.
 
     Args:
-        trained: the names of the parameters that train in a step; state of all others is forgotten.
+        trained: the names of the parameters that train in a step.
         direction: the step of a parameter along its (clipped) gradient.
+        keeps_state: of parameters that do not train; else it is forgotten.
     """
     adam = PlainAdamW(weight_decay)
     parameters = dict(model.named_parameters())
     losses = []
     for step, lr in enumerate(learning_rates):
         names = trained(step)
-        adam.state = {name: state for name, state in adam.state.items() if name in names}
+        adam.state = {name: state for name, state in adam.state.items() if keeps_state or name in names}
         loss = mean_loss(model, global_batches[step])
         gradients = dict(zip(names, torch.autograd.grad(loss, [parameters[name] for name in names])))
         norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
