@@ -326,6 +326,10 @@ def announce_run(
         },
         title="lisa-dist",
     )
+    parameters = {name: sharded.parameter(name) for name in sharded.handles}
+    coverage = learner.update.describe_coverage(parameters, sharded.layers)
+    if coverage is not None:
+        logger.info("update=%s: %s", config.update.name, coverage)
 
 
 def announce_trained(learner: Learner, counted: dict[str, int]) -> None:

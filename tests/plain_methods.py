@@ -32,7 +32,10 @@ class PlainAdamW:
 
 
 class PlainGaLore:
-    """GaLore (arXiv 2403.03507, Algorithm 2): AdamW in the space of the first singular vectors of the gradient."""
+    """GaLore (arXiv 2403.03507, Algorithm 2): AdamW in the space of the first singular vectors of the gradient.
+
+    Moments are carried over into a new basis; of three dimensions the first counts experts.
+    """
 
     def __init__(self, rank: int, refresh_every: int, scale: float) -> None:
         self.rank, self.refresh_every, self.scale = rank, refresh_every, scale
@@ -42,14 +45,25 @@ class PlainGaLore:
     def direction(self, adam: PlainAdamW, name: str, gradient: torch.Tensor) -> torch.Tensor:
         step = self.steps.get(name, 0)
         self.steps[name] = step + 1
-        tall = gradient.shape[0] >= gradient.shape[1]
+        tall = gradient.shape[-2] >= gradient.shape[-1]
         if step % self.refresh_every == 0:
             left, _, right = torch.linalg.svd(gradient, full_matrices=False)
-            self.projections[name] = right[: self.rank, :] if tall else left[:, : self.rank]
+            basis = right[..., : self.rank, :].mT if tall else left[..., :, : self.rank]
+            if step > 0:
+                self.carry(adam.state[name], self.projections[name].mT @ basis, tall)
+            self.projections[name] = basis
         basis = self.projections[name]
         if tall:
-            return self.scale * adam.direction(name, gradient @ basis.T) @ basis
-        return self.scale * basis @ adam.direction(name, basis.T @ gradient)
+            return self.scale * adam.direction(name, gradient @ basis) @ basis.mT
+        return self.scale * basis @ adam.direction(name, basis.mT @ gradient)
+
+    @staticmethod
+    def carry(state: list[Any], overlap: torch.Tensor, tall: bool) -> None:
+        """Express the moments, [step, first, second], in the new basis; ``overlap`` is P_old^T P_new."""
+        first, second = (moment if tall else moment.mT for moment in state[1:])
+        shares = overlap**2
+        second = second @ shares + second * (1 - shares.sum(-2, keepdim=True))
+        state[1:] = [moment if tall else moment.mT for moment in (first @ overlap, second)]
 
 
 def train_by_hand(

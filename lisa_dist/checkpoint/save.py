@@ -188,9 +188,12 @@ class CheckpointSaver:
         A thaw gives a parameter another storage, unless its dtype stays as it was; a snapshot keeps the old one.
         """
         learner = self.learner
-        if learner.config.precision.frozen == learner.config.precision.active:
-            return set()
-        frozen = learner.sharded.handles.keys() - learner.optimizer.parameters.keys()
+        sharded, trained = learner.sharded, learner.optimizer.parameters
+        frozen = {
+            name
+            for name in sharded.handles
+            if name not in trained and sharded.storage_dtype(name, False) != sharded.storage_dtype(name, True)
+        }
         return {name for name in names if name in frozen or name.rpartition(".")[0] in frozen}
 
     def _stage(self, snapshot: Snapshot) -> None:

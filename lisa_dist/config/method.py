@@ -240,8 +240,10 @@ class LowRankUpdateConfig(UpdateConfig):
     preset_rank: int = 128
     refresh_every: int = 200  # optimizer steps of a parameter between two projections (T)
     scale: float = 0.25  # of the update that is projected back (alpha)
+    projector: str = "svd"  # svd (exact), randomized (subspace iterations from the last projection, far quicker)
 
     def __post_init__(self) -> None:
+        check_choice("update.projector", self.projector, ["svd", "randomized"])
         check_at_least("update.rank", self.rank, 1)
         check_at_least("update.preset_rank", self.preset_rank, 1)
         check_at_least("update.refresh_every", self.refresh_every, 1)

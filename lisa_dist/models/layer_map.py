@@ -47,6 +47,10 @@ class LayerMap:
             return EMBEDDINGS if self.tied and parameter_name == f"{self.head_name}.weight" else HEAD
         return NORM
 
+    def path_in_block(self, parameter_name: str) -> str:
+        """Return a parameter's name without its block's: the same for all blocks."""
+        return parameter_name.removeprefix(f"{self.blocks_path}.").partition(".")[2]
+
 
 def find_layers(model: nn.Module, blocks_path: str | None = None) -> LayerMap:
     """Find the parts of ``model``, a causal language model, on any device.

@@ -155,6 +155,8 @@ class ActiveOptimizer:
         self.before_change()
         with torch.no_grad():
             self.update.transform_gradients(trained)
+            for entry in trained.values():
+                self._turn_moments(entry)
             self._point_at(trained)
             for group in self._adamw.param_groups:
                 if self._in_8_bits:
@@ -169,6 +171,16 @@ class ActiveOptimizer:
         for entry in trained.values():
             entry.step += entry.target.grad is not None
             entry.parameter.grad = entry.target.grad = None
+
+    def _turn_moments(self, entry: Trained) -> None:
+        """Bring moments into the basis that the gradient is in now. Collective, every rank, where that has changed."""
+        if entry.turn_moment is None:
+            return
+        assert self._adamw is not None
+        for moment in MOMENTS:
+            live = self._adamw.state[entry.target][moment]
+            local_shard(live).copy_(entry.turn_moment(eight_bit.in_full(live), moment == MOMENTS[1]))
+        entry.turn_moment = None
 
     @contextmanager
     def stepping_in_backward(self, lr: float, label_tokens: float) -> Iterator[StepInBackward]:

@@ -20,7 +20,7 @@ from lisa_dist.sharding.activation_checkpointing import KINDS, OPERATIONS_PER_BY
 from lisa_dist.sharding.ledger import Ledger
 from lisa_dist.sharding.wrapping_policy import ShardedModel, dtype_of, persistent_bytes
 from lisa_dist.telemetry.units import GIB, format_bytes
-from lisa_dist.updates import Update
+from lisa_dist.updates import build_update
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +33,13 @@ class CheckpointingPolicy:
     """Sets the kind of every block; for ``auto`` it must ``measure`` once what each kind costs."""
 
     config: Config
-    update: Update
     costs: dict[bool, dict[str, Cost]] = field(default_factory=dict)  # by whether the block is active, and kind
 
     def measure(self, model: nn.Module) -> None:
         """Measure, for ``auto``, what each kind costs a block of ``model``, of which only the architecture counts."""
         if self.config.parallel.activation_checkpointing == "auto":
             for trains in (True, False):
-                self.costs[trains] = measure_costs(self.config, model, self.update, trains)
+                self.costs[trains] = measure_costs(self.config, model, trains)
 
     def apply(self, sharded: ShardedModel, active_blocks: list[int]) -> None:
         """Set every block's kind for the blocks that train now, whose storage is in its place. No communication."""
@@ -55,9 +54,7 @@ class CheckpointingPolicy:
         active = [index for index in active_blocks if index >= lowest]
         frozen = [index for index in range(lowest, len(blocks)) if index not in active]
         if not self.costs:
-            self.costs = {
-                trains: measure_costs(self.config, sharded.module, self.update, trains) for trains in (True, False)
-            }
+            self.costs = {trains: measure_costs(self.config, sharded.module, trains) for trains in (True, False)}
         budget = activation_budget(
             self.config, sharded, max(self.costs[True]["none"].bytes, self.costs[False]["none"].bytes)
         )
@@ -111,21 +108,22 @@ def memory_limit(config: Config) -> float | None:
     return None
 
 
-def measure_costs(config: Config, model: nn.Module, update: Update, trains: bool) -> dict[str, Cost]:
+def measure_costs(config: Config, model: nn.Module, trains: bool) -> dict[str, Cost]:
     """Run the first block of ``model`` under fake tensors, once for each kind, and return what each costs.
+
+    An update of its own prepares it: the model's would afterwards know the measured block's parameters alone.
 
     Args:
         config: says how large a micro-batch is.
         model: only its architecture is looked at.
-        update: says what trains in an active block.
         trains: whether the block is active.
     """
-    measured = {kind: _measure(config, model, update, trains, kind) for kind in KINDS}
+    measured = {kind: _measure(config, model, trains, kind) for kind in KINDS}
     least = measured["none"].recompute
     return {kind: Cost(cost.bytes, cost.recompute - least) for kind, cost in measured.items()}
 
 
-def _measure(config: Config, whole: nn.Module, update: Update, trains: bool, kind: str) -> Cost:
+def _measure(config: Config, whole: nn.Module, trains: bool, kind: str) -> Cost:
     """Return the bytes a block keeps, and all operations of its backward pass."""
     architecture: Any = copy.deepcopy(whole.config)
     architecture.num_hidden_layers = 1
@@ -135,6 +133,7 @@ def _measure(config: Config, whole: nn.Module, update: Update, trains: bool, kin
         model: Any = original_class(whole)._from_config(architecture, dtype=dtype_of(config.precision.compute))
         model.train().requires_grad_(False)
         layers = find_layers(model, config.model.blocks)
+        update = build_update(config.update)
         update.prepare_model(model, layers)
         block, kept = layers.blocks[0], _Kept(ledger)
         names = [f"{layers.block_names[0]}.{name}" for name, _ in block.named_parameters()]

@@ -3,8 +3,9 @@
 Every block is a group of its own; the always-active modules are groups of their own too, in one group
 where their weights are tied. Frozen parameters are stored in ``precision.frozen``, trained ones in
 ``precision.active`` (the shard is the master weight: no other copy stays), and both are gathered in
-``precision.compute``. With ``parallel.optimizer_shard=world`` the masters lie apart, sharded over all ranks, and the
-shard of a trained parameter is stored in ``precision.compute`` too.
+``precision.compute``. Adapters stay in ``precision.active`` while they are frozen: they are small, and rounding would
+take more from them at each freeze than a period adds. With ``parallel.optimizer_shard=world`` the masters lie apart,
+sharded over all ranks, and the shard of a trained parameter is stored in ``precision.compute`` too.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class ShardedModel:
     handles: dict[str, tuple[Any, Any]]  # parameter name -> (FSDPParam, its group)
     offloads_frozen: bool = False  # frozen parameters live in host memory
     world: WorldMasters | None = None  # the masters, where they are not the shards of what trains
+    keeps_precision: Callable[[str], bool] = lambda name: False  # whether a frozen parameter is stored as what trains
 
     @property
     def shard_index(self) -> int:
@@ -61,6 +63,11 @@ class ShardedModel:
         masters = {} if self.world is None else self.world.by_name
         return masters.get(name, self.parameter(name))
 
+    def storage_dtype(self, name: str, trained: bool) -> torch.dtype:
+        """Return the dtype that a parameter of floating-point numbers is stored in while it trains, or does not."""
+        as_trained = trained or self.keeps_precision(name)
+        return dtype_of(self.precision.active if as_trained else self.precision.frozen)
+
 
 def dtype_of(name: str) -> torch.dtype:
     """Return torch's dtype of that name."""
@@ -68,7 +75,12 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def shard_model(
-    model: nn.Module, layers: LayerMap, mesh: DeviceMesh, parallel: ParallelConfig, precision: PrecisionConfig
+    model: nn.Module,
+    layers: LayerMap,
+    mesh: DeviceMesh,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    keeps_precision: Callable[[str], bool] = lambda name: False,
 ) -> ShardedModel:
     """Apply FSDP2 to a model on ``meta``, group by group. Nothing is allocated.
 
@@ -106,7 +118,8 @@ def shard_model(
             module.set_force_sum_reduction_for_comms(True)
     handles = storage.fsdp_parameters(model)
     world = WorldMasters(mesh) if parallel.optimizer_shard == "world" and parallel.replicate > 1 else None
-    return ShardedModel(model, layers, mesh, precision, handles, parallel.offload == "frozen", world)
+    offloads = parallel.offload == "frozen"
+    return ShardedModel(model, layers, mesh, precision, handles, offloads, world, keeps_precision)
 
 
 def always_active_parameters(sharded: ShardedModel, always_active: AlwaysActiveConfig) -> list[str]:
@@ -130,7 +143,7 @@ def materialize(sharded: ShardedModel, trained: Iterable[str], device: torch.dev
     """
     active = set(trained)
     for name, (fsdp_param, _) in sharded.handles.items():
-        dtype = dtype_of(sharded.precision.active if name in active else sharded.precision.frozen)
+        dtype = sharded.storage_dtype(name, trained=name in active)
         if not fsdp_param.sharded_param.is_floating_point():
             dtype = fsdp_param.sharded_param.dtype  # codes of a quantised weight
         on_host = sharded.offloads_frozen and name not in active
@@ -156,12 +169,12 @@ def recast(
     Args:
         sharded: the model; none of its groups may be unsharded.
         names: the parameters to recast; buffers and all other parameters are left alone.
-        trained: True stores them in ``precision.active``, False in ``precision.frozen``.
+        trained: True stores them in ``precision.active``, False in ``precision.frozen``, but for adapters.
         seed_of: the seed of a parameter's rounding noise; None rounds to nearest.
     """
-    dtype = dtype_of(sharded.precision.active if trained else sharded.precision.frozen)
     names = list(names)
     for name in names:
+        dtype = sharded.storage_dtype(name, trained)
         fsdp_param, group = sharded.handles[name]
         shard = local_shard(fsdp_param.sharded_param.detach())
         if sharded.world is not None and name in sharded.world.by_name:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,8 @@ class Trained:
     target: nn.Parameter  # what the optimizer steps: the parameter itself, or a stand-in
     extra: dict[str, Tensor] = field(default_factory=dict)  # sharded state beside the optimizer's moments, by kind
     step: int = 0  # optimizer steps since it was adopted
+    # Where the target's gradient is in another basis than before: brings a moment (the second where True) into it.
+    turn_moment: Callable[[Tensor, bool], Tensor] | None = None
 
 
 class Update:
@@ -50,7 +52,10 @@ class Update:
         return Trained(parameter, parameter)
 
     def transform_gradients(self, trained: Mapping[str, Trained]) -> None:
-        """Turn the gradients of ``parameter`` into those of ``target``. May be collective: every rank."""
+        """Turn the gradients of ``parameter`` into those of ``target``. May be collective: every rank.
+
+        Where the basis of a target's gradient changes, its ``turn_moment`` is set for the optimizer.
+        """
 
     def apply_steps(self, trained: Mapping[str, Trained], decay: float) -> None:
         """Carry the steps that the optimizer made on stand-ins over to the parameters. May be collective: every rank.
@@ -58,6 +63,14 @@ class Update:
         Args:
             decay: the share of a parameter that its weight decay takes away (learning rate times weight decay).
         """
+
+    def keeps_precision(self, name: str) -> bool:
+        """Whether a parameter keeps the dtype of what trains while its block is frozen."""
+        return False
+
+    def describe_coverage(self, parameters: Mapping[str, nn.Parameter], layers: LayerMap) -> str | None:
+        """Return a sentence on which share of the parameters the update acts on, None where it is all of a block."""
+        return None
 
     def suppressed(self, block: nn.Module, factor: float) -> AbstractContextManager[None]:
         """Scale what a block adds to the network's hidden states by ``factor`` while the context lasts."""

@@ -17,7 +17,8 @@ from lisa_dist.config import UserError
 from lisa_dist.config.errors import nearest
 from lisa_dist.config.method import LoraUpdateConfig
 from lisa_dist.distributed import local_shard
-from lisa_dist.models.layer_map import LayerMap, linear_layers
+from lisa_dist.models.layer_map import NORM, LayerMap, linear_layers
+from lisa_dist.telemetry.units import format_count
 from lisa_dist.updates.base import Trained, Update
 from lisa_dist.updates.sharded import fill, keyed_generator, whole
 
@@ -33,7 +34,8 @@ class Lora(Update):
     peft makes the adapters and their forward (rsLoRA: s = alpha / sqrt(rank), arXiv 2312.03732; DoRA: arXiv
     2402.09353). They are put in on ``meta``, so that FSDP2 shards them like all else; A starts from peft's
     uniform Kaiming law, B from zero, both the same at any number of ranks. The base of a wrapped layer is never
-    recast. Fused experts of a mixture are no linear layers and get no adapters.
+    recast; an adapter stays in the dtype of what trains while its block is frozen, so that no freeze rounds it. Fused
+    experts of a mixture are no linear layers and get no adapters, which is said with their size.
     """
 
     def __init__(self, config: LoraUpdateConfig) -> None:
@@ -72,6 +74,27 @@ class Lora(Update):
     def trainable_parameters(self, names: list[str]) -> list[str]:
         """Return the adapters' names."""
         return [name for name in names if ".lora_" in name]
+
+    def keeps_precision(self, name: str) -> bool:
+        """Whether a parameter is an adapter that trains in some period."""
+        return bool(self.trainable_parameters([name]))
+
+    def describe_coverage(self, parameters: Mapping[str, nn.Parameter], layers: LayerMap) -> str:
+        """Return how many of the model's parameters have adapters beside them, and which have not, by name."""
+        base = {name: parameter for name, parameter in parameters.items() if ".lora_" not in name}
+        without: dict[str, int] = {}
+        for name, parameter in base.items():
+            if not name.endswith(".base_layer.weight"):
+                part = describe_part(name, parameter, layers)
+                without[part] = without.get(part, 0) + parameter.numel()
+        total = sum(parameter.numel() for parameter in base.values())
+        left = sum(without.values())
+        largest = sorted(without.items(), key=lambda item: -item[1])
+        return (
+            f"{format_count(total - left)} of the {format_count(total)} parameters have adapters; "
+            f"{format_count(left)} ({left / total:.1%}) have none: "
+            + ", ".join(f"{format_count(size)} in {part}" for part, size in largest)
+        )
 
     @contextmanager
     def suppressed(self, block: nn.Module, factor: float) -> Iterator[None]:
@@ -185,6 +208,19 @@ def merge(
 def scaling_of(config: LoraUpdateConfig, rank: int) -> float:
     """Return what multiplies the product of the adapters."""
     return config.alpha / (math.sqrt(rank) if config.rslora else rank)
+
+
+def describe_part(name: str, parameter: Tensor, layers: LayerMap) -> str:
+    """Return what a parameter without an adapter belongs to, in a user's words."""
+    part = layers.group_of(name)
+    if not part.startswith("block:"):
+        return "the modules around the blocks" if part == NORM else f"the {part}"
+    path = layers.path_in_block(name)
+    if parameter.dim() == 3 and "conv" not in path:
+        return f"fused experts ({path})"
+    if parameter.dim() == 2 and not path.endswith("bias"):
+        return path.removesuffix(".weight")
+    return "norms and biases"
 
 
 def is_chosen(path: str, targets: list[str]) -> bool:

@@ -21,14 +21,19 @@ def sharded_zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return as_sharded(zeros, like, shape)
 
 
+def own_rows(like: Tensor, full: Tensor) -> Tensor:
+    """Return the rows of ``full`` that this rank holds of a sharded tensor of the same shape."""
+    if not isinstance(like, DTensor):
+        return full
+    shape, offsets = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    return full[tuple(slice(start, start + size) for start, size in zip(offsets, shape))]
+
+
 def fill(tensor: Tensor, full: Tensor) -> None:
     """Copy this rank's rows of ``full`` into a sharded tensor of the same shape."""
     local = local_shard(tensor.detach())
-    if isinstance(tensor, DTensor):
-        shape, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        full = full[tuple(slice(start, start + size) for start, size in zip(offsets, shape))]
     if local.numel():
-        local.copy_(full)
+        local.copy_(own_rows(tensor, full))
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from tests.distributed.test_training import (
     make_global_batches,
     to_be_trained,
 )
+from tests.models.families import tiny_config
 from tests.plain_methods import PlainGaLore, train_by_hand
 from tests.ranks import run_on_ranks
 
@@ -81,7 +83,8 @@ def plain_model(config: Config) -> nn.Module:
 def compare(result: dict[str, Any], model: nn.Module, config: Config, direction: Any, tolerance: float = 1e-3) -> None:
     """Train ``model`` by hand from the same weights, on the same parameters, and compare losses and results."""
     missing, unexpected = model.load_state_dict(result["initial"], strict=False)
-    assert not unexpected and not missing
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    assert not unexpected and set(missing) <= tied
     rates = [learning_rate(config.scheduler, config.optimizer.lr, step, STEPS) for step in range(STEPS)]
     losses = train_by_hand(
         model,
@@ -205,6 +208,85 @@ def test_galore_equals_its_formula(world_size: int) -> None:
     assert all(entry["all_sharded"] for entry in results)
     elements = sum(torch.Size(shape).numel() for shape in shapes.values())
     assert sum(entry["state_bytes"] for entry in results) == 4 * elements
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "world_size"),
+    [
+        ("gpt2", {}, 2),  # a tied head, and weights that are [inputs, outputs]
+        ("mixtral", {"num_local_experts": 3}, 4),  # of whose ranks one holds no expert
+        ("gpt_oss", {"num_local_experts": 5}, 2),  # experts that are [inputs, outputs] and have biases
+    ],
+)
+def test_galore_projects_every_matrix_of_other_families(family: str, fields: dict[str, Any], world_size: int) -> None:
+    config = make_method("all", "low_rank", always=True, rank=RANK, refresh_every=2)
+    config.model.architecture = tiny_config(family, initializer_range=0.1, **fields).to_dict()
+    result = run_on_ranks(world_size, train_on_rank, config)[0]
+    galore = PlainGaLore(RANK, 2, 0.25)
+    projected = {name.removesuffix(".projector") for name in result["state_shapes"] if name.endswith(".projector")}
+    blocks = {name: tensor for name, tensor in result["initial"].items() if ".layers." in name or ".h." in name}
+    sizes = {name: tensor.numel() for name, tensor in blocks.items()}
+    assert sum(sizes[name] for name in projected) > 0.95 * sum(sizes.values())
+    assert not any(name.endswith("bias") for name in projected)
+
+    def direction(optimizer: Any, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        return galore.direction(optimizer, name, gradient) if name in projected else adam(optimizer, name, gradient)
+
+    compare(result, plain_model(config), config, direction, tolerance=2e-3)
+
+
+@pytest.mark.parametrize("projector", ["svd", "randomized"])
+def test_the_number_of_ranks_does_not_matter_over_three_refreshes(projector: str) -> None:
+    config = make_method("all", "low_rank", always=True, rank=RANK, refresh_every=2, projector=projector)
+    config.optimizer.lr = 1e-3
+    alone, two, four = (run_on_ranks(ranks, train_on_rank, config)[0] for ranks in (1, 2, 4))
+    for other in (two, four):
+        assert other["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        for name, tensor in alone["final"].items():
+            assert (other["final"][name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+
+
+def projected_parameters(checkpointing: str) -> set[str]:
+    """The names of what is projected. Runs on every rank."""
+    config = make_method("all", "low_rank", always=True, rank=RANK)
+    config.parallel.activation_checkpointing = checkpointing
+    return set(build_learner(config).update.ranks)
+
+
+def test_what_is_projected_does_not_depend_on_activation_checkpointing() -> None:
+    without, automatic = (run_on_ranks(1, projected_parameters, kind)[0] for kind in ("none", "auto"))
+    assert automatic == without and len(without) == 7 * BLOCKS
+
+
+def thawed_adapters(update: str) -> dict[str, Any]:
+    """The trained adapters of a block before it is frozen and after it is thawed again. Runs on every rank."""
+    config = make_method("sweep", update, always=False, rank=RANK)
+    config.precision = dataclasses.replace(config.precision, frozen="bfloat16")
+    learner = build_learner(config)
+    load_initial_weights(learner, torch.device("cpu"))
+    kept, dtypes = [], []
+    for period, blocks in enumerate([[0], [1], [0]]):
+        with mock.patch.object(learner.sampler, "draw", return_value=blocks):
+            begin_period(learner, period)
+        names = learner.update.trainable_parameters(learner.sharded.block_parameters(0))
+        kept.append({name: full_parameters(learner)[name] for name in names})
+        dtypes.append({learner.sharded.parameter(name).dtype for name in names})
+        if period == 0:
+            train_step(learner, make_global_batches(1)[0][distributed.rank() :: distributed.world_size()], 1, STEPS)
+            kept.append({name: full_parameters(learner)[name] for name in names})
+    base = {learner.sharded.parameter(name).dtype for name in learner.sharded.handles if "base_layer" in name}
+    return {"kept": kept, "dtypes": dtypes, "base": base}
+
+
+@pytest.mark.parametrize("update", ["lora", "lora_fa"])
+def test_adapters_that_are_frozen_for_a_period_lose_nothing(update: str) -> None:
+    result = run_on_ranks(2, thawed_adapters, update)[0]
+    start, trained, frozen, thawed = result["kept"]
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in trained.items())
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in trained.values())
+    for name, tensor in trained.items():
+        assert torch.equal(frozen[name], tensor) and torch.equal(thawed[name], tensor)
+    assert result["dtypes"] == [{torch.float32}] * 3 and result["base"] == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -114,6 +114,30 @@ def test_the_rank_of_a_preset_is_cut_to_the_matrix_and_said_once(config: Any, ca
         assert model.model.layers[0].self_attn.q_proj.r["default"] == 24
 
 
+def coverage(config: UpdateConfig, family: str) -> str:
+    update, model, _ = prepared(config, family)
+    return str(update.describe_coverage(dict(model.named_parameters()), find_layers(model)))
+
+
+def test_what_is_projected_and_what_is_not_is_said() -> None:
+    said = coverage(LowRankUpdateConfig(rank=4), "mixtral")
+    assert said == (
+        "159 k of the 160 k parameters in the blocks are projected (99.5%); "
+        "864 train at full rank: norms, biases, mlp.gate.weight"
+    )
+    assert coverage(LowRankUpdateConfig(rank=3), "mixtral").endswith("288 train at full rank: norms, biases")
+
+
+def test_what_gets_no_adapters_is_said_by_name_and_size() -> None:
+    said = coverage(LoraUpdateConfig(rank=4), "mixtral")
+    assert said.startswith(
+        "20.7 k of the 172 k parameters have adapters; 151 k (88.0%) have none: 92.2 k in fused experts"
+    )
+    for part in ("fused experts (mlp.experts.down_proj)", "the embeddings", "the head", "norms and biases", "mlp.gate"):
+        assert part in said, part
+    assert "experts" not in coverage(LoraUpdateConfig(rank=4), "llama")
+
+
 def test_suppression_of_adapters_ends_with_its_context() -> None:
     update, model, _ = prepared(LoraUpdateConfig(rank=4, alpha=8.0))
     first, second = (model.model.layers[index].mlp.up_proj for index in (0, 1))
