@@ -6,6 +6,7 @@ rank the same numbers. A probe batch is one micro-batch of every rank.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,11 +19,13 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from lisa_dist import distributed
 from lisa_dist.data.batches import MicroBatch, label_tokens
 from lisa_dist.distributed import local_shard
-from lisa_dist.models.layer_map import linear_layers
 from lisa_dist.models.loss_head import IGNORED
+from lisa_dist.models.matrix_inputs import InputSquares, input_dim
 from lisa_dist.sharding.storage import reshard_all
 from lisa_dist.sharding.wrapping_policy import ShardedModel, also_trained
 from lisa_dist.updates import Update
+
+logger = logging.getLogger(__name__)
 
 
 def gradient_norms(sharded: ShardedModel, update: Update, micro_batches: Iterable[MicroBatch]) -> list[float]:
@@ -80,19 +83,16 @@ def weight_norms(sharded: ShardedModel) -> list[float]:
 def outlier_shares(sharded: ShardedModel, micro_batches: Iterable[MicroBatch], threshold: float) -> list[float]:
     """Return for each block the share of entries of A_ij = ||X_j||_2 |W_ij| above ``threshold`` times their mean.
 
-    OwLore's layerwise outlier distribution (arXiv 2405.18380): W are the block's linear layers, all their entries
-    taken together, X_j their j-th inputs over the tokens of all micro-batches, up to each sequence's last label.
-    Collective: every rank, equally many micro-batches.
+    OwLore's layerwise outlier distribution (arXiv 2405.18380): W are the block's weight matrices, all their entries
+    taken together, X_j their j-th inputs over the tokens of all micro-batches, up to each sequence's last label; of a
+    fused expert over the tokens that are routed to it. Collective: every rank, equally many micro-batches.
     """
-    layers = [
-        {name: layer for name, layer in linear_layers(block).items() if ".lora_" not in f".{name}"}
-        for block in sharded.layers.blocks
-    ]
-    norms = _input_norms(sharded, [layer for block in layers for layer in block.values()], micro_batches)
+    norms = _input_norms(sharded, micro_batches)
     reshard_all(sharded.module)
     shares = []
-    for block in layers:
-        entries = [_scaled_entries(layer, norms[layer]) for layer in block.values()]
+    for block in range(len(sharded.layers.blocks)):
+        names = [name for name in sharded.block_parameters(block) if name in norms]
+        entries = [_scaled_entries(sharded, name, norms[name]) for name in names]
         total, count = distributed.all_reduce_sum(
             [sum(float(part.sum(dtype=torch.float64)) for part in entries), float(sum(p.numel() for p in entries))]
         )
@@ -131,34 +131,25 @@ def mean_loss(module: nn.Module, micro_batches: Iterable[MicroBatch]) -> float:
     return total / max(counted, 1)
 
 
-def _input_norms(
-    sharded: ShardedModel, layers: list[nn.Module], micro_batches: Iterable[MicroBatch]
-) -> dict[nn.Module, Tensor]:
-    """Return for each linear layer the l2 norm of each of its inputs over all tokens of all ranks, [inputs]."""
-    squares: dict[nn.Module, Tensor] = {}
-    kept = torch.ones(())
+def _input_norms(sharded: ShardedModel, micro_batches: Iterable[MicroBatch]) -> dict[str, Tensor]:
+    """Return for each weight matrix the l2 norm of each of its inputs over all tokens of all ranks.
 
-    def take(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs = args[0].detach().float()
-        if inputs.shape[:2] == kept.shape:  # routed experts see tokens in another order
-            inputs = inputs * kept[..., None]
-        squares[layer] = squares.get(layer, 0) + inputs.flatten(0, -2).square().sum(0)
-
-    hooks = [layer.register_forward_pre_hook(take) for layer in layers]
-    with _evaluating(sharded.module):
+    By the parameter's name: [inputs], of fused experts [experts, inputs].
+    """
+    seen = InputSquares(sharded.layers, distributed.device())
+    with _evaluating(sharded.module), seen.watching():
         for micro_batch in micro_batches:
             inputs = _on_device(micro_batch)
-            kept = _up_to_last_label(inputs["labels"])
+            seen.kept = _up_to_last_label(inputs["labels"])
             sharded.module(**inputs)
-    for hook in hooks:
-        hook.remove()
-    found = {}
-    for layer in layers:
-        held = squares.get(layer)
-        size = layer.weight.shape[1] if isinstance(layer, nn.Linear) else layer.weight.shape[0]  # type: ignore[index]
-        values = [0.0] * size if held is None else held.tolist()
-        found[layer] = torch.tensor(distributed.all_reduce_sum(values), device=distributed.device()).sqrt()
-    return found
+    if seen.unseen and distributed.is_main():
+        left_out = ", ".join(sorted(seen.unseen))
+        logger.warning("sampler=outlier: the inputs of %s can't be seen, so they are left out", left_out)
+    norms = {}
+    for name, squares in seen.squares.items():
+        total = distributed.all_reduce_sum(squares.flatten().tolist())
+        norms[name] = torch.tensor(total, device=squares.device).view(squares.shape).sqrt()
+    return norms
 
 
 def _up_to_last_label(labels: Tensor) -> Tensor:
@@ -166,15 +157,15 @@ def _up_to_last_label(labels: Tensor) -> Tensor:
     return (labels != IGNORED).long().flip(1).cummax(1).values.flip(1)
 
 
-def _scaled_entries(layer: nn.Module, norms: Tensor) -> Tensor:
+def _scaled_entries(sharded: ShardedModel, name: str, norms: Tensor) -> Tensor:
     """Return this rank's rows of ||X_j|| |W_ij|, in fp32."""
-    weight: Any = layer.weight
-    rows = local_shard(weight.detach()).float().abs()
-    if isinstance(layer, nn.Linear):
-        return rows * norms.to(rows.device)
+    weight: Any = sharded.parameter(name).detach()
+    rows = local_shard(weight).float().abs()
+    module = sharded.module.get_submodule(name.rpartition(".")[0])
+    factors = norms[..., :, None] if input_dim(module) == -2 else norms[..., None, :]
+    factors = factors.expand(weight.shape)
     _, offsets = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-    start = offsets[0]  # transposed: its rows are the inputs
-    return rows * norms.to(rows.device)[start : start + rows.shape[0], None]
+    return rows * factors[offsets[0] : offsets[0] + rows.shape[0]].to(rows.device)
 
 
 def _replicas(sharded: ShardedModel) -> int:

@@ -127,14 +127,21 @@ def plain_probes(config: Config, parameters: dict[str, torch.Tensor]) -> dict[st
 
     inputs: dict[nn.Module, list[torch.Tensor]] = {layer: [] for block in layers for layer in block}
     hooks = [layer.register_forward_pre_hook(lambda m, args: inputs[m].append(args[0].detach()[0])) for layer in inputs]
+    routed: dict[nn.Module, list[Any]] = {m: [] for m in model.modules() if type(m).__name__.endswith("Experts")}
+    hooks += [m.register_forward_pre_hook(lambda m, args: routed[m].append(args[:2])) for m in routed]
+    routers: dict[nn.Module, list[torch.Tensor]] = {m: [] for m in model.modules() if "Router" in type(m).__name__}
+    hooks += [m.register_forward_pre_hook(lambda m, args: routers[m].append(args[0].detach())) for m in routers]
     for micro in (micro for batch in batches for micro in batch):
         last = int((micro["labels"][0] != -100).nonzero().max()) + 1
         model(input_ids=micro["input_ids"][:, :last], position_ids=micro["position_ids"][:, :last])
     for hook in hooks:
         hook.remove()
     shares = []
-    for block in layers:
-        entries = []
+    for block, whole in zip(layers, blocks):
+        entries = [entry for module in whole.modules() if module in routed for entry in experts(module, routed[module])]
+        for router in (module for module in whole.modules() if module in routers):
+            given = torch.cat(routers[router]).flatten(0, -2)
+            entries.append((router.weight.detach().abs() * given.norm(dim=0)).flatten())
         for layer in block:
             scale = torch.cat(inputs[layer]).norm(dim=0)
             weight = layer.weight.detach() if isinstance(layer, nn.Linear) else layer.weight.detach().T
@@ -152,6 +159,23 @@ def plain_probes(config: Config, parameters: dict[str, torch.Tensor]) -> dict[st
     }
 
 
+def experts(module: Any, seen: list[Any]) -> list[torch.Tensor]:
+    """||X_j|| |W_ij| of all matrices of fused experts, one token at a time."""
+    weights = {name: getattr(module, name).detach() for name in ("gate_up_proj", "down_proj")}
+    if module.is_transposed:  # [experts, inputs, outputs]
+        weights = {name: weight.mT for name, weight in weights.items()}
+    squares = {name: torch.zeros(weight.shape[0], weight.shape[2]) for name, weight in weights.items()}
+    for hidden, index in seen:
+        for token, chosen in zip(hidden.detach(), index.tolist()):
+            for expert in chosen:
+                both = weights["gate_up_proj"][expert] @ token
+                if module.has_bias:
+                    both = both + module.gate_up_proj_bias[expert].detach()
+                squares["gate_up_proj"][expert] += token**2
+                squares["down_proj"][expert] += module._apply_gate(both) ** 2
+    return [(weights[name].abs() * squares[name].sqrt()[:, None]).flatten() for name in squares]
+
+
 def suppressed(model: nn.Module, blocks: list[nn.Module], chosen: list[int], batches: Any) -> float:
     """The loss where the chosen blocks add only a quarter of what they add."""
 
@@ -166,7 +190,8 @@ def suppressed(model: nn.Module, blocks: list[nn.Module], chosen: list[int], bat
 
 
 @pytest.mark.parametrize(
-    ("world_size", "replicate", "family"), [(1, 1, None), (2, 1, None), (2, 2, None), (2, 1, "gpt2")]
+    ("world_size", "replicate", "family"),
+    [(1, 1, None), (2, 1, None), (2, 2, None), (2, 1, "gpt2"), (2, 1, "mixtral"), (2, 2, "gpt_oss")],
 )
 def test_probes_equal_plain_computation(world_size: int, replicate: int, family: str | None) -> None:
     config = make_probed("full_rank", replicate, family)
