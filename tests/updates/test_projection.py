@@ -31,7 +31,7 @@ def test_the_randomised_basis_captures_what_the_exact_one_does(shape: tuple[int,
     found, _ = find_basis(gradient, RANK, noise(40), start=nothing)
     assert torch.linalg.svdvals(exact.T @ found).min() > 0.999  # the cosine of the largest angle between them
     captured = project(gradient, found, tall).norm() ** 2 / project(gradient, exact, tall).norm() ** 2
-    assert 0.9999 < captured <= 1 + 1e-6
+    assert 0.9999 < captured <= 1 + 1e-5  # fp32 rounding
     # From the basis of a similar gradient it is found more exactly still.
     moved = gradient + 0.01 * decaying(*shape, seed=2)
     exact, _ = find_basis(moved, RANK, noise(40))
