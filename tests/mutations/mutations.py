@@ -21,9 +21,9 @@ class Mutation:
 
 
 TRAINING, METHODS = "distributed/test_training.py", "distributed/test_methods.py"
-EXACT, SAVING = "distributed/test_checkpoint_exact.py", "distributed/test_checkpoint_saving.py"
+SAVING = "distributed/test_checkpoint_saving.py"
 THREE_PERIODS = f"{TRAINING}::test_three_periods_equal_plain_pytorch"
-REPEATED = f"{EXACT}::test_steps_since_the_last_checkpoint_are_repeated"
+RESUMED = "optim/test_active_optimizer.py::test_state_that_waits_is_in_the_checkpoint"
 MEMORY_LAW = f"{TRAINING}::test_memory_law_holds_on_every_rank_after_every_switch[2]"
 
 WRITTEN = "self.failure = self._agree(lambda: files.update(_write_own_files(snapshot, partial)), snapshot.step)"
@@ -104,7 +104,7 @@ STEP = [
         "trainer.py",
         "torch.manual_seed(hash((config.train.seed, step, distributed.rank())) % 2**63)",
         "pass",
-        REPEATED,
+        RESUMED,
     ),
     Mutation(
         "a signal is ignored",
@@ -311,28 +311,28 @@ CHECKPOINT = [
         "checkpoint/restore.py",
         "_read_tensors(moments, checkpoint / MOMENTS)",
         "pass",
-        REPEATED,
+        RESUMED,
     ),
     Mutation(
         "a resumed run has lost its step counts",
         "checkpoint/restore.py",
         'learner.optimizer.set_step_counts(state["optimizer_steps"])',
         "pass",
-        REPEATED,
+        RESUMED,
     ),
     Mutation(
         "a resumed run has lost the sampler's state",
         "checkpoint/restore.py",
         'learner.sampler.load_state_dict(state["sampler"])',
         "pass",
-        REPEATED,
+        RESUMED,
     ),
     Mutation(
         "a resumed run begins the data anew",
         "checkpoint/restore.py",
         "if not changed_data(progress.data, data):\n        return progress",
         "if not changed_data(progress.data, data):\n        return replace(progress, sequences=0)",
-        REPEATED,
+        RESUMED,
     ),
     Mutation(
         "a run is resumed on other data without a word",
@@ -346,7 +346,7 @@ CHECKPOINT = [
         "telemetry/records.py",
         'if row["step"] <= step]',
         "]",
-        REPEATED,
+        RESUMED,
     ),
     Mutation(
         "a checkpoint is complete, and old ones are removed, before it is written",
