@@ -139,7 +139,7 @@ def _of_optimization(config: Config, has_validation: bool) -> Iterator[Row]:
 
 
 def _of_placement(config: Config, ranks: int) -> Iterator[Row]:
-    parallel, precision, model = config.parallel, config.precision, config.model
+    parallel, model = config.parallel, config.model
     always = config.always_active
     nothing_frozen = (
         config.sampler.name == "all"
@@ -166,18 +166,23 @@ def _of_placement(config: Config, ranks: int) -> Iterator[Row]:
         "with parallel.replicate=1 a replica is the world",
     )
     yield "precision.frozen", _chosen(config, "precision.frozen") and nothing_frozen, all_train
-    on_freeze = _chosen(config, "precision.on_freeze")
-    yield "precision.on_freeze", on_freeze and config.sampler.draws_once, "no block that has trained is ever frozen"
-    yield (
-        "precision.on_freeze",
-        on_freeze and not config.sampler.draws_once and precision.frozen == precision.active,
-        "precision.frozen and precision.active are the same",
-    )
+    never_rounded = _why_nothing_is_rounded(config)
+    yield "precision.on_freeze", _chosen(config, "precision.on_freeze") and never_rounded != "", never_rounded
     yield (
         "model.loss_chunk",
         _chosen(config, "model.loss_chunk") and model.loss_kernel == "liger",
         "model.loss_kernel=liger chooses its own chunks",
     )
+
+
+def _why_nothing_is_rounded(config: Config) -> str:
+    """Return why no parameter is rounded at a freeze, an empty string where some are."""
+    if config.sampler.draws_once:
+        return "no block that has trained is ever frozen"
+    if not config.update.trains_whole_blocks:
+        return "adapters keep their precision while they are frozen"
+    same = config.precision.frozen == config.precision.active
+    return "precision.frozen and precision.active are the same" if same else ""
 
 
 def _of_running(config: Config) -> Iterator[Row]:

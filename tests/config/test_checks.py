@@ -32,6 +32,7 @@ WITHOUT_EFFECT = [
     (["parallel.defer_reduction=true"], "parallel.defer_reduction=true", ["train.global_batch_size=16"]),
     (["parallel.optimizer_shard=world"], "parallel.optimizer_shard=world", ["parallel.replicate=2"]),
     (["method=full", "precision.frozen=float32"], "precision.frozen=float32", ["method=lora"]),
+    (["method=ist", "precision.on_freeze=nearest"], "precision.on_freeze=nearest", ["update=full_rank"]),
     (["method=full", "precision.on_freeze=nearest"], "precision.on_freeze=nearest", ["sampler=uniform"]),
     (
         ["precision.frozen=float32", "precision.on_freeze=nearest"],
