@@ -111,4 +111,4 @@ def test_any_history_of_layers(name: str, content: list[str], tmp_path: Path) ->
             return
         writer.write_period(period=1, step=2, active_layers=[0], num_blocks=4)
     if name == "layers.jsonl":
-        assert read_rows(tmp_path / name)[-1] == {"period": 1, "step": 2, "active_layers": [0]}
+        assert read_rows(tmp_path / name)[-1] == {"period": 1, "step": 2, "active_layers": [0], "num_blocks": 4}

@@ -192,7 +192,7 @@ def drive(shard: bool) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     callback = LisaCallback(UniformSamplerConfig(active_layers=1, period=PERIOD, seed=5))
     state, control = TrainerState(), TrainerControl()
-    arguments: Any = SimpleNamespace(ddp_find_unused_parameters=False)
+    arguments: Any = SimpleNamespace(ddp_find_unused_parameters=False, seed=0)
     kwargs = {"model": model, "optimizer": optimizer}
     callback.on_train_begin(arguments, state, control, **kwargs)
     rows = torch.stack([row["input_ids"] for row in make_data()])
@@ -224,7 +224,7 @@ def test_sharded_by_fsdp2_it_equals_one_device() -> None:
 
 def refused_without_unused_parameters() -> str:
     """Runs on every rank."""
-    arguments: Any = SimpleNamespace(ddp_find_unused_parameters=False)
+    arguments: Any = SimpleNamespace(ddp_find_unused_parameters=False, seed=0)
     try:
         LisaCallback().on_train_begin(arguments, TrainerState(), TrainerControl(), model=make_model())
     except UserError as error:
