@@ -95,7 +95,8 @@ def train_by_hand(
         factor = min(1.0, grad_clip / (norm + 1e-6))
         with torch.no_grad():
             for name, gradient in gradients.items():
-                if parameters[name].dim() > 1 or ".lora_magnitude" in name:  # norms and biases are not decayed
+                # Norms and biases are not decayed, those of fused experts, which have two dimensions, among them.
+                if not (name.endswith("bias") or "norm" in name or ".ln_" in name):
                     parameters[name].mul_(1 - lr * weight_decay)
                 parameters[name].sub_(lr * direction(adam, name, gradient * factor))
         losses.append(loss.item())
