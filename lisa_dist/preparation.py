@@ -129,7 +129,7 @@ def prepare_run(config: Config) -> Run:
         order_seed = config.train.seed if newest is None else first_seed(newest)
         data = prepare_data(config.data, tokenizer, order_seed)
         described = distributed.on_rank_zero(lambda: fingerprint(config.data, data, tokenizer))
-    warn_of_positions(config)
+    warn_of_positions(config, architecture)
     show_preview(config.data, data, tokenizer)
     pad = int(tokenizer.pad_token_id or 0)
     batches = make_batches(config, data.train, pad, order_seed)
@@ -219,9 +219,8 @@ def open_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def warn_of_positions(config: Config) -> None:
+def warn_of_positions(config: Config, architecture: PretrainedConfig) -> None:
     """Warn where sequences may be longer than what the model was made for."""
-    architecture = read_architecture(config.model)
     names = ("max_position_embeddings", "max_seq_len", "n_positions")
     positions = next((found for name in names if isinstance(found := getattr(architecture, name, None), int)), None)
     if positions is not None and config.data.sequence_length > positions:

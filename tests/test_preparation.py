@@ -9,6 +9,7 @@ import pytest
 from lisa_dist.config import Config, DataConfig, ModelConfig
 from lisa_dist.data.prepare import prepare_data
 from lisa_dist.data.tokenizer import load_tokenizer
+from lisa_dist.models.architecture import read_architecture
 from lisa_dist.preparation import rows_of, warn_of_positions
 
 
@@ -22,9 +23,10 @@ from lisa_dist.preparation import rows_of, warn_of_positions
 )
 def test_sequences_longer_than_the_models_positions_are_warned_of(architecture, positions, caplog):
     model = ModelConfig(init="random", architecture=architecture)
-    warn_of_positions(Config(model=model, data=DataConfig(sequence_length=positions)))
+    built = read_architecture(model)
+    warn_of_positions(Config(model=model, data=DataConfig(sequence_length=positions)), built)
     assert caplog.text == ""
-    warn_of_positions(Config(model=model, data=DataConfig(sequence_length=positions + 1)))
+    warn_of_positions(Config(model=model, data=DataConfig(sequence_length=positions + 1)), built)
     assert f"data.sequence_length={positions + 1}: is above the {positions} positions of the model" in caplog.text
 
 
