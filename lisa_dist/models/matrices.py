@@ -15,6 +15,19 @@ def weight_matrices(block: nn.Module) -> dict[str, nn.Parameter]:
     Norms, biases (those of experts have two dimensions), convolutions, embeddings, and matrices with a single row or
     column are none.
     """
+    return {name: parameter for name, (parameter, known) in _matrices(block).items() if known}
+
+
+def unknown_matrices(block: nn.Module) -> list[str]:
+    """Return the names in a block of what has two dimensions and may multiply hidden states in a way unknown here.
+
+    Such are the experts of DBRX, all in one matrix, [experts x rows, columns].
+    """
+    return [name for name, (_, known) in _matrices(block).items() if not known]
+
+
+def _matrices(block: nn.Module) -> dict[str, tuple[nn.Parameter, bool]]:
+    """Return each parameter that is no vector, and whether it is known how it multiplies hidden states."""
     found = {}
     for path, module in block.named_modules():
         kind = type(module).__name__.lower()
@@ -23,7 +36,6 @@ def weight_matrices(block: nn.Module) -> dict[str, nn.Parameter]:
         if "conv" in kind and not isinstance(module, Conv1D):  # a linear layer in spite of its name
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            is_matrix = (parameter.dim() == 2 and name == "weight") or parameter.dim() == 3
-            if is_matrix and not name.endswith("bias") and min(parameter.shape[-2:]) > 1:
-                found[f"{path}.{name}" if path else name] = parameter
+            if parameter.dim() in (2, 3) and not name.endswith("bias") and min(parameter.shape[-2:]) > 1:
+                found[f"{path}.{name}" if path else name] = parameter, parameter.dim() == 3 or name == "weight"
     return found

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from lisa_dist.models.layer_map import LayerMap
-from lisa_dist.models.matrices import weight_matrices
+from lisa_dist.models.matrices import unknown_matrices, weight_matrices
 
 
 class InputSquares:
@@ -51,6 +51,8 @@ class InputSquares:
                     handles.append(self._watch(module, f"{block_name}.{inside}"))
                 elif own_name == "down_proj":  # one hook sees all matrices of the experts
                     handles.append(self._watch_experts(module, f"{block_name}.{path}"))
+            for path, _, own_name in (name.rpartition(".") for name in unknown_matrices(block)):
+                self.unseen.add(f"{type(block.get_submodule(path)).__name__}.{own_name}")
         try:
             yield
         finally:
