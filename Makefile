@@ -1,4 +1,5 @@
 # make demo       set up .venv and train the demonstration on two CPU ranks
+# make check      format, lint, types, the import contract and unit tests: before each commit
 # make test       set up .venv and run the tests
 # make soak       the long tests: many kills, many switches, errors put into the code
 # make gpu-check  the tests that need a GPU, and the standing benchmark, on one GPU
@@ -12,11 +13,18 @@ RUN_DIR ?= runs/demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13 python3.14 python; do \
 	$$name -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
 
-.PHONY: demo test soak gpu-check install
+.PHONY: demo check test soak gpu-check install
 
 demo: $(INSTALLED)
 	$(BIN)/lisa-dist train parallel.nproc_per_node=2 run.dir=$(RUN_DIR)
 	$(BIN)/lisa-dist report run.dir=$(RUN_DIR)
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -m "not soak" tests/config tests/data tests/optim tests/sampling tests/telemetry
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not soak"

@@ -22,6 +22,11 @@ def test_wheel_works_away_from_the_checkout(tmp_path: Path) -> None:
     elsewhere.mkdir()
     groups = {str(file.relative_to(conf_dir())) for file in conf_dir().rglob("*.yaml")}
     assert {str(file.relative_to(installed / "lisa_dist/conf")) for file in installed.rglob("conf/**/*.yaml")} == groups
+    assert (installed / "lisa_dist" / "py.typed").is_file(), "else the types are not seen by who imports the package"
+    (license_file,) = installed.glob("*.dist-info/licenses/LICENSE")
+    assert license_file.read_bytes() == (CHECKOUT / "LICENSE").read_bytes()
+    (metadata,) = installed.glob("*.dist-info/METADATA")
+    assert "License-Expression: Apache-2.0\n" in metadata.read_text()
 
     def run(*arguments: str) -> str:
         environment = {**os.environ, "PYTHONPATH": str(installed)}

@@ -13,7 +13,7 @@ class ExportConfig:
     path: str | None = None  # the Hugging Face directory to write
     adapter: bool = False  # of LoRA updates: write the adapters alone, as a PEFT directory, instead of merging them
     dtype: str | None = None  # null: that of the model's own weights
-    max_shard_size: str = "5GB"
+    max_shard_size: str = "5GB"  # of a file of weights
     step: int | None = None  # which checkpoint; null: the newest
 
     def __post_init__(self) -> None:
@@ -40,7 +40,7 @@ class GenerateConfig:
     path: str | None = None  # a Hugging Face directory; null: the checkpoint of run.dir
     step: int | None = None  # which checkpoint of run.dir; null: the newest
     prompts: Any = field(default_factory=list)  # a list; or a file: one prompt a line, or JSON lines with "prompt"
-    max_new_tokens: int = 128
+    max_new_tokens: int = 128  # of an answer
     temperature: float = 0.0  # 0: greedy
     output: str | None = None  # a new file of JSON lines with prompt and answer; null: stdout, answers alone
 
@@ -63,7 +63,7 @@ class PlanConfig:
 @dataclass
 class BenchConfig:
     steps: int = 20  # measured steps of a method, after warm-up
-    warmup_steps: int = 3
+    warmup_steps: int = 3  # steps that are not measured, first of all
     rounds: int = 7  # the steps are made in so many rounds, each after a switch; compared methods take turns
     compare: list[str] = field(default_factory=list)  # methods in the same run; bare: a plain FSDP2 loop
     sweep: list[str] = field(default_factory=list)  # override lines measured one after the other
@@ -95,8 +95,8 @@ class LaunchConfig:
     tasks_per_node: int | None = None  # null: one a GPU; without GPUs parallel.nproc_per_node, or 1
     gpus_per_node: int = 0  # 0: CPU nodes
     time: str = "24:00:00"  # the limit of one start; the job goes on after it
-    partition: str | None = None
-    account: str | None = None
+    partition: str | None = None  # of Slurm; null: the default one
+    account: str | None = None  # that Slurm books the job to; null: the default one
     options: list[str] = field(default_factory=list)  # further sbatch options, such as --mem=100G
     container: str | None = None  # a file *.sif runs in apptainer, another image through pyxis
     script: str | None = None  # where the job script is written; null: in the run directory

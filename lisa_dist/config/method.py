@@ -14,7 +14,7 @@ class SamplerConfig:
 
     draws_once: ClassVar[bool] = False  # trains the same blocks in every period
 
-    name: str = "uniform"
+    name: str = "uniform"  # the sampler; sampler=NAME sets it together with what belongs to it
     active_layers: int | None = 2  # gamma: blocks trained in a period; only sampler=importance has a null
     period: int = 20  # K: optimizer steps between two draws
     seed: int | None = None  # of the draws; null: train.seed
@@ -215,7 +215,7 @@ class UpdateConfig:
     supports_step_in_backward: ClassVar[bool] = True  # optimizer.in_backward
     trains_whole_blocks: ClassVar[bool] = False  # nothing of an active block is frozen
 
-    name: str = "full_rank"
+    name: str = "full_rank"  # the update; update=NAME sets it together with what belongs to it
 
 
 @dataclass
@@ -237,7 +237,7 @@ class LowRankUpdateConfig(UpdateConfig):
 
     name: str = "low_rank"
     rank: int | None = None  # of the projections; null: preset_rank, cut to what a matrix has
-    preset_rank: int = 128
+    preset_rank: int = 128  # the rank where rank is null
     refresh_every: int = 200  # optimizer steps of a parameter between two projections (T)
     scale: float = 0.25  # of the update that is projected back (alpha)
     projector: str = "svd"  # svd (exact), randomized (subspace iterations from the last projection, far quicker)
@@ -258,7 +258,7 @@ class LoraUpdateConfig(UpdateConfig):
 
     name: str = "lora"
     rank: int | None = None  # of the adapters; null: preset_rank, cut to what the matrices have
-    preset_rank: int = 16
+    preset_rank: int = 16  # the rank where rank is null
     alpha: float = 32.0  # the adapter's product is scaled by alpha / rank
     dropout: float = 0.0  # of the adapter's input
     target_modules: list[str] = field(default_factory=list)  # linear layers, as q_proj; empty: all in the blocks

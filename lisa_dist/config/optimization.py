@@ -10,9 +10,9 @@ from lisa_dist.config.errors import UserError, check_at_least, check_choice, che
 @dataclass
 class OptimizerConfig:
     name: str = "adamw"  # adamw, adamw8bit
-    lr: float = 2e-5
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
+    lr: float = 2e-5  # the learning rate after the warm-up
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decay of the two moments
+    eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.0  # of every trained parameter that is no norm's and no bias
     decay_norms_and_biases: bool = False  # of these too; transformers' Trainer leaves them out
     grad_clip: float = 1.0  # largest global gradient norm; 0 turns clipping off
@@ -33,7 +33,7 @@ class OptimizerConfig:
 @dataclass
 class SchedulerConfig:
     name: str = "cosine"  # cosine, linear, constant
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # optimizer steps over which the learning rate rises from 0
     min_lr_ratio: float = 0.0  # the last learning rate as a share of the first
 
     def __post_init__(self) -> None:

@@ -1,15 +1,32 @@
-"""Lists every key with its default and meaning, read from the dataclasses themselves: for ``--help`` and the docs."""
+"""Lists every key with its default and meaning, read from the dataclasses themselves: for ``--help`` and the docs.
+
+``python -m lisa_dist.config.reference > docs/configuration.md`` writes the page of the docs anew.
+"""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
 
 from lisa_dist.config import Config
+from lisa_dist.config.loading import GROUPS, group_choices
 from lisa_dist.config.overrides import SCHEMAS
+
+INTRODUCTION = """# Configuration
+
+Every key with its type, its default and its meaning. This page is written by
+`python -m lisa_dist.config.reference > docs/configuration.md` from the dataclasses in `lisa_dist/config`: change those
+and run the command again. `lisa-dist COMMAND --help` shows the same keys in the terminal.
+
+A key is set as `KEY=VALUE`, a preset is chosen as `GROUP=NAME`. The defaults below are those of the dataclasses;
+a preset may set others, and `lisa-dist train --cfg job` prints what is in effect. A key that does not exist is refused.
+
+## Presets
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,18 +34,43 @@ class Key:
     """One key of the configuration, as the user writes it."""
 
     name: str
+    type: str  # as in Python, with null for None
     default: str
-    meaning: str  # the comment beside the field, empty where the name says it all
+    meaning: str  # the comment beside the field
 
 
 def keys_of(group: str) -> list[Key]:
     """Return the keys of one group; a sampler's or an update's own keys follow those that all of them share."""
-    keys = list(_keys(getattr(Config(), group), f"{group}."))
-    shared = {key.name for key in keys}
-    for name, schema in SCHEMAS.get(group, {}).items():
-        own = [key for key in _keys(schema(), f"{group}.") if key.name not in shared]
-        keys += [dataclasses.replace(key, meaning=f"{group}={name}: {key.meaning}".rstrip(": ")) for key in own]
+    keys = _shared_keys(group)
+    for name in SCHEMAS.get(group, {}):
+        own = _own_keys(group, name)
+        keys += [dataclasses.replace(key, meaning=f"{group}={name}: {key.meaning}") for key in own]
     return keys
+
+
+def page() -> str:
+    """Return docs/configuration.md: every preset, and every key with its type, default and meaning."""
+    presets = [[f"`{group}=NAME`", ", ".join(group_choices(group))] for group in GROUPS]
+    lines = [INTRODUCTION, *_table(["group", "presets"], presets)]
+    for field in dataclasses.fields(Config):
+        if not dataclasses.is_dataclass(getattr(Config(), field.name)):
+            continue
+        lines += ["", f"## {field.name}", "", *_key_table(_shared_keys(field.name))]
+        for name, schema in SCHEMAS.get(field.name, {}).items():
+            own = _own_keys(field.name, name)
+            lines += ["", f"### {field.name}={name}", "", _escaped(inspect.getdoc(schema) or "")]
+            lines += ["", *_key_table(own)] if own else []
+    return "\n".join(lines) + "\n"
+
+
+def _shared_keys(group: str) -> list[Key]:
+    return list(_keys(getattr(Config(), group), f"{group}."))
+
+
+def _own_keys(group: str, name: str) -> list[Key]:
+    """Return the keys that only one sampler or update has."""
+    shared = {key.name for key in _shared_keys(group)}
+    return [key for key in _keys(SCHEMAS[group][name](), f"{group}.") if key.name not in shared]
 
 
 def _keys(part: object, prefix: str) -> Iterator[Key]:
@@ -40,7 +82,8 @@ def _keys(part: object, prefix: str) -> Iterator[Key]:
             yield from _keys(value, f"{prefix}{field.name}.")
         else:
             meaning = field.metadata.get("meaning", comments.get(field.name, ""))
-            yield Key(prefix + field.name, _as_written(value), meaning)
+            type_name = str(field.type).replace(" | None", " or null")
+            yield Key(prefix + field.name, type_name, _as_written(value), meaning)
 
 
 def _comments(part: type) -> dict[str, str]:
@@ -67,3 +110,22 @@ def _as_written(value: object) -> str:
     if isinstance(value, list):
         return f"[{','.join(_as_written(item) for item in value)}]"
     return str(value)
+
+
+def _key_table(keys: list[Key]) -> list[str]:
+    rows = [[f"`{key.name}`", f"`{key.type}`", f"`{key.default}`", key.meaning] for key in keys]
+    return _table(["key", "type", "default", "meaning"], rows)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    cells = [head, ["---"] * len(head), *([_escaped(cell) for cell in row] for row in rows)]
+    return [f"| {' | '.join(row)} |" for row in cells]
+
+
+def _escaped(text: str) -> str:
+    """Return ``text`` for Markdown: what stands in backquotes as it is, else nothing of it a tag, emphasis or cell."""
+    return text if text.startswith("`") else re.sub(r"([<>*|~])", r"\\\1", text)
+
+
+if __name__ == "__main__":
+    print(page(), end="")

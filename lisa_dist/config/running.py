@@ -39,15 +39,15 @@ CheckpointConfig = dataclass(CheckpointConfig)  # type: ignore[misc]
 @dataclass
 class RunConfig:
     dir: str | None = None  # where everything of a run lies; null: runs/<run.name or date and time>
-    name: str | None = None
+    name: str | None = None  # for directory, loggers and job; null: run.dir's own, else date and time
 
 
 @dataclass
 class WandbConfig:
     mode: str = "online"  # online, offline
-    project: str = "lisa-dist"
-    entity: str | None = None
-    tags: list[str] = field(default_factory=list)
+    project: str = "lisa-dist"  # the project that the run belongs to
+    entity: str | None = None  # the team or account; null: the default one
+    tags: list[str] = field(default_factory=list)  # labels of the run
 
     def __post_init__(self) -> None:
         check_choice("logger.wandb.mode", self.mode, ["online", "offline"])
