@@ -54,6 +54,9 @@ class Marks:
         self.free_word = stem + "mk"  # one more word, for messages that are put in
         self.marks: list[Mark] = []
         self.marked = [self._mark(index, stem) for index in range(len(messages))]
+        self.of_message: dict[int, list[Mark]] = {}
+        for mark in self.marks:
+            self.of_message.setdefault(mark.message, []).append(mark)
         self.places: dict[str, list[int]] = {}  # by word; a template may repeat it
         self.known: set[int] = set()  # the messages whose marks change nothing else
         self.all_known = self._find(self.marked, set(range(len(messages))), whole, render)
@@ -69,7 +72,7 @@ class Marks:
 
     def of(self, index: int) -> list[Mark]:
         """Return the marks of a message."""
-        return [mark for mark in self.marks if mark.message == index]
+        return self.of_message.get(index, [])
 
     def lost(self) -> list[Mark]:
         """Return the marks of what the template leaves out."""

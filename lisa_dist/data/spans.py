@@ -9,6 +9,10 @@ comparing renderings, never by looking for the answer's text:
 
 Where renderings differ early (a thought that is left out once a question follows, a system message put into the last
 question), they are compared from a place that both have, which marks in the messages show.
+
+A prompt for every answer would take time quadratic in the turns. Where the template writes a constant to open an
+answer, the first prompt shows what all others have behind a message of the same role, and the whole is compared with
+that; where it does not agree, the answer's own prompt is rendered.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lisa_dist.data.formats import BadRowError, Conversation, Message
 from lisa_dist.data.marks import Mark, Marks, Place, insert, text_of
-from lisa_dist.data.template_texts import TemplateTexts, common_length
+from lisa_dist.data.template_texts import TemplateTexts, common_length, opens_by_a_constant
 from lisa_dist.data.tokenizer import render
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what data and templates call a message's thoughts
@@ -99,6 +103,8 @@ class _Search:
         self.whole = self.render(messages, prompt)
         self.marks = Marks(messages, self.whole, lambda marked: self.render_or_none(marked, prompt))
         self.words_lost = False
+        self.opens_alike = opens_by_a_constant(finder.tokenizer.get_chat_template(tools=tools))
+        self.rests: dict[tuple[str, str], tuple[str | None, str | None]] = {}
 
     def render(self, messages: list[Message], prompt: bool = False) -> str:
         return render(self.finder.tokenizer, messages, tools=self.tools, prompt=prompt)
@@ -169,6 +175,9 @@ class _Search:
     # Where an answer begins
 
     def _begin(self, index: int) -> int:
+        begin = self._begin_as_others(index)
+        if begin is not None:
+            return begin
         try:
             prompt = self.render(self.messages[:index], prompt=True)
         except TemplateError as error:
@@ -182,23 +191,39 @@ class _Search:
             context[: self.finder.texts.agreement(context, prompt)]
         ):  # all but the answer's opening
             return self._past(prompt, 0)
-        return self._begin_after_mark(index)
+        begin = self._begin_after_mark(index, *self._rests_before(index))
+        if begin is None:
+            raise BadRowError(
+                f"the chat template renders what comes before {self.name(index)} otherwise once messages follow, "
+                f"so it does not show where the answer begins"
+            )
+        return begin
 
-    def _begin_after_mark(self, index: int) -> int:
-        """Compare the prompt and the whole from the message before the answer on."""
-        before = index - 1
-        places = [place for mark in self.marks.of(before) for place in self.marks.places.get(mark.word, [])[:1]]
-        known = self.marks.with_marks_in(before)[:index]
-        prompt = self.marks.rest_after(before, self.render_or_none(known, prompt=True) or "")
-        context = self.marks.rest_after(before, self.render_or_none(known) or "")
+    def _begin_as_others(self, index: int) -> int | None:
+        """Where an answer begins by the prompt for an earlier one after the same role; None where it does not agree."""
+        message = self.messages[index - 1]
+        content = message.get("content")
+        if not self.opens_alike or index == 0 or message["role"] == "assistant" or not isinstance(content, str):
+            return None
+        alike = (message["role"], content[len(content.rstrip()) :])  # a mark stands before the blanks at the end
+        if alike not in self.rests:
+            self.rests[alike] = self._rests_before(index)
+        return self._begin_after_mark(index, *self.rests[alike])
+
+    def _rests_before(self, index: int) -> tuple[str | None, str | None]:
+        """Return what follows the mark of the message before an answer: in its prompt, and with no answer opened."""
+        known = self.marks.with_marks_in(index - 1)[:index]
+        prompt, context = self.render_or_none(known, prompt=True), self.render_or_none(known)
+        return self.marks.rest_after(index - 1, prompt or ""), self.marks.rest_after(index - 1, context or "")
+
+    def _begin_after_mark(self, index: int, prompt: str | None, context: str | None) -> int | None:
+        """Compare a prompt and the whole from the message before the answer on."""
+        places = [place for mark in self.marks.of(index - 1) for place in self.marks.places.get(mark.word, [])[:1]]
         if places and prompt is not None:
             agreed = self.finder.texts.agreement(prompt, self.whole[max(places) :])
             if agreed >= self.finder.texts.agreement(context or "", prompt):  # all that closes the message before
                 return self._past(prompt, max(places))
-        raise BadRowError(
-            f"the chat template renders what comes before {self.name(index)} otherwise once messages follow, "
-            f"so it does not show where the answer begins"
-        )
+        return None
 
     def _past(self, prompt: str, place: int) -> int:
         """Where the whole, from ``place`` on, ceases to agree with a prompt; blanks before its opening may differ."""

@@ -170,15 +170,33 @@ def test_what_the_template_never_renders_is_noted_once():
     assert list(words.left_out) == ["words"]
 
 
-def test_a_conversation_is_rendered_a_few_times_a_turn(monkeypatch):
-    tokenizer = tokenizer_with(shipped("qwen3"))
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "qwen3_5_think"])
+def test_a_conversation_is_rendered_a_few_times_whatever_its_length(name, monkeypatch):
+    tokenizer = tokenizer_with(shipped(name))
     finder = AnswerFinder(tokenizer)
     finder.find(Conversation(TWO))
-    calls = []
+    lengths = []
     render = tokenizer.apply_chat_template
-    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **k: calls.append(1) or render(*a, **k))
+    monkeypatch.setattr(
+        tokenizer, "apply_chat_template", lambda messages, **k: lengths.append(len(messages)) or render(messages, **k)
+    )
     finder.find(Conversation(TWO * 10))
-    assert len(calls) <= 2 + 20  # the whole, the whole with marks, and a prompt an answer
+    assert sorted(lengths)[-2:] == [40, 40]  # the whole, the whole with marks
+    assert sum(lengths[2:]) <= 10  # and the prompt of the first answer
+
+
+@pytest.mark.parametrize(
+    "name", ["nemotron_3_nano", "qwen3_5_think", "qwen3", "gemma4", "diffusion_gemma", "deepseekv3"]
+)
+def test_answers_begin_where_their_own_prompts_end(name, monkeypatch):
+    asked = [*TWO, user("Hot? /no_think"), answer("Cold."), user("<tool_response>\nx"), answer("<think>\n</think>b")]
+    called = [OSLO, answer("", tool_calls=[call("Oslo")]), result("rain"), answer("Rain."), *asked]
+    tokenizer = tokenizer_with(shipped(name))
+    for messages in (asked, asked[2:] + TWO, called):
+        found = AnswerFinder(tokenizer).find(Conversation(messages, [WEATHER]))
+        with monkeypatch.context() as patch:
+            patch.setattr("lisa_dist.data.spans.opens_by_a_constant", lambda template: False)
+            assert AnswerFinder(tokenizer).find(Conversation(messages, [WEATHER])) == found
 
 
 def chatml(contents: list[str]) -> tuple[str, list[tuple[int, int]]]:
