@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from lisa_dist import distributed
 from lisa_dist.config import Config
 from lisa_dist.data.batches import MicroBatch
-from lisa_dist.learner import begin_period, build_learner, load_initial_weights
-from lisa_dist.trainer import train_step
+from lisa_dist.method.module import begin_period, build_learner, load_initial_weights
+from lisa_dist.runtime import distributed
+from lisa_dist.training.loop import train_step
 
 ARCHITECTURE: dict[str, Any] = {
     "model_type": "llama",

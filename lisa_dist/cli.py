@@ -27,8 +27,8 @@ from lisa_dist.config.overrides import parse_overrides
 from lisa_dist.config.paths import local_path
 from lisa_dist.config.reference import keys_of
 from lisa_dist.config.run_directory import check_run_dir_is_free, resolve_run_dir
-from lisa_dist.environment import environment_rank, has_ranks
-from lisa_dist.signals import ignore_stop_signals, install_stop_handlers
+from lisa_dist.runtime.environment import environment_rank, has_ranks
+from lisa_dist.runtime.signals import ignore_stop_signals, install_stop_handlers
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ TRAINING_KEYS = (
 COMMANDS = {
     "train": Command(
         "trains; where no model is chosen, a small demonstration",
-        "lisa_dist.trainer:train",
+        "lisa_dist.training.loop:train",
         tuple(TRAINING_KEYS.split()),
         in_ranks=True,
     ),
@@ -61,7 +61,7 @@ COMMANDS = {
     ),
     "bench": Command(
         "measures tokens per second, the parts of a step and peak memory",
-        "lisa_dist.commands.bench:run",
+        "lisa_dist.commands.bench.command:run",
         ("bench", "model", "train", "parallel", "precision"),
         in_ranks=True,
     ),
@@ -226,7 +226,7 @@ def _multirun(name: str, overrides: list[str], config_dir: str | None) -> int:
         raise UserError(f"--multirun: sweeps train only, not {name}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or has_ranks():
         raise UserError("--multirun: must be started once and not in every rank, so without torchrun or srun")
-    return _function("lisa_dist.launching.sweep:run_sweep")(overrides, config_dir)
+    return _function("lisa_dist.launching.sweeps.run:run_sweep")(overrides, config_dir)
 
 
 def _function(address: str) -> Callable[..., Any]:

@@ -110,7 +110,7 @@ def test_train_starts_ranks_with_a_settled_run_directory(
     monkeypatch.chdir(tmp_path)
     assert main(["train", "run.name=first"]) == 7
     (address, config, entry) = calls[0]
-    assert (address, entry) == ("lisa_dist.launching.local:launch_ranks", "lisa_dist.trainer:train")
+    assert (address, entry) == ("lisa_dist.launching.local:launch_ranks", "lisa_dist.training.loop:train")
     assert config.run.dir == str(tmp_path / "runs" / "first")
     assert config.optimizer == load([]).optimizer
 
@@ -135,7 +135,7 @@ def test_a_rank_trains_in_its_own_process(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert main(["train", "train.seed=4"]) == 7
-    assert calls == [("lisa_dist.trainer:train", load(["train.seed=4"]))]
+    assert calls == [("lisa_dist.training.loop:train", load(["train.seed=4"]))]
     assert signals == ["installed", "ignored"]
 
 
@@ -192,7 +192,7 @@ def test_launch_slurm_gets_the_overrides_too(calls: list[tuple[Any, ...]]) -> No
 
 def test_multirun_goes_to_the_sweep(calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["train", "-m", "train.seed=1,2"]) == 7
-    assert calls == [("lisa_dist.launching.sweep:run_sweep", ["train.seed=1,2"], None)]
+    assert calls == [("lisa_dist.launching.sweeps.run:run_sweep", ["train.seed=1,2"], None)]
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["train", "-m", "train.seed=1,2"]) == 2
     assert len(calls) == 1

@@ -14,10 +14,10 @@ from lisa_dist.checkpoint.shards import write_safetensors
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.method import LoraUpdateConfig
+from lisa_dist.method.updates.lora import ADAPTER, adapter_config, merge, scaling_of
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.quantization import dequantize
-from lisa_dist.updates.lora import ADAPTER, adapter_config, merge, scaling_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 

@@ -29,7 +29,7 @@ from lisa_dist.models.architecture import (
     local_directory,
     read_architecture,
 )
-from lisa_dist.source_files import read_json_object
+from lisa_dist.runtime.files import read_json_object
 
 logger = logging.getLogger(__name__)
 

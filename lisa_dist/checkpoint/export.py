@@ -19,7 +19,7 @@ from lisa_dist.config import Config, UserError
 from lisa_dist.data.tokenizer import RUN_FOLDER
 from lisa_dist.models.architecture import CONFIG_FILE, build_meta_model, read_architecture
 from lisa_dist.models.conversion import export_conversion
-from lisa_dist.source_files import read_json_object
+from lisa_dist.runtime.files import read_json_object
 
 INDEX = "model.safetensors.index.json"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

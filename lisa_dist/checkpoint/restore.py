@@ -13,14 +13,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from lisa_dist import distributed
 from lisa_dist.checkpoint.differences import changed_data, refuse_other_data, refuse_other_moments
 from lisa_dist.checkpoint.manifest import MOMENTS, WEIGHTS, check_format, damage, list_checkpoints
 from lisa_dist.checkpoint.state import Progress, check_identity, hash_of_shapes, read_state, weight_tensors
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import to_yaml
-from lisa_dist.learner import Learner, adopt_trained, allocate
-from lisa_dist.redaction import hide_secrets
+from lisa_dist.method.module import Learner, adopt_trained, allocate
+from lisa_dist.runtime import distributed
+from lisa_dist.runtime.redaction import hide_secrets
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lisa_dist import distributed
 from lisa_dist.checkpoint.manifest import (
     CONFIG,
     MOMENTS,
@@ -31,7 +30,8 @@ from lisa_dist.checkpoint.shards import Piece, WrittenFile, own_pieces, write_pi
 from lisa_dist.checkpoint.staging import SideStream, StagingMemory
 from lisa_dist.checkpoint.state import Progress, state_of, weight_tensors
 from lisa_dist.config import CheckpointConfig
-from lisa_dist.learner import Learner
+from lisa_dist.method.module import Learner
+from lisa_dist.runtime import distributed
 from lisa_dist.telemetry.records import write_atomically
 
 logger = logging.getLogger(__name__)

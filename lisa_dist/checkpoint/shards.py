@@ -18,7 +18,7 @@ import torch
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 from torch.distributed.tensor import DTensor, Replicate
 
-from lisa_dist import distributed
+from lisa_dist.runtime import distributed
 
 DTYPES = {
     torch.float64: "F64",

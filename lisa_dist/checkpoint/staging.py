@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 import torch
 
-from lisa_dist import distributed
 from lisa_dist.checkpoint.shards import Piece
-from lisa_dist.telemetry.units import format_bytes
+from lisa_dist.runtime import distributed
+from lisa_dist.runtime.units import format_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 import transformers
 
-from lisa_dist import __version__, distributed
+from lisa_dist import __version__
 from lisa_dist.checkpoint.manifest import STATE, check_format
 from lisa_dist.config import UserError
-from lisa_dist.learner import Learner
-from lisa_dist.sharding.storage import reshard_all
+from lisa_dist.method.module import Learner
+from lisa_dist.runtime import distributed
+from lisa_dist.sharding.fsdp2 import reshard_all
 
 
 @dataclass

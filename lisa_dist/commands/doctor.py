@@ -19,13 +19,13 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from lisa_dist import distributed
 from lisa_dist.commands import self_test
 from lisa_dist.config import EXIT_DONE, EXIT_FAILED, Config, UserError
 from lisa_dist.config.paths import local_path
-from lisa_dist.environment import has_ranks
-from lisa_dist.preparation import open_tokenizer
-from lisa_dist.telemetry.units import GIB, format_bytes
+from lisa_dist.runtime import distributed
+from lisa_dist.runtime.environment import has_ranks
+from lisa_dist.runtime.units import GIB, format_bytes
+from lisa_dist.training.setup import open_tokenizer
 
 PACKAGE = "lisa-dist"
 LITTLE_DISK, NO_DISK = 20 * GIB, 1 * GIB  # below the first a warning, below the second broken

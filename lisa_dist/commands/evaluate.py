@@ -9,17 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lisa_dist import distributed
 from lisa_dist.commands.inference import OpenedModel, open_model
 from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.config.paths import local_path
 from lisa_dist.data.prepare import prepare_data, validation_split
 from lisa_dist.data.sequences import Sequences
 from lisa_dist.data.sources import has_subset
-from lisa_dist.preparation import make_batches
-from lisa_dist.probes import mean_loss
+from lisa_dist.method.probes import mean_loss
+from lisa_dist.runtime import distributed
 from lisa_dist.telemetry.logs import setup_logging
 from lisa_dist.telemetry.records import write_atomically
+from lisa_dist.training.setup import make_batches
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from lisa_dist import distributed
 from lisa_dist.commands.inference import open_model
 from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.config.paths import local_path
@@ -20,6 +19,7 @@ from lisa_dist.data.spans import AnswerFinder
 from lisa_dist.data.tokenizer import encode_prompt
 from lisa_dist.models.answering import answer
 from lisa_dist.models.architecture import local_directory
+from lisa_dist.runtime import distributed
 from lisa_dist.telemetry.logs import setup_logging
 
 TURN = "turn"  # stands for what is said, to see what the chat template ends an answer with

@@ -15,11 +15,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from lisa_dist import distributed
 from lisa_dist.commands.inference import OpenedModel
 from lisa_dist.config import EvaluateConfig, UserError
 from lisa_dist.config.errors import nearest
 from lisa_dist.models.answering import answer
+from lisa_dist.runtime import distributed
 
 LONGEST_ANSWER = 256  # tokens, where a task does not say
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lisa_dist import distributed
 from lisa_dist.checkpoint.description import described_model
 from lisa_dist.checkpoint.export import find_checkpoint
 from lisa_dist.checkpoint.manifest import step_of
@@ -16,10 +15,11 @@ from lisa_dist.checkpoint.state import read_state
 from lisa_dist.config import AlwaysActiveConfig, Config, UserError
 from lisa_dist.config.method import FullRankUpdateConfig, UniformSamplerConfig
 from lisa_dist.data.tokenizer import RUN_FOLDER, load_tokenizer
-from lisa_dist.learner import Learner, allocate, build_learner
+from lisa_dist.method.module import Learner, allocate, build_learner
 from lisa_dist.models.architecture import read_architecture
 from lisa_dist.models.loading import load_pretrained
-from lisa_dist.preparation import checkpoint_directory, open_tokenizer
+from lisa_dist.runtime import distributed
+from lisa_dist.training.setup import checkpoint_directory, open_tokenizer
 
 
 @dataclass

@@ -17,8 +17,8 @@ from lisa_dist.config.gpu import read_gpu
 from lisa_dist.config.loading import group_choices
 from lisa_dist.planning.changes import Plan, changes_that_fit, make_plan, search
 from lisa_dist.planning.simulation import micro_batches_per_step, num_ranks
+from lisa_dist.runtime.units import format_bytes, format_count, format_duration
 from lisa_dist.sharding.checkpointing_policy import RESERVED_BYTES
-from lisa_dist.telemetry.units import format_bytes, format_count, format_duration
 
 
 def run(config: Config) -> int:

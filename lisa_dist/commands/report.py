@@ -9,9 +9,8 @@ from typing import Any
 import yaml
 
 from lisa_dist.config import EXIT_DONE, Config, UserError
-from lisa_dist.telemetry.comparison import PAGE_FILE, write_comparison
-from lisa_dist.telemetry.page import Card, folded_text, render_page, table
-from lisa_dist.telemetry.plots import Period, Series, activity_heatmap, activity_shares, line_chart, moving_average
+from lisa_dist.launching.sweeps.comparison import PAGE_FILE, write_comparison
+from lisa_dist.runtime.units import format_bytes, format_count, format_duration
 from lisa_dist.telemetry.records import (
     LAYERS_FILE,
     METRICS_FILE,
@@ -21,7 +20,15 @@ from lisa_dist.telemetry.records import (
     read_summary,
     write_atomically,
 )
-from lisa_dist.telemetry.units import format_bytes, format_count, format_duration
+from lisa_dist.telemetry.reports.page import Card, folded_text, render_page, table
+from lisa_dist.telemetry.reports.plots import (
+    Period,
+    Series,
+    activity_heatmap,
+    activity_shares,
+    line_chart,
+    moving_average,
+)
 
 REPORT_FILE = "report.html"
 CONFIG_FILE = "config.yaml"

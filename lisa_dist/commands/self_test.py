@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lisa_dist import distributed
 from lisa_dist.checkpoint.manifest import checkpoint_name
 from lisa_dist.checkpoint.restore import restore_checkpoint
 from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.checkpoint.state import Progress, weight_tensors
 from lisa_dist.config import EXIT_DONE, Config, ModelConfig, RunConfig
 from lisa_dist.config.loading import to_yaml
-from lisa_dist.learner import Learner, begin_period, build_learner, load_initial_weights
-from lisa_dist.trainer import train_step
+from lisa_dist.method.module import Learner, begin_period, build_learner, load_initial_weights
+from lisa_dist.runtime import distributed
+from lisa_dist.training.loop import train_step
 
 ARCHITECTURE = {
     "model_type": "llama",

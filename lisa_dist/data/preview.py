@@ -15,7 +15,7 @@ from lisa_dist.config.paths import local_path
 from lisa_dist.data.encode import UNTRAINED
 from lisa_dist.data.prepare import PreparedData
 from lisa_dist.data.sequences import Sequences
-from lisa_dist.distributed import is_main
+from lisa_dist.runtime.distributed import is_main
 
 SAMPLES_IN_FILE = 3  # where data.preview does not say how many
 TRAINED_STYLE = "bold green"

@@ -16,7 +16,7 @@ from lisa_dist.config.errors import nearest
 from lisa_dist.config.paths import local_path, path_exists
 from lisa_dist.data.folders import find_files, find_split, subsets_of
 from lisa_dist.data.readers import READERS, BrokenRow, Row, kind_of, read_rows
-from lisa_dist.hub import stay_offline_where_unreachable
+from lisa_dist.runtime.hub import stay_offline_where_unreachable
 
 BUILTIN_PREFIX = "builtin:"
 SUFFIXES = list(READERS)

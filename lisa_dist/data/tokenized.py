@@ -25,7 +25,7 @@ from lisa_dist.data.formats import BadRowError, Conversation, Message, RowFormat
 from lisa_dist.data.readers import BrokenRow
 from lisa_dist.data.sources import Source, find_source
 from lisa_dist.data.tokenizer import FALLBACK_TEMPLATE, ensure_chat_template
-from lisa_dist.distributed import gather_objects, local_rank_zero_first
+from lisa_dist.runtime.distributed import gather_objects, local_rank_zero_first
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import nearest
 from lisa_dist.config.paths import local_path
-from lisa_dist.hub import stay_offline_where_unreachable
-from lisa_dist.source_files import check_is_whole
+from lisa_dist.runtime.files import check_is_whole
+from lisa_dist.runtime.hub import stay_offline_where_unreachable
 
 logger = logging.getLogger(__name__)
 

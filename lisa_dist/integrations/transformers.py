@@ -10,13 +10,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lisa_dist import distributed
-from lisa_dist.active_blocks import RankSynchronizedSampler
 from lisa_dist.config import AlwaysActiveConfig, SamplerConfig, UserError
 from lisa_dist.config.method import UniformSamplerConfig
+from lisa_dist.method.sampling import build_sampler
+from lisa_dist.method.switch import RankSynchronizedSampler
 from lisa_dist.models.layer_map import LayerMap, find_layers
-from lisa_dist.sampling import build_sampler
-from lisa_dist.sharding.storage import fsdp_groups, refresh_group, reshard_all
+from lisa_dist.runtime import distributed
+from lisa_dist.sharding.fsdp2 import fsdp_groups, refresh_group, reshard_all
 
 logger = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, Config, UserError
 from lisa_dist.launching.stop_watcher import StopWatcher
-from lisa_dist.redaction import hide_secrets
-from lisa_dist.signals import install_stop_handlers
+from lisa_dist.runtime.redaction import hide_secrets
+from lisa_dist.runtime.signals import install_stop_handlers
 from lisa_dist.telemetry.records import SUMMARY_FILE, read_summary, write_summary
 
 PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that this process gets when its parent dies
@@ -48,7 +48,7 @@ class Outcome:
     time: float  # seconds since the epoch
 
 
-def launch_ranks(config: Config, entry: str = "lisa_dist.trainer:train", log_dir: Path | None = None) -> int:
+def launch_ranks(config: Config, entry: str = "lisa_dist.training.loop:train", log_dir: Path | None = None) -> int:
     """Run ``entry`` on every rank of this machine and return the exit code of the whole.
 
     Args:

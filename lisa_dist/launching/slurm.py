@@ -18,8 +18,8 @@ from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, LaunchConfig, User
 from lisa_dist.config.overrides import path_override
 from lisa_dist.config.paths import local_path
 from lisa_dist.config.run_directory import check_run_dir_is_free, resolve_run_dir
-from lisa_dist.launching.sweep_jobs import list_jobs, read_sweep, unfinished
-from lisa_dist.telemetry.comparison import EXIT_CODE_FILE, JOBS_FILE, RESUME
+from lisa_dist.launching.sweeps.comparison import EXIT_CODE_FILE, JOBS_FILE, RESUME
+from lisa_dist.launching.sweeps.jobs import list_jobs, read_sweep, unfinished
 
 MARK = "# Written by lisa-dist launch slurm."
 SECONDS_TO_SAVE = 300  # before the time limit, or a quarter of a short limit

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from lisa_dist.config import EXIT_FAILED
-from lisa_dist.signals import STOP_SIGNALS
+from lisa_dist.runtime.signals import STOP_SIGNALS
 
 POLL_SECONDS = 0.1
 END = 0  # no signal has this number

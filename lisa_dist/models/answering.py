@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lisa_dist import distributed
+from lisa_dist.runtime import distributed
 
 
 @torch.no_grad()

@@ -18,9 +18,9 @@ from lisa_dist.config import ModelConfig, UserError
 from lisa_dist.config.errors import nearest
 from lisa_dist.config.model import BUILTIN_PREFIX
 from lisa_dist.config.paths import local_path
-from lisa_dist.hub import stay_offline_where_unreachable
 from lisa_dist.models.model_kinds import check_is_decoder
-from lisa_dist.source_files import read_json_object
+from lisa_dist.runtime.files import read_json_object
+from lisa_dist.runtime.hub import stay_offline_where_unreachable
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from lisa_dist import distributed
 from lisa_dist.config import ModelConfig, UserError
 from lisa_dist.models.architecture import build_meta_model, read_architecture
 from lisa_dist.models.conversion import Source, find_sources, join_tied, tied_names
 from lisa_dist.models.weight_files import SafetensorsDirectory, weights_directory
+from lisa_dist.runtime import distributed
 
 logger = logging.getLogger(__name__)
 

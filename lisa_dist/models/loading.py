@@ -18,12 +18,12 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
-from lisa_dist import distributed
 from lisa_dist.models.architecture import meta_replica
 from lisa_dist.models.conversion import Source, find_sources, join_tied
 from lisa_dist.models.inspection import check_experts, check_names, check_shape, named_state
 from lisa_dist.models.quantization import StagedTensors
 from lisa_dist.models.weight_files import SafetensorsDirectory, weights_directory
+from lisa_dist.runtime import distributed
 
 
 def load_pretrained(model: nn.Module, path: str | Path) -> list[str]:

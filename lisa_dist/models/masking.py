@@ -42,7 +42,7 @@ def install_position_handling(model: nn.Module, separation: Separation | None) -
 
     Where nothing is packed, and to a model that takes none, they are not given: each counts its tokens in its own way
     (RoBERTa from 2, others not at all), and that is what its weights know. Call it before ``fully_shard`` and after
-    :func:`~lisa_dist.models.loss_head.install_loss_head`.
+    :func:`~lisa_dist.objectives.chunked_head.install_loss_head`.
 
     Args:
         model: a causal language model.

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lisa_dist import distributed
 from lisa_dist.config import UserError
 from lisa_dist.models.masking import Separation, install_position_handling
 from lisa_dist.models.tiny_copy import FIRST_PLAIN_TOKEN, VOCABULARY, NoTinyCopyError, tiny_copy
+from lisa_dist.runtime import distributed
 
 SAMPLE_TOKENS = (21, 13)  # longer than the tiny copy's windows, and no multiple of them
 PADDING = 6

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lisa_dist.distributed import as_sharded, local_shard
+from lisa_dist.runtime.distributed import as_sharded, local_shard
 
 BLOCK = 64  # inputs of a row that share one scale in nf4, or the largest power of two below that divides them
 INT8_LARGEST = 127

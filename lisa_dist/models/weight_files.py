@@ -13,10 +13,10 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lisa_dist import distributed
 from lisa_dist.config import UserError
 from lisa_dist.models.architecture import local_directory
-from lisa_dist.source_files import check_is_whole, read_json_object
+from lisa_dist.runtime import distributed
+from lisa_dist.runtime.files import check_is_whole, read_json_object
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from lisa_dist.config.loading import vary
 from lisa_dist.planning.estimate import Estimate, estimate
 from lisa_dist.planning.prediction import predict
 from lisa_dist.planning.simulation import Trace, num_ranks
+from lisa_dist.runtime.units import GIB
 from lisa_dist.sharding.activation_checkpointing import KINDS
 from lisa_dist.sharding.checkpointing_policy import RESERVED_BYTES
-from lisa_dist.telemetry.units import GIB
 
 MOST_MICRO_BATCH = 1024
 MOST_NODES = 1024

@@ -16,18 +16,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
 from transformers import PretrainedConfig
 
-from lisa_dist import distributed
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.checks import check_accumulation, check_combinations
 from lisa_dist.config.method import FixedSamplerConfig
 from lisa_dist.data.batches import MicroBatch
-from lisa_dist.learner import Learner, adopt_trained, allocate, begin_period, build_learner, count_persistent_bytes
+from lisa_dist.method.module import (
+    Learner,
+    adopt_trained,
+    allocate,
+    begin_period,
+    build_learner,
+    count_persistent_bytes,
+)
+from lisa_dist.method.sampling import build_sampler
 from lisa_dist.models.architecture import CONFIG_FILE, local_directory, read_architecture
 from lisa_dist.models.inspection import ties_differ
 from lisa_dist.models.masking import mask_as_in_training
-from lisa_dist.sampling import build_sampler
+from lisa_dist.runtime import distributed
 from lisa_dist.sharding.ledger import Ledger, Work, sum_of_work
-from lisa_dist.trainer import train_step
+from lisa_dist.training.loop import train_step
 
 SWITCH = "switch of active blocks"
 MAX_SIMULATED_MICRO_BATCHES = 3  # the first, one like all in between, the last

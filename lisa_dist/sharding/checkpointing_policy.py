@@ -12,15 +12,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lisa_dist.config import Config
-from lisa_dist.distributed import local_shard
+from lisa_dist.method.updates import build_update
 from lisa_dist.models.architecture import original_class
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.masking import mask_as_in_training
+from lisa_dist.runtime.distributed import local_shard
+from lisa_dist.runtime.units import GIB, format_bytes
 from lisa_dist.sharding.activation_checkpointing import KINDS, OPERATIONS_PER_BYTE, Cost, choose, set_checkpointing
 from lisa_dist.sharding.ledger import Ledger
 from lisa_dist.sharding.wrapping_policy import ShardedModel, dtype_of, persistent_bytes
-from lisa_dist.telemetry.units import GIB, format_bytes
-from lisa_dist.updates import build_update
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from lisa_dist.distributed import local_shard
-from lisa_dist.sharding.storage import let_go_of_reduced
-from lisa_dist.updates import Trained, Update
+from lisa_dist.method.updates import Trained, Update
+from lisa_dist.runtime.distributed import local_shard
+from lisa_dist.sharding.fsdp2 import let_go_of_reduced
 
 HELD = (Shard(0), Replicate())  # a shard's rows, on every replica
 OWN = (Shard(0), Shard(0))  # of these, the rows of one replica

@@ -20,11 +20,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from lisa_dist import distributed
 from lisa_dist.config import AlwaysActiveConfig, ParallelConfig, PrecisionConfig
-from lisa_dist.distributed import local_shard
 from lisa_dist.models.layer_map import LayerMap
-from lisa_dist.sharding import storage
+from lisa_dist.runtime import distributed
+from lisa_dist.runtime.distributed import local_shard
+from lisa_dist.sharding import fsdp2
 from lisa_dist.sharding.masters import WorldMasters
 
 
@@ -116,7 +116,7 @@ def shard_model(
             if mesh.size() > 1:  # a lone rank divides by nothing anyway, but would copy every gradient to do so
                 module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    handles = storage.fsdp_parameters(model)
+    handles = fsdp2.fsdp_parameters(model)
     world = WorldMasters(mesh) if parallel.optimizer_shard == "world" and parallel.replicate > 1 else None
     offloads = parallel.offload == "frozen"
     return ShardedModel(model, layers, mesh, precision, handles, offloads, world, keeps_precision)
@@ -155,7 +155,7 @@ def materialize(sharded: ShardedModel, trained: Iterable[str], device: torch.dev
                 module._buffers[key] = torch.empty_like(buffer, device=device)
     if sharded.world is not None:
         sharded.world.by_name.clear()
-        storage.finish_initialization(sharded.module)
+        fsdp2.finish_initialization(sharded.module)
     _refresh_groups(sharded, sharded.handles)
 
 
@@ -182,7 +182,7 @@ def recast(
         seed = seed_of(name) if seed_of is not None else None
         if sharded.offloads_frozen and trained:
             shard = shard.to(distributed.device(), non_blocking=True)
-        shard = storage.convert(shard, dtype, seed)
+        shard = fsdp2.convert(shard, dtype, seed)
         if sharded.world is not None and trained:
             sharded.world.take(name, shard, fsdp_param.sharded_param)
             shard = shard.to(dtype_of(sharded.precision.compute))
@@ -196,9 +196,9 @@ def _store(sharded: ShardedModel, name: str, shard: torch.Tensor, trained: bool)
     """Put a parameter's shard in its place; a frozen one in host memory where frozen parameters live there."""
     fsdp_param, _ = sharded.handles[name]
     if sharded.offloads_frozen:
-        storage.place_on_host(fsdp_param, not trained, pin_memory=sharded.mesh.device_type == "cuda")
+        fsdp2.place_on_host(fsdp_param, not trained, pin_memory=sharded.mesh.device_type == "cuda")
         shard = shard if trained else shard.cpu()
-    storage.replace_shard(fsdp_param, shard, requires_grad=trained)
+    fsdp2.replace_shard(fsdp_param, shard, requires_grad=trained)
 
 
 @contextmanager
@@ -208,7 +208,7 @@ def also_trained(sharded: ShardedModel, names: Iterable[str]) -> Iterator[None]:
     Of one FSDP2 group all trainable parameters must then have one dtype, so name those of whole blocks.
     """
     names = [name for name in names if not sharded.parameter(name).requires_grad]
-    storage.reshard_all(sharded.module)
+    fsdp2.reshard_all(sharded.module)
     for name in names:
         sharded.parameter(name).requires_grad_(True)
     _refresh_groups(sharded, names)
@@ -219,7 +219,7 @@ def also_trained(sharded: ShardedModel, names: Iterable[str]) -> Iterator[None]:
     finally:
         if sharded.world is not None:
             sharded.world.receives_gradients = True
-        storage.reshard_all(sharded.module)
+        fsdp2.reshard_all(sharded.module)
         for name in names:
             sharded.parameter(name).requires_grad_(False).grad = None
         _refresh_groups(sharded, names)
@@ -229,7 +229,7 @@ def _refresh_groups(sharded: ShardedModel, names: Iterable[str]) -> None:
     with_masters = set() if sharded.world is None else {id(sharded.handles[name][1]) for name in sharded.world.by_name}
     groups = {id(sharded.handles[name][1]): sharded.handles[name][1] for name in names}
     for key, group in groups.items():
-        storage.refresh_group(group, dtype_of(sharded.precision.active) if key in with_masters else None)
+        fsdp2.refresh_group(group, dtype_of(sharded.precision.active) if key in with_masters else None)
 
 
 def persistent_bytes(sharded: ShardedModel) -> dict[str, int]:

@@ -8,8 +8,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from lisa_dist.distributed import rank
-from lisa_dist.redaction import RedactingFormatter
+from lisa_dist.runtime.distributed import rank
+from lisa_dist.runtime.redaction import RedactingFormatter
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 FOREIGN = ("transformers", "datasets", "huggingface_hub", "peft", "wandb", "torch")

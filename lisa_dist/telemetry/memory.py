@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from lisa_dist.distributed import device
-from lisa_dist.telemetry.units import GIB
+from lisa_dist.runtime.distributed import device
+from lisa_dist.runtime.units import GIB
 
 _STATUS = Path("/proc/self/status")
 

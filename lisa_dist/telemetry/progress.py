@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from lisa_dist.distributed import is_main
-from lisa_dist.telemetry.units import format_count, format_duration, format_ranges
+from lisa_dist.runtime.distributed import is_main
+from lisa_dist.runtime.units import format_count, format_duration, format_ranges
 
 logger = logging.getLogger(__name__)
 

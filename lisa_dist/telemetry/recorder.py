@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from lisa_dist.config import Config
-from lisa_dist.distributed import is_main
+from lisa_dist.runtime.distributed import is_main
 from lisa_dist.telemetry.memory import peak_memory_gib, reset_peak_memory
 from lisa_dist.telemetry.progress import ProgressDisplay
 from lisa_dist.telemetry.records import METRICS_FILE, MetricsWriter, Row, read_rows, read_summary, write_summary

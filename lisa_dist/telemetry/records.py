@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from lisa_dist.config import UserError
-from lisa_dist.distributed import is_main
-from lisa_dist.redaction import hide_secrets
+from lisa_dist.runtime.distributed import is_main
+from lisa_dist.runtime.redaction import hide_secrets
 
 METRICS_FILE = "metrics.jsonl"
 LAYERS_FILE = "layers.jsonl"

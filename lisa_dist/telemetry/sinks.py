@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lisa_dist.config import Config, UserError
-from lisa_dist.distributed import is_main
-from lisa_dist.redaction import hide_secrets_in
+from lisa_dist.runtime.distributed import is_main
+from lisa_dist.runtime.redaction import hide_secrets_in
 
 
 class Sink(Protocol):

@@ -15,12 +15,12 @@ from lisa_dist.checkpoint.export import export_checkpoint, find_checkpoint
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import load
+from lisa_dist.method.updates import build_update
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.quantization import quantize_linears
-from lisa_dist.updates import build_update
-from tests.checkpoint.runs import train
-from tests.models.families import tiny_config
+from tests.support.families import tiny_config
+from tests.support.runs import train
 
 IDS = torch.arange(3, 30)[None]
 

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lisa_dist import preparation
 from lisa_dist.checkpoint import description
 from lisa_dist.checkpoint.description import described_model, write_description, write_tokenizer
 from lisa_dist.checkpoint.export import export_checkpoint, find_checkpoint
@@ -22,9 +21,10 @@ from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.models.architecture import read_architecture
 from lisa_dist.models.inspection import pretrained_architecture
 from lisa_dist.planning.simulation import architecture_of
-from tests.checkpoint.runs import Kill, train
+from lisa_dist.training import setup as preparation
 from tests.checkpoint.test_adapters import make_run
-from tests.models.families import tiny_config
+from tests.support.families import tiny_config
+from tests.support.runs import Kill, train
 
 CONFIGURATION = "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
 MODELING = """

@@ -16,11 +16,11 @@ from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import load
 from lisa_dist.data.tokenizer import load_tokenizer
-from lisa_dist.learner import build_learner, load_initial_weights
+from lisa_dist.method.module import build_learner, load_initial_weights
 from lisa_dist.models.architecture import read_architecture
-from tests.checkpoint.runs import make_config, tensors_of, train
-from tests.private_memory import peak_private_bytes
-from tests.ranks import run_on_ranks
+from tests.support.private_memory import peak_private_bytes
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import make_config, tensors_of, train
 
 MIB = 2**20
 

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from lisa_dist import cli, distributed
-from lisa_dist.commands import bench
-from lisa_dist.commands.stopwatch import PeakMemory, spread_of
+from lisa_dist import cli
+from lisa_dist.commands.bench import command as bench
+from lisa_dist.commands.bench.stopwatch import PeakMemory, spread_of
 from lisa_dist.config import UserError
 from lisa_dist.config.loading import load, vary
-from lisa_dist.flops import attention_flops, parameter_flops_per_token, preset_rate
-from lisa_dist.learner import begin_period, build_learner, load_initial_weights
-from tests.ranks import run_on_ranks
+from lisa_dist.method.module import begin_period, build_learner, load_initial_weights
+from lisa_dist.runtime import distributed
+from lisa_dist.training.flops import attention_flops, parameter_flops_per_token, preset_rate
+from tests.support.ranks import run_on_ranks
 
 VOCABULARY, HIDDEN, INTERMEDIATE, BLOCKS, TOKENS = 96, 32, 48, 4, 24
 TINY = [
@@ -128,7 +129,7 @@ def test_ranks_log_beside_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     assert cli.main(["bench", *TINY]) == 0
     ((config, entry, logs),) = seen
-    assert (config.run.dir, entry) == (None, "lisa_dist.commands.bench:run")
+    assert (config.run.dir, entry) == (None, "lisa_dist.commands.bench.command:run")
     assert not logs.exists(), "logs of a bench that went well are not kept"
 
 

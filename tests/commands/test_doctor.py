@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from lisa_dist import cli, distributed
+from lisa_dist import cli
 from lisa_dist.commands import doctor, self_test
 from lisa_dist.config.loading import load
-from tests.ranks import run_on_ranks
+from lisa_dist.runtime import distributed
+from tests.support.ranks import run_on_ranks
 
 
 def test_a_machine_that_can_train_is_well(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

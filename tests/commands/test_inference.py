@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lisa_dist.commands import evaluate, export, generate
 from lisa_dist.config import UserError
 from lisa_dist.config.loading import load, load_run
-from lisa_dist.trainer import train
-from tests.data.templates import FAMILIES, NO_END, TEMPLATES, Template, tokenizer_with
-from tests.ranks import run_on_ranks
+from lisa_dist.training.loop import train
+from tests.support.ranks import run_on_ranks
+from tests.support.templates import FAMILIES, NO_END, TEMPLATES, Template, tokenizer_with
 
 QUESTIONS = ["sort 3 1 2", "Who are you?"]
 

@@ -9,7 +9,7 @@ from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import UserError
 from lisa_dist.data.batches import GlobalBatches, check_batch_sizes, label_tokens
 from lisa_dist.data.sequences import Sequences
-from tests.data.rows import make_rows
+from tests.support.rows import make_rows
 
 LENGTHS = [3 + (7 * row) % 11 for row in range(37)]
 

@@ -12,7 +12,7 @@ from lisa_dist.data.encode import Encoder
 from lisa_dist.data.formats import BadRowError, Conversation
 from lisa_dist.data.spans import AnswerFinder
 from lisa_dist.data.tokenizer import encode_prompt, ensure_chat_template, render
-from tests.data.templates import TEMPLATES, tokenizer_with, trained_runs
+from tests.support.templates import TEMPLATES, tokenizer_with, trained_runs
 
 CONVERSATION = [
     {"role": "user", "content": "What is the opposite of hot?"},

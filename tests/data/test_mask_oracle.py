@@ -15,8 +15,8 @@ from lisa_dist.data import load_tokenizer
 from lisa_dist.data.encode import Encoder
 from lisa_dist.data.formats import BadRowError, Conversation
 from lisa_dist.data.tokenizer import render
-from tests.data.conversations import CONVERSATIONS, in_parts
-from tests.data.templates import trained_runs
+from tests.support.conversations import CONVERSATIONS, in_parts
+from tests.support.templates import trained_runs
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 TEMPLATES = sorted(file.stem.removesuffix("_training") for file in FOLDER.glob("*_training.jinja"))

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lisa_dist.data.batches import GlobalBatches, label_tokens
 from lisa_dist.data.packing import pack
 from lisa_dist.data.sequences import Sequences
-from tests.data.rows import make_rows
+from tests.support.rows import make_rows
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,7 +12,7 @@ from lisa_dist.data.counts import DataCounts
 from lisa_dist.data.prepare import prepare_data, validation_split
 from lisa_dist.data.tokenized import tokenize
 from lisa_dist.data.tokenizer import load_tokenizer
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 ROWS = [{"prompt": f"What comes after {i}?", "completion": f"{i + 1}."} for i in range(20)]
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from lisa_dist.data.formats import BadRowError, Conversation
 from lisa_dist.data.spans import AnswerFinder
-from tests.data.conversations import CONVERSATIONS, OSLO, SYSTEM, WEATHER, answer, call, result, user
-from tests.data.templates import FAMILIES, NO_END, PREFILLED, TEMPLATES, Template, tokenizer_with
+from tests.support.conversations import CONVERSATIONS, OSLO, SYSTEM, WEATHER, answer, call, result, user
+from tests.support.templates import FAMILIES, NO_END, PREFILLED, TEMPLATES, Template, tokenizer_with
 
 TWO = [user("The opposite of hot?"), answer("Cold."), user("Cold."), answer("Hot.")]
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lisa_dist.data.template_texts import TemplateTexts, common_length, opens_by_a_constant
-from tests.data.templates import TEMPLATES, tokenizer_with
+from tests.support.templates import TEMPLATES, tokenizer_with
 
 
 @given(st.text(), st.text(), st.text())

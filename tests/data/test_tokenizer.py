@@ -10,7 +10,7 @@ from lisa_dist.config import UserError
 from lisa_dist.data.encode import Encoder
 from lisa_dist.data.formats import Conversation
 from lisa_dist.data.tokenizer import MODELS, encode_prompt, ensure_chat_template, load_tokenizer
-from tests.data.templates import trained_runs
+from tests.support.templates import trained_runs
 
 DEMO = MODELS / "demo"
 

@@ -11,8 +11,8 @@ import pytest
 
 from lisa_dist.config import Config, UserError
 from lisa_dist.telemetry.records import read_summary
-from tests.checkpoint.runs import STEPS, Kill, make_config, metrics, resuming, train, train_here
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import STEPS, Kill, make_config, metrics, resuming, train, train_here
 
 LAST_SAVED = 5
 

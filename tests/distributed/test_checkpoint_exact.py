@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lisa_dist.config import Config
-from tests.checkpoint.runs import PERIOD, STEPS, Kill, assert_same_run, make_config, train
+from tests.support.runs import PERIOD, STEPS, Kill, assert_same_run, make_config, train
 
 SEED = 20240611  # of the points drawn at random
 

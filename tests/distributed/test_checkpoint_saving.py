@@ -19,23 +19,16 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from lisa_dist import distributed
 from lisa_dist.checkpoint.manifest import checkpoint_name, damage, list_checkpoints
 from lisa_dist.checkpoint.save import CheckpointError, CheckpointSaver
 from lisa_dist.checkpoint.shards import Piece, WrittenFile, write_pieces
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config, UserError
+from lisa_dist.runtime import distributed
 from lisa_dist.telemetry.records import read_rows, read_summary
-from tests.checkpoint import runs
-from tests.checkpoint.runs import (
-    Kill,
-    assert_same_run,
-    resuming,
-    tensors_of,
-    train,
-    train_here,
-)
-from tests.ranks import run_on_ranks
+from tests.support import runs
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import Kill, assert_same_run, resuming, tensors_of, train, train_here
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 

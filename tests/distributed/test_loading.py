@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
-from tests.models.families import FAMILIES, tiny_config
-from tests.private_memory import peak_private_bytes
-from tests.ranks import run_on_ranks
+from tests.support.families import FAMILIES, tiny_config
+from tests.support.private_memory import peak_private_bytes
+from tests.support.ranks import run_on_ranks
 
 MIB = 1 << 20
 

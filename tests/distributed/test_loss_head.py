@@ -10,15 +10,15 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from lisa_dist import distributed
 from lisa_dist.config import ModelConfig, ParallelConfig, PrecisionConfig
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.loading import load_pretrained, restore_buffers
-from lisa_dist.models.loss_head import install_loss_head
+from lisa_dist.objectives.chunked_head import install_loss_head
+from lisa_dist.runtime import distributed
 from lisa_dist.sharding.wrapping_policy import materialize, shard_model
-from tests.models.families import FAMILIES, tiny_config
-from tests.ranks import run_on_ranks
+from tests.support.families import FAMILIES, tiny_config
+from tests.support.ranks import run_on_ranks
 
 ROWS_A_RANK = 2
 

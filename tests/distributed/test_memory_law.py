@@ -10,12 +10,12 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lisa_dist import distributed
-from lisa_dist.learner import Learner, begin_period, build_learner, load_initial_weights
-from lisa_dist.sharding import storage
-from lisa_dist.trainer import accumulate_gradients, train_step
+from lisa_dist.method.module import Learner, begin_period, build_learner, load_initial_weights
+from lisa_dist.runtime import distributed
+from lisa_dist.sharding import fsdp2
+from lisa_dist.training.loop import accumulate_gradients, train_step
 from tests.distributed.test_training import make_config, make_global_batches
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 BF16 = {"frozen": "bfloat16", "compute": "bfloat16"}
 
@@ -66,7 +66,7 @@ def check_that_all_is_explained(explained: set[int]) -> None:
 
 def account(learner: Learner, before: set[int]) -> dict[str, Any]:
     """Bytes by kind; no storage may be left that no kind explains."""
-    storage.reshard_all(learner.sharded.module)
+    fsdp2.reshard_all(learner.sharded.module)
     explained = explained_storages(learner)
     addresses = {address for kind in explained.values() for address in kind}
     check_that_all_is_explained(addresses | before)
@@ -137,7 +137,7 @@ def fifty_tiny_periods(frozen: str, on_freeze: str, replicate: int) -> dict[str,
     names = [name for block in range(5) for name in learner.sharded.block_parameters(block)]
 
     def shards() -> torch.Tensor:
-        storage.reshard_all(learner.sharded.module)
+        fsdp2.reshard_all(learner.sharded.module)
         return torch.cat([learner.sharded.parameter(name).detach().to_local().float().flatten() for name in names])
 
     # The weights are those that bf16 can hold, in every setting.

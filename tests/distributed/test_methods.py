@@ -13,13 +13,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lisa_dist import distributed
 from lisa_dist.config import Config
 from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS, AlwaysActiveConfig
-from lisa_dist.learner import begin_period, build_learner, load_initial_weights
+from lisa_dist.method.module import begin_period, build_learner, load_initial_weights
+from lisa_dist.method.optim.schedule import learning_rate
 from lisa_dist.models.quantization import dequantize
-from lisa_dist.optim.schedule import learning_rate
-from lisa_dist.trainer import train_step
+from lisa_dist.runtime import distributed
+from lisa_dist.training.loop import train_step
 from tests.distributed.test_training import (
     changed_by_step,
     full_parameters,
@@ -27,9 +27,9 @@ from tests.distributed.test_training import (
     make_global_batches,
     to_be_trained,
 )
-from tests.models.families import tiny_config
-from tests.plain_methods import PlainGaLore, train_by_hand
-from tests.ranks import run_on_ranks
+from tests.support.families import tiny_config
+from tests.support.plain_methods import PlainGaLore, train_by_hand
+from tests.support.ranks import run_on_ranks
 
 STEPS, BLOCKS, RANK = 6, 3, 5
 NONE_ALWAYS = AlwaysActiveConfig(embeddings=False, norm=False, head=False)

@@ -12,9 +12,10 @@ import torch
 from lisa_dist.checkpoint.manifest import list_checkpoints
 from lisa_dist.checkpoint.restore import restore_checkpoint
 from lisa_dist.config import Config
-from lisa_dist.learner import build_learner
+from lisa_dist.method.module import build_learner
 from lisa_dist.telemetry.records import read_rows
-from tests.checkpoint.runs import (
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import (
     PERIOD,
     STEPS,
     Kill,
@@ -25,7 +26,6 @@ from tests.checkpoint.runs import (
     train,
     train_here,
 )
-from tests.ranks import run_on_ranks
 
 PAIRS = {
     "ist": ["method=ist"],

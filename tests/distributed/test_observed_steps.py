@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from lisa_dist import distributed
 from lisa_dist.config import Config
 from lisa_dist.config.method import BanditSamplerConfig, LowRankUpdateConfig
-from lisa_dist.learner import begin_period, build_learner, load_initial_weights
-from lisa_dist.trainer import train_step
-from tests.checkpoint import runs
+from lisa_dist.method.module import begin_period, build_learner, load_initial_weights
+from lisa_dist.runtime import distributed
+from lisa_dist.training.loop import train_step
 from tests.distributed.test_methods import plain_model
 from tests.distributed.test_training import full_parameters, make_config, make_global_batches
-from tests.plain_methods import mean_loss
-from tests.ranks import run_on_ranks
+from tests.support import runs
+from tests.support.plain_methods import mean_loss
+from tests.support.ranks import run_on_ranks
 
 RANKS = 4
 STEPS = [step[:RANKS] for step in make_global_batches(4)]  # one sequence a rank

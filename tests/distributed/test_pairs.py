@@ -17,18 +17,18 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from lisa_dist import distributed
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.checks import check_combinations
 from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS
-from lisa_dist.learner import begin_period, build_learner, load_initial_weights
+from lisa_dist.method.module import begin_period, build_learner, load_initial_weights
+from lisa_dist.method.optim.schedule import learning_rate
 from lisa_dist.models.quantization import dequantize
-from lisa_dist.optim.schedule import learning_rate
-from lisa_dist.trainer import train_step
+from lisa_dist.runtime import distributed
+from lisa_dist.training.loop import train_step
 from tests.distributed.test_methods import adam, plain_model
 from tests.distributed.test_training import full_parameters, make_config, make_global_batches
-from tests.plain_methods import Batch, PlainAdamW, PlainGaLore, train_by_hand
-from tests.ranks import run_on_ranks
+from tests.support.plain_methods import Batch, PlainAdamW, PlainGaLore, train_by_hand
+from tests.support.ranks import run_on_ranks
 
 BLOCKS, STEPS, PERIOD = 2, 6, 2
 RANK, ALPHA, ADAPTED = 3, 5.0, ["q_proj", "down_proj"]

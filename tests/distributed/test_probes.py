@@ -13,14 +13,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lisa_dist import distributed, probes
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS
-from lisa_dist.learner import Learner, begin_period, build_learner, load_initial_weights
+from lisa_dist.method import probes
+from lisa_dist.method.module import Learner, begin_period, build_learner, load_initial_weights
+from lisa_dist.runtime import distributed
 from tests.distributed.test_training import full_parameters, make_config, make_global_batches
-from tests.models.families import tiny_config
-from tests.plain_methods import mean_loss
-from tests.ranks import run_on_ranks
+from tests.support.families import tiny_config
+from tests.support.plain_methods import mean_loss
+from tests.support.ranks import run_on_ranks
 
 BLOCKS, BATCHES, THRESHOLD, FACTOR = 3, 2, 2.0, 0.25
 SETS = [[0, 2], [1]]

@@ -11,14 +11,14 @@ from unittest import mock
 
 import pytest
 
-from lisa_dist import trainer
 from lisa_dist.checkpoint.export import find_checkpoint
 from lisa_dist.checkpoint.manifest import list_checkpoints
 from lisa_dist.config import Config, UserError
 from lisa_dist.data.tokenizer import MODELS
 from lisa_dist.telemetry.records import read_rows
-from tests.checkpoint.runs import Kill, final_state, make_config, resuming, train_here
-from tests.ranks import run_on_ranks
+from lisa_dist.training import loop as trainer
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import Kill, final_state, make_config, resuming, train_here
 
 ROWS = 20
 START = ["train.max_steps=2", "train.global_batch_size=4", "data.sequence_length=32", "sampler.period=2"]

@@ -11,18 +11,18 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lisa_dist import distributed
-from lisa_dist.active_blocks import DisagreementError, RankSynchronizedSampler, checksum, verify_agreement
 from lisa_dist.config import Config
 from lisa_dist.config.method import UniformSamplerConfig
-from lisa_dist.learner import Learner, begin_period, build_learner, count_persistent_bytes, load_initial_weights
-from lisa_dist.optim.schedule import learning_rate
-from lisa_dist.sampling import build_sampler
-from lisa_dist.sharding import storage
-from lisa_dist.trainer import accumulate_gradients, train_step
-from tests.models.families import FAMILIES, tiny_config
-from tests.plain_lisa import train_plainly
-from tests.ranks import run_on_ranks
+from lisa_dist.method.module import Learner, begin_period, build_learner, count_persistent_bytes, load_initial_weights
+from lisa_dist.method.optim.schedule import learning_rate
+from lisa_dist.method.sampling import build_sampler
+from lisa_dist.method.switch import DisagreementError, RankSynchronizedSampler, checksum, verify_agreement
+from lisa_dist.runtime import distributed
+from lisa_dist.sharding import fsdp2
+from lisa_dist.training.loop import accumulate_gradients, train_step
+from tests.support.families import FAMILIES, tiny_config
+from tests.support.plain_lisa import train_plainly
+from tests.support.ranks import run_on_ranks
 
 # No size is divisible by two ranks, let alone by four.
 ARCHITECTURE = {
@@ -77,7 +77,7 @@ def make_global_batches(steps: int = STEPS) -> list[list[dict[str, torch.Tensor]
 
 def full_parameters(learner: Learner) -> dict[str, torch.Tensor]:
     """All parameters, whole, in fp32. Collective."""
-    storage.reshard_all(learner.sharded.module)
+    fsdp2.reshard_all(learner.sharded.module)
     gathered = {}
     for name in learner.sharded.handles:
         parameter = learner.sharded.master(name).detach()
@@ -90,7 +90,7 @@ def changed_by_step(learner: Learner, micro_batches: list[dict[str, torch.Tensor
     """Make a step; the names of the parameters of which this rank's part is another one afterwards. Collective."""
 
     def parts() -> dict[str, torch.Tensor]:
-        storage.reshard_all(learner.sharded.module)
+        fsdp2.reshard_all(learner.sharded.module)
         names = learner.sharded.handles
         return {name: distributed.local_shard(learner.sharded.master(name).detach()).clone() for name in names}
 
@@ -122,7 +122,7 @@ def train_on_rank(config: Config, steps: int = STEPS) -> dict[str, Any]:
             begin_period(learner, step // config.sampler.period)
             draws.append(list(learner.active.blocks))
             groups = {id(group): group for _, group in learner.sharded.handles.values()}
-            reduce_dtypes.append({storage.reduce_dtype(group) for group in groups.values()} - {None})
+            reduce_dtypes.append({fsdp2.reduce_dtype(group) for group in groups.values()} - {None})
         mine = micro_batches[distributed.rank() :: distributed.world_size()]
         losses.append(train_step(learner, mine, step, steps).loss)
         bytes_counted.append(learner.optimizer.state_bytes())
@@ -228,7 +228,7 @@ def storage_over_periods(config: Config) -> list[dict[str, Any]]:
             }
         )
         learner.optimizer.step(1e-3)
-        storage.reshard_all(learner.sharded.module)
+        fsdp2.reshard_all(learner.sharded.module)
         seen[-1]["frozen_bits_kept"] = all(
             torch.equal(before[name], p.to_local()) for name, p in parameters.items() if name not in trained
         )

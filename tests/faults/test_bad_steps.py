@@ -12,13 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lisa_dist import distributed, trainer
 from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import Config, TrainConfig
-from lisa_dist.faults import LossSpikeError, NonFiniteError, is_spike
+from lisa_dist.runtime import distributed
 from lisa_dist.telemetry.records import read_summary
-from tests.checkpoint import runs
-from tests.checkpoint.runs import (
+from lisa_dist.training import loop as trainer
+from lisa_dist.training.recovery import LossSpikeError, NonFiniteError, is_spike
+from tests.support import runs
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import (
     STEPS,
     Kill,
     assert_same_run,
@@ -29,7 +31,6 @@ from tests.checkpoint.runs import (
     tensors_of,
     train_here,
 )
-from tests.ranks import run_on_ranks
 
 
 def make_config(run_dir: Path, *overrides: str) -> Config:

@@ -16,8 +16,8 @@ import pytest
 from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from lisa_dist.config.loading import load
 from lisa_dist.telemetry.records import read_summary
-from tests.checkpoint.runs import assert_same_run, train
-from tests.faults.processes import OVERRIDES, PATIENCE, Launched, last_step, wait_until
+from tests.support.processes import OVERRIDES, PATIENCE, Launched, last_step, wait_until
+from tests.support.runs import assert_same_run, train
 
 RESUME = "checkpoint.resume=auto"
 KILLS, SEED = 100, 7  # of the soak
@@ -88,7 +88,7 @@ def test_torchrun_brings_a_run_back_by_itself(tmp_path: Path) -> None:
     settings = ("train.max_steps=6", "checkpoint.every=2")
     run_dir = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    program = [*torchrun, "--max-restarts=1", "--monitor-interval=0.1", "-m", "tests.faults.dying", "train"]
+    program = [*torchrun, "--max-restarts=1", "--monitor-interval=0.1", "-m", "tests.support.dying", "train"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (tmp_path / "output").open("w") as output:
         run = subprocess.Popen(

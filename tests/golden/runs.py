@@ -16,12 +16,12 @@ from typing import Any
 import torch
 import transformers
 
-from lisa_dist import trainer
 from lisa_dist.config import Config
 from lisa_dist.config.loading import load
 from lisa_dist.telemetry.records import read_rows
-from tests.checkpoint.runs import final_tensors
-from tests.ranks import run_on_ranks
+from lisa_dist.training import loop as trainer
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import final_tensors
 
 FILE = Path(__file__).with_name("golden.json")
 STEPS = 8

@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from lisa_dist import distributed
-from lisa_dist.commands import bench, self_test
+from lisa_dist.commands import self_test
+from lisa_dist.commands.bench import command as bench
 from lisa_dist.config import Config, ParallelConfig
 from lisa_dist.config.loading import load
-from lisa_dist.learner import begin_period, build_learner, count_persistent_bytes, load_initial_weights
-from lisa_dist.models.loss_head import ChunkedCrossEntropy, LogitTransform, liger_cross_entropy
-from lisa_dist.sharding import storage
-from lisa_dist.trainer import accumulate_gradients, train_step
+from lisa_dist.method.module import begin_period, build_learner, count_persistent_bytes, load_initial_weights
+from lisa_dist.objectives.chunked_head import ChunkedCrossEntropy, LogitTransform, liger_cross_entropy
+from lisa_dist.runtime import distributed
+from lisa_dist.sharding import fsdp2
+from lisa_dist.training.loop import accumulate_gradients, train_step
 from tests.distributed.test_training import (
     PERIOD,
     STEPS,
@@ -68,7 +69,7 @@ def train_here(config: Config) -> dict[str, Any]:
             begin_period(learner, step // PERIOD)
             draws.append(list(learner.active.blocks))
             groups = {id(group): group for _, group in learner.sharded.handles.values()}
-            dtypes.append({storage.reduce_dtype(group) for group in groups.values()} - {None})
+            dtypes.append({fsdp2.reduce_dtype(group) for group in groups.values()} - {None})
         losses.append(train_step(learner, micro_batches, step, STEPS).loss)
     final = {name: tensor.cpu() for name, tensor in full_parameters(learner).items()}
     return {"initial": initial, "final": final, "losses": losses, "draws": draws, "dtypes": dtypes}
@@ -104,7 +105,7 @@ def test_persistent_bytes_obey_the_law_and_the_allocator_holds_little_more() -> 
         frozen = sum(learner.sharded.parameter(name).numel() for name in learner.sharded.handles) - trained
         counted = sum(count_persistent_bytes(learner).values())
         assert counted == 2 * frozen + 16 * trained
-        storage.reshard_all(learner.sharded.module)
+        fsdp2.reshard_all(learner.sharded.module)
         held = torch.cuda.memory_allocated() - before
         assert held < 1.05 * counted, f"period {period}: {held} bytes are held, {counted} are accounted for"
         learner.optimizer.drop_gradients()

@@ -12,13 +12,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lisa_dist import distributed
 from lisa_dist.config import AlwaysActiveConfig, SamplerConfig, UserError
 from lisa_dist.config.method import BanditSamplerConfig, OutlierSamplerConfig, SweepSamplerConfig, UniformSamplerConfig
 from lisa_dist.integrations.transformers import RECORD, LisaCallback
-from lisa_dist.sampling import build_sampler
-from tests.models.families import tiny_config
-from tests.ranks import run_on_ranks
+from lisa_dist.method.sampling import build_sampler
+from lisa_dist.runtime import distributed
+from tests.support.families import tiny_config
+from tests.support.ranks import run_on_ranks
 
 BLOCKS, PERIOD = 4, 2
 

@@ -17,7 +17,7 @@ import pytest
 from lisa_dist.config import Config, ParallelConfig, RunConfig, UserError
 from lisa_dist.launching.local import count_local_ranks, launch_ranks
 
-PROGRAMS = "tests.launching.programs"
+PROGRAMS = "tests.support.programs"
 PATIENCE = 600  # seconds for what hangs
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching.tiny import TINY, free_ports, held, read_summary, rows_of_steps
+from tests.support.tiny import TINY, free_ports, held, read_summary, rows_of_steps
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "torchrun_node.sh"
 PATIENCE = 600  # seconds for what hangs

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from lisa_dist.config import ModelConfig, UserError
 from lisa_dist.models.architecture import build_meta_model, local_directory, meta_replica, read_architecture
-from tests.models.families import tiny_config
+from tests.support.families import tiny_config
 
 TINY = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16}
 

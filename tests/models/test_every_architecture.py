@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models.every_architecture import architectures, examine, table
+from tests.support.every_architecture import architectures, examine, table
 
 PAGE = Path(__file__).parents[2] / "docs" / "packing.md"
 
@@ -20,4 +20,4 @@ def test_every_architecture_is_what_the_docs_say() -> None:
         assert outcome.causal is not False, outcome
         assert outcome.loss_error is None or outcome.loss_error < 1e-4, outcome
     assert sum(outcome.loss_error is not None for outcome in outcomes) > 130
-    assert table(outcomes) in PAGE.read_text(), "python -m tests.models.every_architecture prints the table"
+    assert table(outcomes) in PAGE.read_text(), "python -m tests.support.every_architecture prints the table"

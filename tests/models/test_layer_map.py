@@ -8,7 +8,7 @@ from torch import nn
 from lisa_dist.config import ModelConfig, UserError
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import LayerMap, find_layers
-from tests.models.families import FAMILIES, tiny_config
+from tests.support.families import FAMILIES, tiny_config
 
 STACKS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}  # all others: model.layers
 TIED = {"qwen2", "gemma", "gemma2", "gemma3", "gpt2"}

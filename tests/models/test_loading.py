@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from lisa_dist.config import UserError
 from lisa_dist.models.conversion import export_conversion
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
-from tests.models.families import FAMILIES, tiny_config
+from tests.support.families import FAMILIES, tiny_config
 
 transformers_logging.disable_progress_bar()
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.matrix_inputs import InputSquares
 from lisa_dist.models.tiny_copy import tiny_copy
-from tests.models.every_architecture import FIELDS
+from tests.support.every_architecture import FIELDS
 
 
 @pytest.mark.parametrize(

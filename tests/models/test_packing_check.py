@@ -10,15 +10,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lisa_dist.config import Config, DataConfig, ModelConfig, UserError
-from lisa_dist.learner import separate_packed_samples
+from lisa_dist.method.module import separate_packed_samples
 from lisa_dist.models import packing_check
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
-from lisa_dist.models.loss_head import install_loss_head
 from lisa_dist.models.masking import install_position_handling
 from lisa_dist.models.packing_check import find_separation
 from lisa_dist.models.tiny_copy import NoTinyCopyError, tiny_copy
-from tests.models.families import FAMILIES, tiny_config
+from lisa_dist.objectives.chunked_head import install_loss_head
+from tests.support.families import FAMILIES, tiny_config
 
 # Published sizes, or nearly: what is tried is the tiny copy that the check makes of them.
 WITHOUT_POSITIONS: dict[str, dict[str, Any]] = {

@@ -23,7 +23,7 @@ class Mutation:
 TRAINING, METHODS = "distributed/test_training.py", "distributed/test_methods.py"
 SAVING = "distributed/test_checkpoint_saving.py"
 THREE_PERIODS = f"{TRAINING}::test_three_periods_equal_plain_pytorch"
-RESUMED = "optim/test_active_optimizer.py::test_state_that_waits_is_in_the_checkpoint"
+RESUMED = "method/optim/test_active_optimizer.py::test_state_that_waits_is_in_the_checkpoint"
 MEMORY_LAW = f"{TRAINING}::test_memory_law_holds_on_every_rank_after_every_switch[2]"
 
 WRITTEN = "self.failure = self._agree(lambda: files.update(_write_own_files(snapshot, partial)), snapshot.step)"
@@ -31,14 +31,14 @@ WRITTEN = "self.failure = self._agree(lambda: files.update(_write_own_files(snap
 STEP = [
     Mutation(
         "the optimizer makes no step",
-        "optim/active_optimizer.py",
+        "method/optim/active_optimizer.py",
         "self._adamw.step()",
         "pass",
         f"{TRAINING}::test_every_family_trains_two_periods[llama]",
     ),
     Mutation(
         "no optimizer step, seen with every sampler",
-        "optim/active_optimizer.py",
+        "method/optim/active_optimizer.py",
         "self._adamw.step()",
         "pass",
         f"{METHODS}::test_every_sampler_goes_with_every_update[full_rank]",
@@ -52,21 +52,21 @@ STEP = [
     ),
     Mutation(
         "gradients are clipped before they are divided by the label tokens",
-        "optim/clipping.py",
+        "method/optim/clipping.py",
         "max_norm / (norms[0] + 1e-6)",
         "max_norm / (label_tokens * norms[0] + 1e-6)",
         f"{THREE_PERIODS}[False-1]",
     ),
     Mutation(
         "a rank clips by the norm of its own shards",
-        "optim/clipping.py",
+        "method/optim/clipping.py",
         "norms = _over_ranks(own, gradients[0])",
         "norms = own",
         f"{THREE_PERIODS}[False-2]",
     ),
     Mutation(
         "the loss is divided by a rank's own label tokens",
-        "trainer.py",
+        "training/loop.py",
         "max(tokens, 1), config.optimizer.grad_clip",
         "max(local_tokens * distributed.world_size(), 1), config.optimizer.grad_clip",
         f"{THREE_PERIODS}[False-2]",
@@ -80,42 +80,42 @@ STEP = [
     ),
     Mutation(
         "the learning rate is that of the next step",
-        "trainer.py",
+        "training/loop.py",
         "lr = learning_rate(config.scheduler, config.optimizer.lr, step, max_steps)",
         "lr = learning_rate(config.scheduler, config.optimizer.lr, step + 1, max_steps)",
         f"{THREE_PERIODS}[False-1]",
     ),
     Mutation(
         "warm-up begins at zero, a step late",
-        "optim/schedule.py",
+        "method/optim/schedule.py",
         "return base * (step + 1) / config.warmup_steps",
         "return base * step / config.warmup_steps",
-        "optim/test_schedule.py",
+        "method/optim/test_schedule.py",
     ),
     Mutation(
         "a step that is not finite is made all the same",
-        "trainer.py",
+        "training/loop.py",
         "        if finite:\n",
         "        if True:\n",
         "faults/test_bad_steps.py::test_a_left_out_step_changes_nothing",
     ),
     Mutation(
         "dropout is not seeded anew at each step",
-        "trainer.py",
+        "training/loop.py",
         "torch.manual_seed(hash((config.train.seed, step, distributed.rank())) % 2**63)",
         "pass",
         RESUMED,
     ),
     Mutation(
         "a signal is ignored",
-        "trainer.py",
+        "training/loop.py",
         "stop = stop_requested() or run.checkpoints.must_stop()",
         "stop = run.checkpoints.must_stop()",
-        "launching/test_sweep.py::test_failed_and_stopped_jobs_go_on_when_the_sweep_is_run_again",
+        "launching/sweeps/test_run.py::test_failed_and_stopped_jobs_go_on_when_the_sweep_is_run_again",
     ),
     Mutation(
         "after a spike the run goes back and trains on the same batch again",
-        "faults.py",
+        "training/recovery.py",
         "progress.left_out.append(stretch)",
         "progress.left_out.append([0, 0])",
         "faults/test_bad_steps.py::test_a_spike_takes_the_run_back_without_its_batch",
@@ -125,14 +125,14 @@ STEP = [
 SWITCH = [
     Mutation(
         "the state of a frozen block is not released",
-        "optim/active_optimizer.py",
+        "method/optim/active_optimizer.py",
         "self._adamw.state.pop(entry.target, None)",
         "pass",
         "distributed/test_memory_law.py::test_every_byte_is_explained_and_nothing_grows_over_ten_periods",
     ),
     Mutation(
         "a block that is drawn twice running starts anew",
-        "active_blocks.py",
+        "method/switch.py",
         "leaving = [block for block in active.blocks if block not in blocks]\n"
         "    entering = [block for block in blocks if block not in active.blocks]",
         "leaving, entering = list(active.blocks), list(blocks)",
@@ -154,21 +154,21 @@ SWITCH = [
     ),
     Mutation(
         "masters are rounded to nearest when their block is frozen",
-        "sharding/storage.py",
+        "sharding/fsdp2.py",
         "return round_stochastically(values, seed)",
         "return values.to(dtype)",
         "distributed/test_memory_law.py::test_stochastic_rounding_keeps_updates_that_nearest_loses",
     ),
     Mutation(
         "the rounding noise is the same in every period",
-        "sharding/storage.py",
+        "sharding/fsdp2.py",
         'f"{seed}/{period}/{name}/{shard_index}"',
         'f"{seed}/{name}/{shard_index}"',
-        "sharding/test_storage.py::test_noise_depends_on_every_part_of_its_key",
+        "sharding/test_fsdp2.py::test_noise_depends_on_every_part_of_its_key",
     ),
     Mutation(
         "every rank draws for itself",
-        "active_blocks.py",
+        "method/switch.py",
         "drawn = self.sampler.draw(period) if distributed.is_main() else None\n"
         "        message = distributed.broadcast_object(None if drawn is None else (drawn, checksum(period, drawn)))",
         "drawn = self.sampler.draw(period)\n        message = (drawn, checksum(period, drawn))",
@@ -176,7 +176,7 @@ SWITCH = [
     ),
     Mutation(
         "FSDP2 keeps the dtypes that it read at first",
-        "sharding/storage.py",
+        "sharding/fsdp2.py",
         "group._init_mp_dtypes()",
         "pass",
         f"{TRAINING}::test_bf16_storage_follows_the_fp32_losses_and_reduces_in_fp32",
@@ -204,21 +204,21 @@ SWITCH = [
     ),
     Mutation(
         "the gradient of B in LoRA-FA is not corrected",
-        "updates/lora.py",
+        "method/updates/lora.py",
         "gradient.copy_(gradient.float() @ self.corrections[name])",
         "pass",
         f"{METHODS}::test_lora_fa_equals_its_formula[1]",
     ),
     Mutation(
         "GaLore's projectors are found once and never again",
-        "updates/low_rank.py",
+        "method/updates/low_rank.py",
         "entry.step % self.config.refresh_every == 0",
         "entry.step == 0",
         f"{METHODS}::test_galore_equals_its_formula[1]",
     ),
     Mutation(
         "the outlier probe counts padding",
-        "probes.py",
+        "method/probes.py",
         'seen.kept = _up_to_last_label(inputs["labels"])',
         'seen.kept = torch.ones_like(inputs["labels"])',
         "distributed/test_probes.py::test_probes_equal_plain_computation[1-1-None]",
@@ -298,7 +298,7 @@ DATA = [
     ),
     Mutation(
         "a token is trained to predict itself",
-        "models/loss_head.py",
+        "objectives/chunked_head.py",
         "return F.pad(labels[:, 1:], (0, 1), value=IGNORED)",
         "return labels",
         "distributed/test_loss_head.py::test_loss_and_gradients_equal_one_plain_process[llama]",

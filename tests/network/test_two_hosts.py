@@ -12,10 +12,10 @@ import pytest
 
 from lisa_dist.config.loading import load
 from lisa_dist.planning.simulation import simulate
-from lisa_dist.trainer import train
-from tests.launching.tiny import TINY, missing, read_summary, rows_of_steps, steps_recorded
-from tests.network.hosts import Hosts, Run
-from tests.ranks import run_on_ranks
+from lisa_dist.training.loop import train
+from tests.support.hosts import Hosts, Run
+from tests.support.ranks import run_on_ranks
+from tests.support.tiny import TINY, missing, read_summary, rows_of_steps, steps_recorded
 
 TIMEOUT = 15  # seconds for a collective
 SAVED_EVERY = 20  # steps

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from lisa_dist import distributed
-from lisa_dist.commands.stopwatch import PeakMemory
+from lisa_dist.commands.bench.stopwatch import PeakMemory
 from lisa_dist.config import Config
 from lisa_dist.config.loading import load
 from lisa_dist.config.method import AllSamplerConfig, FixedSamplerConfig
-from lisa_dist.learner import adopt_trained, allocate, begin_period, build_learner, count_persistent_bytes
+from lisa_dist.method.module import adopt_trained, allocate, begin_period, build_learner, count_persistent_bytes
 from lisa_dist.planning.simulation import Trace, simulate
-from lisa_dist.trainer import accumulate_gradients, train_step
-from tests.ranks import run_on_ranks
+from lisa_dist.runtime import distributed
+from lisa_dist.training.loop import accumulate_gradients, train_step
+from tests.support.ranks import run_on_ranks
 
 BLOCKS, TOKENS, VOCABULARY = 4, 96, 515
 MODELS: dict[str, dict[str, Any]] = {

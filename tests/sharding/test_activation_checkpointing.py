@@ -13,7 +13,7 @@ from lisa_dist.config import Config, UserError
 from lisa_dist.sharding.activation_checkpointing import KINDS, OPERATIONS_PER_BYTE, Cost, choose, set_checkpointing
 from lisa_dist.sharding.checkpointing_policy import measure_costs
 from tests.distributed.test_training import make_config, train_on_rank
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 TOKENS, HIDDEN, MIDDLE = 64, 96, 160
 COSTS = {

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from lisa_dist.learner import begin_period, build_learner, load_initial_weights
-from lisa_dist.trainer import train_step
+from lisa_dist.method.module import begin_period, build_learner, load_initial_weights
+from lisa_dist.training.loop import train_step
 from tests.distributed.test_training import make_config
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 
 def train(compiled: bool) -> dict[str, Any]:

@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from lisa_dist import distributed
 from lisa_dist.config import UserError
 from lisa_dist.config.checks import check_combinations
 from lisa_dist.config.loading import load
-from lisa_dist.distributed import local_shard
-from lisa_dist.learner import (
+from lisa_dist.method.module import (
     Learner,
     begin_period,
     build_learner,
@@ -25,11 +23,13 @@ from lisa_dist.learner import (
 )
 from lisa_dist.planning.changes import single_changes
 from lisa_dist.planning.simulation import simulate
-from lisa_dist.trainer import accumulate_gradients
-from tests.checkpoint import runs
+from lisa_dist.runtime import distributed
+from lisa_dist.runtime.distributed import local_shard
+from lisa_dist.training.loop import accumulate_gradients
 from tests.distributed.test_training import make_config, make_global_batches, train_on_rank
 from tests.planning import test_truth
-from tests.ranks import run_on_ranks
+from tests.support import runs
+from tests.support.ranks import run_on_ranks
 
 RANKS, REPLICAS = 4, 2
 BF16 = {"frozen": "bfloat16", "compute": "bfloat16"}

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from lisa_dist.learner import begin_period, build_learner, load_initial_weights
+from lisa_dist.method.module import begin_period, build_learner, load_initial_weights
 from lisa_dist.planning.simulation import simulate
 from tests.distributed.test_training import make_config, train_on_rank
 from tests.planning.test_truth import make_config as make_planned_config
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 
 def places_after_switches() -> list[bool]:

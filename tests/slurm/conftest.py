@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.launching.tiny import missing
-from tests.slurm.cluster import PROGRAMS, Cluster
+from tests.support.cluster import PROGRAMS, Cluster
+from tests.support.tiny import missing
 
 
 @pytest.fixture(scope="session")

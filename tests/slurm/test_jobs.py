@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lisa_dist.cli import main
-from tests.launching.tiny import TINY, held, read_summary, steps_recorded, weights
-from tests.slurm.cluster import Cluster
+from tests.support.cluster import Cluster
+from tests.support.tiny import TINY, held, read_summary, steps_recorded, weights
 
 REPOSITORY = Path(__file__).parents[2]
 STAND_INS = Path(__file__).with_name("stand_ins")

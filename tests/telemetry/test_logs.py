@@ -15,7 +15,7 @@ library.addHandler(logging.StreamHandler())
 library.propagate = False
 logs.setup_logging()
 logs.setup_logging(sys.argv[2])
-logging.getLogger("lisa_dist.trainer").info("hello")
+logging.getLogger("lisa_dist.training.loop").info("hello")
 library.warning("from a library")
 library.info("chatter")
 warnings.warn("careful")
@@ -36,7 +36,7 @@ def test_rank_0_speaks_to_the_terminal_and_every_rank_to_its_file(tmp_path, rank
         assert logged.count(text) >= 1
         assert done.stderr.count(text) == (logged.count(text) if rank == 0 else 0)
     assert logged.count("hello") == logged.count("from a library") == 1
-    assert "INFO lisa_dist.trainer: hello" in logged
+    assert "INFO lisa_dist.training.loop: hello" in logged
     assert "chatter" not in logged + done.stderr
     assert done.stdout == "to stdout\n"
 

@@ -1,0 +1,170 @@
+"""``lisa-dist bench``: how fast training steps are and what they need, measured on the trainer's own functions."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import profile
+
+from lisa_dist.commands.bench.rounds import PARTS, Builder, Lane, enter, measure_step, ratio, summarize, take_turns
+from lisa_dist.commands.bench.stopwatch import PEAK_MEANINGS
+from lisa_dist.commands.bench.targets import BARE, Bare, Trainer
+from lisa_dist.config import EXIT_DONE, Config, UserError
+from lisa_dist.config.checks import check_accumulation
+from lisa_dist.config.errors import check_choice
+from lisa_dist.config.loading import group_choices, vary
+from lisa_dist.data.batches import GlobalBatches, check_batch_sizes
+from lisa_dist.data.prepare import prepare_data
+from lisa_dist.data.sequences import Sequences
+from lisa_dist.models.architecture import read_architecture
+from lisa_dist.runtime import distributed
+from lisa_dist.runtime.units import format_bytes, format_count
+from lisa_dist.telemetry.logs import setup_logging
+from lisa_dist.training.setup import make_batches, open_tokenizer
+
+logger = logging.getLogger(__name__)
+
+RANDOM_SEQUENCES = 64  # of an epoch where no data are given
+
+
+def run(config: Config) -> int:
+    """Measure the configured method, and what ``bench.compare`` or ``bench.sweep`` adds. Collective: every rank.
+
+    Raises:
+        UserError: the configuration does not fit the model, the data or the ranks.
+    """
+    distributed.initialize(config.parallel)
+    setup_logging(config.run.dir)
+    if config.bench.profile and config.run.dir is None:
+        raise UserError("run.dir=null: bench.profile=true writes its trace there, name a directory")
+    if config.bench.sweep and config.bench.compare:
+        raise UserError("bench.sweep: measures one after the other, so leave out bench.compare, which takes turns")
+    result = sweep(config) if config.bench.sweep else compare(config)
+    if distributed.is_main():
+        print(json.dumps(result)) if config.bench.format == "json" else show(result)
+    return EXIT_DONE
+
+
+def compare(config: Config) -> dict[str, Any]:
+    """Measure the configured method and those of ``bench.compare``, taking turns. Collective: every rank."""
+    variants = {config.method: config}
+    for name in config.bench.compare:
+        if name != BARE:
+            check_choice("bench.compare", name, [*group_choices("method"), BARE])
+            variants.setdefault(name, vary(config, [f"method={name}"]))
+    builders: dict[str, tuple[Config, Builder]] = {name: (variant, Trainer) for name, variant in variants.items()}
+    if BARE in config.bench.compare:
+        builders[BARE] = (config, Bare)
+    batches = bench_batches(config)
+    lanes = [enter(name, variant, build, batches) for name, (variant, build) in builders.items()]
+    take_turns(lanes, config.bench.rounds, math.ceil(config.bench.steps / config.bench.rounds))
+    if config.bench.profile:
+        write_trace(lanes[0], Path(str(config.run.dir)))
+    figures = {lane.name: summarize(lane) for lane in lanes}
+    reference = BARE if BARE in figures else config.method
+    by_name = {lane.name: lane for lane in lanes}
+    for name, values in figures.items():
+        if name != reference:
+            values["ratio"] = {"to": reference, **ratio(by_name[name], by_name[reference])}
+    result = figures[config.method] | machine(config)
+    return result | ({"compare": {name: figures[name] for name in figures}} if config.bench.compare else {})
+
+
+def sweep(config: Config) -> dict[str, Any]:
+    """Measure the configuration, then each line of ``bench.sweep`` on top of it. Collective: every rank."""
+    results = []
+    for line in ["", *config.bench.sweep]:
+        variant = vary(config, line.split())
+        variant.bench.sweep = []
+        results.append({"overrides": line, **compare(variant)})
+    return {**results[0], "sweep": results[1:]}
+
+
+def bench_batches(config: Config) -> GlobalBatches:
+    """Return the run's own training batches, or without ``data.path`` random ones of full length.
+
+    Collective: every rank.
+    """
+    check_batch_sizes(config.train.global_batch_size, config.train.micro_batch_size, distributed.world_size())
+    check_accumulation(config, distributed.world_size())
+    if config.data.path is None:
+        vocabulary = read_architecture(config.model).vocab_size
+        return make_batches(config, random_sequences(config.data.sequence_length, vocabulary), 0)
+    tokenizer = open_tokenizer(config)
+    data = prepare_data(config.data, tokenizer, config.train.seed)
+    return make_batches(config, data.train, int(tokenizer.pad_token_id or 0))
+
+
+def random_sequences(tokens: int, vocabulary: int) -> Sequences:
+    """Return sequences of random tokens, all of them trained."""
+    ids = np.random.default_rng(0).integers(0, vocabulary, (RANDOM_SEQUENCES, tokens))
+    columns = {"input_ids": list(ids), "labels": list(ids), "length": [tokens] * RANDOM_SEQUENCES}
+    return Sequences(datasets.Dataset.from_dict(columns))
+
+
+def machine(config: Config) -> dict[str, Any]:
+    """Return on what and with what was measured."""
+    device = distributed.device()
+    return {
+        "ranks": distributed.world_size(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu_threads_per_rank": torch.get_num_threads(),
+        "model": config.model.path or config.model.name,
+        "global_batch_size": config.train.global_batch_size,
+        "micro_batch_size": config.train.micro_batch_size,
+        "sequence_length": config.data.sequence_length,
+        "rounds": config.bench.rounds,
+        "peak_bytes_are": PEAK_MEANINGS[device.type],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def write_trace(lane: Lane, directory: Path) -> None:
+    """Write a trace of one step of each rank, for chrome://tracing or Perfetto. Collective: every rank."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with profile() as recorded:
+        measure_step(lane)
+    file = directory / f"trace_rank_{distributed.rank()}.json"
+    recorded.export_chrome_trace(str(file))
+    logger.info("trace of one step of %s: %s", lane.name, file)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the figures as tables."""
+    rows = list(result.get("compare", {result["method"]: result}).values()) + result.get("sweep", [])
+    title = f"lisa-dist bench: {result['model']}, {result['ranks']} x {result['device']}"
+    table = Table(title=title, title_justify="left")
+    parts = [f"{part} s" for part in PARTS]
+    for heading in ("", "tokens/s", "label tokens/s", "step s", *parts, "switch in steps", "peak", "use", "ratio"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in rows:
+        step, relative = row["step_seconds"], row.get("ratio")
+        table.add_row(
+            row.get("overrides") or row["method"],
+            format_count(row["tokens_per_second"]),
+            format_count(row["label_tokens_per_second"]),
+            f"{step['median']:.4f} ± {step['spread']:.4f}",
+            *(f"{step['by_part'][part]:.4f}" for part in PARTS),
+            f"{row['switch_in_steps']:.2f}",
+            format_bytes(row["peak_bytes"]),
+            "" if row["utilisation"] is None else f"{row['utilisation']:.0%}",
+            "" if relative is None else f"{relative['median']:.3f} ± {relative['spread']:.3f}",
+        )
+    console = Console(width=160, highlight=False)
+    console.print(table)
+    console.print(
+        f"{result['measured_steps']} steps each in {result['rounds']} rounds; tokens/s counts every token but "
+        "padding, label tokens/s those with loss; ± is the distance between the quartiles; the switch is shared out "
+        f"over the steps of a period; peak of a rank: {result['peak_bytes_are']}; torch {result['torch']}"
+    )

@@ -1,0 +1,157 @@
+"""Rounds of measured steps: contestants take turns, so that what else the machine does hits all of them alike."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from lisa_dist.commands.bench.stopwatch import PeakMemory, Stopwatch, spread_of
+from lisa_dist.commands.bench.targets import HORIZON, Contestant
+from lisa_dist.config import Config
+from lisa_dist.data.batches import GlobalBatches, MicroBatch, label_tokens
+from lisa_dist.runtime import distributed
+from lisa_dist.runtime.distributed import now
+from lisa_dist.training.flops import peak_rate
+
+logger = logging.getLogger(__name__)
+
+Builder = Callable[[Config, GlobalBatches], Contestant]
+
+PARTS = ("data", "forward", "backward", "optimizer", "other", "switch")
+
+
+@dataclass
+class Step:
+    """One measured optimizer step: seconds by this rank's clock, the rest of all ranks."""
+
+    seconds: float
+    cpu_seconds: float  # that all threads of this rank spent on a processor: what other programs do, does not count
+    parts: dict[str, float]
+    tokens: int = 0  # padding left out
+    label_tokens: int = 0
+    flops: float = 0.0
+
+
+@dataclass
+class Round:
+    """A switch, the step after it, which bears its after-effects, and the steps that are measured."""
+
+    switch_seconds: float
+    first: Step
+    steps: list[Step]
+
+    def median(self) -> float:
+        """Return the median seconds of the measured steps."""
+        return statistics.median(step.seconds for step in self.steps)
+
+    def median_cpu(self) -> float:
+        """Return the median processor seconds of the measured steps."""
+        return statistics.median(step.cpu_seconds for step in self.steps)
+
+
+@dataclass
+class Lane:
+    """A contestant with its data and what was measured of it."""
+
+    name: str
+    config: Config
+    contestant: Contestant
+    data: GlobalBatches
+    batches: Iterator[list[MicroBatch]]
+    peak_bytes: int = 0
+    seen: int = 0  # sequences
+    rounds: list[Round] = field(default_factory=list)
+
+
+def enter(
+    name: str, config: Config, build: Callable[[Config, GlobalBatches], Contestant], batches: GlobalBatches
+) -> Lane:
+    """Build a contestant, warm it up over a switch, and note the most memory it took. Collective: every rank."""
+    logger.info("%s: warming up", name)
+    with PeakMemory(distributed.device()) as peak:
+        contestant = build(config, batches)
+        peak.start()
+        lane = Lane(name, config, contestant, batches, batches.iterate(0, HORIZON))
+        contestant.switch()
+        contestant.rehearse(batches.longest_micro_batch())
+        for _ in range(config.bench.warmup_steps):
+            measure_step(lane)
+        contestant.switch()
+        measure_step(lane)
+    lane.peak_bytes = peak.bytes
+    return lane
+
+
+def take_turns(lanes: list[Lane], rounds: int, steps: int) -> None:
+    """Measure round by round, each time in the opposite order, so that noise hits all alike. Collective: every rank."""
+    for turn in range(rounds):
+        for lane in lanes if turn % 2 == 0 else reversed(lanes):
+            distributed.barrier()
+            started = now()
+            lane.contestant.switch()
+            switch_seconds = now() - started
+            first = measure_step(lane)
+            lane.rounds.append(Round(switch_seconds, first, [measure_step(lane) for _ in range(steps)]))
+        logger.info("round %d of %d", turn + 1, rounds)
+
+
+def measure_step(lane: Lane) -> Step:
+    """Make one step and measure it. Collective: every rank."""
+    device = distributed.device()
+    stopwatch = Stopwatch(device)
+    started, cpu_started = now(), time.process_time()
+    with stopwatch("data"):
+        micro_batches = next(lane.batches)
+    lane.contestant.step(micro_batches, stopwatch)
+    seconds, cpu_seconds = now() - started, time.process_time() - cpu_started
+    parts = {part: spent for part, spent in stopwatch.take().items() if part in PARTS}
+    parts["other"] = seconds - sum(parts.values())
+    lengths = lane.data.lengths(lane.seen)
+    lane.seen += lane.data.global_batch_size
+    (labels,) = distributed.all_reduce_sum([float(sum(map(label_tokens, micro_batches)))])
+    return Step(seconds, cpu_seconds, parts, int(lengths.sum()), int(labels), lane.contestant.flops(lengths) or 0.0)
+
+
+def summarize(lane: Lane) -> dict[str, Any]:
+    """Return the figures of a contestant. Collective: every rank."""
+    steps = [step for round_ in lane.rounds for step in round_.steps]
+    seconds = spread_of([step.seconds for step in steps])
+    parts = {part: statistics.median(step.parts.get(part, 0.0) for step in steps) for part in PARTS}
+    switch = spread_of([round_.switch_seconds + round_.first.seconds - round_.median() for round_ in lane.rounds])
+    period = lane.config.sampler.period
+    parts["switch"] = switch.median / period
+    slowdown = 1 + switch.median / period / seconds.median
+    rate = statistics.median(step.tokens / step.seconds for step in steps) / slowdown
+    labels = statistics.median(step.label_tokens / step.seconds for step in steps) / slowdown
+    flops_rate = statistics.median(step.flops / step.seconds for step in steps) / slowdown
+    peak = peak_rate(distributed.device())
+    peaks = distributed.gather_objects(lane.peak_bytes)
+    known = peak is not None and flops_rate > 0
+    return {
+        "method": lane.name,
+        "tokens_per_second": rate,
+        "label_tokens_per_second": labels,
+        "step_seconds": {**vars(seconds), "by_part": parts},
+        "cpu_seconds": vars(spread_of([step.cpu_seconds for step in steps])),
+        "switch_seconds": vars(switch),
+        "switch_in_steps": switch.median / seconds.median,
+        "peak_bytes": max(peaks),
+        "peak_bytes_by_rank": peaks,
+        "flops_per_second": flops_rate or None,
+        "utilisation": flops_rate / (peak * distributed.world_size()) if known else None,  # type: ignore[operator]
+        "measured_steps": len(steps),
+    }
+
+
+def ratio(lane: Lane, reference: Lane) -> dict[str, Any]:
+    """Return the step time relative to the reference's: a ratio each round, their median and quartile distance.
+
+    ``cpu`` is the same of processor seconds, which other programs on the machine disturb far less.
+    """
+    pairs = list(zip(lane.rounds, reference.rounds))
+    cpu = spread_of([own.median_cpu() / other.median_cpu() for own, other in pairs])
+    return {**vars(spread_of([own.median() / other.median() for own, other in pairs])), "cpu": vars(cpu)}

@@ -1,0 +1,155 @@
+"""What the bench measures: the trainer's own steps under a method, and a plain FSDP2 loop to compare them with."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from lisa_dist.config import Config, UserError
+from lisa_dist.data.batches import GlobalBatches, MicroBatch
+from lisa_dist.method.module import begin_period, build_learner, load_initial_weights
+from lisa_dist.method.sampling import build_sampler
+from lisa_dist.method.switch import RankSynchronizedSampler
+from lisa_dist.models.architecture import build_meta_model
+from lisa_dist.models.inspection import pretrained_architecture
+from lisa_dist.models.layer_map import find_layers
+from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
+from lisa_dist.runtime import distributed
+from lisa_dist.sharding.wrapping_policy import dtype_of
+from lisa_dist.training.flops import step_flops
+from lisa_dist.training.loop import Stopwatch, rehearse, train_step
+
+BARE = "bare"
+HORIZON = 1 << 30  # the length of the schedule: the learning rate plays no part
+
+
+class Contestant(Protocol):
+    """Something whose steps are measured. Every method is collective: every rank."""
+
+    def rehearse(self, micro_batch: MicroBatch) -> None:
+        """Run the longest micro-batch without a step."""
+
+    def switch(self) -> None:
+        """Begin a period."""
+
+    def step(self, micro_batches: list[MicroBatch], stopwatch: Stopwatch) -> None:
+        """Make one optimizer step."""
+
+    def flops(self, lengths: np.ndarray) -> float | None:
+        """Return the operations, of all ranks, of a step over sequences of so many tokens; None: not counted."""
+
+
+class Trainer:
+    """The trainer's own functions, as training calls them. Collective to build: every rank."""
+
+    def __init__(self, config: Config, batches: GlobalBatches) -> None:
+        self.learner = build_learner(config)
+        load_initial_weights(self.learner, distributed.device())
+        self.batches = batches
+        self.period = 0
+        self.steps = 0
+
+    def rehearse(self, micro_batch: MicroBatch) -> None:
+        rehearse(self.learner, micro_batch)
+
+    def switch(self) -> None:
+        begin_period(
+            self.learner,
+            self.period,
+            partial(self.batches.coming_micro_batches, self.steps * self.batches.global_batch_size),
+        )
+        self.period += 1
+
+    def step(self, micro_batches: list[MicroBatch], stopwatch: Stopwatch) -> None:
+        train_step(self.learner, micro_batches, self.steps, HORIZON, stopwatch=stopwatch)
+        self.steps += 1
+
+    def flops(self, lengths: np.ndarray) -> float:
+        return step_flops(self.learner, lengths)
+
+
+class Bare:
+    """FSDP2 as its tutorial has it, over the same model: the blocks and the root wrapped, torch's AdamW and clipping,
+    the model's own loss. It trains the parameters that the method trains in its first period, and no others ever.
+
+    Collective to build: every rank.
+    """
+
+    def __init__(self, config: Config, batches: GlobalBatches) -> None:
+        if config.update.name != "full_rank":
+            raise UserError(f"bench.compare={BARE}: trains whole blocks, so it needs update=full_rank")
+        self.config = config
+        self.model = build_meta_model(config.model, pretrained_architecture(config.model, config.precision.frozen))
+        layers = find_layers(self.model, config.model.blocks)
+        precision, always = config.precision, config.always_active
+        active = RankSynchronizedSampler(build_sampler(config.sampler, len(layers.blocks), config.train.seed)).draw(0)
+        for index, block in enumerate(layers.blocks):
+            if index not in active:
+                block.requires_grad_(False).to(dtype_of(precision.frozen))
+        ends = ((layers.embeddings, always.embeddings), (layers.norm, always.norm), ([layers.head], always.head))
+        for modules, trains in ends:
+            for module in modules:
+                module.requires_grad_(trains)
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype_of(precision.compute), reduce_dtype=dtype_of(precision.reduce), cast_forward_inputs=False
+        )
+        mesh = distributed.make_mesh(config.parallel)
+        for module in (*layers.blocks, self.model):
+            fully_shard(
+                module,
+                mesh=mesh,
+                mp_policy=policy,
+                reshard_after_forward=config.parallel.reshard_after_forward,
+            )
+        self.device = distributed.device()
+        self.model.to_empty(device=self.device)
+        restore_buffers(self.model)
+        if config.model.initialization == "random":
+            initialize_random(self.model, config.train.seed)
+        else:
+            load_pretrained(self.model, str(config.model.path))
+        optimizer = config.optimizer
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        # One group for all, decayed alike: it changes no step's time.
+        self.optimizer = torch.optim.AdamW(
+            self.trained,
+            lr=optimizer.lr,
+            betas=(optimizer.betas[0], optimizer.betas[1]),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
+
+    def rehearse(self, micro_batch: MicroBatch) -> None:
+        self._loss(micro_batch).backward()
+        self.optimizer.zero_grad()
+
+    def switch(self) -> None:
+        """Nothing switches here."""
+
+    def step(self, micro_batches: list[MicroBatch], stopwatch: Stopwatch) -> None:
+        total = torch.zeros((), device=self.device)
+        for micro_batch in micro_batches:
+            with stopwatch("forward"):
+                loss = self._loss(micro_batch)
+            with stopwatch("backward"):
+                (loss / len(micro_batches)).backward()
+            total += loss.detach()
+        with stopwatch("optimizer"):
+            if self.config.optimizer.grad_clip > 0:
+                nn.utils.clip_grad_norm_(self.trained, self.config.optimizer.grad_clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        total.item()
+
+    def flops(self, lengths: np.ndarray) -> None:
+        return None
+
+    def _loss(self, micro_batch: MicroBatch) -> torch.Tensor:
+        inputs: dict[str, Any] = {key: tensor.to(self.device, non_blocking=True) for key, tensor in micro_batch.items()}
+        return self.model(**inputs, use_cache=False).loss

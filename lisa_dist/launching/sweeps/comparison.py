@@ -1,0 +1,214 @@
+"""The jobs of a sweep compared: ``sweep.csv`` and ``index.html``, from what the jobs left in their run directories."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shlex
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, UserError
+from lisa_dist.telemetry.reports.page import Card, render_page, table
+from lisa_dist.telemetry.reports.plots import Series, line_chart, moving_average
+from lisa_dist.telemetry.records import METRICS_FILE, Row, read_rows, read_summary, write_atomically
+from lisa_dist.runtime.units import format_count
+
+JOBS_FILE = "jobs.txt"  # a line a job, quoted for the shell: its folder, its overrides, RESUME and run.dir=
+EXIT_CODE_FILE = "exit_code"  # in a job's run directory, once it has ended
+LOG_FILE = "job.log"  # in a job's run directory: what the job printed
+CSV_FILE = "sweep.csv"
+PAGE_FILE = "index.html"
+RESUME = "checkpoint.resume=auto"
+COLUMNS = (
+    "job",
+    "overrides",
+    "run_dir",
+    "state",
+    "exit_code",
+    "reason",
+    "final_loss",
+    "eval_loss",
+    "peak_memory_gib",
+    "tokens_per_second",
+)
+SMOOTH_FROM = 60  # steps from which on a loss curve is drawn smoothed
+
+
+@dataclass
+class JobRecord:
+    """One job of a sweep and what is known of its run."""
+
+    number: int
+    overrides: list[str]
+    run_dir: Path
+    exit_code: int | None  # None: it has not ended
+    summary: Row
+    metrics: list[Row]
+
+    @property
+    def state(self) -> str:
+        """``finished``, ``failed``, or ``stopped``: by a signal, or never begun."""
+        if self.exit_code in (None, EXIT_STOPPED):
+            return "stopped"
+        return "finished" if self.exit_code == EXIT_DONE else "failed"
+
+    @property
+    def reason(self) -> str:
+        """Why the job did not finish, in a sentence; empty where it did."""
+        if self.state == "finished":
+            return ""
+        if self.exit_code is None:
+            return "not ended yet"
+        if self.exit_code == EXIT_STOPPED:
+            return "stopped on a signal, after a checkpoint"
+        told = str(self.summary.get("exit_reason", ""))
+        return told.removeprefix("failed: ") if told.startswith("failed") else last_words(self.run_dir)
+
+    @property
+    def final_loss(self) -> float | None:
+        """The training loss of the last step."""
+        return _last(self.metrics, "loss")
+
+    @property
+    def eval_loss(self) -> float | None:
+        """The validation loss of the last evaluation."""
+        return _last(self.metrics, "eval_loss")
+
+    @property
+    def peak_memory_gib(self) -> float | None:
+        """The peak memory of rank 0."""
+        known = [row["peak_memory_gib"] for row in self.metrics if row.get("peak_memory_gib") is not None]
+        return self.summary.get("peak_memory_gib", max(known, default=None))
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens a second, padding left out: the median of the steps."""
+        known = [row["tokens_per_second"] for row in self.metrics if row.get("tokens_per_second") is not None]
+        return statistics.median(known) if known else None
+
+
+def write_comparison(sweep_dir: Path) -> list[JobRecord]:
+    """Write ``sweep.csv`` and ``index.html`` into ``sweep_dir`` and return the jobs.
+
+    Raises:
+        UserError: no sweep is there, or a record of a job is damaged.
+    """
+    jobs = read_jobs(sweep_dir)
+    write_atomically(sweep_dir / CSV_FILE, _csv(jobs))
+    write_atomically(sweep_dir / PAGE_FILE, _page(sweep_dir, jobs))
+    return jobs
+
+
+def read_jobs(sweep_dir: Path) -> list[JobRecord]:
+    """Return the jobs of a sweep, in their order."""
+    path = sweep_dir / JOBS_FILE
+    if not path.is_file():
+        raise UserError(f"sweep.dir={sweep_dir}: must be the directory of a sweep, which has a {JOBS_FILE}")
+    return [_read_job(sweep_dir, number, line) for number, line in enumerate(path.read_text().splitlines())]
+
+
+def _read_job(sweep_dir: Path, number: int, line: str) -> JobRecord:
+    name, *overrides, _, _ = shlex.split(line)
+    run_dir = sweep_dir / name
+    code = run_dir / EXIT_CODE_FILE
+    try:
+        return JobRecord(
+            number,
+            overrides,
+            run_dir,
+            int(code.read_text()) if code.is_file() else None,
+            read_summary(run_dir) or {},
+            read_rows(run_dir / METRICS_FILE),
+        )
+    except (ValueError, OSError) as error:
+        raise UserError(f"{run_dir}: the record of this job is damaged: {error}") from None
+
+
+def best_job(jobs: list[JobRecord]) -> JobRecord | None:
+    """Return the finished job of the lowest validation loss; where not all have one, of the lowest training loss."""
+    finished = [job for job in jobs if job.state == "finished"]
+    for figure in ("eval_loss", "final_loss"):
+        values = [getattr(job, figure) for job in finished]
+        if finished and None not in values:
+            return finished[values.index(min(values))]
+    return None
+
+
+def last_words(run_dir: Path) -> str:
+    """Return the program's last message in the logs of a job that could not write a summary."""
+    logs = [run_dir / LOG_FILE, *sorted((run_dir / "logs").glob("slurm-*.log"))]
+    lines = [line for log in logs if log.is_file() for line in log.read_text(errors="replace").splitlines()]
+    said = [line.removeprefix("lisa-dist: ") for line in lines if line.startswith("lisa-dist: ")]
+    return said[-1] if said else f"ended without a message, its logs are in {run_dir}"
+
+
+def _csv(jobs: list[JobRecord]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for job in jobs:
+        figures = [job.final_loss, job.eval_loss, job.peak_memory_gib, job.tokens_per_second]
+        row: list[Any] = [job.number, " ".join(job.overrides), job.run_dir, job.state, job.exit_code, job.reason]
+        writer.writerow(["" if value is None else value for value in [*row, *figures]])
+    return text.getvalue()
+
+
+def _page(sweep_dir: Path, jobs: list[JobRecord]) -> str:
+    states = [job.state for job in jobs]
+    best = best_job(jobs)
+    shared = [text for text in jobs[0].overrides if all(text in job.overrides for job in jobs)] if jobs else []
+    labels = {job.number: _label(job, shared) for job in jobs}
+    figures = {"jobs": str(len(jobs))} | {state: str(states.count(state)) for state in sorted(set(states))}
+    if best is not None:
+        figures["best job"] = str(best.number)
+    rows = [
+        [
+            str(job.number) + (" ★ best" if job is best else ""),
+            labels[job.number].partition(": ")[2],
+            job.state + (f": {job.reason}" if job.reason else ""),
+            _number(job.final_loss, "{:.4f}"),
+            _number(job.eval_loss, "{:.4f}"),
+            _number(job.peak_memory_gib, "{:.3g}"),
+            "" if job.tokens_per_second is None else format_count(job.tokens_per_second),
+        ]
+        for job in jobs
+    ]
+    columns = ["job", "overrides", "state", "final loss", "validation loss", "peak memory, GiB", "tokens/s"]
+    training = [_loss_curve(job, labels[job.number]) for job in jobs]
+    validation = [Series(labels[job.number], *_points(job, "eval_loss"), dots=True, color=job.number) for job in jobs]
+    return render_page(
+        f"Sweep {sweep_dir.resolve().name}",
+        subtitle="  ·  ".join(shared),
+        figures=figures,
+        cards=[
+            Card("Jobs", table(columns, rows, numbers_from=3), wide=True),
+            Card("Training loss", line_chart(training)),
+            Card("Validation loss", line_chart(validation)),
+        ],
+    )
+
+
+def _label(job: JobRecord, shared: list[str]) -> str:
+    return f"{job.number}: {' '.join(text for text in job.overrides if text not in shared)}"
+
+
+def _loss_curve(job: JobRecord, label: str) -> Series:
+    steps, losses = _points(job, "loss")
+    smooth = len(losses) >= SMOOTH_FROM
+    return Series(label, steps, moving_average(losses, len(losses) / 60) if smooth else losses, color=job.number)
+
+
+def _points(job: JobRecord, key: str) -> tuple[list[float], list[float | None]]:
+    rows = [row for row in job.metrics if key in row]
+    return [row["step"] for row in rows], [row[key] for row in rows]
+
+
+def _last(rows: list[Row], key: str) -> float | None:
+    return next((row[key] for row in reversed(rows) if row.get(key) is not None), None)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

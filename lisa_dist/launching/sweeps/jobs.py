@@ -1,0 +1,96 @@
+"""Which jobs a sweep has: their overrides, their run directories, and the file that lists them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from lisa_dist.config import Config, UserError
+from lisa_dist.config.loading import load
+from lisa_dist.config.overrides import path_override
+from lisa_dist.config.paths import local_path
+from lisa_dist.config.sweeps import Interval, Space, SweptOverrides, combinations, read_space
+from lisa_dist.launching.sweeps.comparison import JOBS_FILE, RESUME, JobRecord, write_comparison
+from lisa_dist.telemetry.records import write_atomically
+
+OF_THE_SWEEP = ("sweep.", "launch.")  # keys that are not a job's
+NAME_LENGTH = 80  # of a run directory
+
+
+def read_sweep(overrides: list[str], config_dir: str | None) -> tuple[Space, Config]:
+    """Return the values of every key, and a configuration of the sweep with ``sweep.dir`` settled.
+
+    Raises:
+        UserError: the overrides are wrong for every job, or not those of a sweep.
+    """
+    if any(text.startswith("run.dir=") for text in overrides):
+        raise UserError("run.dir: every job of a sweep has a run directory of its own, set sweep.dir instead")
+    space = read_space(overrides, config_dir)
+    config = _first_valid(combinations(space), config_dir)
+    intervals = [values.key for values in space.values() if isinstance(values, Interval)]
+    if intervals and not config.sweep.trials:
+        raise UserError(
+            f"{intervals[0]}: an interval has no list of values, write A,B or set sweep.trials=N to let Optuna choose"
+        )
+    directory = Path(config.sweep.dir or Path("sweeps") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    return space, replace(config, sweep=replace(config.sweep, dir=str(local_path(str(directory)).resolve())))
+
+
+def list_jobs(space: Space, directory: Path) -> list[JobRecord]:
+    """Write the file of jobs, one for every combination of the values, or find it written already.
+
+    Raises:
+        UserError: ``directory`` holds another sweep, or can't be written.
+    """
+    text = jobs_text(combinations(space), directory)
+    path = directory / JOBS_FILE
+    if path.is_file() and path.read_text() != text:
+        raise UserError(f"sweep.dir={directory}: holds a sweep over other values, choose another directory")
+    make_sweep_dir(directory)
+    write_atomically(path, text)
+    return write_comparison(directory)
+
+
+def make_sweep_dir(directory: Path) -> None:
+    """Create ``sweep.dir`` where it is missing.
+
+    Raises:
+        UserError: it can't be created.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"sweep.dir={directory}: can't be written, {error.strerror}") from None
+
+
+def unfinished(jobs: list[JobRecord]) -> list[JobRecord]:
+    """Return the jobs that are still to be run or to go on."""
+    return [job for job in jobs if job.state != "finished"]
+
+
+def jobs_text(jobs: list[SweptOverrides], directory: Path) -> str:
+    """Return the content of the file of jobs: a line a job, its folder and its overrides, quoted for the shell."""
+    return "".join(f"{_job_line(number, job, directory)}\n" for number, job in enumerate(jobs))
+
+
+def _job_line(number: int, job: SweptOverrides, directory: Path) -> str:
+    pairs = [text.partition("=") for text in job.varied]
+    settings = ",".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs)
+    name = re.sub(r"[^\w.=+-]+", "_", f"{number}_{settings or 'job'}")[:NAME_LENGTH]
+    own = [text for text in job.overrides if not text.startswith(OF_THE_SWEEP)]
+    return shlex.join([name, *own, RESUME, path_override("run.dir", str(directory / name))])
+
+
+def _first_valid(jobs: list[SweptOverrides], config_dir: str | None) -> Config:
+    """Return the configuration of the first job that has one; a mistake in some jobs is theirs, not the sweep's."""
+    first_mistake: UserError | None = None
+    for job in jobs:
+        try:
+            return load(job.overrides, config_dir)
+        except UserError as mistake:
+            first_mistake = first_mistake or mistake
+    assert first_mistake is not None
+    raise first_mistake

@@ -1,0 +1,257 @@
+"""The model with everything that changes it: built here once for training, bench and plan alike."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from lisa_dist.config import Config, UserError
+from lisa_dist.config.checks import check_combinations
+from lisa_dist.data.batches import MicroBatch
+from lisa_dist.method import probes
+from lisa_dist.method.optim.active_optimizer import ActiveOptimizer
+from lisa_dist.method.optim.weight_decay import norms_and_biases
+from lisa_dist.method.sampling import build_sampler
+from lisa_dist.method.sampling.base import GRADIENT_NORMS, OUTLIERS, RESPONSE_SUPPRESSION, WEIGHT_NORMS
+from lisa_dist.method.switch import ActiveSet, RankSynchronizedSampler, switch_active_blocks, trained_parameters
+from lisa_dist.method.updates import Update, build_update
+from lisa_dist.models.architecture import build_meta_model
+from lisa_dist.models.inspection import pretrained_architecture
+from lisa_dist.models.layer_map import LayerMap, find_layers
+from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
+from lisa_dist.models.masking import Separation, install_position_handling
+from lisa_dist.models.packing_check import find_separation
+from lisa_dist.models.quantization import quantize_linears
+from lisa_dist.objectives.chunked_head import install_loss_head
+from lisa_dist.runtime import distributed
+from lisa_dist.runtime.units import format_count
+from lisa_dist.sharding.checkpointing_policy import CheckpointingPolicy
+from lisa_dist.sharding.compilation import compile_blocks
+from lisa_dist.sharding.masters import StepsMasters
+from lisa_dist.sharding.wrapping_policy import (
+    ShardedModel,
+    always_active_parameters,
+    materialize,
+    persistent_bytes,
+    recast,
+    shard_model,
+)
+
+logger = logging.getLogger(__name__)
+
+ComingBatches = Callable[[int], list[MicroBatch]]  # count -> this rank's next so many micro-batches
+
+
+@dataclass
+class Learner:
+    """The model with everything that changes it: what a checkpoint holds, and what bench and plan drive too."""
+
+    config: Config
+    sharded: ShardedModel
+    update: Update
+    optimizer: ActiveOptimizer
+    sampler: RankSynchronizedSampler
+    active: ActiveSet
+    checkpointing: CheckpointingPolicy
+
+    @property
+    def period_length(self) -> int:
+        """Optimizer steps of a period (K)."""
+        return self.config.sampler.period
+
+
+def build_learner(config: Config, architecture: PretrainedConfig | None = None) -> Learner:
+    """Build the model on ``meta``, shard it, and make its optimizer and sampler; weights are still on ``meta``.
+
+    Collective: every rank (the mesh).
+
+    Args:
+        config: the whole configuration.
+        architecture: in place of what ``model.*`` names and its weights say.
+
+    Raises:
+        UserError: options exclude each other, or do not fit the model.
+    """
+    check_combinations(config)
+    if architecture is None:
+        architecture = pretrained_architecture(config.model, config.precision.frozen)
+    module = build_meta_model(config.model, architecture)
+    update = build_update(config.update)
+    layers = find_layers(module, config.model.blocks)
+    separation = separate_packed_samples(config, module, layers)
+    update.prepare_model(module, layers)
+    sampler = RankSynchronizedSampler(build_sampler(config.sampler, len(layers.blocks), config.train.seed))
+    if config.model.quantization != "none":
+        check_torch_for_quantization(config.model.quantization)
+        if not quantize_linears(layers.blocks, config.model.quantization):
+            raise UserError(f"model.quantization={config.model.quantization}: this model has no layers for it")
+    undecayed = frozenset() if config.optimizer.decay_norms_and_biases else norms_and_biases(module)
+    model = config.model
+    install_loss_head(module, layers, model.loss_chunk, model.router_aux_loss, model.loss_kernel)
+    install_position_handling(module, separation)
+    checkpointing = CheckpointingPolicy(config)
+    checkpointing.measure(module)
+    if config.parallel.compile:
+        compile_blocks(layers.blocks)
+    mesh = distributed.make_mesh(config.parallel)
+    sharded = shard_model(module, layers, mesh, config.parallel, config.precision, update.keeps_precision)
+    active = ActiveSet(always_active_parameters(sharded, config.always_active))
+    stepped = update if sharded.world is None else StepsMasters(update, sharded.world)
+    optimizer = ActiveOptimizer(config.optimizer, stepped, undecayed)
+    return Learner(config, sharded, update, optimizer, sampler, active, checkpointing)
+
+
+def separate_packed_samples(config: Config, module: nn.Module, layers: LayerMap) -> Separation | None:
+    """Return what keeps packed samples apart, and say where that is a mask; None where nothing is packed.
+
+    Collective: every rank; rank 0 tries.
+
+    Raises:
+        UserError: ``data.packing=true`` and nothing keeps them apart in this model.
+    """
+    if not config.data.packing:
+        return None
+    separation = distributed.on_rank_zero(lambda: find_separation(module, layers.blocks_path))
+    if separation == "mask" and distributed.is_main() and not distributed.is_simulated():
+        entries = config.train.micro_batch_size * config.data.sequence_length**2
+        logger.info(
+            "data.packing=true: %s builds its attention masks without looking at positions, so packed samples are kept "
+            "apart by an explicit mask: %s entries of a micro-batch, sequence length squared each",
+            type(module).__name__,
+            format_count(entries),
+        )
+    return separation
+
+
+def check_torch_for_quantization(kind: str) -> None:
+    """Raise :class:`UserError` where this torch can't shard quantised weights."""
+    if tuple(int(number) for number in torch.__version__.split(".")[:2]) < (2, 13):
+        raise UserError(
+            f"model.quantization={kind}: needs torch 2.13 or later, here is {torch.__version__}, "
+            "whose FSDP2 shards no integers"
+        )
+
+
+def allocate(learner: Learner, active_blocks: list[int], device: torch.device) -> None:
+    """Allocate the shards for a set of active blocks; weights are not yet filled."""
+    learner.active.blocks = list(active_blocks)
+    trained = trained_parameters(learner.sharded, learner.update, learner.active)
+    materialize(learner.sharded, trained, device)
+    restore_buffers(learner.sharded.module)
+    learner.checkpointing.apply(learner.sharded, learner.active.blocks)
+
+
+def adopt_trained(learner: Learner) -> None:
+    """Hand what trains to the optimizer, with zero state, now that its weights are there. No communication."""
+    trained = trained_parameters(learner.sharded, learner.update, learner.active)
+    if learner.sharded.world is not None:
+        recast(learner.sharded, trained, trained=True)
+    learner.optimizer.adopt({name: learner.sharded.parameter(name) for name in trained})
+
+
+def load_initial_weights(learner: Learner, device: torch.device) -> None:
+    """Allocate the model and fill it from its directory, or at random. Collective: every rank."""
+    blocks = list(range(len(learner.sharded.layers.blocks)))
+    # Where every block trains in every period, weights never pass through the frozen dtype.
+    allocate(learner, blocks if learner.config.sampler.name == "all" else [], device)
+    if learner.config.model.initialization == "random":
+        added = initialize_random(learner.sharded.module, learner.config.train.seed)
+    else:
+        added = load_pretrained(learner.sharded.module, str(learner.config.model.path))
+    parameters = {name: learner.sharded.parameter(name) for name in learner.sharded.handles}
+    learner.update.initialize(parameters, added, learner.config.train.seed)
+    adopt_trained(learner)
+
+
+def begin_period(learner: Learner, period: int, coming: ComingBatches | None = None) -> None:
+    """Probe the model where the sampler wants it, draw the period's blocks and switch to them.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: the sampler needs calibration data and ``coming`` is None.
+    """
+    if learner.sampler.sampler.wants_probe(period):
+        learner.sampler.observe(probe(learner, coming))
+    blocks = learner.sampler.draw(period)
+    switch_active_blocks(
+        learner.sharded,
+        learner.optimizer,
+        learner.update,
+        learner.active,
+        blocks,
+        period,
+        learner.config.train.seed,
+    )
+    learner.checkpointing.apply(learner.sharded, learner.active.blocks)
+
+
+def probe(learner: Learner, coming: ComingBatches | None) -> list[float]:
+    """Return what the sampler needs to know: a number a block, or one a suppressed set. Collective: every rank.
+
+    Raises:
+        UserError: it needs calibration data and ``coming`` is None.
+    """
+    sharded, update = learner.sharded, learner.update
+    settings: Any = learner.config.sampler  # a sampler's own keys are in its subclass
+    needs = learner.sampler.sampler.needs
+    if needs == WEIGHT_NORMS:
+        return probes.weight_norms(sharded)
+    if coming is None:
+        raise UserError(f"sampler={settings.name}: needs calibration data, and there is none")
+    batches = coming(settings.probe_batches)
+    if needs == GRADIENT_NORMS:
+        return probes.gradient_norms(sharded, update, batches)
+    if needs == OUTLIERS:
+        return probes.outlier_shares(sharded, batches, settings.threshold)
+    if needs == RESPONSE_SUPPRESSION:
+        sets = learner.sampler.suppressed_sets()
+        return probes.suppressed_losses(sharded, update, batches, sets, settings.suppression_factor)
+    raise ValueError(f"there is no probe {needs}")
+
+
+def observed_blocks(learner: Learner) -> dict[int, list[str]]:
+    """Return the names of what trains in each active block, where the sampler learns from the steps; else nothing."""
+    if not learner.sampler.sampler.observes_steps:
+        return {}
+    named: dict[int, list[str]] = {block: [] for block in learner.active.blocks}
+    for name in learner.optimizer.parameters:
+        part = learner.sharded.layers.group_of(name)
+        if part.startswith("block:"):
+            named[int(part.removeprefix("block:"))].append(name)
+    return named
+
+
+def observe_step(learner: Learner, squared_norms: Mapping[int, float]) -> None:
+    """Tell the sampler the squared gradient norm of each block of ``observed_blocks``. No communication."""
+    sizes = {
+        block: sum(learner.sharded.parameter(name).numel() for name in names)
+        for block, names in observed_blocks(learner).items()
+    }
+    if sizes:
+        learner.sampler.observe_step({block: squared_norms[block] / max(size, 1) for block, size in sizes.items()})
+
+
+def count_persistent_bytes(learner: Learner) -> dict[str, int]:
+    """Count this rank's persistent bytes by kind; all are there between the last backward and the optimizer step.
+
+    ``offloaded_optimizer_state`` lies in host memory; it is named only where there is any.
+    """
+    counted = {**persistent_bytes(learner.sharded), "optimizer_state": learner.optimizer.state_bytes()}
+    waiting = learner.optimizer.offloaded_bytes()
+    return counted | ({"offloaded_optimizer_state": waiting} if waiting else {})
+
+
+def count_trained_parameters(learner: Learner) -> dict[str, int]:
+    """Count the parameters, of all ranks together, that train now, by part: blocks, embeddings, norm, head."""
+    counts = {"blocks": 0, "embeddings": 0, "norm": 0, "head": 0}
+    for name, parameter in learner.optimizer.parameters.items():
+        part = learner.sharded.layers.group_of(name)
+        counts["blocks" if part.startswith("block:") else part] += parameter.numel()
+    return counts

@@ -1,0 +1,186 @@
+"""What samplers want to know of the model: measured on the sharded model, reduced over ranks, returned as lists.
+
+Every probe leaves parameters, gradients and random states as they were, runs without dropout, and gives every
+rank the same numbers. A probe batch is one micro-batch of every rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from lisa_dist.data.batches import MicroBatch, label_tokens
+from lisa_dist.method.updates import Update
+from lisa_dist.models.matrix_inputs import InputSquares, input_dim
+from lisa_dist.objectives.chunked_head import IGNORED
+from lisa_dist.runtime import distributed
+from lisa_dist.runtime.distributed import local_shard
+from lisa_dist.sharding.fsdp2 import reshard_all
+from lisa_dist.sharding.wrapping_policy import ShardedModel, also_trained
+
+logger = logging.getLogger(__name__)
+
+
+def gradient_norms(sharded: ShardedModel, update: Update, micro_batches: Iterable[MicroBatch]) -> list[float]:
+    """Return for each block the mean over batches of sqrt(||g||^2 / N) (GRASS, arXiv 2604.07808).
+
+    g is the gradient of a batch's mean loss with respect to the N parameters of the block that the update
+    trains. Each is dropped in a hook as soon as its norm is known, so no more than one block's gradients exist
+    at a time beside those of the modules that always train. Collective: every rank, equally many micro-batches.
+    """
+    blocks = range(len(sharded.layers.blocks))
+    names = [update.trainable_parameters(sharded.block_parameters(block)) for block in blocks]
+    squares = torch.zeros(len(blocks), dtype=torch.float32, device=distributed.device())
+
+    def dropping(block: int) -> Callable[[Tensor], None]:
+        def take(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            squares[block] += local_shard(parameter.grad).float().square().sum().to(squares.device)
+            parameter.grad = None
+
+        return take
+
+    sums, batches = [0.0] * len(blocks), 0
+    with also_trained(sharded, [name for part in names for name in part]), _evaluating(sharded.module):
+        hooks = [
+            sharded.parameter(name).register_post_accumulate_grad_hook(dropping(block))
+            for block in blocks
+            for name in names[block]
+        ]
+        for micro_batch in micro_batches:
+            squares.zero_()
+            sharded.module(**_on_device(micro_batch)).backward()
+            for parameter in sharded.module.parameters():
+                parameter.grad = None
+            reduced = distributed.all_reduce_sum([float(label_tokens(micro_batch)), *squares.tolist()])
+            tokens, norms = max(reduced[0], 1.0), [math.sqrt(value / _replicas(sharded)) for value in reduced[1:]]
+            sums = [total + norm / tokens for total, norm in zip(sums, norms)]
+            batches += 1
+        for hook in hooks:
+            hook.remove()
+    sizes = [sum(sharded.parameter(name).numel() for name in part) for part in names]
+    return [total / (max(batches, 1) * math.sqrt(size)) for total, size in zip(sums, sizes)]
+
+
+def weight_norms(sharded: ShardedModel) -> list[float]:
+    """Return for each block the l2 norm of all its parameters taken together. Collective: every rank."""
+    reshard_all(sharded.module)
+    squares = []
+    for block in range(len(sharded.layers.blocks)):
+        shards = [local_shard(sharded.parameter(name).detach()) for name in sharded.block_parameters(block)]
+        squares.append(sum(float(shard.float().square().sum(dtype=torch.float64)) for shard in shards))
+    return [math.sqrt(value / _replicas(sharded)) for value in distributed.all_reduce_sum(squares)]
+
+
+@torch.no_grad()
+def outlier_shares(sharded: ShardedModel, micro_batches: Iterable[MicroBatch], threshold: float) -> list[float]:
+    """Return for each block the share of entries of A_ij = ||X_j||_2 |W_ij| above ``threshold`` times their mean.
+
+    OwLore's layerwise outlier distribution (arXiv 2405.18380): W are the block's weight matrices, all their entries
+    taken together, X_j their j-th inputs over the tokens of all micro-batches, up to each sequence's last label; of a
+    fused expert over the tokens that are routed to it. Collective: every rank, equally many micro-batches.
+    """
+    norms = _input_norms(sharded, micro_batches)
+    reshard_all(sharded.module)
+    shares = []
+    for block in range(len(sharded.layers.blocks)):
+        names = [name for name in sharded.block_parameters(block) if name in norms]
+        entries = [_scaled_entries(sharded, name, norms[name]) for name in names]
+        total, count = distributed.all_reduce_sum(
+            [sum(float(part.sum(dtype=torch.float64)) for part in entries), float(sum(p.numel() for p in entries))]
+        )
+        limit = threshold * total / max(count, 1)
+        above = distributed.all_reduce_sum([float(sum(int((part > limit).sum()) for part in entries))])[0]
+        shares.append(above / max(count, 1))
+    return shares
+
+
+def suppressed_losses(
+    sharded: ShardedModel, update: Update, micro_batches: list[MicroBatch], sets: list[list[int]], factor: float
+) -> list[float]:
+    """Return for each set of blocks the mean loss while the contribution of its blocks is scaled by ``factor``.
+
+    IST's response suppression (arXiv 2410.11772): of adapters their product, otherwise what the block adds to the
+    hidden states. Collective: every rank, equally many micro-batches.
+    """
+    losses = []
+    for blocks in sets:
+        with ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(update.suppressed(sharded.layers.blocks[block], factor))
+            losses.append(mean_loss(sharded.module, micro_batches))
+    return losses
+
+
+@torch.no_grad()
+def mean_loss(module: nn.Module, micro_batches: Iterable[MicroBatch]) -> float:
+    """Return the mean loss over all label tokens of all ranks. Collective: every rank, equally many micro-batches."""
+    loss_sum, tokens = torch.zeros((), device=distributed.device()), 0
+    with _evaluating(module):
+        for micro_batch in micro_batches:
+            tokens += label_tokens(micro_batch)
+            loss_sum += module(**_on_device(micro_batch))
+    total, counted = distributed.all_reduce_sum([loss_sum.item(), float(tokens)])
+    return total / max(counted, 1)
+
+
+def _input_norms(sharded: ShardedModel, micro_batches: Iterable[MicroBatch]) -> dict[str, Tensor]:
+    """Return for each weight matrix the l2 norm of each of its inputs over all tokens of all ranks.
+
+    By the parameter's name: [inputs], of fused experts [experts, inputs].
+    """
+    seen = InputSquares(sharded.layers, distributed.device())
+    with _evaluating(sharded.module), seen.watching():
+        for micro_batch in micro_batches:
+            inputs = _on_device(micro_batch)
+            seen.kept = _up_to_last_label(inputs["labels"])
+            sharded.module(**inputs)
+    if seen.unseen and distributed.is_main():
+        left_out = ", ".join(sorted(seen.unseen))
+        logger.warning("sampler=outlier: the inputs of %s can't be seen, so they are left out", left_out)
+    norms = {}
+    for name, squares in seen.squares.items():
+        total = distributed.all_reduce_sum(squares.flatten().tolist())
+        norms[name] = torch.tensor(total, device=squares.device).view(squares.shape).sqrt()
+    return norms
+
+
+def _up_to_last_label(labels: Tensor) -> Tensor:
+    """Return 1 for each position up to its row's last label and 0 after it, [rows, tokens]: leaves padding out."""
+    return (labels != IGNORED).long().flip(1).cummax(1).values.flip(1)
+
+
+def _scaled_entries(sharded: ShardedModel, name: str, norms: Tensor) -> Tensor:
+    """Return this rank's rows of ||X_j|| |W_ij|, in fp32."""
+    weight: Any = sharded.parameter(name).detach()
+    rows = local_shard(weight).float().abs()
+    module = sharded.module.get_submodule(name.rpartition(".")[0])
+    factors = norms[..., :, None] if input_dim(module) == -2 else norms[..., None, :]
+    factors = factors.expand(weight.shape)
+    _, offsets = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    return rows * factors[offsets[0] : offsets[0] + rows.shape[0]].to(rows.device)
+
+
+def _replicas(sharded: ShardedModel) -> int:
+    """How many ranks hold the same shard, so that a sum over all ranks counts it as often."""
+    return sharded.mesh.size() // sharded.mesh["shard"].size()
+
+
+def _on_device(micro_batch: MicroBatch) -> dict[str, Tensor]:
+    return {key: tensor.to(distributed.device(), non_blocking=True) for key, tensor in micro_batch.items()}
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train()

@@ -1,0 +1,146 @@
+"""The period's switch: one decision for all ranks, then freeze, thaw, and hand over to the optimizer.
+
+This is the only place where a period changes what trains.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lisa_dist.method.optim.active_optimizer import ActiveOptimizer
+from lisa_dist.method.sampling import Sampler
+from lisa_dist.method.updates import Update
+from lisa_dist.runtime import distributed
+from lisa_dist.sharding.fsdp2 import reshard_all, rounding_seed
+from lisa_dist.sharding.wrapping_policy import ShardedModel, recast
+
+logger = logging.getLogger(__name__)
+
+
+class DisagreementError(RuntimeError):
+    """Ranks received different sets of active blocks."""
+
+
+class RankSynchronizedSampler:
+    """Wraps any sampler so that its draw is one decision: rank 0 draws, every rank receives and checks the set.
+
+    The sampler's state lives on rank 0; the other ranks' copies are never asked.
+    """
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+
+    def draw(self, period: int) -> list[int]:
+        """Return the sorted blocks of ``period``, the same on every rank. Collective: every rank.
+
+        Raises:
+            DisagreementError: a rank received something else than rank 0 sent, or ranks hold different sets.
+        """
+        drawn = self.sampler.draw(period) if distributed.is_main() else None
+        message = distributed.broadcast_object(None if drawn is None else (drawn, checksum(period, drawn)))
+        assert message is not None, "rank 0 draws"
+        blocks, sent = message
+        verify_agreement(period, blocks, sent)
+        return blocks
+
+    def suppressed_sets(self) -> list[list[int]]:
+        """Return the sets that a response suppression probe compares, of rank 0's draw. Collective: every rank."""
+        return distributed.broadcast_object(self.sampler.suppressed_sets() if distributed.is_main() else [])
+
+    def observe(self, scores: list[float]) -> None:
+        """Hand scores, already reduced over ranks, to the sampler of rank 0."""
+        if distributed.is_main():
+            self.sampler.observe(scores)
+
+    def observe_step(self, squares: Mapping[int, float]) -> None:
+        """Hand what a step showed of its blocks, already reduced over ranks, to the sampler of rank 0."""
+        if distributed.is_main():
+            self.sampler.observe_step(squares)
+
+    def scores(self) -> list[float] | None:
+        """Return what the sampler knows of each block, for the record; meant for rank 0."""
+        return self.sampler.scores()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of rank 0's sampler on every rank. Collective: every rank."""
+        return distributed.broadcast_object(self.sampler.state_dict() if distributed.is_main() else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the sampler's state."""
+        self.sampler.load_state_dict(state)
+
+
+def checksum(period: int, blocks: list[int]) -> int:
+    """Return a checksum of a period's set of blocks."""
+    return zlib.crc32(f"{period}:{blocks}".encode())
+
+
+def verify_agreement(period: int, blocks: list[int], sent: int) -> None:
+    """Raise :class:`DisagreementError` unless every rank holds the set that rank 0 sent. Collective: every rank."""
+    held = distributed.gather_objects((blocks, checksum(period, blocks) == sent))
+    if all(intact and other == held[0][0] for other, intact in held):
+        return
+    sets = [f"rank {rank}: {other}{'' if intact else ' (damaged)'}" for rank, (other, intact) in enumerate(held)]
+    raise DisagreementError(f"ranks disagree on the active blocks of period {period}: {', '.join(sets)}")
+
+
+@dataclass
+class ActiveSet:
+    """What trains now: the blocks of the period, and the parameters outside the blocks that always train."""
+
+    always: list[str]  # parameter names
+    blocks: list[int] = field(default_factory=list)
+    period: int = -1  # none drawn yet
+
+
+def trained_parameters(sharded: ShardedModel, update: Update, active: ActiveSet) -> list[str]:
+    """Return the names of all parameters that train now, always-active ones first."""
+    inside = [name for block in active.blocks for name in update.trainable_parameters(sharded.block_parameters(block))]
+    return [*active.always, *inside]
+
+
+def switch_active_blocks(
+    sharded: ShardedModel,
+    optimizer: ActiveOptimizer,
+    update: Update,
+    active: ActiveSet,
+    blocks: list[int],
+    period: int,
+    seed: int,
+) -> None:
+    """Make ``blocks`` the active ones: freeze those that leave, thaw those that enter. No communication.
+
+    A block in both sets keeps its masters, moments and step count. A leaving block's masters are rounded to
+    the frozen dtype (``precision.on_freeze``) and its optimizer state is dropped; an entering one starts with
+    zero moments.
+
+    Args:
+        sharded: the model.
+        optimizer: holds state for exactly the trained parameters, before and after.
+        update: names which parameters of a block train.
+        active: changed in place.
+        blocks: the period's draw.
+        period: counted from 0; keys the rounding noise.
+        seed: the run's seed; keys the rounding noise.
+    """
+    reshard_all(sharded.module)
+    leaving = [block for block in active.blocks if block not in blocks]
+    entering = [block for block in blocks if block not in active.blocks]
+    stochastic = sharded.precision.on_freeze == "stochastic"
+
+    def seed_of(name: str) -> int:
+        return rounding_seed(seed, period, name, sharded.shard_index)
+
+    for block in leaving:
+        names = update.trainable_parameters(sharded.block_parameters(block))
+        optimizer.release(names)
+        recast(sharded, names, trained=False, seed_of=seed_of if stochastic else None)
+    for block in entering:
+        names = update.trainable_parameters(sharded.block_parameters(block))
+        recast(sharded, names, trained=True)
+        optimizer.adopt({name: sharded.parameter(name) for name in names})
+    active.blocks, active.period = list(blocks), period

@@ -1,0 +1,26 @@
+"""What is updated in an active block. An update knows neither the sampler nor the sharding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lisa_dist.config import UpdateConfig
+from lisa_dist.method.updates.base import Trained, Update
+from lisa_dist.method.updates.full_rank import FullRank
+from lisa_dist.method.updates.lora import Lora, LoraFa
+from lisa_dist.method.updates.low_rank import LowRank
+
+__all__ = ["Trained", "Update", "build_update"]
+
+UPDATES: dict[str, Callable[[Any], Update]] = {
+    "full_rank": lambda config: FullRank(),
+    "lora": Lora,
+    "lora_fa": LoraFa,
+    "low_rank": LowRank,
+}
+
+
+def build_update(config: UpdateConfig) -> Update:
+    """Return the update that ``config`` describes."""
+    return UPDATES[config.name](config)

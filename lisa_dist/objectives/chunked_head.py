@@ -1,0 +1,308 @@
+"""The LM head and its loss in chunks of tokens, so that the logits of a micro-batch never exist in full.
+
+With vocabulary V and N tokens the plain loss holds several N x V tensors in float32; here only
+``chunk_tokens`` x V. Gradients are computed in the forward pass, chunk by chunk, while the logits are at hand.
+The head's forward and the root's are replaced on the instances: parameter names stay Hugging Face's, and the hooks
+of FSDP2 on head and root fire as they do for any forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import logging
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lisa_dist.config import UserError
+from lisa_dist.models.layer_map import LayerMap
+from lisa_dist.runtime import distributed
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100  # the label of a token that carries no loss
+WEIGHT_SLICES = 8  # the head's gradient is summed in this many slices of the vocabulary: bounds a temporary
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to the head's product: ``cap * tanh(scale * product / cap)``; no cap: ``scale * product``."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropy over the label tokens; the gradients are computed in forward and scaled in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: LogitTransform,
+        chunk_tokens: int,
+        with_gradients: bool,
+    ) -> Tensor:
+        """Shapes: hidden [N, D], weight [V, D], bias [V], targets [N]. Returns a float32 scalar.
+
+        ``with_gradients`` must be ``torch.is_grad_enabled()`` of the caller: ``needs_input_grad`` is True under
+        ``no_grad`` too, and inside this function gradients are always off.
+        """
+        needs_hidden, needs_weight, needs_bias = (with_gradients and needed for needed in ctx.needs_input_grad[:3])
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            chunk_loss, gradient = _chunk(hidden[rows], weight, bias, targets[rows], transform)
+            loss += chunk_loss
+            if hidden_gradient is not None:
+                torch.mm(gradient, weight, out=hidden_gradient[rows])
+            if weight_gradient is not None:
+                for total, part in zip(weight_gradient.chunk(WEIGHT_SLICES), gradient.chunk(WEIGHT_SLICES, dim=1)):
+                    total += part.T @ hidden[rows]
+            if bias_gradient is not None:
+                bias_gradient += gradient.sum(0, dtype=torch.float32)
+        ctx.gradients = (
+            hidden_gradient,
+            None if weight_gradient is None else weight_gradient.to(weight.dtype),
+            None if bias is None or bias_gradient is None else bias_gradient.to(bias.dtype),
+        )
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor) -> Any:
+        if ctx.gradients is None:
+            raise RuntimeError("the chunked loss gives its gradients once; run the forward pass again")
+        gradients, ctx.gradients = ctx.gradients, None
+        # The incoming scalar stays float32: cast to bfloat16 it would cost 0.2% of every gradient.
+        return *(None if gradient is None else gradient.mul_(incoming[0]) for gradient in gradients), *(None,) * 4
+
+
+def liger_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
+) -> Tensor:
+    """Return the sum of the cross-entropy by Liger's fused kernel (arXiv 2410.10989), a float32 scalar.
+
+    Shapes are those of :class:`ChunkedCrossEntropy`. Needs a GPU.
+    """
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(
+        ignore_index=IGNORED, reduction="sum", softcap=transform.cap, accum_dtype=torch.float32
+    )
+    if transform.scale != 1.0:  # which the kernel does not know
+        hidden, bias = hidden * transform.scale, None if bias is None else bias * transform.scale
+    return loss(weight, hidden, targets, bias)
+
+
+def check_liger() -> None:
+    """Raise :class:`UserError` where Liger's kernel can't run: without the package or without a GPU."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise UserError('model.loss_kernel=liger: needs liger-kernel; run pip install "lisa-dist[liger]"')
+    if distributed.device().type != "cuda":
+        raise UserError("model.loss_kernel=liger: needs a GPU; use model.loss_kernel=chunked")
+
+
+def _chunk(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of some rows and its gradient with respect to the head's product, [rows, V] in hidden's dtype."""
+    logits = F.linear(hidden, weight, bias).float()
+    if transform.scale != 1.0:
+        logits *= transform.scale
+    if transform.cap is not None:
+        logits = logits.div_(transform.cap).tanh_()  # kept as the hyperbolic tangent for its derivative
+    values = logits if transform.cap is None else logits * transform.cap
+    keep = targets != IGNORED
+    index = targets.clamp_min(0)[:, None]
+    log_sum = values.logsumexp(-1, keepdim=True)
+    loss = ((log_sum - values.gather(1, index))[:, 0] * keep).sum()
+    slope = None if transform.cap is None else logits.square_().neg_().add_(1.0)  # of cap * tanh(x / cap)
+    gradient = values.sub_(log_sum).exp_()
+    gradient.scatter_add_(1, index, torch.full_like(log_sum, -1.0)).mul_(keep[:, None])
+    if slope is not None:
+        gradient *= slope
+    if transform.scale != 1.0:
+        gradient *= transform.scale
+    return loss, gradient.to(hidden.dtype)
+
+
+def shift_labels(labels: Tensor) -> Tensor:
+    """Return the target of each position, [b, t]: the next token's label; -100 at the last position."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the float32 sum of the cross-entropy of [b, t, V] logits over unshifted labels [b, t]."""
+    targets = shift_labels(labels).flatten()
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
+
+
+def install_loss_head(
+    model: nn.Module,
+    layer_map: LayerMap,
+    chunk_tokens: int,
+    router_aux_loss: bool = False,
+    kernel: str = "chunked",
+) -> LogitTransform | None:
+    """Make ``model(input_ids=..., labels=...)`` return the summed loss, computed in chunks of ``chunk_tokens`` tokens.
+
+    Call it before ``fully_shard``, on any device, but outside ``FakeTensorMode``: it looks at a few values. Labels
+    are unshifted [b, t], -100 where there is no loss; the result is a float32 scalar, the sum over label tokens. With
+    ``labels=None`` the model answers as before.
+    With ``router_aux_loss`` the router's loss times its coefficient is added for each label token. ``kernel`` is
+    ``chunked`` or ``liger``; in a simulated world, which has no GPU, the first stands for the second.
+
+    Returns what the model does to the head's product; None where it does something else (or has a head of its own
+    kind), in which case the model's own head and the plain float32 loss are used, and that is logged.
+
+    Raises:
+        UserError: ``router_aux_loss`` for a model without experts; ``liger`` without the package or a GPU.
+    """
+    fused = kernel == "liger" and not distributed.is_simulated()
+    if fused:
+        check_liger()
+    original = model.forward
+    head = layer_map.head
+    balance = _router_loss(model) if router_aux_loss else None
+    decoder, transform = _find_decoder(model, head)
+    if transform is None:
+        logger.warning(
+            "%s has a head of its own kind: the logits of a micro-batch are held in full", type(model).__name__
+        )
+    else:
+        head.forward = _loss_head(head, transform, chunk_tokens, fused)
+
+    @functools.wraps(original)
+    def forward(*args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if labels is None:
+            return original(*args, **kwargs)
+        kwargs["use_cache"] = False
+        if balance is not None:
+            kwargs["output_router_logits"] = True
+        if transform is None:
+            outputs = original(*args, **kwargs)
+            loss = plain_loss(outputs.logits, labels)
+        else:
+            outputs = decoder(*args, **kwargs)
+            loss = head(outputs.last_hidden_state, labels=labels)
+        if balance is not None:
+            loss = loss + balance(outputs.router_logits) * (shift_labels(labels) != IGNORED).sum()
+        return loss
+
+    model.forward = forward  # type: ignore[method-assign]
+    return transform
+
+
+def _loss_head(head: nn.Module, transform: LogitTransform, chunk_tokens: int, fused: bool) -> Callable[..., Tensor]:
+    product = head.forward
+
+    def forward(hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            return product(hidden)
+        inputs: Any = hidden.flatten(0, 1), head.weight, head.bias, shift_labels(labels).flatten(), transform
+        if fused:
+            return liger_cross_entropy(*inputs)
+        return ChunkedCrossEntropy.apply(*inputs, chunk_tokens, torch.is_grad_enabled())
+
+    return forward
+
+
+def _router_loss(model: nn.Module) -> Callable[[Any], Tensor]:
+    """Return the weighted load-balancing loss of a mixture-of-experts model as a function of its router logits."""
+    config: Any = model.config
+    balance = getattr(inspect.getmodule(type(model)), "load_balancing_loss_func", None)
+    if balance is None or not hasattr(config, "router_aux_loss_coef"):
+        raise UserError(f"model.router_aux_loss=true: {type(model).__name__} has no router loss; leave the key false")
+    experts, chosen, coefficient = model.num_experts, config.num_experts_per_tok, config.router_aux_loss_coef
+    return lambda router_logits: coefficient * balance(router_logits, experts, chosen)
+
+
+def _find_decoder(model: Any, head: Any) -> tuple[Any, LogitTransform | None]:
+    """Return the module whose hidden states the head is given, and what the model does to the head's product."""
+    decoders = dict.fromkeys([model.base_model, model.get_decoder()])  # OPT's root calls a decoder inside its base
+    for decoder in decoders:
+        transform = _probe_transform(model, decoder, head)
+        if transform is not None:
+            return decoder, transform
+    return model.base_model, None
+
+
+def _probe_transform(model: Any, decoder: Any, head: Any) -> LogitTransform | None:
+    """Find what the root's forward does between the decoder and the logits, by running it around stand-ins.
+
+    The decoder is replaced by known hidden states and the head by known products, so no weight is touched (they
+    may be on meta). None where the head is no plain linear layer, where the hidden states reach it changed, or where
+    the logits that come out are neither a multiple of the products nor softly capped.
+    """
+    if type(head).forward is not nn.Linear.forward or decoder is model:
+        return None
+    hidden = torch.linspace(-1.0, 1.0, 2 * head.in_features).view(1, 2, -1)
+    products = torch.linspace(-8.0, 8.0, 2 * head.out_features).view(1, 2, -1)
+    seen: list[Tensor] = []
+
+    def stand_in_head(states: Tensor) -> Tensor:
+        seen.append(states)
+        return products.clone()
+
+    try:
+        with (
+            _replaced_forward(decoder, lambda *args, **kwargs: _DecoderOutput(hidden)),
+            _replaced_forward(head, stand_in_head),
+        ):
+            logits = model.forward(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False).logits
+        # Where a part between the two works on meta, what comes out of it has no values to compare.
+        unchanged = len(seen) == 1 and torch.equal(seen[0], hidden) and logits.shape == products.shape
+        logits = logits.float().cpu()
+    except Exception as error:  # whatever a foreign forward raises, its own head still works
+        logger.debug("%s cannot be run around stand-ins: %s", type(model).__name__, error)
+        return None
+    if not unchanged:
+        return None
+    return _fit_transform(products, logits, getattr(model.config, "final_logit_softcapping", None))
+
+
+class _DecoderOutput:
+    """A decoder's answer of which only the hidden states are known; every other field is None."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+
+def _fit_transform(products: Tensor, logits: Tensor, cap: float | None) -> LogitTransform | None:
+    scale = float(logits[0, -1, -1] / products[0, -1, -1])
+    candidates = [LogitTransform(), LogitTransform(scale=scale)]
+    if cap is not None:
+        candidates.insert(0, LogitTransform(cap=float(cap)))
+    return next((guess for guess in candidates if torch.allclose(guess(products), logits, rtol=1e-5, atol=1e-6)), None)
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Any:
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward

@@ -1,0 +1,84 @@
+"""Floating-point operations of a training step, counted from the architecture, and what the GPU could do at most."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from typing import Any
+
+import numpy as np
+import torch
+
+from lisa_dist.config.gpu import read_gpu
+from lisa_dist.config.loading import conf_dir
+from lisa_dist.method.module import Learner
+
+logger = logging.getLogger(__name__)
+
+
+def parameter_flops_per_token(learner: Learner) -> float:
+    """Return the matrix operations that a token costs in the parameters that train now and in the frozen ones.
+
+    A parameter costs 2 in the forward pass, 2 for the gradient of its input and, where it trains, 2 for its own
+    gradient. Where the embeddings are frozen the backward pass ends at the lowest active block, so a block below
+    costs its forward pass only. Embedding tables are looked up, not multiplied, unless the head is tied to them;
+    of a mixture's experts those are counted that a token visits.
+    """
+    sharded, trained = learner.sharded, learner.optimizer.parameters
+    layers = sharded.layers
+    lowest = (
+        0 if any(layers.group_of(name) == "embeddings" for name in trained) else min(learner.active.blocks, default=0)
+    )
+    architecture = sharded.module.config
+    share = (getattr(architecture, "num_experts_per_tok", None) or 1) / _experts(architecture)
+    total = 0.0
+    for name in sharded.handles:
+        part = layers.group_of(name)
+        if part == "embeddings" and not layers.tied:
+            continue
+        below = part.startswith("block:") and int(part.removeprefix("block:")) < lowest
+        visited = share if ".experts." in name else 1.0
+        total += (2 if below else 6 if name in trained else 4) * visited * sharded.parameter(name).numel()
+    return total
+
+
+def step_flops(learner: Learner, lengths: np.ndarray) -> float:
+    """Return the operations of a step over sequences of ``lengths`` tokens; what is spent on padding does not count."""
+    return parameter_flops_per_token(learner) * float(lengths.sum()) + attention_flops(learner, lengths)
+
+
+def attention_flops(learner: Learner, lengths: np.ndarray) -> float:
+    """Return the operations of attention over sequences of ``lengths`` tokens, forward and backward.
+
+    12 x layers x heads x head size x tokens for each token (arXiv 2204.02311, appendix B): every query with every
+    key, as is the custom, though causal attention needs but half.
+    """
+    architecture: Any = learner.sharded.module.config
+    heads = architecture.num_attention_heads
+    head_size = getattr(architecture, "head_dim", None) or architecture.hidden_size // heads
+    squares = float(np.square(lengths, dtype=np.float64).sum())
+    return 12.0 * len(learner.sharded.layers.blocks) * heads * head_size * squares
+
+
+def peak_rate(device: torch.device) -> float | None:
+    """Return the FLOP/s of one device by its preset in conf/gpu; None on a CPU and for a GPU that has no preset."""
+    if device.type != "cuda":
+        return None
+    return preset_rate(torch.cuda.get_device_name(device))
+
+
+@functools.cache
+def preset_rate(device_name: str) -> float | None:
+    """Return the FLOP/s of the preset whose name, without its memory size, is in the device's name."""
+    plain = device_name.lower().replace(" ", "")
+    for preset in sorted(file.stem for file in (conf_dir() / "gpu").glob("*.yaml")):
+        if re.sub(r"_\d+gb$", "", preset).replace("_", "") in plain:
+            return read_gpu(preset).matrix_flops
+    logger.warning("conf/gpu has no preset for %s: how far it is used is not known", device_name)
+    return None
+
+
+def _experts(architecture: object) -> int:
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next((count for name in names if (count := getattr(architecture, name, None))), 1)

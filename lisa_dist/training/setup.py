@@ -1,0 +1,361 @@
+"""From a configuration to a run that is ready for its next step."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from lisa_dist.checkpoint.description import was_untied, write_description, write_tokenizer
+from lisa_dist.checkpoint.differences import changed_settings, table_of
+from lisa_dist.checkpoint.manifest import CONFIG, list_checkpoints
+from lisa_dist.checkpoint.restore import newest_complete, restore_checkpoint
+from lisa_dist.checkpoint.save import CheckpointSaver, remove_leftovers
+from lisa_dist.checkpoint.state import Progress, read_state
+from lisa_dist.config import Config, LaunchConfig, UserError
+from lisa_dist.config.loading import to_yaml
+from lisa_dist.config.run_directory import check_run_dir_is_free, holds_run, resolve_run_dir
+from lisa_dist.data.batches import GlobalBatches, MicroBatch
+from lisa_dist.data.fingerprint import fingerprint
+from lisa_dist.data.prepare import PreparedData, prepare_data
+from lisa_dist.data.preview import show_preview
+from lisa_dist.data.sequences import Sequences
+from lisa_dist.data.tokenizer import load_tokenizer
+from lisa_dist.method.module import Learner, build_learner, count_trained_parameters, load_initial_weights
+from lisa_dist.models.architecture import read_architecture
+from lisa_dist.models.inspection import pretrained_architecture
+from lisa_dist.runtime import distributed
+from lisa_dist.runtime.environment import restart_count
+from lisa_dist.runtime.heartbeat import Heartbeat
+from lisa_dist.runtime.redaction import hide_secrets
+from lisa_dist.runtime.units import format_bytes, format_count
+from lisa_dist.telemetry.memory import free_memory_bytes, memory_kind, peak_memory_gib
+from lisa_dist.telemetry.progress import announce
+from lisa_dist.telemetry.recorder import Recorder
+from lisa_dist.telemetry.records import write_atomically
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """A run in progress: the learner with its data, its place and its record."""
+
+    config: Config
+    learner: Learner
+    tokenizer: PreTrainedTokenizerBase
+    batches: GlobalBatches
+    validation: GlobalBatches | None
+    max_steps: int
+    progress: Progress
+    recorder: Recorder
+    checkpoints: CheckpointSaver
+    heartbeat: Heartbeat
+
+    def coming_micro_batches(self, count: int) -> list[MicroBatch]:
+        """Return this rank's next ``count`` micro-batches, not yet trained on."""
+        return self.batches.coming_micro_batches(self.progress.sequences, count, self.progress.place_of)
+
+
+def open_run_directory(config: Config) -> Config:
+    """Fix ``run.dir`` and, at a fresh start, write config.yaml there. Collective: rank 0 acts, every rank learns.
+
+    Where the elastic agent restarted a rank, the run is resumed, whatever ``checkpoint.resume`` says.
+
+    Raises:
+        UserError: a run is there that is not to be resumed, or the directory can't be written.
+    """
+
+    restarted = max(distributed.gather_objects(restart_count())) > 0
+
+    def claim() -> Config:
+        settled = copy.deepcopy(resolve_run_dir(config))
+        if restarted:
+            settled.checkpoint.resume = "auto"
+        check_run_dir_is_free(settled)
+        directory = Path(str(settled.run.dir))
+        try:
+            checkpoint_directory(settled).mkdir(parents=True, exist_ok=True)
+            remove_leftovers(checkpoint_directory(settled))
+            if not holds_run(directory):  # a run that is there keeps its own until it goes on
+                write_atomically(directory / CONFIG, public_yaml(settled))
+        except OSError as error:
+            raise UserError(f"run.dir={directory}: can't be written ({error.strerror})") from error
+        return settled
+
+    return distributed.on_rank_zero(claim)
+
+
+def forget_start(config: Config) -> None:
+    """Remove config.yaml where a first start was refused: the next one must not take its settings for a run's."""
+    directory = Path(str(config.run.dir))
+    if distributed.is_main() and not holds_run(directory):
+        (directory / CONFIG).unlink(missing_ok=True)
+
+
+def public_yaml(config: Config) -> str:
+    """Return what config.yaml holds: no secrets, and not the job script's shell lines, which may hold some."""
+    return hide_secrets(to_yaml(replace(config, launch=LaunchConfig())))
+
+
+def checkpoint_directory(config: Config) -> Path:
+    """Return where the run's checkpoints lie."""
+    return Path(str(config.run.dir)) / "checkpoints"
+
+
+def prepare_run(config: Config) -> Run:
+    """Read the data, build the model, and restore the newest checkpoint or load the weights to start from.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: the configuration does not fit the model, the data or the ranks.
+    """
+    started = time.monotonic()
+    device = distributed.device()
+    with distributed.waiting_for_disks(config.parallel.timeout):
+        architecture = open_architecture(config)
+    tokenizer = open_tokenizer(config)
+    directory = checkpoint_directory(config)
+    with distributed.waiting_for_disks(config.parallel.timeout):
+        newest = newest_complete(directory) if config.checkpoint.resume == "auto" else None
+        order_seed = config.train.seed if newest is None else first_seed(newest)
+        data = prepare_data(config.data, tokenizer, order_seed)
+        described = distributed.on_rank_zero(lambda: fingerprint(config.data, data, tokenizer))
+    warn_of_positions(config, architecture)
+    show_preview(config.data, data, tokenizer)
+    pad = int(tokenizer.pad_token_id or 0)
+    batches = make_batches(config, data.train, pad, order_seed)
+    validation = None if data.validation is None else make_batches(config, data.validation, pad, order_seed)
+    learner = build_learner(config, architecture)
+    checkpoints = CheckpointSaver(learner, directory, public_yaml(config))
+    progress = Progress(order_seed=order_seed, data=described)
+    with distributed.waiting_for_disks(config.parallel.timeout):
+        if newest is None:
+            distributed.on_rank_zero(lambda: settle_run_directory(config, tokenizer))
+            start_afresh(learner, device)
+        else:
+            progress = go_on(learner, checkpoints, newest, device, described)
+            distributed.on_rank_zero(lambda: settle_run_directory(config, tokenizer))
+    max_steps = planned_steps(config, batches, progress)
+    announce_run(config, learner, data, batches, max_steps, progress)
+    recorder = Recorder(
+        config,
+        max_steps,
+        num_blocks=len(learner.sharded.layers.blocks),
+        started=started,
+        first_step=progress.step,
+        resumed_from=progress.resumed_from,
+    )
+    recorder.figures |= rows_of(data)
+    heartbeat = Heartbeat(Path(str(config.run.dir)), config.parallel.timeout)
+    return Run(config, learner, tokenizer, batches, validation, max_steps, progress, recorder, checkpoints, heartbeat)
+
+
+def open_architecture(config: Config) -> PretrainedConfig:
+    """Return the architecture to build; where the run starts, look at its weights and note what an export will need.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: a file of the model is damaged, or does not fit the others.
+    """
+    resumes = config.checkpoint.resume == "auto"
+    if resumes and distributed.on_rank_zero(lambda: bool(list_checkpoints(checkpoint_directory(config)))):
+        architecture = read_architecture(config.model)
+        if distributed.on_rank_zero(lambda: was_untied(config)):
+            architecture.tie_word_embeddings = False
+        return architecture
+    architecture = pretrained_architecture(config.model, config.precision.frozen)
+    distributed.on_rank_zero(lambda: write_description(config, architecture))
+    return architecture
+
+
+def first_seed(checkpoint: Path) -> int:
+    """Return ``train.seed`` of the run's first start, which its data are ordered by. Collective: every rank.
+
+    Raises:
+        UserError: the checkpoint is of another format.
+    """
+    return distributed.on_rank_zero(lambda: read_state(checkpoint)["progress"]["order_seed"])
+
+
+def settle_run_directory(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write what the run starts or goes on with, configuration and tokenizer, once nothing of it can be refused."""
+    write_atomically(Path(str(config.run.dir)) / CONFIG, public_yaml(config))
+    write_tokenizer(config, tokenizer)
+
+
+def planned_steps(config: Config, batches: GlobalBatches, progress: Progress) -> int:
+    """Return after how many optimizer steps the run ends; with epochs, what is left of the data decides."""
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    return progress.step + batches.steps(config.train.epochs, progress.sequences)
+
+
+def open_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the model.
+
+    Raises:
+        UserError: there is none, or it has more tokens than the model knows.
+    """
+    source = config.model.tokenizer or config.model.path
+    if source is None:
+        raise UserError("model.path=null: name a Hugging Face directory, a hub id or builtin:demo, or choose a preset")
+    known = read_architecture(config.model).vocab_size
+    tokenizer = load_tokenizer(source, config.model.trust_remote_code)
+    if len(tokenizer) > known:
+        raise UserError(
+            f"model.tokenizer={source}: has {len(tokenizer)} tokens but the model knows {known}; "
+            "choose the model's own tokenizer"
+        )
+    return tokenizer
+
+
+def warn_of_positions(config: Config, architecture: PretrainedConfig) -> None:
+    """Warn where sequences may be longer than what the model was made for."""
+    names = ("max_position_embeddings", "max_seq_len", "n_positions")
+    positions = next((found for name in names if isinstance(found := getattr(architecture, name, None), int)), None)
+    if positions is not None and config.data.sequence_length > positions:
+        logger.warning(
+            "data.sequence_length=%d: is above the %d positions of the model; what is longer trains positions that it "
+            "has never seen, or fails where positions are a table",
+            config.data.sequence_length,
+            positions,
+        )
+
+
+def rows_of(data: PreparedData) -> dict[str, Any]:
+    """Return what summary.json says of the rows: ``rows``, and ``validation_rows`` where they have a source."""
+    counts = {"rows": data.counts, "validation_rows": data.validation_counts}
+    return {name: found.rows for name, found in counts.items() if found is not None}
+
+
+def make_batches(config: Config, sequences: Sequences, pad_token_id: int, seed: int | None = None) -> GlobalBatches:
+    """Return this rank's view of the global batches over ``sequences``, ordered by ``seed`` or ``train.seed``."""
+    return GlobalBatches(
+        sequences,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        sequence_length=config.data.sequence_length,
+        seed=config.train.seed if seed is None else seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        pad_token_id=pad_token_id,
+        fixed_length=config.data.packing or config.parallel.compile,
+    )
+
+
+def start_afresh(learner: Learner, device: torch.device) -> None:
+    """Fill the model from where it starts. Collective: every rank.
+
+    Raises:
+        UserError: the global batch is not a multiple of what the ranks take at a time.
+    """
+    config = learner.config
+    at_a_time = config.train.micro_batch_size * distributed.world_size()
+    if config.train.global_batch_size % at_a_time:
+        raise UserError(
+            f"train.global_batch_size={config.train.global_batch_size}: must be a multiple of {at_a_time}, "
+            f"train.micro_batch_size={config.train.micro_batch_size} x {distributed.world_size()} ranks"
+        )
+    load_initial_weights(learner, device)
+
+
+def go_on(
+    learner: Learner, checkpoints: CheckpointSaver, newest: Path, device: torch.device, data: dict[str, Any]
+) -> Progress:
+    """Fill the model from the newest complete checkpoint, and say what differs from it. Collective: every rank.
+
+    Args:
+        learner: whose model is filled.
+        checkpoints: what the run's further checkpoints build on.
+        newest: the checkpoint.
+        device: where shards lie.
+        data: the fingerprint of the data that the run goes on with.
+
+    Raises:
+        UserError: the checkpoint is that of another model or method, or of other data.
+    """
+    progress, state = restore_checkpoint(learner, newest, device, data)
+    checkpoints.continue_from(newest, state)
+    progress.resumed_from.append(progress.step)
+    logger.info("going on from %s", newest)
+    changes = changed_settings(newest, checkpoints.config_yaml)
+    if changes and distributed.is_main():
+        logger.info("%s", table_of(changes))
+    return progress
+
+
+def announce_run(
+    config: Config, learner: Learner, data: PreparedData, batches: GlobalBatches, max_steps: int, progress: Progress
+) -> None:
+    """Print once what is effective."""
+    sharded, precision = learner.sharded, config.precision
+    architecture: Any = sharded.module.config
+    mesh = " x ".join(f"{size} {name}" for name, size in zip(sharded.mesh.mesh_dim_names or (), sharded.mesh.shape))
+    total = sum(sharded.parameter(name).numel() for name in sharded.handles)
+    blocks = len(sharded.layers.blocks)
+    trained = f"{data.counts.trained_share:.0%} of {format_count(data.counts.tokens)} tokens trained"
+    announce(
+        {
+            "run": str(config.run.dir),
+            "ranks": f"{distributed.world_size()} ({mesh}), {distributed.device().type}, "
+            f"{torch.get_num_threads()} CPU threads a rank",
+            "model": f"{config.model.path or config.model.name}: {format_count(total)} parameters in {blocks} blocks"
+            f"{', head tied to the embeddings' if sharded.layers.tied else ''}, {config.model.initialization} weights",
+            "method": f"{config.method}: sampler {config.sampler.name}, {learner.sampler.sampler.num_active} of "
+            f"{blocks} blocks a period of {config.sampler.period} steps; update {config.update.name}",
+            "storage": f"frozen {precision.frozen}, active {precision.active}, compute {precision.compute}, "
+            f"gradients reduced in {precision.reduce}, {precision.on_freeze} rounding on freeze",
+            "attention": str(architecture._attn_implementation),
+            "data": f"{config.data.path}: {batches.num_sequences} sequences, format {data.format}, {trained}",
+            "rows": data.counts.describe(),
+            **({} if data.validation_counts is None else {"validation rows": data.validation_counts.describe()}),
+            "steps": f"{progress.step} of {max_steps} done, global batch {config.train.global_batch_size} = "
+            f"{config.train.micro_batch_size} a micro-batch",
+            "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        },
+        title="lisa-dist",
+    )
+    parameters = {name: sharded.parameter(name) for name in sharded.handles}
+    coverage = learner.update.describe_coverage(parameters, sharded.layers)
+    if coverage is not None:
+        logger.info("update=%s: %s", config.update.name, coverage)
+
+
+def announce_trained(learner: Learner, counted: dict[str, int]) -> None:
+    """Print what trains in the first period, what it holds and what is free, and the size of a checkpoint.
+
+    Collective: every rank.
+
+    Args:
+        learner: in its first period, the longest micro-batch just tried.
+        counted: this rank's persistent bytes by kind.
+    """
+    parts = count_trained_parameters(learner)
+    # Masters that lie apart are written in place of the parameters, and no replica holds the same ones.
+    apart = {"masters", "optimizer_state"} if "masters" in counted else set()
+    own = sum(counted[kind] for kind in apart)
+    held = sum(size for kind, size in counted.items() if kind not in ("gradients", *apart))
+    held -= counted["active_parameters"] if apart else 0
+    checkpoint = distributed.all_reduce_sum([own + held / learner.config.parallel.replicate])[0]
+    free = free_memory_bytes()
+    announce(
+        {
+            "trained parameters": f"{format_count(sum(parts.values()))}: "
+            + ", ".join(f"{format_count(count)} in {part}" for part, count in parts.items() if count),
+            "persistent bytes a rank": f"{format_bytes(sum(counted.values()))}: "
+            + ", ".join(f"{format_bytes(size)} {kind.replace('_', ' ')}" for kind, size in counted.items()),
+            "memory": f"{peak_memory_gib():.2f} GiB at the peak of the longest micro-batch ({memory_kind()})"
+            + ("" if free is None else f", {format_bytes(free)} free"),
+            "a checkpoint": format_bytes(checkpoint),
+        }
+    )

@@ -1,0 +1,132 @@
+"""A sweep on one machine: real jobs, of which one fails and one is stopped, and the sweep run again."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from lisa_dist.cli import main
+from lisa_dist.config import UserError
+from lisa_dist.launching.sweeps import run as sweep
+from lisa_dist.launching.sweeps.jobs import list_jobs, read_sweep, unfinished
+from lisa_dist.launching.sweeps.comparison import JobRecord
+from tests.support.tiny import LISA_DIST, TINY, held, read_summary, steps_recorded
+
+PATIENCE = 600  # seconds for what hangs
+STEPS, HELD_AT = 12, 4
+
+
+def table(sweep_dir: Path) -> list[dict[str, str]]:
+    with (sweep_dir / "sweep.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def jobs_of(*overrides: str) -> list[JobRecord]:
+    space, config = read_sweep(list(overrides), None)
+    return list_jobs(space, Path(str(config.sweep.dir)))
+
+
+def test_failed_and_stopped_jobs_go_on_when_the_sweep_is_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep_dir = tmp_path / "sweep"
+    arguments = ["train", "--multirun", *TINY, f"train.max_steps={STEPS}", "sampler.period=3,-1"]
+    arguments += [f"sweep.dir={sweep_dir}", "sweep.parallel=2"]
+    jobs = [sweep_dir / name for name in ("0_period=3", "1_period=-1")]
+    environment = {**os.environ, **held(HELD_AT, tmp_path / "never")}
+    process = subprocess.Popen(
+        [*LISA_DIST, *arguments], start_new_session=True, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    deadline = time.monotonic() + PATIENCE
+    while len(steps_recorded(jobs[0])) < HELD_AT or not (jobs[1] / "exit_code").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert "the jobs save and stop" in output and "job 1 of 2 failed" in output and "at least 1" in output
+    assert [(row["state"], row["exit_code"]) for row in table(sweep_dir)] == [("stopped", "75"), ("failed", "2")]
+    assert read_summary(jobs[0])["exit_reason"] == "signal"
+    assert "at least 1" in read_summary(jobs[1])["exit_reason"]
+    saved = len(steps_recorded(jobs[0]))
+    assert saved in (HELD_AT + 1, HELD_AT + 2)
+
+    assert main(arguments) == 1
+    rows = table(sweep_dir)
+    assert [row["state"] for row in rows] == ["finished", "failed"]
+    assert read_summary(jobs[0])["resumed_from"] == [saved]
+    assert steps_recorded(jobs[0]) == list(range(1, STEPS + 1))
+    assert float(rows[0]["final_loss"]) == read_summary(jobs[0])["final_loss"]
+    assert "sampler.period=-1" in rows[1]["reason"] and rows[1]["run_dir"] == str(jobs[1])
+    assert "★ best" in (sweep_dir / "index.html").read_text()
+    assert "1 failed, 1 finished" in capsys.readouterr().out
+    # What has finished is left alone.
+    assert [job.number for job in unfinished(jobs_of(*arguments[2:]))] == [1]
+
+
+def test_other_values_in_the_same_directory(tmp_path: Path) -> None:
+    jobs_of("train.seed=1,2", f"sweep.dir={tmp_path}")
+    with pytest.raises(UserError, match="holds a sweep over other values"):
+        jobs_of("train.seed=1,3", f"sweep.dir={tmp_path}")
+    jobs_of("train.seed=1,2", f"sweep.dir={tmp_path}", "sweep.parallel=2")  # how, not what
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["train.seed=1,2", "train.sede=3"], "did you mean train.seed"),
+        (["sampler.period=0,-1"], "sampler.period=0"),
+        (["train.seed=1,2", "run.dir=x"], "set sweep.dir instead"),
+        (["train.seed=1,2", "sweep.parallel=0"], "sweep.parallel=0"),
+        (["optimizer.lr=interval(1,2)"], "set sweep.trials=N to let Optuna choose"),
+    ],
+)
+def test_mistake_in_every_job_ends_the_sweep_before_it_begins(
+    overrides: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--multirun", *overrides, f"sweep.dir={tmp_path / 'sweep'}"]) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_report_compares_the_jobs_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", f"sweep.dir={tmp_path}"]) == 2
+    assert "must be the directory of a sweep" in capsys.readouterr().err
+    jobs_of("train.seed=1,2", f"sweep.dir={tmp_path}")
+    (tmp_path / "sweep.csv").unlink()
+    assert main(["report", f"sweep.dir={tmp_path}"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/index.html\n"
+    assert [(row["job"], row["state"]) for row in table(tmp_path)] == [("0", "stopped"), ("1", "stopped")]
+
+
+def test_run_directories_are_named_after_what_varies(tmp_path: Path) -> None:
+    jobs = jobs_of("train.seed=1", "run.name='a/b',c", "optimizer.lr=0.5", f"sweep.dir={tmp_path}")
+    assert [job.run_dir.name for job in jobs] == ["0_name=_a_b_", "1_name=c"]
+    jobs = jobs_of("train.seed=1", f"sweep.dir={tmp_path / 'one'}")
+    assert [job.run_dir.name for job in jobs] == ["0_job"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "places", "shares"),
+    [
+        (None, 0, 2, [None, None]),
+        (None, 8, 1, [None]),
+        (None, 4, 2, ["0,2", "1,3"]),
+        ("4,5,6", 3, 2, ["4,6", "5"]),
+        ("4", 1, 2, [None, None]),
+    ],
+)
+def test_jobs_side_by_side_share_the_gpus(
+    visible: str | None, count: int, places: int, shares: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    assert sweep._shares_of_gpus(places) == shares

@@ -1,0 +1,104 @@
+"""State that waits in host memory while a block is frozen, and steps within the backward pass, on real ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lisa_dist.config import UserError
+from lisa_dist.config.checks import check_accumulation, check_combinations
+from lisa_dist.method.module import begin_period, build_learner, count_persistent_bytes, load_initial_weights
+from lisa_dist.runtime import distributed
+from lisa_dist.training.loop import train_step
+from tests.distributed.test_training import full_parameters, make_config, make_global_batches
+from tests.support import runs
+from tests.support.ranks import run_on_ranks
+
+
+def states_over_periods() -> dict[str, Any]:
+    """The state of a block before its freeze, while frozen and after its return. Runs on every rank."""
+    config = make_config(optimizer={"state_on_freeze": "offload"}, sampler={"period": 2, "active_layers": 1, "seed": 1})
+    learner = build_learner(config)
+    load_initial_weights(learner, torch.device("cpu"))
+    batches = make_global_batches(2)
+    seen: list[dict[str, Any]] = []
+    for period in range(8):
+        begin_period(learner, period)
+        begun = {name: tensor.to_local().clone() for name, tensor in learner.optimizer.moment_tensors().items()}
+        counts = learner.optimizer.step_counts()
+        for step, micro_batches in enumerate(batches):
+            train_step(learner, micro_batches[distributed.rank() :: distributed.world_size()], 2 * period + step, 16)
+        ended = {name: tensor.to_local().clone() for name, tensor in learner.optimizer.moment_tensors().items()}
+        entry = {"block": learner.active.blocks[0], "begun": begun, "counts": counts, "ended": ended}
+        seen.append(entry | {"bytes": count_persistent_bytes(learner), "waiting": len(learner.optimizer.offloaded)})
+    return {"periods": seen}
+
+
+def test_offloaded_state_returns_bit_for_bit_and_is_counted() -> None:
+    for rank in run_on_ranks(2, states_over_periods):
+        periods, returned = rank["periods"], 0
+        for index, now in enumerate(periods):
+            earlier = [other for other in periods[:index] if other["block"] == now["block"]]
+            names = [name for name in now["begun"] if f".layers.{now['block']}." in name]
+            assert names
+            for name in names:
+                if not earlier:
+                    assert not now["begun"][name].any()
+                else:
+                    returned += 1
+                    assert torch.equal(now["begun"][name], earlier[-1]["ended"][name]) and now["begun"][name].any()
+            count = next(count for name, count in now["counts"].items() if f".layers.{now['block']}." in name)
+            assert count == 2 * len(earlier)
+            # Only the active block's state is counted as the optimizer's; the rest waits, one block's worth for each.
+            others = {other["block"] for other in periods[: index + 1]} - {now["block"]}
+            of_block = sum(now["ended"][name].nbytes for name in names)
+            assert now["bytes"].get("offloaded_optimizer_state", 0) == pytest.approx(len(others) * of_block, rel=0.05)
+        assert returned > 0, "a seed that draws a block twice is needed for this test"
+
+
+def train_in_backward(in_backward: bool) -> dict[str, Any]:
+    """Nine steps of one sequence a rank, unclipped. Runs on every rank."""
+    config = make_config(optimizer={"in_backward": in_backward, "grad_clip": 0.0})
+    learner = build_learner(config)
+    load_initial_weights(learner, torch.device("cpu"))
+    results = []
+    for step, micro_batches in enumerate(make_global_batches(9)):
+        if step % 3 == 0:
+            begin_period(learner, step // 3)
+        results.append(train_step(learner, [micro_batches[distributed.rank()]], step, 9))
+    assert all(parameter.grad is None for parameter in learner.optimizer.parameters.values())
+    losses, norms = [result.loss for result in results], [result.grad_norm for result in results]
+    return {"losses": losses, "norms": norms, "final": full_parameters(learner)}
+
+
+def test_steps_within_the_backward_pass_equal_the_usual_ones() -> None:
+    plain = run_on_ranks(2, train_in_backward, False)[0]
+    at_once = run_on_ranks(2, train_in_backward, True)[0]
+    assert at_once["losses"] == pytest.approx(plain["losses"], rel=1e-6)
+    assert at_once["norms"] == pytest.approx(plain["norms"], rel=1e-5)
+    for name, parameter in at_once["final"].items():
+        assert torch.allclose(parameter, plain["final"][name], rtol=1e-5, atol=1e-7), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"global_batch_size": 2}}, "train.global_batch_size=2 must be micro-batch x ranks, 1"),
+        ({"train": {"global_batch_size": 1, "on_nonfinite": "skip"}}, "train.on_nonfinite must be stop"),
+    ],
+)
+def test_what_a_step_in_backward_cannot_do_is_refused(changes: dict[str, Any], message: str) -> None:
+    config = make_config(optimizer={"in_backward": True}, **changes)
+    with pytest.raises(UserError, match=message):
+        check_combinations(config)
+        check_accumulation(config, ranks=1)
+
+
+def test_state_that_waits_is_in_the_checkpoint(tmp_path: Path) -> None:
+    override = "optimizer.state_on_freeze=offload"
+    runs.train(2, runs.make_config(tmp_path / "whole", override))
+    runs.train(2, runs.make_config(tmp_path / "cut", override), runs.Kill("inside", runs.STEPS - 1))
+    runs.assert_same_run(tmp_path / "cut", tmp_path / "whole")

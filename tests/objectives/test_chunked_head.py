@@ -1,0 +1,237 @@
+"""The chunked loss equals the plain loss of every family, in value and in gradients."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from lisa_dist.config import ModelConfig, UserError
+from lisa_dist.models.architecture import build_meta_model
+from lisa_dist.models.layer_map import find_layers
+from lisa_dist.models.loading import restore_buffers
+from lisa_dist.objectives.chunked_head import ChunkedCrossEntropy, LogitTransform, install_loss_head
+from tests.support.families import FAMILIES, tiny_config
+
+LLAMA_SHAPE = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+GPTJ_SHAPE = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8}
+OPT_SHAPE = {"hidden_size": 48, "ffn_dim": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOKENS = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+CASES = {name: tiny_config(name) for name in FAMILIES} | {
+    "cohere": AutoConfig.for_model("cohere", **LLAMA_SHAPE, **TOKENS, logit_scale=0.0625),
+    "granite": AutoConfig.for_model("granite", **LLAMA_SHAPE, **TOKENS, logits_scaling=8.0),
+    "gptj": AutoConfig.for_model("gptj", **GPTJ_SHAPE, **TOKENS),
+    "opt": AutoConfig.for_model("opt", **OPT_SHAPE, **TOKENS, word_embed_proj_dim=48),
+    "opt with projections": AutoConfig.for_model("opt", **OPT_SHAPE, **TOKENS, word_embed_proj_dim=32),
+}
+
+
+def _model(config: PretrainedConfig) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():  # biases and norms away from their neutral start
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def _batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(3, 128, (2, 11), generator=generator)
+    labels = input_ids.clone()
+    labels[0, :4] = -100
+    labels[1, 7:] = -100
+    return input_ids, labels
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_models_own_loss(name: str) -> None:
+    plain = _model(copy.deepcopy(CASES[name]))
+    chunked = copy.deepcopy(plain)
+    transform = install_loss_head(
+        chunked, find_layers(chunked), chunk_tokens=5
+    )  # 22 tokens: chunks of 5, the last of 2
+    assert transform is not None, "fell back to the plain loss"
+    input_ids, labels = _batch()
+    count = int((labels[:, 1:] != -100).sum())
+    expected = plain(input_ids=input_ids, labels=labels).loss * count  # Hugging Face's loss is the mean
+    expected.backward()
+    loss = chunked(input_ids=input_ids, labels=labels)
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    torch.testing.assert_close(loss, expected, rtol=2e-6, atol=0)
+    for (parameter_name, ours), theirs in zip(chunked.named_parameters(), plain.parameters()):
+        if theirs.grad is None:  # an expert that no token chose
+            assert ours.grad is None or not ours.grad.any()
+            continue
+        scale = theirs.grad.abs().max()
+        assert (ours.grad - theirs.grad).abs().max() <= 2e-5 * scale + 1e-7, parameter_name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_finds_on_meta_what_it_finds_with_weights(name: str) -> None:
+    model, on_meta = _model(copy.deepcopy(CASES[name])), build_meta_model(ModelConfig(), copy.deepcopy(CASES[name]))
+    assert install_loss_head(on_meta, find_layers(on_meta), 16) == install_loss_head(model, find_layers(model), 16)
+
+
+def test_transforms_are_those_of_the_configuration() -> None:
+    expected = {
+        "llama": LogitTransform(),
+        "gemma2": LogitTransform(cap=3.0),
+        "cohere": LogitTransform(scale=0.0625),
+        "granite": LogitTransform(scale=1 / 8),
+    }
+    for name, transform in expected.items():
+        model = _model(copy.deepcopy(CASES[name]))
+        assert install_loss_head(model, find_layers(model), 16) == transform
+
+
+def test_whole_model_runs_under_fake_tensors() -> None:
+    """As the planner does: built and installed on meta, then run without memory."""
+    model = build_meta_model(ModelConfig(), tiny_config("gemma2"))
+    install_loss_head(model, find_layers(model), 4)
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape)))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+        restore_buffers(model)
+        tokens = torch.zeros(2, 6, dtype=torch.long)
+        model(input_ids=tokens, labels=tokens).backward()
+    assert all(isinstance(parameter.grad, FakeTensor) for parameter in model.parameters() if parameter.grad is not None)
+    assert isinstance(model.lm_head.weight.grad, FakeTensor)
+
+
+def test_unknown_head_falls_back_to_the_models_own() -> None:
+    plain = _model(tiny_config("llama"))
+    plain.lm_head.register_forward_hook(lambda module, inputs, output: output)
+    model = copy.deepcopy(plain)
+
+    class Squared(torch.nn.Linear):
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            return super().forward(states).square()
+
+    model.lm_head.__class__ = Squared
+    assert install_loss_head(model, find_layers(model), 4) is None
+    input_ids, labels = _batch()
+    logits = plain(input_ids=input_ids).logits.square()
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    torch.testing.assert_close(model(input_ids=input_ids, labels=labels), expected)
+
+
+def test_without_labels_the_model_answers_and_generates_as_before() -> None:
+    plain = _model(tiny_config("gemma2"))
+    model = copy.deepcopy(plain)
+    install_loss_head(model, find_layers(model), 4)
+    input_ids, _ = _batch()
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=input_ids).logits, plain(input_ids=input_ids).logits)
+        answers = [m.generate(input_ids, max_new_tokens=5, do_sample=False, use_cache=True) for m in (plain, model)]
+    assert torch.equal(answers[0], answers[1])
+
+
+def test_frozen_head_gets_no_gradient_and_no_grad_computes_none() -> None:
+    model = _model(tiny_config("llama"))
+    install_loss_head(model, find_layers(model), 4)
+    model.lm_head.requires_grad_(False)
+    input_ids, labels = _batch()
+    model(input_ids=input_ids, labels=labels).backward()
+    assert model.lm_head.weight.grad is None
+    assert model.model.embed_tokens.weight.grad is not None
+    with torch.no_grad():
+        assert not model(input_ids=input_ids, labels=labels).requires_grad
+
+
+def test_incoming_gradient_multiplies() -> None:
+    grads = []
+    for factor in (1.0, 0.125):
+        model = _model(tiny_config("llama"))
+        install_loss_head(model, find_layers(model), 4)
+        input_ids, labels = _batch()
+        (model(input_ids=input_ids, labels=labels) * factor).backward()
+        grads.append(model.lm_head.weight.grad)
+    torch.testing.assert_close(grads[1], grads[0] / 8)
+
+
+def test_no_label_tokens_gives_zero_loss_and_zero_gradients() -> None:
+    model = _model(tiny_config("llama"))
+    install_loss_head(model, find_layers(model), 4)
+    input_ids, labels = _batch()
+    loss = model(input_ids=input_ids, labels=torch.full_like(labels, -100))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_bfloat16_loss_and_weight_gradient_are_summed_in_float32() -> None:
+    """1500 rows: a bfloat16 running sum would be off by percents, for one ulp of 8192 is 64."""
+    torch.manual_seed(0)
+    hidden = torch.randn(1500, 16, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(64, 16, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(0, 64, (1500,))
+    loss = ChunkedCrossEntropy.apply(hidden, weight, None, targets, LogitTransform(), 8, True)
+    loss.backward()
+    hidden64, weight64 = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
+    expected = F.cross_entropy(hidden64 @ weight64.T, targets, reduction="sum")
+    expected.backward()
+    assert abs(loss.item() - expected.item()) < 1e-3 * expected.item()
+    assert (weight.grad.double() - weight64.grad).norm() < 5e-3 * weight64.grad.norm()
+    assert (hidden.grad.double() - hidden64.grad).norm() < 1e-2 * hidden64.grad.norm()
+
+
+def test_logits_never_exist_in_full() -> None:
+    """Every tensor made in forward and backward has at most chunk x vocabulary elements (or is a weight's gradient)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            largest = max([largest] + [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)])
+            return out
+
+    hidden = torch.randn(256, 8, requires_grad=True)
+    weight = torch.randn(1000, 8, requires_grad=True)
+    targets = torch.randint(0, 1000, (256,))
+    with Sizes():
+        ChunkedCrossEntropy.apply(hidden, weight, None, targets, LogitTransform(), 16, True).backward()
+    assert largest == 16 * 1000
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_router_loss_is_added_for_each_label_token(name: str) -> None:
+    plain = _model(tiny_config(name))
+    model = copy.deepcopy(plain)
+    install_loss_head(model, find_layers(model), 4, router_aux_loss=True)
+    input_ids, labels = _batch()
+    count = int((labels[:, 1:] != -100).sum())
+    expected = plain(input_ids=input_ids, labels=labels, output_router_logits=True)
+    torch.testing.assert_close(model(input_ids=input_ids, labels=labels), expected.loss * count)
+    without = plain(input_ids=input_ids, labels=labels).loss
+    assert (expected.loss - without).abs() > 1e-6, "the router loss is too small to be seen"
+
+
+def test_router_loss_of_a_dense_model_is_refused() -> None:
+    model = _model(tiny_config("llama"))
+    with pytest.raises(UserError, match=r"model\.router_aux_loss"):
+        install_loss_head(model, find_layers(model), 4, router_aux_loss=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel can run where a GPU is")
+def test_ligers_kernel_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, told in (
+        (None, "liger-kernel; run pip install"),
+        (object(), "a GPU; use model.loss_kernel=chunked"),
+    ):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=found: found)
+        model = _model(tiny_config("llama"))
+        with pytest.raises(UserError, match=f"model.loss_kernel=liger: needs {told}"):
+            install_loss_head(model, find_layers(model), 4, kernel="liger")

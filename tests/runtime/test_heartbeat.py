@@ -1,0 +1,69 @@
+"""Who lags, by the ranks' notes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import pytest
+
+from lisa_dist.runtime import distributed
+from lisa_dist.runtime.heartbeat import Heartbeat, LostRankError
+
+
+@pytest.fixture
+def three_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+
+
+def note(run_dir: Path, rank: int, order: int, part: str, alive: float = 0) -> None:
+    now = time.time()
+    content = {"step": 7, "order": order, "part": part, "host": "node2", "noted": now - 40, "alive": now - alive}
+    (run_dir / "logs" / f"heartbeat_{rank}.json").write_text(json.dumps(content))
+
+
+def test_ranks_behind_are_named(three_ranks: None, tmp_path: Path) -> None:
+    with Heartbeat(tmp_path, timeout=100) as heartbeat:
+        heartbeat.begin_step(7)
+        with heartbeat.phase("forward"), heartbeat.phase("backward"):
+            order = json.loads((tmp_path / "logs" / "heartbeat_0.json").read_text())["order"]
+            note(tmp_path, 1, order, "backward")
+            note(tmp_path, 2, order - 1, "forward")
+            explained = heartbeat.explain()
+            assert (
+                explained
+                == "rank 0 waited in backward of step 7; rank 2 on node2 is behind, for 40 s in forward of step 7"
+            )
+            (tmp_path / "logs" / "heartbeat_1.json").write_text("torn")
+            assert "rank 1 left no note" in heartbeat.explain()
+            note(tmp_path, 1, order, "backward", alive=60)
+            note(tmp_path, 2, order, "backward")
+            stands = "rank 1 on node2 stands still, last seen 60 s ago in backward of step 7"
+            assert heartbeat.explain() == f"rank 0 waited in backward of step 7; {stands}"
+            note(tmp_path, 1, order, "backward")
+            assert heartbeat.explain().endswith("no rank is known to be behind it")
+        assert heartbeat.part == "between steps"
+
+
+def test_errors_of_collectives_alone_are_explained(tmp_path: Path) -> None:
+    with Heartbeat(tmp_path, timeout=100) as heartbeat:
+        lost = heartbeat.explained(RuntimeError("[gloo/transport/tcp] Connection closed by peer\nand more"))
+        assert isinstance(lost, LostRankError) and "Connection closed by peer" in str(lost)
+        for error in (RuntimeError("shapes do not match"), ValueError("gloo"), KeyboardInterrupt()):
+            assert heartbeat.explained(error) is error
+
+
+def test_the_watcher_speaks_once_where_nothing_moves(
+    three_ranks: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    with Heartbeat(tmp_path, timeout=0.5) as heartbeat:
+        with heartbeat.phase("checkpoint", may_take_long=True):
+            time.sleep(0.8)
+        assert not caplog.records
+        with heartbeat.phase("forward"):
+            while not caplog.records:
+                time.sleep(0.01)
+    assert "waited in forward of step 0" in caplog.text

@@ -1,0 +1,107 @@
+"""What the loop records of its steps: which tokens, which seconds, and whose."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from lisa_dist.checkpoint.save import CheckpointSaver
+from lisa_dist.config import Config
+from lisa_dist.data.batches import GlobalBatches
+from lisa_dist.data.prepare import prepare_data
+from lisa_dist.data.tokenizer import load_tokenizer
+from lisa_dist.telemetry.records import read_rows, read_summary
+from lisa_dist.training import loop as trainer
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import make_config, resuming, train_here
+
+SECONDS = {"train_step": 1.0, "begin_period": 10.0, "rehearse": 100.0, "mean_loss": 1000.0}
+WAIT, SAVE, RATE = 0.25, 10_000.0, 2e9
+
+
+def config_of(run_dir: Path, *overrides: str) -> Config:
+    """Two epochs of sixteen rows in four steps, two periods, with a validation after every step."""
+    settings = ["data.limit=20", "data.validation=0.2", "train.max_steps=null", "train.epochs=2", "sampler.period=2"]
+    return make_config(run_dir, *settings, "train.eval_every=1", *overrides)
+
+
+def train_by_a_clock_of_its_own(config: Config) -> None:
+    """Train where each part takes its seconds by a clock that nothing else moves, on a GPU that is known."""
+    clock = [0.0]
+
+    def taking(seconds: float, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            clock[0] += seconds
+            return function(*arguments, **named)
+
+        return call
+
+    def iterate(self: GlobalBatches, *arguments: Any) -> Iterator[Any]:
+        for micro_batches in original(self, *arguments):
+            clock[0] += WAIT
+            yield micro_batches
+
+    original = GlobalBatches.iterate
+    with ExitStack() as stack:
+        for name, seconds in SECONDS.items():
+            stack.enter_context(mock.patch.object(trainer, name, taking(seconds, getattr(trainer, name))))
+        stack.enter_context(mock.patch.object(CheckpointSaver, "save", taking(SAVE, CheckpointSaver.save)))
+        stack.enter_context(mock.patch.object(GlobalBatches, "iterate", iterate))
+        stack.enter_context(mock.patch.object(trainer, "now", lambda: clock[0]))
+        stack.enter_context(mock.patch.object(trainer, "peak_rate", lambda device: RATE))
+        stack.enter_context(mock.patch.object(trainer, "step_flops", lambda learner, lengths: 10.0 * lengths.sum()))
+        train_here(config)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The steps of a run whose parts took known seconds."""
+    run_dir = tmp_path_factory.mktemp("clocked")
+    run_on_ranks(1, train_by_a_clock_of_its_own, config_of(run_dir))
+    return [row for row in read_rows(run_dir / "metrics.jsonl") if "loss" in row]
+
+
+def test_a_step_takes_the_wait_for_its_data_and_nothing_of_what_is_around_it(rows: list[dict[str, Any]]) -> None:
+    assert [row["data_seconds"] for row in rows] == [WAIT] * 4
+    assert [row["step_seconds"] for row in rows] == [1 + WAIT] * 4, "the first is no longer than the others"
+    assert [row.get("switch_seconds") for row in rows] == [10.0, None, 10.0, None]
+    for row in rows:
+        assert row["tokens_per_second"] == row["tokens"] / row["step_seconds"]
+        assert row["label_tokens_per_second"] == row["label_tokens"] / row["step_seconds"]
+        assert row["mfu"] == pytest.approx(10 * row["tokens"] / row["step_seconds"] / RATE)
+
+
+def test_the_keys_of_a_row(rows: list[dict[str, Any]]) -> None:
+    keys = ["step", "epoch", "period", "active_layers", "loss", "lr", "grad_norm", "tokens", "label_tokens"]
+    keys += ["tokens_per_second", "label_tokens_per_second", "step_seconds", "data_seconds", "peak_memory_gib", "mfu"]
+    assert set(rows[1]) == set(keys)
+
+
+def test_tokens_are_counted_without_padding_and_speeds_are_medians(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "train.epochs=1", "train.micro_batch_size=4")
+    data = prepare_data(config.data, load_tokenizer("builtin:demo"), seed=0)
+    expected = int(data.train.lengths.sum())
+    labels = sum(int((data.train[index].labels != -100).sum()) for index in range(len(data.train)))
+    assert labels < expected and len(set(data.train.lengths.tolist())) > 2, "else the test would show nothing"
+    assert run_on_ranks(2, train_here, config) == [0, 0]
+    rows = [row for row in read_rows(tmp_path / "metrics.jsonl") if "loss" in row]
+    assert (sum(row["tokens"] for row in rows), sum(row["label_tokens"] for row in rows)) == (expected, labels)
+    assert all("mfu" not in row for row in rows), "nobody knows what a CPU could do"
+    summary = read_summary(tmp_path)
+    assert (summary["tokens_seen"], summary["label_tokens_seen"], summary["num_blocks"]) == (expected, labels, 5)
+    assert all(row["num_blocks"] == 5 for row in read_rows(tmp_path / "layers.jsonl"))
+    for key in ("tokens_per_second", "label_tokens_per_second"):
+        assert summary[key] == statistics.median(row[key] for row in rows)
+    assert summary["peak_memory_gib"] >= max(row["peak_memory_gib"] for row in rows)
+    assert summary["wall_seconds"] > sum(row["step_seconds"] for row in rows)
+    # A resume that finds nothing to do says the same of the run.
+    assert run_on_ranks(2, train_here, resuming(config)) == [0, 0]
+    again = read_summary(tmp_path)
+    for key in ("tokens_per_second", "tokens_seen", "num_blocks", "trained_parameters", "persistent_bytes"):
+        assert again[key] == summary[key]

@@ -1,0 +1,43 @@
+"""What a run says of its data and its model before the first step."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lisa_dist.config import Config, DataConfig, ModelConfig
+from lisa_dist.data.prepare import prepare_data
+from lisa_dist.data.tokenizer import load_tokenizer
+from lisa_dist.models.architecture import read_architecture
+from lisa_dist.training.setup import rows_of, warn_of_positions
+
+
+@pytest.mark.parametrize(
+    ("architecture", "positions"),
+    [
+        ({"model_type": "llama", "max_position_embeddings": 64}, 64),
+        ({"model_type": "gpt2", "n_positions": 32}, 32),
+        ({"model_type": "mpt", "max_seq_len": 48}, 48),
+    ],
+)
+def test_sequences_longer_than_the_models_positions_are_warned_of(architecture, positions, caplog):
+    model = ModelConfig(init="random", architecture=architecture)
+    built = read_architecture(model)
+    warn_of_positions(Config(model=model, data=DataConfig(sequence_length=positions)), built)
+    assert caplog.text == ""
+    warn_of_positions(Config(model=model, data=DataConfig(sequence_length=positions + 1)), built)
+    assert f"data.sequence_length={positions + 1}: is above the {positions} positions of the model" in caplog.text
+
+
+def test_the_summary_counts_the_rows_of_both_sources(tmp_path):
+    for name, count in (("train", 7), ("test", 3)):
+        lines = [json.dumps({"prompt": "q", "completion": "a"}) for _ in range(count)] + ["{"]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    data = DataConfig(path=str(tmp_path / "train.jsonl"), on_bad_row="skip", cache_dir=str(tmp_path / "cache"))
+    left_out = {"bad: not valid JSON": 1}
+    rows = {"rows": {"read": 8, "used": 7, "cut": 0, "left_out": left_out}}
+    assert rows_of(prepare_data(data, load_tokenizer("builtin:demo"), seed=0)) == rows
+    data.validation = str(tmp_path / "test.jsonl")
+    rows["validation_rows"] = {"read": 4, "used": 3, "cut": 0, "left_out": left_out}
+    assert rows_of(prepare_data(data, load_tokenizer("builtin:demo"), seed=0)) == rows
