@@ -16,7 +16,7 @@ from typing import Any
 
 from lisa_dist.checkpoint.shards import WrittenFile
 from lisa_dist.config import UserError
-from lisa_dist.telemetry.records import write_atomically
+from lisa_dist.runtime.files import write_atomically
 
 MANIFEST, WEIGHTS, MOMENTS, STATE, CONFIG = "manifest.json", "weights", "optimizer", "state.json", "config.yaml"
 FORMAT = 2  # of a checkpoint, to be raised when its content or meaning changes; the first had no number

@@ -32,7 +32,7 @@ from lisa_dist.checkpoint.state import Progress, state_of, weight_tensors
 from lisa_dist.config import CheckpointConfig
 from lisa_dist.method.module import Learner
 from lisa_dist.runtime import distributed
-from lisa_dist.telemetry.records import write_atomically
+from lisa_dist.runtime.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

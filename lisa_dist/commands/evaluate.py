@@ -17,8 +17,8 @@ from lisa_dist.data.sequences import Sequences
 from lisa_dist.data.sources import has_subset
 from lisa_dist.method.probes import mean_loss
 from lisa_dist.runtime import distributed
+from lisa_dist.runtime.files import write_atomically
 from lisa_dist.telemetry.logs import setup_logging
-from lisa_dist.telemetry.records import write_atomically
 from lisa_dist.training.setup import make_batches
 
 logger = logging.getLogger(__name__)

@@ -17,10 +17,10 @@ from lisa_dist.config.paths import local_path
 from lisa_dist.data.formats import BadRowError, Conversation
 from lisa_dist.data.spans import AnswerFinder
 from lisa_dist.data.tokenizer import encode_prompt
-from lisa_dist.models.answering import answer
 from lisa_dist.models.architecture import local_directory
 from lisa_dist.runtime import distributed
 from lisa_dist.telemetry.logs import setup_logging
+from lisa_dist.training.evaluation import answer
 
 TURN = "turn"  # stands for what is said, to see what the chat template ends an answer with
 

@@ -18,8 +18,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from lisa_dist.commands.inference import OpenedModel
 from lisa_dist.config import EvaluateConfig, UserError
 from lisa_dist.config.errors import nearest
-from lisa_dist.models.answering import answer
 from lisa_dist.runtime import distributed
+from lisa_dist.training.evaluation import answer
 
 LONGEST_ANSWER = 256  # tokens, where a task does not say
 

@@ -10,16 +10,9 @@ import yaml
 
 from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.launching.sweeps.comparison import PAGE_FILE, write_comparison
+from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.units import format_bytes, format_count, format_duration
-from lisa_dist.telemetry.records import (
-    LAYERS_FILE,
-    METRICS_FILE,
-    SUMMARY_FILE,
-    Row,
-    read_rows,
-    read_summary,
-    write_atomically,
-)
+from lisa_dist.telemetry.records import LAYERS_FILE, METRICS_FILE, SUMMARY_FILE, Row, read_rows, read_summary
 from lisa_dist.telemetry.reports.page import Card, folded_text, render_page, table
 from lisa_dist.telemetry.reports.plots import (
     Period,

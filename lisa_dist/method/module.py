@@ -21,6 +21,7 @@ from lisa_dist.method.sampling import build_sampler
 from lisa_dist.method.sampling.base import GRADIENT_NORMS, OUTLIERS, RESPONSE_SUPPRESSION, WEIGHT_NORMS
 from lisa_dist.method.switch import ActiveSet, RankSynchronizedSampler, switch_active_blocks, trained_parameters
 from lisa_dist.method.updates import Update, build_update
+from lisa_dist.method.updates.masters import StepsMasters
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.inspection import pretrained_architecture
 from lisa_dist.models.layer_map import LayerMap, find_layers
@@ -33,7 +34,6 @@ from lisa_dist.runtime import distributed
 from lisa_dist.runtime.units import format_count
 from lisa_dist.sharding.checkpointing_policy import CheckpointingPolicy
 from lisa_dist.sharding.compilation import compile_blocks
-from lisa_dist.sharding.masters import StepsMasters
 from lisa_dist.sharding.wrapping_policy import (
     ShardedModel,
     always_active_parameters,
@@ -95,7 +95,7 @@ def build_learner(config: Config, architecture: PretrainedConfig | None = None) 
     model = config.model
     install_loss_head(module, layers, model.loss_chunk, model.router_aux_loss, model.loss_kernel)
     install_position_handling(module, separation)
-    checkpointing = CheckpointingPolicy(config)
+    checkpointing = CheckpointingPolicy(config, lambda: build_update(config.update))
     checkpointing.measure(module)
     if config.parallel.compile:
         compile_blocks(layers.blocks)

@@ -1,1 +1,4 @@
-"""What a configuration needs on a cluster, found by running the real training step without weights and without GPUs."""
+"""What a configuration needs on a cluster, found by running the real training step under fake tensors.
+
+No weights, no GPUs and no formula of a step of its own.
+"""

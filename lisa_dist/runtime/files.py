@@ -1,8 +1,10 @@
-"""Files of a model directory: what is no whole file, or no JSON, is refused in a sentence before anything reads it."""
+"""Files: written at once or not at all, strict JSON, and a model's files refused where they are not whole."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +52,28 @@ def read_json_object(file: Path, key: str) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise UserError(f"{key}: {file.name} must hold a JSON object, but holds a {type(fields).__name__}")
     return fields
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` so that a reader, or a crash, finds the old file or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return strict JSON: a number that is not finite becomes null, for JSON has no word for it."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

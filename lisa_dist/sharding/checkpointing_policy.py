@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lisa_dist.config import Config
-from lisa_dist.method.updates import build_update
 from lisa_dist.models.architecture import original_class
-from lisa_dist.models.layer_map import find_layers
+from lisa_dist.models.layer_map import LayerMap, find_layers
 from lisa_dist.models.masking import mask_as_in_training
 from lisa_dist.runtime.distributed import local_shard
 from lisa_dist.runtime.units import GIB, format_bytes
@@ -28,18 +28,27 @@ RESERVED_BYTES = 2 * GIB  # CUDA's context, workspaces of libraries, NCCL's buff
 EVERYTHING = float("inf")
 
 
+class PreparesBlocks(Protocol):
+    """What is asked of an update: what it adds to a model, and what of a block it trains."""
+
+    def prepare_model(self, model: nn.Module, layers: LayerMap) -> None: ...
+
+    def trainable_parameters(self, names: list[str]) -> list[str]: ...
+
+
 @dataclass
 class CheckpointingPolicy:
     """Sets the kind of every block; for ``auto`` it must ``measure`` once what each kind costs."""
 
     config: Config
+    new_update: Callable[[], PreparesBlocks]  # one that has seen no model
     costs: dict[bool, dict[str, Cost]] = field(default_factory=dict)  # by whether the block is active, and kind
 
     def measure(self, model: nn.Module) -> None:
         """Measure, for ``auto``, what each kind costs a block of ``model``, of which only the architecture counts."""
         if self.config.parallel.activation_checkpointing == "auto":
             for trains in (True, False):
-                self.costs[trains] = measure_costs(self.config, model, trains)
+                self.costs[trains] = measure_costs(self.config, model, self.new_update, trains)
 
     def apply(self, sharded: ShardedModel, active_blocks: list[int]) -> None:
         """Set every block's kind for the blocks that train now, whose storage is in its place. No communication."""
@@ -54,7 +63,9 @@ class CheckpointingPolicy:
         active = [index for index in active_blocks if index >= lowest]
         frozen = [index for index in range(lowest, len(blocks)) if index not in active]
         if not self.costs:
-            self.costs = {trains: measure_costs(self.config, sharded.module, trains) for trains in (True, False)}
+            self.costs = {
+                trains: measure_costs(self.config, sharded.module, self.new_update, trains) for trains in (True, False)
+            }
         budget = activation_budget(
             self.config, sharded, max(self.costs[True]["none"].bytes, self.costs[False]["none"].bytes)
         )
@@ -108,22 +119,23 @@ def memory_limit(config: Config) -> float | None:
     return None
 
 
-def measure_costs(config: Config, model: nn.Module, trains: bool) -> dict[str, Cost]:
+def measure_costs(
+    config: Config, model: nn.Module, new_update: Callable[[], PreparesBlocks], trains: bool
+) -> dict[str, Cost]:
     """Run the first block of ``model`` under fake tensors, once for each kind, and return what each costs.
-
-    An update of its own prepares it: the model's would afterwards know the measured block's parameters alone.
 
     Args:
         config: says how large a micro-batch is.
         model: only its architecture is looked at.
+        new_update: prepares the block; the model's own update would afterwards know this block's parameters alone.
         trains: whether the block is active.
     """
-    measured = {kind: _measure(config, model, trains, kind) for kind in KINDS}
+    measured = {kind: _measure(config, model, new_update(), trains, kind) for kind in KINDS}
     least = measured["none"].recompute
     return {kind: Cost(cost.bytes, cost.recompute - least) for kind, cost in measured.items()}
 
 
-def _measure(config: Config, whole: nn.Module, trains: bool, kind: str) -> Cost:
+def _measure(config: Config, whole: nn.Module, update: PreparesBlocks, trains: bool, kind: str) -> Cost:
     """Return the bytes a block keeps, and all operations of its backward pass."""
     architecture: Any = copy.deepcopy(whole.config)
     architecture.num_hidden_layers = 1
@@ -133,7 +145,6 @@ def _measure(config: Config, whole: nn.Module, trains: bool, kind: str) -> Cost:
         model: Any = original_class(whole)._from_config(architecture, dtype=dtype_of(config.precision.compute))
         model.train().requires_grad_(False)
         layers = find_layers(model, config.model.blocks)
-        update = build_update(config.update)
         update.prepare_model(model, layers)
         block, kept = layers.blocks[0], _Kept(ledger)
         names = [f"{layers.block_names[0]}.{name}" for name, _ in block.named_parameters()]

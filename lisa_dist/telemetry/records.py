@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from lisa_dist.config import UserError
 from lisa_dist.runtime.distributed import is_main
+from lisa_dist.runtime.files import to_json, write_atomically
 from lisa_dist.runtime.redaction import hide_secrets
 
 METRICS_FILE = "metrics.jsonl"
@@ -185,32 +184,7 @@ def read_summary(run_dir: str | Path) -> Row | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
-    """Return strict JSON: a number that is not finite becomes null, for JSON has no word for it."""
-    return json.dumps(_finite(value), indent=indent, allow_nan=False)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` so that a reader, or a crash, finds the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def _append(file: TextIO | None, row: Row) -> None:
     if file is not None:
         file.write(to_json(row) + "\n")
         file.flush()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value

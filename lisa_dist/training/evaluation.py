@@ -1,17 +1,29 @@
-"""Answers to a few held-out prompts, shown before and after training: what the loss means in words."""
+"""What a model in training makes of data that it is not trained on: held-out loss, and answers to a few prompts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from lisa_dist.data.preview import sample_questions
-from lisa_dist.models.answering import answer
+from lisa_dist.method.probes import mean_loss
 from lisa_dist.runtime import distributed
 from lisa_dist.training.setup import Run
 
 LONGEST_ANSWER = 48  # tokens
+
+
+def evaluate(run: Run) -> None:
+    """Record the mean loss of the validation set, where there is one. Collective: every rank."""
+    if run.validation is not None:
+        batches = run.validation.validation_batches(run.config.train.eval_batches)
+        with run.heartbeat.phase("the evaluation", may_take_long=True):
+            run.recorder.record_evaluation(run.progress.step, mean_loss(run.learner.sharded.module, batches))
 
 
 def show_answers(run: Run, title: str) -> None:
@@ -31,3 +43,49 @@ def show_answers(run: Run, title: str) -> None:
         table.add_row(*(Text(str(run.tokenizer.decode(ids, skip_special_tokens=True)).strip()) for ids in texts))
     if distributed.is_main():
         Console(highlight=False).print(table)
+
+
+@torch.no_grad()
+def answer(
+    model: nn.Module,
+    prompt_ids: list[int],
+    stop_ids: set[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    ended: Callable[[list[int]], bool] = lambda answer: False,
+) -> list[int]:
+    """Return the tokens that the model goes on with, the most likely one each time, without the stopping one.
+
+    The whole text is run through the model for each token, which needs no cache and so no more memory than a
+    forward pass: meant for a few short answers. Collective where the model is sharded: every rank, with equal
+    arguments.
+
+    Args:
+        model: a causal language model; logits are taken from ``model(input_ids=[1, t])``.
+        prompt_ids: the prompt.
+        stop_ids: tokens that end an answer.
+        max_new_tokens: the longest answer.
+        temperature: above 0 draws from the softmax of logits / temperature.
+        generator: of the draws; the same on every rank.
+        ended: whether an answer so far is to be the whole one.
+    """
+    was_training = model.training
+    model.eval()
+    device = distributed.device()
+    ids = list(prompt_ids)
+    for _ in range(max_new_tokens):
+        inputs = torch.tensor([ids], device=device)
+        positions = torch.arange(len(ids), device=device)[None]
+        logits = model(input_ids=inputs, position_ids=positions).logits[0, -1].float()
+        if temperature > 0:
+            chosen = int(torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generator))
+        else:
+            chosen = int(logits.argmax())
+        if chosen in stop_ids:
+            break
+        ids.append(chosen)
+        if ended(ids[len(prompt_ids) :]):
+            break
+    model.train(was_training)
+    return ids[len(prompt_ids) :]

@@ -28,12 +28,11 @@ from lisa_dist.method.module import (
 )
 from lisa_dist.method.optim.clipping import normalize_and_clip
 from lisa_dist.method.optim.schedule import learning_rate
-from lisa_dist.method.probes import mean_loss
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import now
 from lisa_dist.runtime.signals import ignore_stop_signals, stop_requested
 from lisa_dist.telemetry.logs import setup_logging
-from lisa_dist.training.evaluation import show_answers
+from lisa_dist.training.evaluation import evaluate, show_answers
 from lisa_dist.training.flops import peak_rate, step_flops
 from lisa_dist.training.recovery import is_spike, leave_out_step, remember_loss, roll_back
 from lisa_dist.training.setup import Run, announce_trained, forget_start, open_run_directory, prepare_run
@@ -310,11 +309,3 @@ def save(run: Run) -> None:
 def is_due(every: int, step: int) -> bool:
     """Whether something that happens each ``every`` steps (0: never) happens after ``step`` steps."""
     return every > 0 and step % every == 0
-
-
-def evaluate(run: Run) -> None:
-    """Record the mean loss of the validation set, where there is one. Collective: every rank."""
-    if run.validation is not None:
-        batches = run.validation.validation_batches(run.config.train.eval_batches)
-        with run.heartbeat.phase("the evaluation", may_take_long=True):
-            run.recorder.record_evaluation(run.progress.step, mean_loss(run.learner.sharded.module, batches))

@@ -15,7 +15,7 @@ from lisa_dist.checkpoint.shards import write_safetensors
 from lisa_dist.config import TrainConfig
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.runtime import distributed
-from lisa_dist.telemetry.records import to_json, write_atomically
+from lisa_dist.runtime.files import to_json, write_atomically
 from lisa_dist.training.setup import Run
 
 logger = logging.getLogger(__name__)

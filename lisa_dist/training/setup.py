@@ -33,13 +33,13 @@ from lisa_dist.models.architecture import read_architecture
 from lisa_dist.models.inspection import pretrained_architecture
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.environment import restart_count
+from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.heartbeat import Heartbeat
 from lisa_dist.runtime.redaction import hide_secrets
 from lisa_dist.runtime.units import format_bytes, format_count
 from lisa_dist.telemetry.memory import free_memory_bytes, memory_kind, peak_memory_gib
 from lisa_dist.telemetry.progress import announce
 from lisa_dist.telemetry.recorder import Recorder
-from lisa_dist.telemetry.records import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from lisa_dist.checkpoint.manifest import list_checkpoints
 from lisa_dist.config import Config, UserError
 from lisa_dist.data.tokenizer import MODELS
 from lisa_dist.telemetry.records import read_rows
-from lisa_dist.training import loop as trainer
+from lisa_dist.training import loop
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import Kill, final_state, make_config, resuming, train_here
 
@@ -65,14 +65,14 @@ def refusal(config: Config) -> str:
 
 def train_and_tell(config: Config) -> list[set[tuple[int, ...]]]:
     """Train; the token sequences of each step, padding cut off, without their order. Runs on a rank."""
-    ordinary, steps = trainer.train_step, []
+    ordinary, steps = loop.train_step, []
 
     def step(learner: Any, micro_batches: Any, *rest: Any, **more: Any) -> Any:
         rows = [row for batch in micro_batches for row in batch["input_ids"].tolist()]
         steps.append({tuple(row[: len(row) - row[::-1].index(2)]) for row in rows})  # 2 ends a text
         return ordinary(learner, micro_batches, *rest, **more)
 
-    with mock.patch.object(trainer, "train_step", step):
+    with mock.patch.object(loop, "train_step", step):
         assert train_here(config) == 0
     return steps
 

@@ -16,7 +16,7 @@ from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import Config, TrainConfig
 from lisa_dist.runtime import distributed
 from lisa_dist.telemetry.records import read_summary
-from lisa_dist.training import loop as trainer
+from lisa_dist.training import loop
 from lisa_dist.training.recovery import LossSpikeError, NonFiniteError, is_spike
 from tests.support import runs
 from tests.support.ranks import run_on_ranks
@@ -45,8 +45,8 @@ def train_with_bad_batches(config: Config, kind: str, bad: list[int], kill: Kill
         kind: ``gradient`` (one element is inf), ``loss`` (nan) or ``spike`` (the loss is ten times what it is).
         bad: the batches, by the order in which they are met first, from 1.
     """
-    accumulate = trainer.accumulate_gradients
-    ordinary = trainer.train_step
+    accumulate = loop.accumulate_gradients
+    ordinary = loop.train_step
     seen: dict[int, int] = {}  # hash of a batch -> its number
 
     def step(learner: Any, micro_batches: Any, number: int, *rest: Any, **more: Any) -> Any:
@@ -65,7 +65,7 @@ def train_with_bad_batches(config: Config, kind: str, bad: list[int], kill: Kill
         return loss, tokens
 
     current = [0]
-    with mock.patch.multiple(trainer, train_step=step, accumulate_gradients=gradients):
+    with mock.patch.multiple(loop, train_step=step, accumulate_gradients=gradients):
         try:
             return train_here(config, kill)
         except (NonFiniteError, LossSpikeError) as error:

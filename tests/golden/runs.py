@@ -19,7 +19,7 @@ import transformers
 from lisa_dist.config import Config
 from lisa_dist.config.loading import load
 from lisa_dist.telemetry.records import read_rows
-from lisa_dist.training import loop as trainer
+from lisa_dist.training import loop
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import final_tensors
 
@@ -116,7 +116,7 @@ def write_rows(file: Path) -> None:
 
 def train_here(config: Config) -> int:
     """Train in this rank. Runs on every rank."""
-    return trainer.train(config)
+    return loop.train(config)
 
 
 def train(run: GoldenRun, folder: Path) -> None:

@@ -148,8 +148,8 @@ SWITCH = [
     Mutation(
         "a frozen block goes on having gradients",
         "sharding/wrapping_policy.py",
-        "storage.replace_shard(fsdp_param, shard, requires_grad=trained)",
-        "storage.replace_shard(fsdp_param, shard, requires_grad=True)",
+        "fsdp2.replace_shard(fsdp_param, shard, requires_grad=trained)",
+        "fsdp2.replace_shard(fsdp_param, shard, requires_grad=True)",
         MEMORY_LAW,
     ),
     Mutation(
@@ -183,7 +183,7 @@ SWITCH = [
     ),
     Mutation(
         "masters that were stepped are not put into the shards",
-        "sharding/masters.py",
+        "method/updates/masters.py",
         "self.masters.publish({name: entry.parameter for name, entry in trained.items()})",
         "pass",
         "sharding/test_masters.py::test_training_equals_that_with_masters_on_every_replica[full_rank]",
@@ -197,7 +197,7 @@ SWITCH = [
     ),
     Mutation(
         "where masters lie apart, LoRA-FA trains plain LoRA's gradients",
-        "sharding/masters.py",
+        "method/updates/masters.py",
         "self.update.transform_gradients(_of_masters(trained))",
         "pass",
         "sharding/test_masters.py::test_training_equals_that_with_masters_on_every_replica[lora_fa]",

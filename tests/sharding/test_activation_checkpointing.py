@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lisa_dist.config import Config, UserError
+from lisa_dist.method.updates import build_update
 from lisa_dist.sharding.activation_checkpointing import KINDS, OPERATIONS_PER_BYTE, Cost, choose, set_checkpointing
 from lisa_dist.sharding.checkpointing_policy import measure_costs
 from tests.distributed.test_training import make_config, train_on_rank
@@ -30,7 +31,9 @@ def costs() -> dict[bool, dict[str, Cost]]:
     architecture = AutoConfig.for_model("llama", **sizes, num_attention_heads=4, num_key_value_heads=4)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture)
-    return {trains: measure_costs(config, model, trains) for trains in (True, False)}
+    return {
+        trains: measure_costs(config, model, lambda: build_update(config.update), trains) for trains in (True, False)
+    }
 
 
 def test_each_kind_keeps_what_arithmetic_says(costs: dict[bool, dict[str, Cost]]) -> None:

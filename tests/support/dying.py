@@ -9,20 +9,20 @@ from typing import Any
 
 from lisa_dist.cli import main
 from lisa_dist.runtime.environment import restart_count
-from lisa_dist.training import loop as trainer
+from lisa_dist.training import loop
 
 LAST_STEP = 3  # that rank 1 makes
 
 
 def die_after_the_last_step() -> None:
-    train_step = trainer.train_step
+    train_step = loop.train_step
 
     def step(learner: Any, micro_batches: Any, number: int, *rest: Any, **more: Any) -> Any:
         if number == LAST_STEP:
             os.kill(os.getpid(), signal.SIGKILL)
         return train_step(learner, micro_batches, number, *rest, **more)
 
-    trainer.train_step = step
+    loop.train_step = step
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lisa_dist.config.loading import load
+from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.signals import install_stop_handlers
-from lisa_dist.telemetry.records import write_atomically
-from lisa_dist.training import loop as trainer
+from lisa_dist.training import loop
 
 
 def bytes_sent() -> int:
@@ -26,7 +26,7 @@ def main() -> int:
     file, *overrides = sys.argv[1:]
     install_stop_handlers()
     counts: list[int] = []
-    train_step = trainer.train_step
+    train_step = loop.train_step
 
     def counted(*arguments: Any, **more: Any) -> Any:
         before = bytes_sent()
@@ -35,8 +35,8 @@ def main() -> int:
         write_atomically(Path(file), json.dumps(counts))
         return result
 
-    trainer.train_step = counted
-    return trainer.train(load(overrides))
+    loop.train_step = counted
+    return loop.train(load(overrides))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config
 from lisa_dist.config.loading import load
 from lisa_dist.telemetry.records import read_rows, read_summary
-from lisa_dist.training import loop as trainer
+from lisa_dist.training import loop
 from tests.support.ranks import run_on_ranks
 
 STEPS, PERIOD = 9, 3
@@ -77,7 +77,7 @@ def killed_at(kill: Kill | None) -> Iterator[None]:
     if kill is None:
         yield
         return
-    accumulate, write, begun = trainer.train_step, CheckpointSaver._write, trainer.accumulate_gradients
+    accumulate, write, begun = loop.train_step, CheckpointSaver._write, loop.accumulate_gradients
     current = [0]
 
     def step(learner: Any, micro_batches: Any, number: int, *rest: Any, **more: Any) -> Any:
@@ -99,7 +99,7 @@ def killed_at(kill: Kill | None) -> Iterator[None]:
             return write(saver, snapshot)
 
     with (
-        mock.patch.multiple(trainer, train_step=step, accumulate_gradients=gradients),
+        mock.patch.multiple(loop, train_step=step, accumulate_gradients=gradients),
         mock.patch.object(CheckpointSaver, "_write", writing),
     ):
         yield
@@ -109,7 +109,7 @@ def train_here(config: Config, kill: Kill | None = None) -> int | None:
     """Train in this rank; returns the exit code, or None where the run was cut short."""
     with killed_at(kill):
         try:
-            return trainer.train(config)
+            return loop.train(config)
         except Killed:
             return None
 

@@ -17,11 +17,11 @@ from lisa_dist.data.batches import GlobalBatches
 from lisa_dist.data.prepare import prepare_data
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.telemetry.records import read_rows, read_summary
-from lisa_dist.training import loop as trainer
+from lisa_dist.training import loop
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import make_config, resuming, train_here
 
-SECONDS = {"train_step": 1.0, "begin_period": 10.0, "rehearse": 100.0, "mean_loss": 1000.0}
+SECONDS = {"train_step": 1.0, "begin_period": 10.0, "rehearse": 100.0, "evaluate": 1000.0}
 WAIT, SAVE, RATE = 0.25, 10_000.0, 2e9
 
 
@@ -50,12 +50,12 @@ def train_by_a_clock_of_its_own(config: Config) -> None:
     original = GlobalBatches.iterate
     with ExitStack() as stack:
         for name, seconds in SECONDS.items():
-            stack.enter_context(mock.patch.object(trainer, name, taking(seconds, getattr(trainer, name))))
+            stack.enter_context(mock.patch.object(loop, name, taking(seconds, getattr(loop, name))))
         stack.enter_context(mock.patch.object(CheckpointSaver, "save", taking(SAVE, CheckpointSaver.save)))
         stack.enter_context(mock.patch.object(GlobalBatches, "iterate", iterate))
-        stack.enter_context(mock.patch.object(trainer, "now", lambda: clock[0]))
-        stack.enter_context(mock.patch.object(trainer, "peak_rate", lambda device: RATE))
-        stack.enter_context(mock.patch.object(trainer, "step_flops", lambda learner, lengths: 10.0 * lengths.sum()))
+        stack.enter_context(mock.patch.object(loop, "now", lambda: clock[0]))
+        stack.enter_context(mock.patch.object(loop, "peak_rate", lambda device: RATE))
+        stack.enter_context(mock.patch.object(loop, "step_flops", lambda learner, lengths: 10.0 * lengths.sum()))
         train_here(config)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, UserError
 from lisa_dist.telemetry.reports.page import Card, render_page, table
 from lisa_dist.telemetry.reports.plots import Series, line_chart, moving_average
-from lisa_dist.telemetry.records import METRICS_FILE, Row, read_rows, read_summary, write_atomically
+from lisa_dist.telemetry.records import METRICS_FILE, Row, read_rows, read_summary
+from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.units import format_count
 
 JOBS_FILE = "jobs.txt"  # a line a job, quoted for the shell: its folder, its overrides, RESUME and run.dir=

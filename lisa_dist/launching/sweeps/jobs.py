@@ -14,7 +14,7 @@ from lisa_dist.config.overrides import path_override
 from lisa_dist.config.paths import local_path
 from lisa_dist.config.sweeps import Interval, Space, SweptOverrides, combinations, read_space
 from lisa_dist.launching.sweeps.comparison import JOBS_FILE, RESUME, JobRecord, write_comparison
-from lisa_dist.telemetry.records import write_atomically
+from lisa_dist.runtime.files import write_atomically
 
 OF_THE_SWEEP = ("sweep.", "launch.")  # keys that are not a job's
 NAME_LENGTH = 80  # of a run directory

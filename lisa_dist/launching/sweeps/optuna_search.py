@@ -13,7 +13,7 @@ from lisa_dist.config import UserError
 from lisa_dist.config.sweeps import Interval, Space, SweptOverrides
 from lisa_dist.launching.sweeps.jobs import OF_THE_SWEEP, jobs_text, make_sweep_dir, unfinished
 from lisa_dist.launching.sweeps.comparison import JOBS_FILE, JobRecord, write_comparison
-from lisa_dist.telemetry.records import write_atomically
+from lisa_dist.runtime.files import write_atomically
 
 STUDY_FILE = "optuna.log"  # Optuna's journal: what it has chosen, and the losses
 STUDY_NAME = "sweep"

@@ -27,7 +27,8 @@ from lisa_dist.launching.sweeps.optuna_search import OptunaSearch
 from lisa_dist.launching.sweeps.jobs import list_jobs, read_sweep, unfinished
 from lisa_dist.runtime.signals import STOP_SIGNALS
 from lisa_dist.launching.sweeps.comparison import EXIT_CODE_FILE, LOG_FILE, RESUME, JobRecord, last_words, write_comparison
-from lisa_dist.telemetry.records import SUMMARY_FILE, read_summary, write_atomically, write_summary
+from lisa_dist.telemetry.records import SUMMARY_FILE, read_summary, write_summary
+from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.units import format_duration
 
 POLL_SECONDS = 0.1

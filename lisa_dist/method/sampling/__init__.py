@@ -1,4 +1,7 @@
-"""Which blocks train in a period: pure state machines, lists in, indices out; one file a sampler."""
+"""Which blocks train in a period: pure state machines, lists in, indices out; one file a sampler.
+
+No torch, no collectives, no model.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What is updated in an active block. An update knows neither the sampler nor the sharding."""
+"""What is updated in an active block: adapters, projected gradients, or all of it; one file an update.
+
+An update knows neither the sampler nor the sharding.
+"""
 
 from __future__ import annotations
 
