@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lisa_dist import __version__
-from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, Config, UserError
+from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, Config, OutOfMemoryError, UserError
 from lisa_dist.config.checks import check_combinations
 from lisa_dist.config.errors import check_choice
 from lisa_dist.config.loading import GROUPS, group_choices, load, load_run, resume_run, to_yaml
@@ -124,6 +124,9 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             time.sleep(SECONDS_FOR_RANK_0)  # torchrun and srun end rank 0 when this one leaves before it has spoken
         return EXIT_USER_ERROR
+    except OutOfMemoryError as error:  # of one rank or of several, each with its own place
+        print(f"lisa-dist: rank {environment_rank()} failed: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("lisa-dist: interrupted", file=sys.stderr)
         return EXIT_FAILED
@@ -182,7 +185,7 @@ def _configuration(name: str, overrides: list[str], config_dir: str | None) -> C
         return load(overrides, config_dir)
     if COMMANDS[name].reads_run:
         return load_run(str(local_path(run_dir)), overrides)
-    goes_on = name in ("train", "launch") and given.get("checkpoint.resume") == "auto"
+    goes_on = name == "plan" or (name in ("train", "launch") and given.get("checkpoint.resume") == "auto")
     settings = local_path(run_dir) / "config.yaml"
     if not goes_on or not settings.is_file():
         return load(overrides, config_dir)

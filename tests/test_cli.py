@@ -12,7 +12,7 @@ import pytest
 
 from lisa_dist import __version__, cli
 from lisa_dist.cli import COMMANDS, main
-from lisa_dist.config import Config, UserError
+from lisa_dist.config import Config, OutOfMemoryError, UserError
 from lisa_dist.config.loading import load, read_config, to_yaml
 
 
@@ -182,6 +182,30 @@ def test_a_run_that_goes_on_takes_its_own_settings(
 def test_plan_composes_and_runs_here(calls: list[tuple[Any, ...]]) -> None:
     assert main(["plan", "plan.format=json"]) == 7
     assert calls[-1] == ("lisa_dist.commands.plan:run", load(["plan.format=json"]))
+
+
+def test_plan_of_a_run_takes_its_settings(
+    calls: list[tuple[Any, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(load(["train.micro_batch_size=4", "method=full"])))
+    assert main(["plan", f"run.dir={tmp_path}", "data.sequence_length=99"]) == 7
+    config = calls[-1][1]
+    assert (config.train.micro_batch_size, config.method, config.data.sequence_length) == (4, "full", 99)
+    assert "settings that are not given here are those of" in capsys.readouterr().err
+    assert main(["plan", f"run.dir={tmp_path}/none"]) == 7
+    assert calls[-1][1].method == "lisa", "where no run is, its directory is one more key"
+
+
+def test_memory_that_runs_out_is_one_sentence_and_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_out(*arguments: Any) -> int:
+        raise OutOfMemoryError("out of memory in forward of step 3")
+
+    monkeypatch.setattr(cli, "_function", lambda address: run_out)
+    monkeypatch.setenv("RANK", "1")
+    assert main(["plan"]) == 1
+    assert capsys.readouterr().err == "lisa-dist: rank 1 failed: out of memory in forward of step 3\n"
 
 
 def test_launch_slurm_gets_the_overrides_too(calls: list[tuple[Any, ...]]) -> None:

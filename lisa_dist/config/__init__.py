@@ -17,7 +17,7 @@ from lisa_dist.config.commands import (
     SweepConfig,
 )
 from lisa_dist.config.data import DataConfig
-from lisa_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from lisa_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, OutOfMemoryError, UserError
 from lisa_dist.config.method import AlwaysActiveConfig, SamplerConfig, UpdateConfig
 from lisa_dist.config.model import ModelConfig
 from lisa_dist.config.optimization import OptimizerConfig, SchedulerConfig, TrainConfig
@@ -41,6 +41,7 @@ __all__ = [
     "LoggerConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "OutOfMemoryError",
     "ParallelConfig",
     "PlanConfig",
     "PrecisionConfig",

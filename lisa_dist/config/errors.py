@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one sentence on stderr, exit code 2, no traceback."""
+"""Errors that a user can mend: one sentence on stderr and no traceback, exit code 2 where nothing has run yet."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ EXIT_STOPPED = 75  # stopped on a signal after a saved checkpoint, to be requeue
 
 class UserError(Exception):
     """A mistake in the configuration or the input; its message is one clear sentence."""
+
+
+class OutOfMemoryError(Exception):
+    """Memory ran out; the message is one clear sentence that says where and what needs less, the exit code 1."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

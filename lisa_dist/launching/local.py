@@ -26,14 +26,17 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, Config, UserError
+from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, Config, OutOfMemoryError, UserError
 from lisa_dist.launching.stop_watcher import StopWatcher
 from lisa_dist.runtime.redaction import hide_secrets
 from lisa_dist.runtime.signals import install_stop_handlers
+from lisa_dist.telemetry.logs import rank_log
+from lisa_dist.telemetry.out_of_memory import advice
 from lisa_dist.telemetry.records import SUMMARY_FILE, read_summary, write_summary
 
 PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that this process gets when its parent dies
 SECONDS_TO_LEAVE = 5
+OUT_OF_MEMORY = ", as the system does when memory runs out"
 SHUTDOWN_SECONDS = 30  # torch kills the other ranks this long after one has failed
 
 
@@ -78,6 +81,10 @@ def launch_ranks(config: Config, entry: str = "lisa_dist.training.loop:train", l
     mistakes = [outcome for outcome in outcomes if outcome.code == EXIT_USER_ERROR]
     first = min(mistakes, key=lambda o: o.time) if mistakes else _first_failure(outcomes, ranks, agent_failure)
     if log_dir is None:
+        on_cpu = torch.cuda.device_count() == 0  # else host memory ran out, which does not hold the model
+        if first.message.endswith(OUT_OF_MEMORY) and on_cpu:
+            remedy = advice(config, "training", ranks=ranks, local_ranks=ranks, on_gpu=False)
+            first = replace(first, message=f"{first.message}; {remedy}")
         _record_failure(run_dir, first, started)
     if mistakes:
         raise UserError(first.message)
@@ -152,6 +159,8 @@ def run_rank(entry: str, config: Config, outcome_dir: Path, log_dir: Path, paren
         code = getattr(importlib.import_module(module), function)(config)
     except UserError as error:
         code, message = EXIT_USER_ERROR, str(error)
+    except OutOfMemoryError as error:  # its traceback is in the log
+        message = hide_secrets(str(error))
     except BaseException as error:  # whatever it is, the launcher shows it
         message, trace = hide_secrets(f"{type(error).__name__}: {error}"), hide_secrets(traceback.format_exc())
         with log.open("a", encoding="utf-8") as file:
@@ -163,11 +172,6 @@ def run_rank(entry: str, config: Config, outcome_dir: Path, log_dir: Path, paren
     if code in (EXIT_DONE, EXIT_STOPPED):
         return code
     _leave_soon(code)
-
-
-def rank_log(run_dir: Path, rank: int) -> Path:
-    """Return the log file of a rank."""
-    return run_dir / "logs" / f"rank_{rank}.log"
 
 
 def _make_log_dir(run_dir: Path) -> None:
@@ -218,7 +222,7 @@ def _how_it_died(rank: int, agent_failure: ChildFailedError | None) -> str:
     if failure is None or failure.exitcode >= 0:
         return "it was killed"  # torch tells of one rank alone, and another one ended at about the same time
     name = signal.Signals(-failure.exitcode).name
-    return f"it was killed by {name}" + (", as the system does when memory runs out" if name == "SIGKILL" else "")
+    return f"it was killed by {name}" + (OUT_OF_MEMORY if name == "SIGKILL" else "")
 
 
 def _record_failure(run_dir: Path, failure: Outcome, started: float) -> None:

@@ -95,6 +95,10 @@ class Heartbeat:
             }
             os.pwrite(self._file, json.dumps(record).encode().ljust(RECORD_BYTES - 1) + b"\n", 0)
 
+    def place(self) -> str:
+        """Return what this rank works on: ``forward of step 3``."""
+        return f"{self.part} of step {self.step}" if self.step else f"{self.part} before the first step"
+
     def explain(self) -> str:
         """Return where this rank waits, and which ranks are behind it or stand still, by the notes of all."""
         notes = {rank: self._read(rank) for rank in range(distributed.world_size())}

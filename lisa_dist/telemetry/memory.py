@@ -47,7 +47,10 @@ def reset_peak_memory() -> None:
 
 
 def free_memory_bytes() -> int | None:
-    """Return the free memory of this rank's GPU, or of the machine without one; None where the system does not say."""
+    """Return the free memory of this rank's GPU, without one what the machine has and this process may take of it.
+
+    None where the system does not say.
+    """
     here = device()
     if here.type == "cuda":
         return torch.cuda.mem_get_info(here)[0]
@@ -55,4 +58,9 @@ def free_memory_bytes() -> int | None:
     if not meminfo.exists():
         return None
     available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
-    return int(available.split()[1]) * 1024
+    free = int(available.split()[1]) * 1024
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:  # ulimit -v
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        free = min(free, max(0, limit - pages * resource.getpagesize()))
+    return free

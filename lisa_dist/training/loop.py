@@ -32,6 +32,7 @@ from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import now
 from lisa_dist.runtime.signals import ignore_stop_signals, stop_requested
 from lisa_dist.telemetry.logs import setup_logging
+from lisa_dist.telemetry.out_of_memory import PREPARATION, explaining_out_of_memory
 from lisa_dist.training.evaluation import evaluate, show_answers
 from lisa_dist.training.flops import peak_rate, step_flops
 from lisa_dist.training.recovery import is_spike, leave_out_step, remember_loss, roll_back
@@ -176,7 +177,8 @@ def train(config: Config) -> int:
     config = open_run_directory(config)
     setup_logging(config.run.dir)
     try:
-        run = prepare_run(config)
+        with explaining_out_of_memory(config, lambda: PREPARATION):
+            run = prepare_run(config)
     except UserError:
         forget_start(config)
         raise
@@ -185,7 +187,8 @@ def train(config: Config) -> int:
             logger.warning(sentence)
     with run.recorder as recorder, run.heartbeat:
         try:
-            stopped = train_steps(run)
+            with explaining_out_of_memory(config, run.heartbeat.place):
+                stopped = train_steps(run)
         except BaseException as error:
             failure = run.heartbeat.explained(error)
             recorder.write_summary(f"failed: {type(failure).__name__}: {failure}")
@@ -213,7 +216,8 @@ def train_steps(run: Run) -> bool:
             with heartbeat.phase("the draw and switch of active blocks"):
                 figures["switch_seconds"] = switch(run, step)
         if step == first_step:
-            introduce(run)
+            with heartbeat.phase("the trial of the longest micro-batch"):
+                introduce(run)
         stop = stop_requested() or run.checkpoints.must_stop()
         run.recorder.begin_step()
         started = now()

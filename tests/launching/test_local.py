@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from lisa_dist.config import Config, ParallelConfig, RunConfig, UserError
 from lisa_dist.launching.local import count_local_ranks, launch_ranks
@@ -65,8 +66,21 @@ def test_first_failure_alone_is_shown(tmp_path: Path, capfd: pytest.CaptureFixtu
 def test_killed_rank_is_the_first_failure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert launch_ranks(local_ranks(tmp_path), f"{PROGRAMS}:die") == 1
     shown = capfd.readouterr().err
-    assert "rank 1 failed: it was killed by SIGKILL" in shown and "memory" in shown
+    assert "rank 1 failed: it was killed by SIGKILL" in shown
+    if not torch.cuda.is_available():
+        assert "when memory runs out; what needs less, in the order to try it: " in shown
+        assert f"lisa-dist plan run.dir={tmp_path} parallel.nproc_per_node=2; its log is" in shown
     assert "a connection was lost" not in shown
+
+
+def test_memory_that_runs_out_is_told_in_a_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch_ranks(local_ranks(tmp_path, ranks=1), f"{PROGRAMS}:run_out_of_memory") == 1
+    log = tmp_path / "logs" / "rank_0.log"
+    shown = capfd.readouterr().err
+    assert shown.splitlines()[-1].startswith("lisa-dist: rank 0 failed: out of memory in forward of step 3, ")
+    assert shown.endswith(f"its log is {log}\n") and "Traceback" not in shown
+    assert log.read_text().count("Traceback") == 1 and "MemoryError: all of it" in log.read_text()
+    assert str(summary(tmp_path)["exit_reason"]).startswith("failed: out of memory in forward of step 3, ")
 
 
 def test_mistake_of_the_user_is_raised_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

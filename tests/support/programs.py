@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, UserError
 from lisa_dist.runtime.signals import stop_requested
+from lisa_dist.telemetry.out_of_memory import explaining_out_of_memory
 from lisa_dist.telemetry.records import write_summary
 
 
@@ -42,6 +43,12 @@ def die(config: Config) -> int:
         os.kill(os.getpid(), signal.SIGKILL)
     _wait_for_the_end_of_rank_1(config)
     raise RuntimeError("a connection was lost")
+
+
+def run_out_of_memory(config: Config) -> int:
+    """The forward pass finds no memory."""
+    with explaining_out_of_memory(config, lambda: "forward of step 3"):
+        raise MemoryError("all of it")
 
 
 def mistake(config: Config) -> int:
