@@ -1,13 +1,12 @@
 """The command line: ``lisa-dist COMMAND [key=value ...]``, one thin function a command.
 
-A command's module is imported when the command runs: importing torch takes seconds, which neither a mistake in
+Each imports what it runs when it is called: importing torch takes seconds, which neither a mistake in
 the configuration nor ``--help`` should have to wait for.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import shutil
 import sys
@@ -16,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from lisa_dist import __version__
 from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, Config, OutOfMemoryError, UserError
@@ -31,15 +30,82 @@ from lisa_dist.runtime.environment import environment_rank, has_ranks
 from lisa_dist.runtime.signals import ignore_stop_signals, install_stop_handlers
 
 
+def train(config: Config) -> int:
+    """Trains; where no model is chosen, a small demonstration."""
+    from lisa_dist.training.loop import train as run
+
+    return run(config)
+
+
+def plan(config: Config) -> int:
+    """Predicts memory per rank and step time, without weights and without GPUs."""
+    from lisa_dist.commands.plan import run
+
+    return run(config)
+
+
+def bench(config: Config) -> int:
+    """Measures tokens per second, the parts of a step and peak memory."""
+    from lisa_dist.commands.bench.command import run
+
+    return run(config)
+
+
+def export(config: Config) -> int:
+    """Writes a checkpoint as a Hugging Face directory."""
+    from lisa_dist.commands.export import run
+
+    return run(config)
+
+
+def evaluate(config: Config) -> int:
+    """Measures held-out loss and perplexity, or runs evaluation tasks."""
+    from lisa_dist.commands.evaluate import run
+
+    return run(config)
+
+
+def generate(config: Config) -> int:
+    """Answers prompts from a checkpoint or a Hugging Face directory."""
+    from lisa_dist.commands.generate import run
+
+    return run(config)
+
+
+def report(config: Config) -> int:
+    """Draws a run directory as one HTML page, or compares the jobs of a sweep."""
+    from lisa_dist.commands.report import run
+
+    return run(config)
+
+
+def launch(config: Config, overrides: list[str], config_dir: str | None) -> int:
+    """Writes, shows and submits the Slurm job script of a configuration: launch slurm."""
+    from lisa_dist.launching.slurm import run
+
+    return run(config, overrides, config_dir)
+
+
+def doctor(config: Config) -> int:
+    """Checks torch, GPUs, NCCL, ports, disk and tokenizers, and says what to fix."""
+    from lisa_dist.commands.doctor import run
+
+    return run(config)
+
+
 @dataclass(frozen=True)
 class Command:
-    """What a command does, where its function is, and which keys its help lists."""
+    """A command's function and the keys that its help lists."""
 
-    summary: str
-    function: str  # module:function, of a Config, returning an exit code
+    function: Callable[..., int]  # of a Config, for launch of the overrides too; returns the exit code
     keys: tuple[str, ...]
     in_ranks: bool = False  # runs in every rank
     reads_run: bool = False  # takes its configuration from the run in run.dir
+
+    @property
+    def summary(self) -> str:
+        """What the command does: its function's docstring."""
+        return (self.function.__doc__ or "").rstrip(".")
 
 
 SECONDS_FOR_RANK_0 = 5
@@ -48,59 +114,15 @@ TRAINING_KEYS = (
     "model data sampler update always_active optimizer scheduler train parallel precision checkpoint logger run"
 )
 COMMANDS = {
-    "train": Command(
-        "trains; where no model is chosen, a small demonstration",
-        "lisa_dist.training.loop:train",
-        tuple(TRAINING_KEYS.split()),
-        in_ranks=True,
-    ),
-    "plan": Command(
-        "predicts memory per rank and step time, without weights and without GPUs",
-        "lisa_dist.commands.plan:run",
-        ("plan", "model", "train", "parallel", "precision"),
-    ),
-    "bench": Command(
-        "measures tokens per second, the parts of a step and peak memory",
-        "lisa_dist.commands.bench.command:run",
-        ("bench", "model", "train", "parallel", "precision"),
-        in_ranks=True,
-    ),
-    "export": Command(
-        "writes a checkpoint as a Hugging Face directory",
-        "lisa_dist.commands.export:run",
-        ("export", "run"),
-        reads_run=True,
-    ),
-    "evaluate": Command(
-        "measures held-out loss and perplexity, or runs evaluation tasks",
-        "lisa_dist.commands.evaluate:run",
-        ("evaluate", "run", "parallel"),
-        in_ranks=True,
-        reads_run=True,
-    ),
-    "generate": Command(
-        "answers prompts from a checkpoint or a Hugging Face directory",
-        "lisa_dist.commands.generate:run",
-        ("generate", "run", "parallel"),
-        in_ranks=True,
-        reads_run=True,
-    ),
-    "report": Command(
-        "draws a run directory as one HTML page, or compares the jobs of a sweep",
-        "lisa_dist.commands.report:run",
-        ("run", "sweep"),
-        reads_run=True,
-    ),
-    "launch": Command(
-        "launch slurm: writes, shows and submits the Slurm job script of a configuration",
-        "lisa_dist.launching.slurm:run",
-        ("launch", "run", "sweep"),
-    ),
-    "doctor": Command(
-        "checks torch, GPUs, NCCL, ports, disk and tokenizers, and says what to fix",
-        "lisa_dist.commands.doctor:run",
-        ("parallel",),
-    ),
+    "train": Command(train, tuple(TRAINING_KEYS.split()), in_ranks=True),
+    "plan": Command(plan, ("plan", "model", "train", "parallel", "precision")),
+    "bench": Command(bench, ("bench", "model", "train", "parallel", "precision"), in_ranks=True),
+    "export": Command(export, ("export", "run"), reads_run=True),
+    "evaluate": Command(evaluate, ("evaluate", "run", "parallel"), in_ranks=True, reads_run=True),
+    "generate": Command(generate, ("generate", "run", "parallel"), in_ranks=True, reads_run=True),
+    "report": Command(report, ("run", "sweep"), reads_run=True),
+    "launch": Command(launch, ("launch", "run", "sweep")),
+    "doctor": Command(doctor, ("parallel",)),
 }
 
 
@@ -171,7 +193,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if name in TRAINING:
         check_combinations(config)
     if name == "launch":  # the script repeats the overrides, which a reader understands, not the whole configuration
-        return _function(COMMANDS[name].function)(config, overrides, arguments.config_dir)
+        return launch(config, overrides, arguments.config_dir)
     return _dispatch(name, config)
 
 
@@ -198,13 +220,16 @@ def _dispatch(name: str, config: Config) -> int:
     """Run the command here, or start the ranks that run it where no launcher has."""
     command = COMMANDS[name]
     if not command.in_ranks:
-        _function("lisa_dist.telemetry.logs:setup_logging")()
-        return _function(command.function)(config)
+        from lisa_dist.telemetry.logs import setup_logging
+
+        setup_logging()
+        return command.function(config)
     if has_ranks():
-        exit_code = _function(command.function)(config)
+        exit_code = command.function(config)
         ignore_stop_signals()
         return exit_code
-    launch_ranks = _function("lisa_dist.launching.local:launch_ranks")
+    from lisa_dist.launching.local import launch_ranks
+
     if name == "train":
         config = resolve_run_dir(config)
         check_run_dir_is_free(config)
@@ -224,18 +249,16 @@ def _dispatch(name: str, config: Config) -> int:
 
 def _multirun(name: str, overrides: list[str], config_dir: str | None) -> int:
     if name == "launch":
-        return _function("lisa_dist.launching.slurm:run_sweep")(overrides, config_dir)
+        from lisa_dist.launching.slurm import run_sweep as submit_sweep
+
+        return submit_sweep(overrides, config_dir)
     if name != "train":
         raise UserError(f"--multirun: sweeps train only, not {name}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or has_ranks():
         raise UserError("--multirun: must be started once and not in every rank, so without torchrun or srun")
-    return _function("lisa_dist.launching.sweeps.run:run_sweep")(overrides, config_dir)
+    from lisa_dist.launching.sweeps.run import run_sweep
 
-
-def _function(address: str) -> Callable[..., Any]:
-    """Import ``module:function``; late, for the reason at the top."""
-    module, _, name = address.partition(":")
-    return getattr(importlib.import_module(module), name)
+    return run_sweep(overrides, config_dir)
 
 
 def help_text() -> str:

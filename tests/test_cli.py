@@ -15,20 +15,32 @@ from lisa_dist.cli import COMMANDS, main
 from lisa_dist.config import Config, OutOfMemoryError, UserError
 from lisa_dist.config.loading import load, read_config, to_yaml
 
+TARGETS = [
+    *(f"lisa_dist.commands.{name}.run" for name in ("plan", "export", "evaluate", "generate", "report", "doctor")),
+    "lisa_dist.commands.bench.command.run",
+    "lisa_dist.training.loop.train",
+    "lisa_dist.launching.local.launch_ranks",
+    "lisa_dist.launching.slurm.run",
+    "lisa_dist.launching.slurm.run_sweep",
+    "lisa_dist.launching.sweeps.run.run_sweep",
+]
+
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Every function that the command line would import and call, with its arguments; each returns 7."""
+    """Calls of what the commands import: each target's address and its arguments; each returns 7."""
     recorded: list[tuple[Any, ...]] = []
 
-    def function(address: str) -> Any:
+    def recorder(address: str) -> Any:
         def record(*arguments: Any) -> int:
             recorded.append((address, *arguments))
             return 7
 
         return record
 
-    monkeypatch.setattr(cli, "_function", function)
+    for address in TARGETS:
+        monkeypatch.setattr(address, recorder(address))
+    monkeypatch.setattr("lisa_dist.telemetry.logs.setup_logging", lambda: None)
     for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     return recorded
@@ -52,6 +64,28 @@ def test_help_of_a_command_lists_its_keys(name: str, capsys: pytest.CaptureFixtu
     for group in COMMANDS[name].keys:
         part = getattr(Config(), group)
         assert all(f"  {group}.{field.name}" in shown for field in dataclasses.fields(part))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_function_of_a_command_runs_what_it_imports(name: str, calls: list[tuple[Any, ...]]) -> None:
+    given = (Config(), ["train.seed=1"], None) if name == "launch" else (Config(),)
+    assert COMMANDS[name].function.__name__ == name and COMMANDS[name].function(*given) == 7
+    elsewhere = {"train": "training.loop.train", "bench": "commands.bench.command.run", "launch": "launching.slurm.run"}
+    assert calls == [(f"lisa_dist.{elsewhere.get(name, f'commands.{name}.run')}", *given)]
+
+
+def test_help_and_mistakes_do_not_wait_for_torch() -> None:
+    """Importing torch, transformers and datasets takes seconds; a process of its own, for here they are imported."""
+    code = (
+        "import sys; from lisa_dist.cli import COMMANDS, main\n"
+        "calls = [['--help'], ['--version'], ['train', 'sampler.perod=3'], ['plan', '--cfg', 'job']]\n"
+        "codes = [main(words) for words in [*calls, *([name, '--help'] for name in COMMANDS)]]\n"
+        "slow = {'torch', 'transformers', 'datasets', 'numpy', 'rich', 'wandb'} & set(sys.modules)\n"
+        "print(codes, sorted(slow), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    codes = [0, 0, 2, 0, *[0] * len(COMMANDS)]
+    assert done.stderr.splitlines()[-1] == f"{codes} []"
 
 
 @pytest.mark.parametrize(
@@ -110,7 +144,7 @@ def test_train_starts_ranks_with_a_settled_run_directory(
     monkeypatch.chdir(tmp_path)
     assert main(["train", "run.name=first"]) == 7
     (address, config, entry) = calls[0]
-    assert (address, entry) == ("lisa_dist.launching.local:launch_ranks", "lisa_dist.training.loop:train")
+    assert (address, entry) == ("lisa_dist.launching.local.launch_ranks", cli.train)
     assert config.run.dir == str(tmp_path / "runs" / "first")
     assert config.optimizer == load([]).optimizer
 
@@ -135,7 +169,7 @@ def test_a_rank_trains_in_its_own_process(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert main(["train", "train.seed=4"]) == 7
-    assert calls == [("lisa_dist.training.loop:train", load(["train.seed=4"]))]
+    assert calls == [("lisa_dist.training.loop.train", load(["train.seed=4"]))]
     assert signals == ["installed", "ignored"]
 
 
@@ -143,7 +177,7 @@ def test_one_task_of_srun_is_no_rank(calls: list[tuple[Any, ...]], monkeypatch: 
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert main(["train"]) == 7
-    assert calls[0][0] == "lisa_dist.launching.local:launch_ranks"
+    assert calls[0][0] == "lisa_dist.launching.local.launch_ranks"
 
 
 def test_commands_on_a_run_get_its_configuration(calls: list[tuple[Any, ...]], tmp_path: Path) -> None:
@@ -151,7 +185,7 @@ def test_commands_on_a_run_get_its_configuration(calls: list[tuple[Any, ...]], t
     (tmp_path / "config.yaml").write_text(to_yaml(run))
     assert main(["export", f"run.dir={tmp_path}", "export.path=out"]) == 7
     address, config = calls[-1]
-    assert address == "lisa_dist.commands.export:run"
+    assert address == "lisa_dist.commands.export.run"
     assert (config.train.seed, config.method, config.export.path) == (11, "full", "out")
 
 
@@ -181,7 +215,7 @@ def test_a_run_that_goes_on_takes_its_own_settings(
 
 def test_plan_composes_and_runs_here(calls: list[tuple[Any, ...]]) -> None:
     assert main(["plan", "plan.format=json"]) == 7
-    assert calls[-1] == ("lisa_dist.commands.plan:run", load(["plan.format=json"]))
+    assert calls[-1] == ("lisa_dist.commands.plan.run", load(["plan.format=json"]))
 
 
 def test_plan_of_a_run_takes_its_settings(
@@ -202,7 +236,7 @@ def test_memory_that_runs_out_is_one_sentence_and_code_1(
     def run_out(*arguments: Any) -> int:
         raise OutOfMemoryError("out of memory in forward of step 3")
 
-    monkeypatch.setattr(cli, "_function", lambda address: run_out)
+    monkeypatch.setattr("lisa_dist.commands.plan.run", run_out)
     monkeypatch.setenv("RANK", "1")
     assert main(["plan"]) == 1
     assert capsys.readouterr().err == "lisa-dist: rank 1 failed: out of memory in forward of step 3\n"
@@ -211,12 +245,12 @@ def test_memory_that_runs_out_is_one_sentence_and_code_1(
 def test_launch_slurm_gets_the_overrides_too(calls: list[tuple[Any, ...]]) -> None:
     assert main(["launch", "slurm", "train.seed=2", "launch.dry_run=true"]) == 7
     overrides = ["train.seed=2", "launch.dry_run=true"]
-    assert calls == [("lisa_dist.launching.slurm:run", load(overrides), overrides, None)]
+    assert calls == [("lisa_dist.launching.slurm.run", load(overrides), overrides, None)]
 
 
 def test_multirun_goes_to_the_sweep(calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["train", "-m", "train.seed=1,2"]) == 7
-    assert calls == [("lisa_dist.launching.sweeps.run:run_sweep", ["train.seed=1,2"], None)]
+    assert calls == [("lisa_dist.launching.sweeps.run.run_sweep", ["train.seed=1,2"], None)]
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["train", "-m", "train.seed=1,2"]) == 2
     assert len(calls) == 1
@@ -226,7 +260,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPa
     def fail(*arguments: Any) -> int:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "_function", lambda address: fail)
+    monkeypatch.setattr("lisa_dist.commands.plan.run", fail)
     with pytest.raises(ZeroDivisionError):
         main(["plan"])
 
@@ -237,7 +271,7 @@ def test_a_mistake_found_by_a_command_is_told_like_any_other(
     def mistake(*arguments: Any) -> int:
         raise UserError("plan.gpu=abacus: must be a preset")
 
-    monkeypatch.setattr(cli, "_function", lambda address: mistake)
+    monkeypatch.setattr("lisa_dist.commands.plan.run", mistake)
     assert main(["plan"]) == 2
     assert capsys.readouterr().err == "lisa-dist: plan.gpu=abacus: must be a preset\n"
 

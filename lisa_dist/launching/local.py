@@ -7,7 +7,6 @@ signal means, gathers the exit codes and shows the first failure, and only that 
 from __future__ import annotations
 
 import ctypes
-import importlib
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ import tempfile
 import time
 import traceback
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NoReturn
@@ -39,6 +39,8 @@ SECONDS_TO_LEAVE = 5
 OUT_OF_MEMORY = ", as the system does when memory runs out"
 SHUTDOWN_SECONDS = 30  # torch kills the other ranks this long after one has failed
 
+Entry = Callable[[Config], int]  # what every rank runs
+
 
 @dataclass
 class Outcome:
@@ -51,12 +53,12 @@ class Outcome:
     time: float  # seconds since the epoch
 
 
-def launch_ranks(config: Config, entry: str = "lisa_dist.training.loop:train", log_dir: Path | None = None) -> int:
+def launch_ranks(config: Config, entry: Entry, log_dir: Path | None = None) -> int:
     """Run ``entry`` on every rank of this machine and return the exit code of the whole.
 
     Args:
         config: with ``run.dir`` settled where ``entry`` trains.
-        entry: ``module:function``, a function of a Config that returns an exit code.
+        entry: returns an exit code; a function at the top of a module, for the ranks import it.
         log_dir: logs go to ``log_dir/logs/rank_N.log``, and the run's summary.json is left alone; None: they go to
             ``run.dir``, and a failure is noted in the summary.
 
@@ -109,7 +111,7 @@ def count_local_ranks(config: Config) -> int:
     return int(wanted)
 
 
-def _run_agent(config: Config, entry: str, ranks: int, outcome_dir: Path, log_dir: Path) -> ChildFailedError | None:
+def _run_agent(config: Config, entry: Entry, ranks: int, outcome_dir: Path, log_dir: Path) -> ChildFailedError | None:
     """Start the ranks and wait for their end; returns what the agent says where a rank died."""
     for name in ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # else 20 lines about a failure that we show ourselves
@@ -138,7 +140,7 @@ def _run_agent(config: Config, entry: str, ranks: int, outcome_dir: Path, log_di
     return None
 
 
-def run_rank(entry: str, config: Config, outcome_dir: Path, log_dir: Path, parent: int) -> int:
+def run_rank(entry: Entry, config: Config, outcome_dir: Path, log_dir: Path, parent: int) -> int:
     """Run ``entry`` in this process, which is a rank, and leave an :class:`Outcome` in ``outcome_dir``.
 
     A code without a failure is returned, so that the agent waits for the other ranks; a failure ends the
@@ -155,8 +157,7 @@ def run_rank(entry: str, config: Config, outcome_dir: Path, log_dir: Path, paren
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     code, message, trace = EXIT_FAILED, "", ""
     try:
-        module, _, function = entry.partition(":")
-        code = getattr(importlib.import_module(module), function)(config)
+        code = entry(config)
     except UserError as error:
         code, message = EXIT_USER_ERROR, str(error)
     except OutOfMemoryError as error:  # its traceback is in the log

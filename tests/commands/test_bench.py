@@ -124,12 +124,12 @@ def test_mistakes_are_refused() -> None:
 
 def test_ranks_log_beside_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(cli, "_function", lambda address: lambda *arguments: seen.append(arguments) or 0)
+    monkeypatch.setattr("lisa_dist.launching.local.launch_ranks", lambda *arguments: seen.append(arguments) or 0)
     for name in ("RANK", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
     assert cli.main(["bench", *TINY]) == 0
     ((config, entry, logs),) = seen
-    assert (config.run.dir, entry) == (None, "lisa_dist.commands.bench.command:run")
+    assert (config.run.dir, entry) == (None, cli.bench)
     assert not logs.exists(), "logs of a bench that went well are not kept"
 
 

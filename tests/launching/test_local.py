@@ -17,8 +17,8 @@ import torch
 
 from lisa_dist.config import Config, ParallelConfig, RunConfig, UserError
 from lisa_dist.launching.local import count_local_ranks, launch_ranks
+from tests.support import programs
 
-PROGRAMS = "tests.support.programs"
 PATIENCE = 600  # seconds for what hangs
 
 
@@ -33,7 +33,7 @@ def summary(run_dir: Path) -> dict[str, object]:
 def test_all_done(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGQUIT)]
     environment = dict(os.environ)
-    assert launch_ranks(local_ranks(tmp_path, "mine"), f"{PROGRAMS}:finish") == 0
+    assert launch_ranks(local_ranks(tmp_path, "mine"), programs.finish) == 0
     terminal = capfd.readouterr()
     assert terminal.out.splitlines() == ["rank 0 of 2 with run.name=mine", "rank 0 natively"]
     assert "rank 0 on stderr" in terminal.err and "rank 1" not in terminal.err
@@ -52,7 +52,7 @@ def test_all_done(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_first_failure_alone_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert launch_ranks(local_ranks(tmp_path), f"{PROGRAMS}:fail") == 1
+    assert launch_ranks(local_ranks(tmp_path), programs.fail) == 1
     shown = capfd.readouterr().err
     assert shown.count("Traceback") == 1 and 'raise ValueError("the first failure")' in shown
     assert "rank 1 failed: ValueError: the first failure" in shown and "rank_1.log" in shown
@@ -64,7 +64,7 @@ def test_first_failure_alone_is_shown(tmp_path: Path, capfd: pytest.CaptureFixtu
 
 
 def test_killed_rank_is_the_first_failure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert launch_ranks(local_ranks(tmp_path), f"{PROGRAMS}:die") == 1
+    assert launch_ranks(local_ranks(tmp_path), programs.die) == 1
     shown = capfd.readouterr().err
     assert "rank 1 failed: it was killed by SIGKILL" in shown
     if not torch.cuda.is_available():
@@ -74,7 +74,7 @@ def test_killed_rank_is_the_first_failure(tmp_path: Path, capfd: pytest.CaptureF
 
 
 def test_memory_that_runs_out_is_told_in_a_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert launch_ranks(local_ranks(tmp_path, ranks=1), f"{PROGRAMS}:run_out_of_memory") == 1
+    assert launch_ranks(local_ranks(tmp_path, ranks=1), programs.run_out_of_memory) == 1
     log = tmp_path / "logs" / "rank_0.log"
     shown = capfd.readouterr().err
     assert shown.splitlines()[-1].startswith("lisa-dist: rank 0 failed: out of memory in forward of step 3, ")
@@ -86,20 +86,20 @@ def test_memory_that_runs_out_is_told_in_a_sentence(tmp_path: Path, capfd: pytes
 def test_mistake_of_the_user_is_raised_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "summary.json").write_text('{"exit_reason": "finished"}')
     with pytest.raises(UserError, match=r"^data\.path=nowhere: must be a file$"):
-        launch_ranks(local_ranks(tmp_path), f"{PROGRAMS}:mistake")
+        launch_ranks(local_ranks(tmp_path), programs.mistake)
     assert "Traceback" not in capfd.readouterr().err
     assert summary(tmp_path)["exit_reason"] == "finished"  # a mistake writes over nothing
 
 
 def test_ranks_that_disagree_have_failed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert launch_ranks(local_ranks(tmp_path), f"{PROGRAMS}:disagree") == 1
+    assert launch_ranks(local_ranks(tmp_path), programs.disagree) == 1
     assert "rank 1 failed: it ended with code 75" in capfd.readouterr().err
 
 
 def test_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"run\.dir=.*can't be written"):
-        launch_ranks(local_ranks(tmp_path / "file"), f"{PROGRAMS}:finish")
+        launch_ranks(local_ranks(tmp_path / "file"), programs.finish)
 
 
 @pytest.mark.parametrize(("gpus", "wanted", "ranks"), [(0, "auto", 1), (4, "auto", 4), (0, "3", 3), (4, "2", 2)])
@@ -123,7 +123,7 @@ class Launcher:
         call = (
             "import sys; from tests.launching.test_local import *;"
             f"sys.exit(launch_ranks(local_ranks(Path({str(run_dir)!r}), '{seconds_to_save}', {ranks}),"
-            f" '{PROGRAMS}:train_until_stopped'))"
+            " programs.train_until_stopped))"
         )
         self.process = subprocess.Popen(
             [sys.executable, "-c", call],
