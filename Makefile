@@ -36,7 +36,7 @@ gpu-check: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no GPU, gpu-check needs one")'
 	$(BIN)/python -m pytest -m gpu tests/gpu
 	$(BIN)/lisa-dist bench model=tinyllama model.init=random data=custom data.sequence_length=2048 \
-		train.micro_batch_size=2 train.global_batch_size=4 parallel.nproc_per_node=1 bench.compare=[bare]
+		train.micro_batch_size=2 train.global_batch_size=4 parallel.nproc_per_node=1 bench.compare=[fsdp_baseline]
 
 install: $(INSTALLED)
 

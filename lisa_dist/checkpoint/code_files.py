@@ -19,7 +19,7 @@ Find = Callable[[str], Path | None]  # a file's name within the model -> where i
 def copy_code(find: Find, fields: dict[str, Any], folder: Path, *names: str) -> None:
     """Copy the code that ``auto_map`` of a configuration names, and ``names``, to ``folder``.
 
-    A class whose file is not there is taken out of ``auto_map``; one that lies in another repository stays there.
+    A class whose file is not there is taken out of ``auto_map``; one that is in another repository stays there.
     Both are said.
 
     Args:

@@ -16,7 +16,7 @@ from lisa_dist.config import UserError
 
 Settings = dict[str, Any]  # dotted key -> value
 
-# Keys that say nothing of training: where the run lies, that it goes on, and what other commands do.
+# Keys that say nothing of training: where the run is, that it goes on, and what other commands do.
 ELSEWHERE = (
     "run.dir",
     "checkpoint.resume",

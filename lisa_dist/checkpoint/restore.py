@@ -18,7 +18,7 @@ from lisa_dist.checkpoint.manifest import MOMENTS, WEIGHTS, check_format, damage
 from lisa_dist.checkpoint.state import Progress, check_identity, hash_of_shapes, read_state, weight_tensors
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import to_yaml
-from lisa_dist.method.module import Learner, adopt_trained, allocate
+from lisa_dist.method.module import TrainModule, add_trained_params, allocate
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.redaction import hide_secrets
 
@@ -48,20 +48,20 @@ def newest_complete(directory: Path) -> Path | None:
     if reasons:
         raise UserError(
             f"checkpoint.resume=auto: every checkpoint in {directory} is damaged ({'; '.join(reasons)}); "
-            "mend one, or start again in another run.dir"
+            "fix one, or start again in another run.dir"
         )
     return None
 
 
 def restore_checkpoint(
-    learner: Learner, checkpoint: Path, device: torch.device, data: Mapping[str, Any]
+    train_module: TrainModule, checkpoint: Path, device: torch.device, data: Mapping[str, Any]
 ) -> tuple[Progress, dict[str, Any]]:
     """Allocate the model for the checkpoint's active set and fill it. Collective: every rank.
 
     The active set comes first: moments exist for it alone, and storage dtypes follow it.
 
     Args:
-        learner: whose model is on ``meta``, or released.
+        train_module: whose model is on ``meta``, or released.
         checkpoint: where to read.
         device: where shards lie.
         data: the fingerprint of the data that the run goes on with.
@@ -73,21 +73,21 @@ def restore_checkpoint(
         UserError: the checkpoint is that of another model or method, or of other data.
     """
     state = distributed.on_rank_zero(lambda: read_state(checkpoint))
-    check_identity(learner, checkpoint, state["identity"])
-    progress = place_in_data(Progress(**state["progress"]), checkpoint, data, learner.config)
-    allocate(learner, state["active_layers"], device)
-    learner.active.period = state["period"]
-    restore_weights(learner, checkpoint, state)
-    adopt_trained(learner)
-    waiting = state["optimizer_steps"].keys() - learner.optimizer.parameters.keys()
-    learner.optimizer.expect_offloaded({name: learner.sharded.parameter(name) for name in sorted(waiting)})
-    moments = learner.optimizer.moment_tensors()
+    check_identity(train_module, checkpoint, state["identity"])
+    progress = place_in_data(Progress(**state["progress"]), checkpoint, data, train_module.config)
+    allocate(train_module, state["active_layers"], device)
+    train_module.active.period = state["period"]
+    restore_weights(train_module, checkpoint, state)
+    add_trained_params(train_module)
+    waiting = state["optimizer_steps"].keys() - train_module.optimizer.parameters.keys()
+    train_module.optimizer.allocate_offloaded({name: train_module.sharded.parameter(name) for name in sorted(waiting)})
+    moments = train_module.optimizer.moment_tensors()
     if hash_of_shapes(moments) != state["moments"]:
-        refuse_other_moments(checkpoint, hide_secrets(to_yaml(learner.config)))
+        refuse_other_moments(checkpoint, hide_secrets(to_yaml(train_module.config)))
     _read_tensors(moments, checkpoint / MOMENTS)
-    learner.optimizer.load_moments(moments)
-    learner.optimizer.set_step_counts(state["optimizer_steps"])
-    learner.sampler.load_state_dict(state["sampler"])
+    train_module.optimizer.load_moments(moments)
+    train_module.optimizer.set_step_counts(state["optimizer_steps"])
+    train_module.sampler.load_state_dict(state["sampler"])
     return progress, state
 
 
@@ -110,15 +110,15 @@ def place_in_data(progress: Progress, checkpoint: Path, data: Mapping[str, Any],
     return replace(progress, sequences=0, left_out=[], data=dict(data))
 
 
-def restore_weights(learner: Learner, checkpoint: Path, state: dict[str, Any]) -> None:
+def restore_weights(train_module: TrainModule, checkpoint: Path, state: dict[str, Any]) -> None:
     """Fill an allocated model with the weights of a checkpoint, in the dtypes it has. Collective: every rank.
 
     Args:
-        learner: whose model is filled; its optimizer is left alone.
+        train_module: whose model is filled; its optimizer is left alone.
         checkpoint: where to read.
         state: of the checkpoint; names the earlier ones that hold the rest of its weights.
     """
-    weights = weight_tensors(learner)
+    weights = weight_tensors(train_module)
     for holder, names in state["elsewhere"].items():
         _read_tensors({name: weights.pop(name) for name in names}, checkpoint.parent / holder / WEIGHTS)
     _read_tensors(weights, checkpoint / WEIGHTS)

@@ -30,7 +30,7 @@ from lisa_dist.checkpoint.shards import Piece, WrittenFile, own_pieces, write_pi
 from lisa_dist.checkpoint.staging import SideStream, StagingMemory
 from lisa_dist.checkpoint.state import Progress, state_of, weight_tensors
 from lisa_dist.config import CheckpointConfig
-from lisa_dist.method.module import Learner
+from lisa_dist.method.module import TrainModule
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.files import write_atomically
 
@@ -61,18 +61,18 @@ class CheckpointSaver:
     what is frozen it reads where it is. The outcome is the same on every rank by an agreement of the threads.
     """
 
-    def __init__(self, learner: Learner, directory: Path, config_yaml: str) -> None:
+    def __init__(self, train_module: TrainModule, directory: Path, config_yaml: str) -> None:
         """Collective: every rank (a group for the agreements).
 
         Args:
-            learner: what is saved.
+            train_module: what is saved.
             directory: where checkpoints lie.
             config_yaml: the run's configuration, which each checkpoint repeats.
         """
-        self.learner = learner
+        self.train_module = train_module
         self.directory = directory
         self.config_yaml = config_yaml
-        self.config: CheckpointConfig = learner.config.checkpoint
+        self.config: CheckpointConfig = train_module.config.checkpoint
         self.holders: dict[str, str] = {}  # of the newest complete checkpoint; empty: the next one is full
         self.since_full = 0  # checkpoints since the last full one
         self.changed: set[str] = set()  # parameters whose weights the newest complete checkpoint may not hold
@@ -81,23 +81,23 @@ class CheckpointSaver:
         self.side_stream = SideStream()
         self.copied = threading.Event()  # what training changes is in host memory
         self.copied.set()
-        learner.optimizer.before_change = self.copied.wait
-        self.group = distributed.thread_group(learner.config.parallel.timeout)
+        train_module.optimizer.before_change = self.copied.wait
+        self.group = distributed.thread_group(train_module.config.parallel.timeout)
         self.thread: threading.Thread | None = None
         self.writing: Snapshot | None = None
         self.failure: str | None = None  # of the write that was last in the background
 
     def note_trained(self) -> None:
         """Remember that the weights that train now change; to be called after every switch."""
-        self.changed |= set(self.learner.optimizer.parameters)
-        self.changed_since_snapshot |= set(self.learner.optimizer.parameters)
+        self.changed |= set(self.train_module.optimizer.parameters)
+        self.changed_since_snapshot |= set(self.train_module.optimizer.parameters)
 
     def continue_from(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Take the checkpoint that a run goes on from as the one that the next may build on."""
         elsewhere = {name: holder for holder, names in state["elsewhere"].items() for name in names}
-        self.holders = {name: elsewhere.get(name, checkpoint.name) for name in weight_tensors(self.learner)}
+        self.holders = {name: elsewhere.get(name, checkpoint.name) for name in weight_tensors(self.train_module)}
         self.since_full = state["since_full"]
-        self.changed = set(self.learner.optimizer.parameters)
+        self.changed = set(self.train_module.optimizer.parameters)
         self.changed_since_snapshot = set()
 
     def save(self, progress: Progress) -> None:
@@ -159,8 +159,8 @@ class CheckpointSaver:
 
     def _take(self, progress: Progress) -> Snapshot:
         """Collective: every rank (the sampler's state)."""
-        weights = weight_tensors(self.learner)
-        trained = set(self.learner.optimizer.parameters)
+        weights = weight_tensors(self.train_module)
+        trained = set(self.train_module.optimizer.parameters)
         name = checkpoint_name(progress.step)
         full = not self.holders or self.since_full + 1 >= self.config.full_every
         written = {key for key in weights if full or key in self.changed | trained or key not in self.holders}
@@ -171,12 +171,12 @@ class CheckpointSaver:
         for key, holder in holders.items():
             if holder != name:
                 elsewhere.setdefault(holder, []).append(key)
-        state = state_of(self.learner, progress)
+        state = state_of(self.train_module, progress)
         state |= {"elsewhere": elsewhere, "since_full": 0 if full else self.since_full + 1}
         self.changed_since_snapshot = set(trained)
         folders = {
             WEIGHTS: own_pieces({key: weights[key] for key in weights if key in written}),
-            MOMENTS: own_pieces(self.learner.optimizer.moment_tensors()),
+            MOMENTS: own_pieces(self.train_module.optimizer.moment_tensors()),
         }
         steady = self._steady(name for pieces in folders.values() for name in pieces)
         texts = {STATE: json.dumps(state, indent=1), CONFIG: self.config_yaml}
@@ -187,8 +187,8 @@ class CheckpointSaver:
 
         A thaw gives a parameter another storage, unless its dtype stays as it was; a snapshot keeps the old one.
         """
-        learner = self.learner
-        sharded, trained = learner.sharded, learner.optimizer.parameters
+        train_module = self.train_module
+        sharded, trained = train_module.sharded, train_module.optimizer.parameters
         frozen = {
             name
             for name in sharded.handles

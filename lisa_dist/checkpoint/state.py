@@ -1,4 +1,4 @@
-"""What a checkpoint holds: the tensors of a learner, and all that is not a tensor.
+"""What a checkpoint holds: the tensors of the model and its optimizer, and all that is not a tensor.
 
 No random state is saved because none is carried along: dropout is keyed by (seed, step, rank), rounding by
 (seed, period, parameter, shard), the order of the data by (seed, epoch), the draw of blocks by the sampler's state.
@@ -20,7 +20,7 @@ import transformers
 from lisa_dist import __version__
 from lisa_dist.checkpoint.manifest import STATE, check_format
 from lisa_dist.config import UserError
-from lisa_dist.method.module import Learner
+from lisa_dist.method.module import TrainModule
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding.fsdp2 import reshard_all
 
@@ -49,29 +49,31 @@ class Progress:
         return place
 
 
-def weight_tensors(learner: Learner) -> dict[str, torch.Tensor]:
+def weight_tensors(train_module: TrainModule) -> dict[str, torch.Tensor]:
     """Return every parameter and persistent buffer, tied ones once, by name: the live shards, no copies.
 
     A parameter with a master apart from it is the master.
     """
-    reshard_all(learner.sharded.module)
-    tensors = learner.sharded.module.state_dict(keep_vars=True)
+    reshard_all(train_module.sharded.module)
+    tensors = train_module.sharded.module.state_dict(keep_vars=True)
     first_names = {id(tensor): name for name, tensor in reversed(tensors.items())}
     tensors = {name: tensor for name, tensor in tensors.items() if first_names[id(tensor)] == name}
-    handles = learner.sharded.handles
-    return {name: (learner.sharded.master(name) if name in handles else tensors[name]).detach() for name in tensors}
+    handles = train_module.sharded.handles
+    return {
+        name: (train_module.sharded.master(name) if name in handles else tensors[name]).detach() for name in tensors
+    }
 
 
-def state_of(learner: Learner, progress: Progress) -> dict[str, Any]:
+def state_of(train_module: TrainModule, progress: Progress) -> dict[str, Any]:
     """Return all that is not a tensor, ready for JSON. Collective: every rank."""
     return {
         "progress": asdict(progress),
-        "period": learner.active.period,
-        "active_layers": list(learner.active.blocks),
-        "sampler": learner.sampler.state_dict(),
-        "moments": hash_of_shapes(learner.optimizer.moment_tensors()),
-        "optimizer_steps": learner.optimizer.step_counts(),
-        "identity": identity(learner),
+        "period": train_module.active.period,
+        "active_layers": list(train_module.active.blocks),
+        "sampler": train_module.sampler.state_dict(),
+        "moments": hash_of_shapes(train_module.optimizer.moment_tensors()),
+        "optimizer_steps": train_module.optimizer.step_counts(),
+        "identity": identity(train_module),
         "world_size": distributed.world_size(),
         "cpu_threads": torch.get_num_threads(),
         "versions": {
@@ -83,12 +85,14 @@ def state_of(learner: Learner, progress: Progress) -> dict[str, Any]:
     }
 
 
-def identity(learner: Learner) -> dict[str, Any]:
+def identity(train_module: TrainModule) -> dict[str, Any]:
     """Return what a run must have in common with a checkpoint to go on from it."""
-    config = learner.config
+    config = train_module.config
     return {
-        "parameters": hash_of_shapes({name: learner.sharded.parameter(name) for name in learner.sharded.handles}),
-        "blocks": len(learner.sharded.layers.blocks),
+        "parameters": hash_of_shapes(
+            {name: train_module.sharded.parameter(name) for name in train_module.sharded.handles}
+        ),
+        "blocks": len(train_module.sharded.layers.blocks),
         "update.name": config.update.name,
         "sampler.name": config.sampler.name,
         "sampler.period": config.sampler.period,
@@ -113,19 +117,19 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE).read_text())
 
 
-def check_identity(learner: Learner, checkpoint: Path, written: dict[str, Any]) -> None:
+def check_identity(train_module: TrainModule, checkpoint: Path, written: dict[str, Any]) -> None:
     """Check that a checkpoint belongs to a run like this one.
 
     Raises:
         UserError: another model or another method wrote it.
     """
-    wanted = identity(learner)
+    wanted = identity(train_module)
     different = [key for key in wanted if written.get(key) != wanted[key]]
     settings = ", ".join(f"{key}={written.get(key)}" for key in different if key != "parameters")
     if "parameters" in different and not settings:
         raise UserError(
             f"checkpoint.resume=auto: {checkpoint} holds a model of other parameters than model.name="
-            f"{learner.config.model.name}; resume with the model it was written by or choose another run.dir"
+            f"{train_module.config.model.name}; resume with the model it was written by or choose another run.dir"
         )
     if different:
         ours = ", ".join(f"{key}={wanted[key]}" for key in different if key != "parameters")

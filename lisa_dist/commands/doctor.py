@@ -196,7 +196,7 @@ def _test_these_ranks(config: Config) -> Finding:
     try:
         self_test.run(dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(directory))))
     except Exception as error:
-        return Finding(SELF_TEST, BROKEN, f"rank {distributed.rank()}: {error}", "mend what the first rank names")
+        return Finding(SELF_TEST, BROKEN, f"rank {distributed.rank()}: {error}", "fix what the first rank names")
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     return Finding(SELF_TEST, OK, _what_worked(distributed.world_size()))

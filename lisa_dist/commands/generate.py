@@ -44,7 +44,9 @@ def run(config: Config) -> int:
     stops = stop_ids(opened.tokenizer, local_directory(str(choice.path or config.model.path)))
     for prompt in prompts:
         ids = prompt_ids(opened.tokenizer, prompt)
-        found = answer(opened.learner.sharded.module, ids, stops, choice.max_new_tokens, choice.temperature, generator)
+        found = answer(
+            opened.train_module.sharded.module, ids, stops, choice.max_new_tokens, choice.temperature, generator
+        )
         text = str(opened.tokenizer.decode(found, skip_special_tokens=True)).strip()
         if distributed.is_main():
             _write(prompt, text, output)

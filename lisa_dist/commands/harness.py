@@ -1,6 +1,6 @@
 """lm-evaluation-harness on a sharded model. Imports the optional package ``lm_eval``, so it is imported when needed.
 
-Every rank runs the harness over the same samples in the same order. Likelihoods are parted among the ranks,
+Every rank runs the harness over the same samples in the same order. Likelihoods are split among the ranks,
 answers are made by all of them together.
 """
 
@@ -54,7 +54,7 @@ class ShardedModelOfHarness(TemplateLM):
         longest: tokens of a text; longer ones lose their beginning.
         """
         super().__init__()
-        self.module = opened.learner.sharded.module.eval()
+        self.module = opened.train_module.sharded.module.eval()
         self.tokenizer = opened.tokenizer
         self.batch_size = batch_size
         self.longest = longest

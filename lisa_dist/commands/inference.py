@@ -15,7 +15,7 @@ from lisa_dist.checkpoint.state import read_state
 from lisa_dist.config import AlwaysActiveConfig, Config, UserError
 from lisa_dist.config.method import FullRankUpdateConfig, UniformSamplerConfig
 from lisa_dist.data.tokenizer import RUN_FOLDER, load_tokenizer
-from lisa_dist.method.module import Learner, allocate, build_learner
+from lisa_dist.method.module import TrainModule, allocate, build_train_module
 from lisa_dist.models.architecture import read_architecture
 from lisa_dist.models.loading import load_pretrained
 from lisa_dist.runtime import distributed
@@ -26,7 +26,7 @@ from lisa_dist.training.setup import checkpoint_directory, open_tokenizer
 class OpenedModel:
     """A model whose blocks are all frozen and sharded over the ranks, and where it came from."""
 
-    learner: Learner
+    train_module: TrainModule
     tokenizer: PreTrainedTokenizerBase
     source: str
     step: int | None  # of the checkpoint; None for a Hugging Face directory
@@ -49,20 +49,20 @@ def open_model(config: Config, path: str | None, step: int | None, command: str)
     frozen = without_training(config, path)
     if path is not None:
         tokenizer = open_tokenizer(frozen)
-        learner = build_learner(frozen)
-        allocate(learner, [], distributed.device())
-        load_pretrained(learner.sharded.module, path)
-        return OpenedModel(learner, tokenizer, path, None)
+        train_module = build_train_module(frozen)
+        allocate(train_module, [], distributed.device())
+        load_pretrained(train_module.sharded.module, path)
+        return OpenedModel(train_module, tokenizer, path, None)
     if config.run.dir is None:
         raise UserError(f"{command}.path=null: name a Hugging Face directory, or a run by run.dir=DIR")
     directory = checkpoint_directory(config)
     checkpoint: Path = distributed.on_rank_zero(lambda: find_checkpoint(directory, step, f"{command}.step"))
     tokenizer = load_tokenizer(str(Path(config.run.dir) / RUN_FOLDER), config.model.trust_remote_code)
     model = described_model(config)
-    learner = build_learner(replace(frozen, model=model), read_architecture(model))
-    allocate(learner, [], distributed.device())
-    restore_weights(learner, checkpoint, distributed.on_rank_zero(lambda: read_state(checkpoint)))
-    return OpenedModel(learner, tokenizer, str(checkpoint), step_of(checkpoint))
+    train_module = build_train_module(replace(frozen, model=model), read_architecture(model))
+    allocate(train_module, [], distributed.device())
+    restore_weights(train_module, checkpoint, distributed.on_rank_zero(lambda: read_state(checkpoint)))
+    return OpenedModel(train_module, tokenizer, str(checkpoint), step_of(checkpoint))
 
 
 def without_training(config: Config, path: str | None) -> Config:

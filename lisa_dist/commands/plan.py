@@ -27,7 +27,7 @@ def run(config: Config) -> int:
     Raises:
         UserError: the GPU or a method is unknown, or the configuration fits neither the model nor the cluster.
     """
-    logging.disable(logging.INFO)  # every simulation builds a learner, which would say so
+    logging.disable(logging.INFO)  # every simulation builds a model, which would say so
     gpu = read_gpu(config.plan.gpu)
     for method in config.plan.compare:
         check_choice("plan.compare", method, group_choices("method"))

@@ -12,7 +12,7 @@ from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.launching.sweeps.comparison import PAGE_FILE, write_comparison
 from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.units import format_bytes, format_count, format_duration
-from lisa_dist.telemetry.records import LAYERS_FILE, METRICS_FILE, SUMMARY_FILE, Row, read_rows, read_summary
+from lisa_dist.telemetry.records import LAYERS_FILE, METRICS_FILE, SUMMARY_FILE, MetricsRow, read_rows, read_summary
 from lisa_dist.telemetry.reports.page import Card, folded_text, render_page, table
 from lisa_dist.telemetry.reports.plots import (
     Period,
@@ -71,7 +71,7 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def _page(run_dir: Path, metrics: list[Row], layers: list[Row], summary: Row | None) -> str:
+def _page(run_dir: Path, metrics: list[MetricsRow], layers: list[MetricsRow], summary: MetricsRow | None) -> str:
     settings = _read_settings(run_dir)
     steps = [row for row in metrics if "eval_loss" not in row]
     evals = [row for row in metrics if "eval_loss" in row]
@@ -91,7 +91,7 @@ def _page(run_dir: Path, metrics: list[Row], layers: list[Row], summary: Row | N
     )
 
 
-def _charts(steps: list[Row], evals: list[Row], marks: list[float]) -> list[Card]:
+def _charts(steps: list[MetricsRow], evals: list[MetricsRow], marks: list[float]) -> list[Card]:
     x = [row["step"] for row in steps]
 
     def chart(key: str, **options: Any) -> str:
@@ -136,7 +136,7 @@ def share(value: float) -> str:
     return f"{value:.0%}"
 
 
-def _activity_card(steps: list[Row], layers: list[Row], summary: Row | None) -> Card:
+def _activity_card(steps: list[MetricsRow], layers: list[MetricsRow], summary: MetricsRow | None) -> Card:
     heading = "Which block trained when"
     periods = [Period(row["step"], row["active_layers"]) for row in layers]
     drawn = max([max(period.active, default=-1) + 1 for period in periods], default=0)
@@ -155,7 +155,7 @@ def _activity_card(steps: list[Row], layers: list[Row], summary: Row | None) -> 
     return Card(heading, activity_heatmap(periods, num_blocks, last_step), note)
 
 
-def _rows_cards(summary: Row) -> list[Card]:
+def _rows_cards(summary: MetricsRow) -> list[Card]:
     """Return what became of the rows of the data, and of the validation data."""
     cards = []
     for key, heading in (("rows", "Rows of the data"), ("validation_rows", "Rows of the validation data")):
@@ -166,7 +166,7 @@ def _rows_cards(summary: Row) -> list[Card]:
     return cards
 
 
-def _figures(steps: list[Row], evals: list[Row], summary: Row | None) -> dict[str, str]:
+def _figures(steps: list[MetricsRow], evals: list[MetricsRow], summary: MetricsRow | None) -> dict[str, str]:
     summary = summary or {}
     figures = {"steps": str(steps[-1]["step"]) if steps else "0"}
     losses = [value for value in _column(steps, "loss") if value is not None]
@@ -206,7 +206,7 @@ def _subtitle(settings: dict[str, Any]) -> str:
     return "  ·  ".join(texts)
 
 
-def _banner(summary: Row | None) -> str:
+def _banner(summary: MetricsRow | None) -> str:
     if summary is None:
         return "This run has no summary: it is still running, or it ended without being able to write one."
     reason = str(summary.get("exit_reason", "unknown"))
@@ -230,5 +230,5 @@ def _total(value: float | dict[str, float]) -> float:
     return sum(value.values()) if isinstance(value, dict) else value
 
 
-def _column(rows: list[Row], key: str) -> list[float | None]:
+def _column(rows: list[MetricsRow], key: str) -> list[float | None]:
     return [row.get(key) for row in rows]

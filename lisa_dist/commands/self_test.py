@@ -17,7 +17,7 @@ from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.checkpoint.state import Progress, weight_tensors
 from lisa_dist.config import EXIT_DONE, Config, ModelConfig, RunConfig
 from lisa_dist.config.loading import to_yaml
-from lisa_dist.method.module import Learner, begin_period, build_learner, load_initial_weights
+from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
 from lisa_dist.runtime import distributed
 from lisa_dist.training.loop import train_step
 
@@ -84,22 +84,22 @@ def check_file_system(directory: Path) -> None:
 def check_training(config: Config, directory: Path) -> None:
     """Train a tiny model, save it, read it into another one and compare. Collective: every rank."""
     config = replace(config, model=ModelConfig(architecture=dict(ARCHITECTURE), init="random"))
-    learner = build_learner(config)
-    load_initial_weights(learner, distributed.device())
-    begin_period(learner, 0)
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, distributed.device())
+    begin_period(train_module, 0)
     ids = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(distributed.rank()))
     batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(16).expand(2, 16)}
     for step in range(STEPS):
-        train_step(learner, [batch], step, STEPS)
-    CheckpointSaver(learner, directory, to_yaml(config)).save(Progress(step=STEPS))
-    again = build_learner(config)
+        train_step(train_module, [batch], step, STEPS)
+    CheckpointSaver(train_module, directory, to_yaml(config)).save(Progress(step=STEPS))
+    again = build_train_module(config)
     restore_checkpoint(again, directory / checkpoint_name(STEPS), distributed.device(), data={})
-    if not _equal(learner, again):
+    if not _equal(train_module, again):
         raise SelfTestError(f"a checkpoint in {directory} does not hold what was written to it")
     distributed.barrier()
 
 
-def _equal(one: Learner, other: Learner) -> bool:
+def _equal(one: TrainModule, other: TrainModule) -> bool:
     theirs = weight_tensors(other)
     return all(
         torch.equal(distributed.local_shard(tensor), distributed.local_shard(theirs[name]))

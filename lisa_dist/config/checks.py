@@ -85,10 +85,10 @@ def options_without_effect(config: Config, ranks: int, has_validation: bool = Tr
     return [_sentence(config, keys.split(", "), why) for keys, idle, why in rows if idle]
 
 
-Row = tuple[str, bool, str]  # keys, whether they are chosen and have no effect, why
+IdleOption = tuple[str, bool, str]  # keys, whether they are chosen and have no effect, why
 
 
-def _of_sampler(config: Config) -> Iterator[Row]:
+def _of_sampler(config: Config) -> Iterator[IdleOption]:
     sampler = config.sampler
     yield (
         "sampler.active_layers, sampler.period, sampler.seed",
@@ -104,7 +104,7 @@ def _of_sampler(config: Config) -> Iterator[Row]:
     )
 
 
-def _of_optimization(config: Config, has_validation: bool) -> Iterator[Row]:
+def _of_optimization(config: Config, has_validation: bool) -> Iterator[IdleOption]:
     optimizer, scheduler, train = config.optimizer, config.scheduler, config.train
     yield (
         "optimizer.grad_clip",
@@ -138,7 +138,7 @@ def _of_optimization(config: Config, has_validation: bool) -> Iterator[Row]:
         yield key, _chosen(config, key) and not has_validation, "there is no validation data; set data.validation"
 
 
-def _of_placement(config: Config, ranks: int) -> Iterator[Row]:
+def _of_placement(config: Config, ranks: int) -> Iterator[IdleOption]:
     parallel, model = config.parallel, config.model
     always = config.always_active
     nothing_frozen = (
@@ -185,7 +185,7 @@ def _why_nothing_is_rounded(config: Config) -> str:
     return "precision.frozen and precision.active are the same" if same else ""
 
 
-def _of_running(config: Config) -> Iterator[Row]:
+def _of_running(config: Config) -> Iterator[IdleOption]:
     checkpoint, data = config.checkpoint, config.data
     only_last = "checkpoint.every=0 writes the last checkpoint alone"
     yield "checkpoint.full_every", _chosen(config, "checkpoint.full_every") and checkpoint.every == 0, only_last

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one sentence on stderr and no traceback, exit code 2 where nothing has run yet."""
+"""Errors that a user can fix: one sentence on stderr and no traceback, exit code 2 where nothing has run yet."""
 
 from __future__ import annotations
 

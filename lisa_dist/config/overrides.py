@@ -93,7 +93,7 @@ def _parse(text: str) -> KeyOverride:
     if override.package is not None:
         raise UserError(f"{text}: a group cannot be moved to another place, write {key}=NAME")
     if key.split(".")[0] == "hydra":
-        raise UserError(f"{text}: Hydra's own keys cannot be set, run.dir says where a run lies")
+        raise UserError(f"{text}: Hydra's own keys cannot be set, run.dir says where a run is")
     if override.is_sweep_override():
         raise UserError(f"{text}: several values need --multirun, a list is written {key}=[A,B]")
     return KeyOverride(key, override.value(), text)
@@ -126,7 +126,7 @@ def apply_override(config: DictConfig, override: KeyOverride) -> None:
 
 
 def _locate(config: DictConfig, key: str) -> tuple[bool, bool]:
-    """Return whether ``key`` exists, and whether it lies inside a free mapping, where any name is a key."""
+    """Return whether ``key`` exists, and whether it is inside a free mapping, where any name is a key."""
     node: Any = config
     for part in key.split("."):
         if not isinstance(node, DictConfig):

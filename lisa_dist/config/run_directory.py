@@ -1,4 +1,4 @@
-"""Where a run lies: settled once, before the ranks start, so that all of them agree."""
+"""Where a run is: settled once, before the ranks start, so that all of them agree."""
 
 from __future__ import annotations
 

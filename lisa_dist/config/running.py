@@ -38,7 +38,7 @@ CheckpointConfig = dataclass(CheckpointConfig)  # type: ignore[misc]
 
 @dataclass
 class RunConfig:
-    dir: str | None = None  # where everything of a run lies; null: runs/<run.name or date and time>
+    dir: str | None = None  # where everything of a run is; null: runs/<run.name or date and time>
     name: str | None = None  # for directory, loggers and job; null: run.dir's own, else date and time
 
 

@@ -108,7 +108,7 @@ class LisaCallback(TrainerCallback):
                 for group in fsdp_groups(module):
                     refresh_group(group)
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # what was freed lies in pieces of other sizes
+            torch.cuda.empty_cache()  # what was freed is in pieces of other sizes
 
     def _trains(self, name: str) -> bool:
         assert self._layers is not None

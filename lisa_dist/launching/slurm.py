@@ -73,7 +73,7 @@ def run(config: Config, overrides: list[str], config_dir: str | None) -> int:
     script = run_script(config, kept, config_dir)
     _make_folder(run_dir / "logs")
     path = local_path(config.launch.script or str(run_dir / "job.sbatch")).resolve()
-    return _hand_over(script, path, config.launch, f"lisa-dist: the run lies in {run_dir}")
+    return _hand_over(script, path, config.launch, f"lisa-dist: the run is in {run_dir}")
 
 
 def run_sweep(overrides: list[str], config_dir: str | None) -> int:

@@ -39,7 +39,7 @@ from lisa_dist.sharding.wrapping_policy import (
     always_active_parameters,
     materialize,
     persistent_bytes,
-    recast,
+    set_trainable,
     shard_model,
 )
 
@@ -49,7 +49,7 @@ ComingBatches = Callable[[int], list[MicroBatch]]  # count -> this rank's next s
 
 
 @dataclass
-class Learner:
+class TrainModule:
     """The model with everything that changes it: what a checkpoint holds, and what bench and plan drive too."""
 
     config: Config
@@ -66,7 +66,7 @@ class Learner:
         return self.config.sampler.period
 
 
-def build_learner(config: Config, architecture: PretrainedConfig | None = None) -> Learner:
+def build_train_module(config: Config, architecture: PretrainedConfig | None = None) -> TrainModule:
     """Build the model on ``meta``, shard it, and make its optimizer and sampler; weights are still on ``meta``.
 
     Collective: every rank (the mesh).
@@ -104,7 +104,7 @@ def build_learner(config: Config, architecture: PretrainedConfig | None = None) 
     active = ActiveSet(always_active_parameters(sharded, config.always_active))
     stepped = update if sharded.world is None else StepsMasters(update, sharded.world)
     optimizer = ActiveOptimizer(config.optimizer, stepped, undecayed)
-    return Learner(config, sharded, update, optimizer, sampler, active, checkpointing)
+    return TrainModule(config, sharded, update, optimizer, sampler, active, checkpointing)
 
 
 def separate_packed_samples(config: Config, module: nn.Module, layers: LayerMap) -> Separation | None:
@@ -138,38 +138,38 @@ def check_torch_for_quantization(kind: str) -> None:
         )
 
 
-def allocate(learner: Learner, active_blocks: list[int], device: torch.device) -> None:
+def allocate(train_module: TrainModule, active_blocks: list[int], device: torch.device) -> None:
     """Allocate the shards for a set of active blocks; weights are not yet filled."""
-    learner.active.blocks = list(active_blocks)
-    trained = trained_parameters(learner.sharded, learner.update, learner.active)
-    materialize(learner.sharded, trained, device)
-    restore_buffers(learner.sharded.module)
-    learner.checkpointing.apply(learner.sharded, learner.active.blocks)
+    train_module.active.blocks = list(active_blocks)
+    trained = trained_parameters(train_module.sharded, train_module.update, train_module.active)
+    materialize(train_module.sharded, trained, device)
+    restore_buffers(train_module.sharded.module)
+    train_module.checkpointing.apply(train_module.sharded, train_module.active.blocks)
 
 
-def adopt_trained(learner: Learner) -> None:
+def add_trained_params(train_module: TrainModule) -> None:
     """Hand what trains to the optimizer, with zero state, now that its weights are there. No communication."""
-    trained = trained_parameters(learner.sharded, learner.update, learner.active)
-    if learner.sharded.world is not None:
-        recast(learner.sharded, trained, trained=True)
-    learner.optimizer.adopt({name: learner.sharded.parameter(name) for name in trained})
+    trained = trained_parameters(train_module.sharded, train_module.update, train_module.active)
+    if train_module.sharded.world is not None:
+        set_trainable(train_module.sharded, trained, trained=True)
+    train_module.optimizer.add_params({name: train_module.sharded.parameter(name) for name in trained})
 
 
-def load_initial_weights(learner: Learner, device: torch.device) -> None:
+def load_initial_weights(train_module: TrainModule, device: torch.device) -> None:
     """Allocate the model and fill it from its directory, or at random. Collective: every rank."""
-    blocks = list(range(len(learner.sharded.layers.blocks)))
+    blocks = list(range(len(train_module.sharded.layers.blocks)))
     # Where every block trains in every period, weights never pass through the frozen dtype.
-    allocate(learner, blocks if learner.config.sampler.name == "all" else [], device)
-    if learner.config.model.initialization == "random":
-        added = initialize_random(learner.sharded.module, learner.config.train.seed)
+    allocate(train_module, blocks if train_module.config.sampler.name == "all" else [], device)
+    if train_module.config.model.initialization == "random":
+        added = initialize_random(train_module.sharded.module, train_module.config.train.seed)
     else:
-        added = load_pretrained(learner.sharded.module, str(learner.config.model.path))
-    parameters = {name: learner.sharded.parameter(name) for name in learner.sharded.handles}
-    learner.update.initialize(parameters, added, learner.config.train.seed)
-    adopt_trained(learner)
+        added = load_pretrained(train_module.sharded.module, str(train_module.config.model.path))
+    parameters = {name: train_module.sharded.parameter(name) for name in train_module.sharded.handles}
+    train_module.update.initialize(parameters, added, train_module.config.train.seed)
+    add_trained_params(train_module)
 
 
-def begin_period(learner: Learner, period: int, coming: ComingBatches | None = None) -> None:
+def begin_period(train_module: TrainModule, period: int, coming: ComingBatches | None = None) -> None:
     """Probe the model where the sampler wants it, draw the period's blocks and switch to them.
 
     Collective: every rank.
@@ -177,30 +177,30 @@ def begin_period(learner: Learner, period: int, coming: ComingBatches | None = N
     Raises:
         UserError: the sampler needs calibration data and ``coming`` is None.
     """
-    if learner.sampler.sampler.wants_probe(period):
-        learner.sampler.observe(probe(learner, coming))
-    blocks = learner.sampler.draw(period)
+    if train_module.sampler.sampler.wants_probe(period):
+        train_module.sampler.observe(probe(train_module, coming))
+    blocks = train_module.sampler.draw(period)
     switch_active_blocks(
-        learner.sharded,
-        learner.optimizer,
-        learner.update,
-        learner.active,
+        train_module.sharded,
+        train_module.optimizer,
+        train_module.update,
+        train_module.active,
         blocks,
         period,
-        learner.config.train.seed,
+        train_module.config.train.seed,
     )
-    learner.checkpointing.apply(learner.sharded, learner.active.blocks)
+    train_module.checkpointing.apply(train_module.sharded, train_module.active.blocks)
 
 
-def probe(learner: Learner, coming: ComingBatches | None) -> list[float]:
+def probe(train_module: TrainModule, coming: ComingBatches | None) -> list[float]:
     """Return what the sampler needs to know: a number a block, or one a suppressed set. Collective: every rank.
 
     Raises:
         UserError: it needs calibration data and ``coming`` is None.
     """
-    sharded, update = learner.sharded, learner.update
-    settings: Any = learner.config.sampler  # a sampler's own keys are in its subclass
-    needs = learner.sampler.sampler.needs
+    sharded, update = train_module.sharded, train_module.update
+    settings: Any = train_module.config.sampler  # a sampler's own keys are in its subclass
+    needs = train_module.sampler.sampler.needs
     if needs == WEIGHT_NORMS:
         return probes.weight_norms(sharded)
     if coming is None:
@@ -211,47 +211,47 @@ def probe(learner: Learner, coming: ComingBatches | None) -> list[float]:
     if needs == OUTLIERS:
         return probes.outlier_shares(sharded, batches, settings.threshold)
     if needs == RESPONSE_SUPPRESSION:
-        sets = learner.sampler.suppressed_sets()
+        sets = train_module.sampler.suppressed_sets()
         return probes.suppressed_losses(sharded, update, batches, sets, settings.suppression_factor)
     raise ValueError(f"there is no probe {needs}")
 
 
-def observed_blocks(learner: Learner) -> dict[int, list[str]]:
+def observed_blocks(train_module: TrainModule) -> dict[int, list[str]]:
     """Return the names of what trains in each active block, where the sampler learns from the steps; else nothing."""
-    if not learner.sampler.sampler.observes_steps:
+    if not train_module.sampler.sampler.observes_steps:
         return {}
-    named: dict[int, list[str]] = {block: [] for block in learner.active.blocks}
-    for name in learner.optimizer.parameters:
-        part = learner.sharded.layers.group_of(name)
+    named: dict[int, list[str]] = {block: [] for block in train_module.active.blocks}
+    for name in train_module.optimizer.parameters:
+        part = train_module.sharded.layers.group_of(name)
         if part.startswith("block:"):
             named[int(part.removeprefix("block:"))].append(name)
     return named
 
 
-def observe_step(learner: Learner, squared_norms: Mapping[int, float]) -> None:
+def observe_step(train_module: TrainModule, squared_norms: Mapping[int, float]) -> None:
     """Tell the sampler the squared gradient norm of each block of ``observed_blocks``. No communication."""
     sizes = {
-        block: sum(learner.sharded.parameter(name).numel() for name in names)
-        for block, names in observed_blocks(learner).items()
+        block: sum(train_module.sharded.parameter(name).numel() for name in names)
+        for block, names in observed_blocks(train_module).items()
     }
     if sizes:
-        learner.sampler.observe_step({block: squared_norms[block] / max(size, 1) for block, size in sizes.items()})
+        train_module.sampler.observe_step({block: squared_norms[block] / max(size, 1) for block, size in sizes.items()})
 
 
-def count_persistent_bytes(learner: Learner) -> dict[str, int]:
+def count_persistent_bytes(train_module: TrainModule) -> dict[str, int]:
     """Count this rank's persistent bytes by kind; all are there between the last backward and the optimizer step.
 
-    ``offloaded_optimizer_state`` lies in host memory; it is named only where there is any.
+    ``offloaded_optimizer_state`` is in host memory; it is named only where there is any.
     """
-    counted = {**persistent_bytes(learner.sharded), "optimizer_state": learner.optimizer.state_bytes()}
-    waiting = learner.optimizer.offloaded_bytes()
+    counted = {**persistent_bytes(train_module.sharded), "optimizer_state": train_module.optimizer.state_bytes()}
+    waiting = train_module.optimizer.offloaded_bytes()
     return counted | ({"offloaded_optimizer_state": waiting} if waiting else {})
 
 
-def count_trained_parameters(learner: Learner) -> dict[str, int]:
+def count_trained_parameters(train_module: TrainModule) -> dict[str, int]:
     """Count the parameters, of all ranks together, that train now, by part: blocks, embeddings, norm, head."""
     counts = {"blocks": 0, "embeddings": 0, "norm": 0, "head": 0}
-    for name, parameter in learner.optimizer.parameters.items():
-        part = learner.sharded.layers.group_of(name)
+    for name, parameter in train_module.optimizer.parameters.items():
+        part = train_module.sharded.layers.group_of(name)
         counts["blocks" if part.startswith("block:") else part] += parameter.numel()
     return counts

@@ -16,7 +16,7 @@ from lisa_dist.method.sampling import Sampler
 from lisa_dist.method.updates import Update
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding.fsdp2 import reshard_all, rounding_seed
-from lisa_dist.sharding.wrapping_policy import ShardedModel, recast
+from lisa_dist.sharding.wrapping_policy import ShardedModel, set_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -137,10 +137,10 @@ def switch_active_blocks(
 
     for block in leaving:
         names = update.trainable_parameters(sharded.block_parameters(block))
-        optimizer.release(names)
-        recast(sharded, names, trained=False, seed_of=seed_of if stochastic else None)
+        optimizer.remove_params(names)
+        set_trainable(sharded, names, trained=False, seed_of=seed_of if stochastic else None)
     for block in entering:
         names = update.trainable_parameters(sharded.block_parameters(block))
-        recast(sharded, names, trained=True)
-        optimizer.adopt({name: sharded.parameter(name) for name in names})
+        set_trainable(sharded, names, trained=True)
+        optimizer.add_params({name: sharded.parameter(name) for name in names})
     active.blocks, active.period = list(blocks), period

@@ -27,7 +27,7 @@ from lisa_dist.models.architecture import meta_replica
 
 
 @dataclass
-class Source:
+class WeightSource:
     """Where one parameter comes from: a tensor of the checkpoint, or several through a conversion.
 
     With a conversion that fuses one tensor an expert along the first dimension (``by_expert``), any range of experts
@@ -57,7 +57,7 @@ class Source:
         return converter.convert(target, model=replica, config=replica.config)
 
 
-def find_sources(replica: Any, checkpoint_names: Iterable[str]) -> tuple[dict[str, Source], list[str]]:
+def find_sources(replica: Any, checkpoint_names: Iterable[str]) -> tuple[dict[str, WeightSource], list[str]]:
     """Map each name of the model to its source; also return the checkpoint's names that the model has no place for.
 
     Args:
@@ -71,7 +71,7 @@ def find_sources(replica: Any, checkpoint_names: Iterable[str]) -> tuple[dict[st
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     ours = replica.state_dict()
-    sources: dict[str, Source] = {}
+    sources: dict[str, WeightSource] = {}
     unexpected: list[str] = []
     for name in sorted(checkpoint_names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, replica.base_model_prefix, ours)
@@ -81,7 +81,7 @@ def find_sources(replica: Any, checkpoint_names: Iterable[str]) -> tuple[dict[st
             if not _is_ignored(replica, target):
                 unexpected.append(name)
             continue
-        source = sources.setdefault(target, Source(None if pattern is None else by_pattern[pattern]))
+        source = sources.setdefault(target, WeightSource(None if pattern is None else by_pattern[pattern]))
         source.names.setdefault(pattern or "", []).append(name)
     return sources, unexpected
 
@@ -93,7 +93,7 @@ def tied_names(replica: Any) -> dict[str, str]:
     return {alias: first[id(parameter)] for alias, parameter in every if alias != first[id(parameter)]}
 
 
-def join_tied(replica: Any, sources: dict[str, Source]) -> None:
+def join_tied(replica: Any, sources: dict[str, WeightSource]) -> None:
     """Let a shared weight be read under either of its names, and once."""
     for alias, name in tied_names(replica).items():
         if alias in sources:

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from lisa_dist.config import ModelConfig, UserError
 from lisa_dist.models.architecture import build_meta_model, read_architecture
-from lisa_dist.models.conversion import Source, find_sources, join_tied, tied_names
+from lisa_dist.models.conversion import WeightSource, find_sources, join_tied, tied_names
 from lisa_dist.models.weight_files import SafetensorsDirectory, weights_directory
 from lisa_dist.runtime import distributed
 
@@ -112,7 +112,7 @@ def check_shape(directory: Path, name: str, found: tuple[int, ...], tensor: Tens
         )
 
 
-def check_experts(directory: Path, name: str, source: Source, tensor: Tensor) -> None:
+def check_experts(directory: Path, name: str, source: WeightSource, tensor: Tensor) -> None:
     """Raise :class:`UserError` where there are not as many experts stored as the model has."""
     counts = {len(names) for names in source.names.values()}
     if counts != {tensor.shape[0]}:
@@ -127,7 +127,9 @@ def check_names(directory: Path, missing: list[str], unexpected: list[str], advi
             raise UserError(f"model.path={directory}: the weights {kind} {', '.join(names[:3])}{more}{advice}")
 
 
-def _different_pairs(replica: Any, sources: dict[str, Source], weights: SafetensorsDirectory) -> list[tuple[str, str]]:
+def _different_pairs(
+    replica: Any, sources: dict[str, WeightSource], weights: SafetensorsDirectory
+) -> list[tuple[str, str]]:
     """Return the names that the model shares a weight under, where the directory holds two that differ."""
     pairs = [(name, alias) for alias, name in tied_names(replica).items() if name in sources and alias in sources]
     return [(name, alias) for name, alias in pairs if not _are_equal(sources[name].name, sources[alias].name, weights)]
@@ -144,7 +146,7 @@ def _are_equal(first: str, second: str, weights: SafetensorsDirectory) -> bool:
 
 
 def _untied_replica(
-    config: ModelConfig, architecture: PretrainedConfig, pairs: list[tuple[str, str]], sources: dict[str, Source]
+    config: ModelConfig, architecture: PretrainedConfig, pairs: list[tuple[str, str]], sources: dict[str, WeightSource]
 ) -> Any:
     """Return the model with nothing tied, and say so."""
     name, alias = pairs[0]
@@ -173,12 +175,14 @@ def _advice(replica: Any, missing: list[str]) -> str:
     return "; where the head is to be the embeddings, set tie_word_embeddings=true in config.json"
 
 
-def _makes_several(source: Source) -> bool:
+def _makes_several(source: WeightSource) -> bool:
     """Whether a conversion makes several parameters, of which the source stands under the first one's name."""
     return source.converter is not None and len(source.converter.target_patterns) > 1
 
 
-def _check_source(directory: Path, target: str, source: Source, tensor: Tensor, weights: SafetensorsDirectory) -> None:
+def _check_source(
+    directory: Path, target: str, source: WeightSource, tensor: Tensor, weights: SafetensorsDirectory
+) -> None:
     if source.converter is None:
         check_shape(directory, target, weights.shape(source.name), tensor)
     elif source.by_expert:
@@ -193,7 +197,7 @@ def _check_source(directory: Path, target: str, source: Source, tensor: Tensor, 
             )
 
 
-def _stored_dtypes(weights: SafetensorsDirectory, sources: dict[str, Source]) -> Counter[torch.dtype]:
+def _stored_dtypes(weights: SafetensorsDirectory, sources: dict[str, WeightSource]) -> Counter[torch.dtype]:
     """Count the numbers of each floating-point dtype that the model is filled with."""
     sizes: Counter[torch.dtype] = Counter()
     for source in sources.values():

@@ -55,7 +55,7 @@ class LayerMap:
 def find_layers(model: nn.Module, blocks_path: str | None = None) -> LayerMap:
     """Find the parts of ``model``, a causal language model, on any device.
 
-    The stack is the ``nn.ModuleList`` of parameter-bearing members that holds the most parameters and lies in no
+    The stack is the ``nn.ModuleList`` of parameter-bearing members that holds the most parameters and is in no
     other such list; ``blocks_path`` (``model.blocks``) names it by hand. The head is the model's output embeddings;
     embeddings are the ``nn.Embedding`` modules outside the stack.
 

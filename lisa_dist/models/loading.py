@@ -19,7 +19,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import PreTrainedModel
 
 from lisa_dist.models.architecture import meta_replica
-from lisa_dist.models.conversion import Source, find_sources, join_tied
+from lisa_dist.models.conversion import WeightSource, find_sources, join_tied
 from lisa_dist.models.inspection import check_experts, check_names, check_shape, named_state
 from lisa_dist.models.quantization import StagedTensors
 from lisa_dist.models.weight_files import SafetensorsDirectory, weights_directory
@@ -120,7 +120,7 @@ def _own_tensors(model: nn.Module, replica: nn.Module) -> tuple[StagedTensors, l
 
 
 def _fill(
-    target: str, source: Source, weights: SafetensorsDirectory, replica: Any, tensors: dict[str, Tensor]
+    target: str, source: WeightSource, weights: SafetensorsDirectory, replica: Any, tensors: dict[str, Tensor]
 ) -> set[str]:
     """Fill one parameter, or those that one conversion makes; return their names."""
     if source.converter is None:

@@ -208,7 +208,7 @@ def _shrunk_number(name: str, value: int, scale: Scale) -> int:
 
 
 def _shrunk_rotary(value: Any, scale: Scale) -> Any:
-    """Return a part of the rotary embedding's settings: what is given a frequency is cut, or parted anew."""
+    """Return a part of the rotary embedding's settings: what is given a frequency is cut, or split anew."""
     if isinstance(value, dict):
         return {key: _shrunk_rotary(inner, scale) for key, inner in value.items()}
     if not isinstance(value, list):

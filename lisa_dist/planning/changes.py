@@ -132,8 +132,8 @@ def search(config: Config, gpu: Gpu) -> list[Plan]:
 def _largest_micro_batch(config: Config, gpu: Gpu, checkpointing: str) -> Plan:
     """Return the plan of the largest micro-batch that fits; that of a single sequence where none does.
 
-    Each size tried lies where a straight line between a size that fits and one that does not meets the limit.
-    The peak is the greatest of several lines, so it lies below such a chord, and sizes are found from below.
+    Each size tried is where a straight line between a size that fits and one that does not meets the limit.
+    The peak is the greatest of several lines, so it is below such a chord, and sizes are found from below.
     """
 
     def plan(size: int) -> Plan:

@@ -18,8 +18,8 @@ EDGE = 2  # frozen blocks at either end, and before the active ones, that are lo
 def predict(config: Config) -> Trace:
     """Return what :func:`simulate` returns, within seconds at any depth.
 
-    One frozen block more adds the same bytes, operations and communication at every moment. So where all blocks
-    are alike, two depths settle the line. The moments within the blocks in between are left out: activations
+    One frozen block more adds the same bytes, operations and communication at every phase. So where all blocks
+    are alike, two depths settle the line. The phases within the blocks in between are left out: activations
     only grow in the forward and only shrink in the backward pass, so the peak is at an end.
 
     Raises:
@@ -55,8 +55,8 @@ def extrapolate(shallow: Trace, deeper: Trace, num_blocks: int) -> Trace:
     num_active = num_blocks if all_active else shallow.num_active
     tail = EDGE + (0 if all_active else num_active)
     peaks = {
-        _absolute(moment, num_blocks): follow(peak, _relative_peaks(deeper, tail)[moment])
-        for moment, peak in _relative_peaks(shallow, tail).items()
+        _absolute(phase, num_blocks): follow(peak, _relative_peaks(deeper, tail)[phase])
+        for phase, peak in _relative_peaks(shallow, tail).items()
     }
     return replace(
         shallow,
@@ -74,10 +74,10 @@ def extrapolate(shallow: Trace, deeper: Trace, num_blocks: int) -> Trace:
 def _relative_peaks(trace: Trace, tail: int) -> dict[str, int]:
     """Return the peaks with the last ``tail`` blocks counted from the end (-1) and those in the middle left out."""
     found = {}
-    for moment, peak in trace.peaks.items():
-        named = re.fullmatch(r"(.*) of block (\d+) of (\d+)", moment)
+    for phase, peak in trace.peaks.items():
+        named = re.fullmatch(r"(.*) of block (\d+) of (\d+)", phase)
         if named is None:
-            found[moment] = peak
+            found[phase] = peak
             continue
         index, depth = int(named[2]), int(named[3])
         if index < EDGE:
@@ -87,6 +87,6 @@ def _relative_peaks(trace: Trace, tail: int) -> dict[str, int]:
     return found
 
 
-def _absolute(moment: str, num_blocks: int) -> str:
-    named = re.fullmatch(r"(.*) of block (-?\d+)", moment)
-    return moment if named is None else f"{named[1]} of block {int(named[2]) % num_blocks} of {num_blocks}"
+def _absolute(phase: str, num_blocks: int) -> str:
+    named = re.fullmatch(r"(.*) of block (-?\d+)", phase)
+    return phase if named is None else f"{named[1]} of block {int(named[2]) % num_blocks} of {num_blocks}"

@@ -21,11 +21,11 @@ from lisa_dist.config.checks import check_accumulation, check_combinations
 from lisa_dist.config.method import FixedSamplerConfig
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.method.module import (
-    Learner,
-    adopt_trained,
+    TrainModule,
+    add_trained_params,
     allocate,
     begin_period,
-    build_learner,
+    build_train_module,
     count_persistent_bytes,
 )
 from lisa_dist.method.sampling import build_sampler
@@ -44,22 +44,22 @@ MAX_SIMULATED_MICRO_BATCHES = 3  # the first, one like all in between, the last
 class Trace:
     """What one rank, the one with the largest shards, needs in a step and in the switch before it.
 
-    A moment is ``switch of active blocks``, ``optimizer``, or ``forward of X`` and ``backward of X`` where X is
+    A phase is ``switch of active blocks``, ``optimizer``, or ``forward of X`` and ``backward of X`` where X is
     ``embeddings``, ``norm``, ``head`` or ``block I of L``.
     """
 
     num_blocks: int
     num_active: int  # blocks that train at a time
-    persistent_bytes: dict[str, int]  # by kind, as the learner counts them before the optimizer's step
+    persistent_bytes: dict[str, int]  # by kind, as training counts them before the optimizer's step
     host_bytes: int  # of these, in host memory
-    peaks: dict[str, int]  # the most device bytes alive at once, by moment
+    peaks: dict[str, int]  # the most device bytes alive at once, by phase
     work: Work  # of one optimizer step
     tokens: int  # of one optimizer step, over all ranks
 
     @property
     def peak_at(self) -> str:
-        """The moment of the peak."""
-        return max(self.peaks, key=lambda moment: self.peaks[moment])
+        """The phase of the peak."""
+        return max(self.peaks, key=lambda phase: self.peaks[phase])
 
     @property
     def peak_bytes(self) -> int:
@@ -129,7 +129,7 @@ def simulated_world(ranks: int) -> Iterator[None]:
 
 
 def simulate(config: Config, num_blocks: int | None = None) -> Trace:
-    """Build the learner and make a switch and a step for one rank of the configured cluster. No memory is used.
+    """Build the model and make a switch and a step for one rank of the configured cluster. No memory is used.
 
     The blocks that train are those for which the need is largest: the last, whose gradients arrive while all
     activations are alive; where the embeddings are frozen also the first, so that no block's backward is left out.
@@ -153,36 +153,36 @@ def simulate(config: Config, num_blocks: int | None = None) -> Trace:
     ranks = num_ranks(config)
     check_accumulation(config, ranks)
     with simulated_world(ranks):
-        learner = build_learner(config, architecture)
+        train_module = build_train_module(config, architecture)
         ledger = Ledger(ranks_per_node(config))
         with FakeTensorMode(allow_non_fake_inputs=True), ledger, mask_as_in_training(config.data.packing):
-            allocate(learner, before, torch.device("cpu"))
-            adopt_trained(learner)
-            clock = _Clock(learner, ledger)
+            allocate(train_module, before, torch.device("cpu"))
+            add_trained_params(train_module)
+            clock = _Clock(train_module, ledger)
             clock.watch_modules()
             clock.move_to_host()
-            ledger.moment = ledger.stretch = SWITCH
-            begin_period(learner, 0)
+            ledger.phase = ledger.scope = SWITCH
+            begin_period(train_module, 0)
             clock.move_to_host()
             batches = [_micro_batch(config) for _ in range(min(micro_batches, MAX_SIMULATED_MICRO_BATCHES))]
             with torch.compiler.set_stance("force_eager"):  # an optimizer may compile its own step
-                train_step(learner, batches, 0, 2, stopwatch=clock)
+                train_step(train_module, batches, 0, 2, stopwatch=clock)
         return Trace(
-            num_blocks=len(learner.sharded.layers.blocks),
+            num_blocks=len(train_module.sharded.layers.blocks),
             num_active=len(blocks),
             persistent_bytes=clock.persistent_bytes,
             host_bytes=clock.host_bytes,
-            peaks={moment: peak for moment, peak in ledger.peaks.items() if moment != "start"},
+            peaks={phase: peak for phase, peak in ledger.peaks.items() if phase != "start"},
             work=_work_of_step(ledger.work, micro_batches),
             tokens=micro_batches * config.train.micro_batch_size * ranks * config.data.sequence_length,
         )
 
 
 class _Clock:
-    """The stopwatch that the step is given: tells the ledger which moment it is, and counts persistent bytes."""
+    """The stopwatch that the step is given: tells the ledger which phase it is, and counts persistent bytes."""
 
-    def __init__(self, learner: Learner, ledger: Ledger) -> None:
-        self.learner = learner
+    def __init__(self, train_module: TrainModule, ledger: Ledger) -> None:
+        self.train_module = train_module
         self.ledger = ledger
         self.micro_batch = -1
         self.persistent_bytes: dict[str, int] = {}
@@ -192,16 +192,16 @@ class _Clock:
     def __call__(self, part: str) -> Iterator[None]:
         if part == "forward":
             self.micro_batch += 1
-            self.ledger.stretch = f"micro-batch {self.micro_batch}"
+            self.ledger.scope = f"micro-batch {self.micro_batch}"
         elif part == "optimizer":
-            self.ledger.moment = self.ledger.stretch = part
+            self.ledger.phase = self.ledger.scope = part
             self.host_bytes = self.move_to_host()
-            self.persistent_bytes = count_persistent_bytes(self.learner)
+            self.persistent_bytes = count_persistent_bytes(self.train_module)
         yield
 
     def watch_modules(self) -> None:
-        """Set the moment as the forward and the backward pass enter each part of the model."""
-        layers = self.learner.sharded.layers
+        """Set the phase as the forward and the backward pass enter each part of the model."""
+        layers = self.train_module.sharded.layers
         for index, block in enumerate(layers.blocks):
             self._watch(block, f"block {index} of {len(layers.blocks)}")
         for modules, name in ((layers.embeddings, "embeddings"), (layers.norm, "norm"), ([layers.head], "head")):
@@ -210,10 +210,10 @@ class _Clock:
 
     def _watch(self, module: nn.Module, name: str) -> None:
         def begin_forward(*_: Any) -> None:
-            self.ledger.moment = f"forward of {name}"
+            self.ledger.phase = f"forward of {name}"
 
         def begin_backward(_: torch.Tensor) -> None:
-            self.ledger.moment = f"backward of {name}"
+            self.ledger.phase = f"backward of {name}"
 
         def end_forward(module: nn.Module, args: Any, output: Any) -> None:
             tensor = output[0] if isinstance(output, tuple) else output
@@ -225,9 +225,9 @@ class _Clock:
 
     def move_to_host(self) -> int:
         """Take what the configuration keeps in host memory out of the ledger; return its bytes."""
-        optimizer, sharded = self.learner.optimizer, self.learner.sharded
+        optimizer, sharded = self.train_module.optimizer, self.train_module.sharded
         tensors = [tensor for waiting in optimizer.offloaded.values() for tensor in waiting.tensors.values()]
-        if self.learner.config.parallel.offload == "all":
+        if self.train_module.config.parallel.offload == "all":
             parameters = [sharded.parameter(name) for name in sharded.handles]
             tensors += [parameter.detach() for parameter in parameters]
             tensors += [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -31,7 +31,7 @@ def agree_on_name(store: Store, rank: int, world_size: int, timeout: datetime.ti
     """Return a name that the ranks of this attempt alone know, whatever earlier ones left in ``store``.
 
     Each rank leaves a fresh greeting where its last one may still be. Rank 0 answers every greeting it sees with a
-    fresh name, old ones in vain, until every rank has confirmed that name.
+    fresh name, old ones for nothing, until every rank has confirmed that name.
     """
     end = time.monotonic() + timeout.total_seconds()
     if rank == 0:

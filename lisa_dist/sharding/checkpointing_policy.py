@@ -160,7 +160,7 @@ def _measure(config: Config, whole: nn.Module, update: PreparesBlocks, trains: b
             position_ids=torch.arange(shape[1]).expand(shape),
             use_cache=False,
         ).last_hidden_state
-        ledger.stretch = "backward"
+        ledger.scope = "backward"
         hidden.sum().backward()
     work = ledger.work["backward"]
     return Cost(kept.bytes, work.flops + OPERATIONS_PER_BYTE * work.other_bytes)

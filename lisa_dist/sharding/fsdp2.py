@@ -106,7 +106,7 @@ def reduce_dtype(group: Any) -> torch.dtype | None:
     return group._reduce_dtype or trainable[0].param_dtype or group._orig_dtype
 
 
-def let_go_of_reduced(group: Any) -> None:
+def free_allreduce_buffer(group: Any) -> None:
     """Free the buffer in which a group summed its gradients over the replicas, when it has been read.
 
     FSDP2 keeps it until the backward pass ends, because it belongs to the stream of the reduce-scatters and other

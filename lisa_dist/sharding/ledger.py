@@ -39,7 +39,7 @@ OPERATIONS_WITHOUT_TRAFFIC = {"empty", "empty_like", "empty_strided", "new_empty
 
 @dataclass
 class Work:
-    """What a rank does in some stretch of a step."""
+    """What a rank does in some scope of a step."""
 
     flops: int = 0  # of matrix products and attention
     matrix_bytes: int = 0  # read and written by these
@@ -66,17 +66,17 @@ class Ledger(TorchDispatchMode):
     A tensor's value is not known: ``.item()`` gives True, 1.0 or 0 (the places of rank 0's shards).
 
     Attributes:
-        moment: the name of what happens now, to be set from outside.
-        stretch: the name of the stretch of the step to which work is put down, to be set from outside.
+        phase: the name of what happens now, to be set from outside.
+        scope: the name of the scope of the step to which work is put down, to be set from outside.
         live_bytes: bytes of all storages that are alive in device memory.
-        peaks: the most bytes alive at once, by moment.
-        work: what was done, by stretch.
+        peaks: the most bytes alive at once, by phase.
+        work: what was done, by scope.
     """
 
     def __init__(self, ranks_per_node: int) -> None:
         super().__init__()
         self.ranks_per_node = ranks_per_node
-        self.moment = self.stretch = "start"
+        self.phase = self.scope = "start"
         self.live_bytes = 0
         self.peaks: dict[str, int] = {}
         self.work: dict[str, Work] = {}
@@ -166,7 +166,7 @@ class Ledger(TorchDispatchMode):
             self._live[address] = (known[0], size)
             if address not in self._host:
                 self.live_bytes += size - known[1]
-        self.peaks[self.moment] = max(self.peaks.get(self.moment, 0), self.live_bytes)
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.live_bytes)
 
     def _forget(self, address: int) -> None:
         _, size = self._live.pop(address)
@@ -176,7 +176,7 @@ class Ledger(TorchDispatchMode):
             self.live_bytes -= size
 
     def _record(self, operator: Any, args: Any, kwargs: Any, result: Any) -> None:
-        work = self.work.setdefault(self.stretch, Work())
+        work = self.work.setdefault(self.scope, Work())
         name = operator.overloadpacket.__name__
         if operator.namespace in ("c10d", "_c10d_functional"):
             if name in COLLECTIVES:

@@ -1,6 +1,6 @@
 """Masters, moments and gradients of what trains, sharded over all ranks of a replicate x shard mesh.
 
-FSDP2 shards a parameter over ``shard``; the same rows lie on every replica. Here the rows of a shard are parted once
+FSDP2 shards a parameter over ``shard``; the same rows lie on every replica. Here the rows of a shard are split once
 more, among the replicas, for all that the optimizer needs. The shard itself is what the model computes with.
 """
 
@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lisa_dist.runtime.distributed import local_shard
-from lisa_dist.sharding.fsdp2 import let_go_of_reduced
+from lisa_dist.sharding.fsdp2 import free_allreduce_buffer
 
 HELD = (Shard(0), Replicate())  # a shard's rows, on every replica
 OWN = (Shard(0), Shard(0))  # of these, the rows of one replica
@@ -27,7 +27,7 @@ class WorldMasters:
         """Args:
         mesh: ``replicate`` x ``shard``, whose process groups are used again.
         """
-        # The replicas come last, since a shard's rows are parted among them.
+        # The replicas come last, since a shard's rows are split among them.
         self.mesh = DeviceMesh.from_group(
             [mesh.get_group("shard"), mesh.get_group("replicate")],
             mesh.device_type,
@@ -54,11 +54,11 @@ class WorldMasters:
         """Make the master of a parameter from its shard, which is in the masters' dtype. No communication."""
         self.by_name[name] = nn.Parameter(self.own_rows(shard, parameter))
 
-    def give_back(self, name: str) -> Tensor:
+    def gather(self, name: str) -> Tensor:
         """Drop a master and return the whole shard, in the masters' dtype. Collective: every rank."""
         return self._gathered(self.by_name.pop(name).detach())
 
-    def publish(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def all_gather_to_params(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Round the masters of ``parameters`` to nearest and put them into the shards. Collective: every rank."""
         for name, parameter in parameters.items():
             shard = local_shard(parameter.detach())
@@ -68,7 +68,7 @@ class WorldMasters:
         assert isinstance(own, DTensor)
         return local_shard(own.redistribute(placements=HELD))
 
-    def attend(self, name: str, parameter: nn.Parameter, group: Any) -> None:
+    def register_grad_hook(self, name: str, parameter: nn.Parameter, group: Any) -> None:
         """Have a parameter's gradient, as soon as its FSDP2 group has reduced it, added to its master's and dropped.
 
         It comes in the masters' dtype, so that nothing is rounded while gradients of micro-batches add up.
@@ -79,7 +79,7 @@ class WorldMasters:
                 return
             if self._received_from is not group:
                 if self._received_from is not None:
-                    let_go_of_reduced(self._received_from)
+                    free_allreduce_buffer(self._received_from)
                 self._received_from = group
             own, master = self.own_rows(local_shard(parameter.grad), parameter), self.by_name[name]
             if master.grad is None:

@@ -104,10 +104,10 @@ def shard_model(
 
     for block in layers.blocks:
         wrap(block)
-    ends = [layers.embeddings, layers.norm, [layers.head]]
+    non_block_modules = [layers.embeddings, layers.norm, [layers.head]]
     if layers.tied:  # FSDP2 wants a shared parameter in one group only
-        ends = [[module for modules in ends for module in modules]]
-    for modules in ends:
+        non_block_modules = [[module for modules in non_block_modules for module in modules]]
+    for modules in non_block_modules:
         if modules:
             wrap(modules)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
@@ -159,7 +159,7 @@ def materialize(sharded: ShardedModel, trained: Iterable[str], device: torch.dev
     _refresh_groups(sharded, sharded.handles)
 
 
-def recast(
+def set_trainable(
     sharded: ShardedModel, names: Iterable[str], trained: bool, seed_of: Callable[[str], int] | None = None
 ) -> None:
     """Freeze or thaw parameters: set their storage dtype and whether they train.
@@ -168,7 +168,7 @@ def recast(
 
     Args:
         sharded: the model; none of its groups may be unsharded.
-        names: the parameters to recast; buffers and all other parameters are left alone.
+        names: the parameters that begin or cease to train; buffers and all other parameters are left alone.
         trained: True stores them in ``precision.active``, False in ``precision.frozen``, but for adapters.
         seed_of: the seed of a parameter's rounding noise; None rounds to nearest.
     """
@@ -178,7 +178,7 @@ def recast(
         fsdp_param, group = sharded.handles[name]
         shard = local_shard(fsdp_param.sharded_param.detach())
         if sharded.world is not None and name in sharded.world.by_name:
-            shard = sharded.world.give_back(name)
+            shard = sharded.world.gather(name)
         seed = seed_of(name) if seed_of is not None else None
         if sharded.offloads_frozen and trained:
             shard = shard.to(distributed.device(), non_blocking=True)
@@ -188,7 +188,7 @@ def recast(
             shard = shard.to(dtype_of(sharded.precision.compute))
         _store(sharded, name, shard, trained)
         if sharded.world is not None and trained:
-            sharded.world.attend(name, fsdp_param.sharded_param, group)
+            sharded.world.register_grad_hook(name, fsdp_param.sharded_param, group)
     _refresh_groups(sharded, names)
 
 

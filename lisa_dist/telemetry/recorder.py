@@ -12,7 +12,7 @@ from lisa_dist.config import Config
 from lisa_dist.runtime.distributed import is_main
 from lisa_dist.telemetry.memory import peak_memory_gib, reset_peak_memory
 from lisa_dist.telemetry.progress import ProgressDisplay
-from lisa_dist.telemetry.records import METRICS_FILE, MetricsWriter, Row, read_rows, read_summary, write_summary
+from lisa_dist.telemetry.records import METRICS_FILE, MetricsRow, MetricsWriter, read_rows, read_summary, write_summary
 from lisa_dist.telemetry.sinks import build_sink
 
 SPEEDS = ("tokens_per_second", "label_tokens_per_second")
@@ -133,7 +133,7 @@ class Recorder:
         self.writer.close()
 
 
-def figures_of(rows: list[Row]) -> dict[str, Any]:
+def figures_of(rows: list[MetricsRow]) -> dict[str, Any]:
     """Return what summary.json says of the steps before a resume, by their rows of metrics.jsonl."""
     figures: dict[str, Any] = {}
     steps = [row for row in rows if "loss" in row]

@@ -16,7 +16,7 @@ METRICS_FILE = "metrics.jsonl"
 LAYERS_FILE = "layers.jsonl"
 SUMMARY_FILE = "summary.json"
 
-Row = dict[str, Any]
+MetricsRow = dict[str, Any]
 
 
 class MetricsWriter:
@@ -49,7 +49,7 @@ class MetricsWriter:
         data_seconds: float,
         peak_memory_gib: float,
         **more: Any,
-    ) -> Row:
+    ) -> MetricsRow:
         """Write and return the row of one optimizer step.
 
         Args:
@@ -81,7 +81,7 @@ class MetricsWriter:
         _append(self._metrics, row)
         return row
 
-    def write_eval(self, *, step: int, eval_loss: float, **more: Any) -> Row:
+    def write_eval(self, *, step: int, eval_loss: float, **more: Any) -> MetricsRow:
         """Write and return the row of one validation, which has ``eval_loss`` and no ``loss``."""
         row = {"step": step, "eval_loss": eval_loss, **more}
         _append(self._metrics, row)
@@ -89,9 +89,9 @@ class MetricsWriter:
 
     def write_period(
         self, *, period: int, step: int, active_layers: list[int], num_blocks: int, scores: list[float] | None = None
-    ) -> Row:
+    ) -> MetricsRow:
         """Write and return the row of one period: ``step`` is the first that trains these of ``num_blocks`` blocks."""
-        row: Row = {"period": period, "step": step, "active_layers": active_layers, "num_blocks": num_blocks}
+        row: MetricsRow = {"period": period, "step": step, "active_layers": active_layers, "num_blocks": num_blocks}
         if scores is not None:
             row["scores"] = scores
         _append(self._layers, row)
@@ -114,7 +114,7 @@ class MetricsWriter:
             try:
                 kept = [row for row in read_rows(path) if row["step"] <= step]
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"run.dir={self.run_dir}: {name} is damaged, mend or move it ({error})") from error
+                raise UserError(f"run.dir={self.run_dir}: {name} is damaged, fix or move it ({error})") from error
             write_atomically(path, "".join(to_json(row) + "\n" for row in kept))
         self._open()
 
@@ -154,7 +154,7 @@ def write_summary(run_dir: str | Path, *, exit_reason: str, resumed_from: list[i
     write_atomically(Path(run_dir) / SUMMARY_FILE, to_json(summary, indent=2) + "\n")
 
 
-def read_rows(path: str | Path) -> list[Row]:
+def read_rows(path: str | Path) -> list[MetricsRow]:
     """Return the rows of a JSON-lines file, [] where there is none; a torn last line is left out.
 
     Raises:
@@ -178,13 +178,13 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
-def read_summary(run_dir: str | Path) -> Row | None:
+def read_summary(run_dir: str | Path) -> MetricsRow | None:
     """Return summary.json as a dict, or None where there is none."""
     path = Path(run_dir) / SUMMARY_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _append(file: TextIO | None, row: Row) -> None:
+def _append(file: TextIO | None, row: MetricsRow) -> None:
     if file is not None:
         file.write(to_json(row) + "\n")
         file.flush()

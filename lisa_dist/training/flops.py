@@ -12,12 +12,12 @@ import torch
 
 from lisa_dist.config.gpu import read_gpu
 from lisa_dist.config.loading import conf_dir
-from lisa_dist.method.module import Learner
+from lisa_dist.method.module import TrainModule
 
 logger = logging.getLogger(__name__)
 
 
-def parameter_flops_per_token(learner: Learner) -> float:
+def parameter_flops_per_token(train_module: TrainModule) -> float:
     """Return the matrix operations that a token costs in the parameters that train now and in the frozen ones.
 
     A parameter costs 2 in the forward pass, 2 for the gradient of its input and, where it trains, 2 for its own
@@ -25,10 +25,12 @@ def parameter_flops_per_token(learner: Learner) -> float:
     costs its forward pass only. Embedding tables are looked up, not multiplied, unless the head is tied to them;
     of a mixture's experts those are counted that a token visits.
     """
-    sharded, trained = learner.sharded, learner.optimizer.parameters
+    sharded, trained = train_module.sharded, train_module.optimizer.parameters
     layers = sharded.layers
     lowest = (
-        0 if any(layers.group_of(name) == "embeddings" for name in trained) else min(learner.active.blocks, default=0)
+        0
+        if any(layers.group_of(name) == "embeddings" for name in trained)
+        else min(train_module.active.blocks, default=0)
     )
     architecture = sharded.module.config
     share = (getattr(architecture, "num_experts_per_tok", None) or 1) / _experts(architecture)
@@ -43,22 +45,22 @@ def parameter_flops_per_token(learner: Learner) -> float:
     return total
 
 
-def step_flops(learner: Learner, lengths: np.ndarray) -> float:
+def step_flops(train_module: TrainModule, lengths: np.ndarray) -> float:
     """Return the operations of a step over sequences of ``lengths`` tokens; what is spent on padding does not count."""
-    return parameter_flops_per_token(learner) * float(lengths.sum()) + attention_flops(learner, lengths)
+    return parameter_flops_per_token(train_module) * float(lengths.sum()) + attention_flops(train_module, lengths)
 
 
-def attention_flops(learner: Learner, lengths: np.ndarray) -> float:
+def attention_flops(train_module: TrainModule, lengths: np.ndarray) -> float:
     """Return the operations of attention over sequences of ``lengths`` tokens, forward and backward.
 
     12 x layers x heads x head size x tokens for each token (arXiv 2204.02311, appendix B): every query with every
     key, as is the custom, though causal attention needs but half.
     """
-    architecture: Any = learner.sharded.module.config
+    architecture: Any = train_module.sharded.module.config
     heads = architecture.num_attention_heads
     head_size = getattr(architecture, "head_dim", None) or architecture.hidden_size // heads
     squares = float(np.square(lengths, dtype=np.float64).sum())
-    return 12.0 * len(learner.sharded.layers.blocks) * heads * head_size * squares
+    return 12.0 * len(train_module.sharded.layers.blocks) * heads * head_size * squares
 
 
 def peak_rate(device: torch.device) -> float | None:

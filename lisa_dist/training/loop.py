@@ -19,7 +19,7 @@ from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, UserError
 from lisa_dist.config.checks import check_accumulation, options_without_effect
 from lisa_dist.data.batches import MicroBatch, label_tokens
 from lisa_dist.method.module import (
-    Learner,
+    TrainModule,
     begin_period,
     count_persistent_bytes,
     count_trained_parameters,
@@ -35,12 +35,12 @@ from lisa_dist.telemetry.logs import setup_logging
 from lisa_dist.telemetry.out_of_memory import PREPARATION, explaining_out_of_memory
 from lisa_dist.training.evaluation import evaluate, show_answers
 from lisa_dist.training.flops import peak_rate, step_flops
-from lisa_dist.training.recovery import is_spike, leave_out_step, remember_loss, roll_back
+from lisa_dist.training.recovery import is_spike, remember_loss, roll_back, skip_nonfinite_step
 from lisa_dist.training.setup import Run, announce_trained, forget_start, open_run_directory, prepare_run
 
 logger = logging.getLogger(__name__)
 
-Stopwatch = Callable[[str], AbstractContextManager[None]]  # names the part of a step that its body is
+PhaseTimer = Callable[[str], AbstractContextManager[None]]  # names the part of a step that its body is
 
 
 @dataclass
@@ -55,25 +55,25 @@ class StepResult:
     skipped: bool = False  # the loss or the gradient was not finite
 
 
-def no_stopwatch(part: str) -> AbstractContextManager[None]:
+def no_timer(part: str) -> AbstractContextManager[None]:
     """Measure nothing."""
     return nullcontext()
 
 
 def accumulate_gradients(
-    learner: Learner, micro_batches: list[MicroBatch], stopwatch: Stopwatch = no_stopwatch
+    train_module: TrainModule, micro_batches: list[MicroBatch], stopwatch: PhaseTimer = no_timer
 ) -> tuple[float, int]:
     """Add up the gradients of a global batch. Collective: every rank, with equally many micro-batches.
 
     Returns:
         This rank's loss, summed over its label tokens, and their number.
     """
-    module = learner.sharded.module
+    module = train_module.sharded.module
     loss_sum = torch.zeros((), device=distributed.device())
     tokens = 0
     for index, micro_batch in enumerate(micro_batches):
         assert isinstance(module, FSDPModule)
-        if learner.config.parallel.defer_reduction:
+        if train_module.config.parallel.defer_reduction:
             module.set_requires_gradient_sync(index == len(micro_batches) - 1)
         tokens += label_tokens(micro_batch)
         inputs = {key: tensor.to(loss_sum.device, non_blocking=True) for key, tensor in micro_batch.items()}
@@ -86,47 +86,47 @@ def accumulate_gradients(
 
 
 def train_step(
-    learner: Learner,
+    train_module: TrainModule,
     micro_batches: list[MicroBatch],
     step: int,
     max_steps: int,
     stop_requested: bool = False,
-    stopwatch: Stopwatch = no_stopwatch,
+    stopwatch: PhaseTimer = no_timer,
 ) -> StepResult:
     """Make optimizer step ``step`` (counted from 0). Collective: every rank.
 
     Where the loss or the gradient is not finite, parameters stay as they are and the result says ``skipped``.
     """
-    config = learner.config
+    config = train_module.config
     # Dropout depends on the step and the rank alone, so a resumed run draws the same.
     torch.manual_seed(hash((config.train.seed, step, distributed.rank())) % 2**63)
     if config.optimizer.in_backward:
-        return step_in_backward(learner, micro_batches, step, max_steps, stop_requested, stopwatch)
-    local_loss, local_tokens = accumulate_gradients(learner, micro_batches, stopwatch)
+        return step_in_backward(train_module, micro_batches, step, max_steps, stop_requested, stopwatch)
+    local_loss, local_tokens = accumulate_gradients(train_module, micro_batches, stopwatch)
     with stopwatch("reduction of the loss"):
         loss_sum, tokens, stops = distributed.all_reduce_sum([local_loss, local_tokens, float(stop_requested)])
     lr = learning_rate(config.scheduler, config.optimizer.lr, step, max_steps)
     with stopwatch("optimizer"):
-        gradients, observed = learner.optimizer.gradients(), observed_blocks(learner)
+        gradients, observed = train_module.optimizer.gradients(), observed_blocks(train_module)
         parts = [[gradients[name] for name in names if name in gradients] for names in observed.values()]
         norms = normalize_and_clip(list(gradients.values()), max(tokens, 1), config.optimizer.grad_clip, parts)
         norm, *of_blocks = norms.tolist()
         finite = math.isfinite(loss_sum) and math.isfinite(norm)
         if finite:
-            learner.optimizer.step(lr)
-            observe_step(learner, {block: value**2 for block, value in zip(observed, of_blocks)})
+            train_module.optimizer.step(lr)
+            observe_step(train_module, {block: value**2 for block, value in zip(observed, of_blocks)})
         else:
-            learner.optimizer.drop_gradients()
+            train_module.optimizer.drop_gradients()
     return StepResult(loss_sum / max(tokens, 1), norm, int(tokens), lr, stops > 0, skipped=not finite)
 
 
 def step_in_backward(
-    learner: Learner,
+    train_module: TrainModule,
     micro_batches: list[MicroBatch],
     step: int,
     max_steps: int,
     stop_requested: bool,
-    stopwatch: Stopwatch,
+    stopwatch: PhaseTimer,
 ) -> StepResult:
     """Make an optimizer step whose gradients die as soon as they are used. Collective: every rank.
 
@@ -135,24 +135,26 @@ def step_in_backward(
     """
     assert len(micro_batches) == 1, "gradients that are used at once can't be accumulated"
     tokens, stops = distributed.all_reduce_sum([float(label_tokens(micro_batches[0])), float(stop_requested)])
-    lr = learning_rate(learner.config.scheduler, learner.config.optimizer.lr, step, max_steps)
-    with learner.optimizer.stepping_in_backward(lr, max(tokens, 1)) as made:
-        local_loss, _ = accumulate_gradients(learner, micro_batches, stopwatch)
+    lr = learning_rate(train_module.config.scheduler, train_module.config.optimizer.lr, step, max_steps)
+    with train_module.optimizer.stepping_in_backward(lr, max(tokens, 1)) as made:
+        local_loss, _ = accumulate_gradients(train_module, micro_batches, stopwatch)
     with stopwatch("optimizer"):
-        observed, squares = observed_blocks(learner), made.squares
+        observed, squares = observed_blocks(train_module), made.squares
         sums = [
             float(sum(squares[name] for name in names if name in squares)) for names in (squares, *observed.values())
         ]
         loss_sum, *reduced = distributed.all_reduce_sum([local_loss, *sums])
-    square_sum, *of_blocks = (value / learner.config.parallel.replicate for value in reduced)  # replicas hold the same
+    square_sum, *of_blocks = (
+        value / train_module.config.parallel.replicate for value in reduced
+    )  # replicas hold the same
     norm = math.sqrt(square_sum)
     finite = math.isfinite(loss_sum) and math.isfinite(norm)
     if finite:
-        observe_step(learner, dict(zip(observed, of_blocks)))
+        observe_step(train_module, dict(zip(observed, of_blocks)))
     return StepResult(loss_sum / max(tokens, 1), norm, int(tokens), lr, stops > 0, skipped=not finite)
 
 
-def rehearse(learner: Learner, micro_batch: MicroBatch) -> dict[str, int]:
+def dry_run_batch(train_module: TrainModule, micro_batch: MicroBatch) -> dict[str, int]:
     """Run the longest micro-batch once, so that a run that does not fit fails in its first minute.
 
     Nothing is updated. Collective: every rank.
@@ -160,9 +162,9 @@ def rehearse(learner: Learner, micro_batch: MicroBatch) -> dict[str, int]:
     Returns:
         This rank's persistent bytes by kind, counted while gradients are there.
     """
-    accumulate_gradients(learner, [micro_batch])
-    counted = count_persistent_bytes(learner)
-    learner.optimizer.drop_gradients()
+    accumulate_gradients(train_module, [micro_batch])
+    counted = count_persistent_bytes(train_module)
+    train_module.optimizer.drop_gradients()
     return counted
 
 
@@ -202,7 +204,7 @@ def train(config: Config) -> int:
 
 def train_steps(run: Run) -> bool:
     """Train to the end, or until a rank is asked to stop; return whether it was. Collective: every rank."""
-    config, learner, progress, heartbeat = run.config, run.learner, run.progress, run.heartbeat
+    config, train_module, progress, heartbeat = run.config, run.train_module, run.progress, run.heartbeat
     first_step = progress.step
     if first_step == 0:
         evaluate(run)
@@ -212,16 +214,16 @@ def train_steps(run: Run) -> bool:
     for step, micro_batches, data_seconds in coming_steps(run):
         heartbeat.begin_step(step + 1)
         figures = {"data_seconds": data_seconds}
-        if step % learner.period_length == 0:
+        if step % train_module.period_length == 0:
             with heartbeat.phase("the draw and switch of active blocks"):
                 figures["switch_seconds"] = switch(run, step)
         if step == first_step:
             with heartbeat.phase("the trial of the longest micro-batch"):
-                introduce(run)
+                log_first_period(run)
         stop = stop_requested() or run.checkpoints.must_stop()
         run.recorder.begin_step()
         started = now()
-        result = train_step(learner, micro_batches, step, run.max_steps, stop, heartbeat.phase)
+        result = train_step(train_module, micro_batches, step, run.max_steps, stop, heartbeat.phase)
         figures["step_seconds"] = data_seconds + now() - started
         if is_spike(config.train, progress.recent_losses, result.loss):
             roll_back(run, step, result.loss)
@@ -230,7 +232,7 @@ def train_steps(run: Run) -> bool:
         progress.sequences += run.batches.global_batch_size
         record(run, result, figures)
         if result.skipped:
-            leave_out_step(run, micro_batches, result.loss, result.grad_norm)
+            skip_nonfinite_step(run, micro_batches, result.loss, result.grad_norm)
         last = progress.step == run.max_steps or result.stop_requested
         if progress.step == run.max_steps or is_due(config.train.eval_every, progress.step):
             evaluate(run)
@@ -265,18 +267,18 @@ def coming_steps(run: Run) -> Iterator[tuple[int, list[MicroBatch], float]]:
 def switch(run: Run, step: int) -> float:
     """Begin the period that starts with ``step``, and return the seconds it took. Collective: every rank."""
     started = now()
-    learner, period = run.learner, step // run.learner.period_length
-    begin_period(learner, period, run.coming_micro_batches)
+    train_module, period = run.train_module, step // run.train_module.period_length
+    begin_period(train_module, period, run.coming_micro_batches)
     run.checkpoints.note_trained()
-    run.recorder.record_period(period, step + 1, learner.active.blocks, learner.sampler.scores())
+    run.recorder.record_period(period, step + 1, train_module.active.blocks, train_module.sampler.scores())
     return now() - started
 
 
-def introduce(run: Run) -> None:
+def log_first_period(run: Run) -> None:
     """Try the longest micro-batch, and print and record what trains. Collective: every rank."""
-    counted = rehearse(run.learner, run.batches.longest_micro_batch())
-    announce_trained(run.learner, counted)
-    trained = count_trained_parameters(run.learner)
+    counted = dry_run_batch(run.train_module, run.batches.longest_micro_batch())
+    announce_trained(run.train_module, counted)
+    trained = count_trained_parameters(run.train_module)
     run.recorder.figures |= {"persistent_bytes": counted, "trained_parameters": trained}
 
 
@@ -288,13 +290,13 @@ def record(run: Run, result: StepResult, figures: dict[str, float]) -> None:
     lengths = run.batches.lengths(run.progress.sequences - run.batches.global_batch_size, run.progress.place_of)
     rate = peak_rate(distributed.device())
     if rate is not None:
-        achieved = step_flops(run.learner, lengths) / figures["step_seconds"]
+        achieved = step_flops(run.train_module, lengths) / figures["step_seconds"]
         figures["mfu"] = achieved / (rate * distributed.world_size())
     run.recorder.record_step(
         step=run.progress.step,
         epoch=run.batches.epoch(run.progress.sequences),
-        period=run.learner.active.period,
-        active_layers=run.learner.active.blocks,
+        period=run.train_module.active.period,
+        active_layers=run.train_module.active.blocks,
         loss=result.loss,
         lr=result.lr,
         grad_norm=result.grad_norm,

@@ -1,4 +1,4 @@
-"""What the loop does about a step that went wrong: a loss that is not finite, or one that leaps up.
+"""What the loop does about a step that went wrong: a loss that is not finite, or one that spikes.
 
 Every rank decides the same, because losses and norms are the same on every rank.
 """
@@ -26,10 +26,10 @@ class NonFiniteError(RuntimeError):
 
 
 class LossSpikeError(RuntimeError):
-    """The loss leapt up again after as many roll-backs as are allowed."""
+    """The loss spiked again after as many roll-backs as are allowed."""
 
 
-def leave_out_step(run: Run, micro_batches: list[MicroBatch], loss: float, grad_norm: float) -> None:
+def skip_nonfinite_step(run: Run, micro_batches: list[MicroBatch], loss: float, grad_norm: float) -> None:
     """Count the step of ``run.progress.step`` as left out and keep its batch for inspection.
 
     Raises:
@@ -64,7 +64,7 @@ def keep_batch(run: Run, micro_batches: list[MicroBatch], loss: float, grad_norm
             "step": step,
             "loss": str(loss),  # JSON has no word for inf
             "grad_norm": str(grad_norm),
-            "active_layers": run.learner.active.blocks,
+            "active_layers": run.train_module.active.blocks,
             "sequences": run.batches.micro_batch_indices(seen, run.progress.place_of),  # i mod ranks: whose
         }
         write_atomically(folder / "step.json", to_json(facts, indent=1))
@@ -102,9 +102,9 @@ def roll_back(run: Run, step: int, loss: float) -> None:
     run.checkpoints.finish()
     newest = newest_complete(run.checkpoints.directory)
     assert newest is not None, "a run that measures spikes begins with a checkpoint"
-    learner = run.learner
-    learner.optimizer.release(list(learner.optimizer.parameters))
-    restored, state = restore_checkpoint(learner, newest, distributed.device(), progress.data)
+    train_module = run.train_module
+    train_module.optimizer.remove_params(list(train_module.optimizer.parameters))
+    restored, state = restore_checkpoint(train_module, newest, distributed.device(), progress.data)
     run.checkpoints.continue_from(newest, state)
     progress.step, progress.sequences = restored.step, restored.sequences
     progress.recent_losses = restored.recent_losses

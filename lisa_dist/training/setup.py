@@ -28,7 +28,7 @@ from lisa_dist.data.prepare import PreparedData, prepare_data
 from lisa_dist.data.preview import show_preview
 from lisa_dist.data.sequences import Sequences
 from lisa_dist.data.tokenizer import load_tokenizer
-from lisa_dist.method.module import Learner, build_learner, count_trained_parameters, load_initial_weights
+from lisa_dist.method.module import TrainModule, build_train_module, count_trained_parameters, load_initial_weights
 from lisa_dist.models.architecture import read_architecture
 from lisa_dist.models.inspection import pretrained_architecture
 from lisa_dist.runtime import distributed
@@ -46,10 +46,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """A run in progress: the learner with its data, its place and its record."""
+    """A run in progress: the model with its data, its place and its record."""
 
     config: Config
-    learner: Learner
+    train_module: TrainModule
     tokenizer: PreTrainedTokenizerBase
     batches: GlobalBatches
     validation: GlobalBatches | None
@@ -134,29 +134,31 @@ def prepare_run(config: Config) -> Run:
     pad = int(tokenizer.pad_token_id or 0)
     batches = make_batches(config, data.train, pad, order_seed)
     validation = None if data.validation is None else make_batches(config, data.validation, pad, order_seed)
-    learner = build_learner(config, architecture)
-    checkpoints = CheckpointSaver(learner, directory, public_yaml(config))
+    train_module = build_train_module(config, architecture)
+    checkpoints = CheckpointSaver(train_module, directory, public_yaml(config))
     progress = Progress(order_seed=order_seed, data=described)
     with distributed.waiting_for_disks(config.parallel.timeout):
         if newest is None:
             distributed.on_rank_zero(lambda: settle_run_directory(config, tokenizer))
-            start_afresh(learner, device)
+            start_afresh(train_module, device)
         else:
-            progress = go_on(learner, checkpoints, newest, device, described)
+            progress = go_on(train_module, checkpoints, newest, device, described)
             distributed.on_rank_zero(lambda: settle_run_directory(config, tokenizer))
     max_steps = planned_steps(config, batches, progress)
-    announce_run(config, learner, data, batches, max_steps, progress)
+    announce_run(config, train_module, data, batches, max_steps, progress)
     recorder = Recorder(
         config,
         max_steps,
-        num_blocks=len(learner.sharded.layers.blocks),
+        num_blocks=len(train_module.sharded.layers.blocks),
         started=started,
         first_step=progress.step,
         resumed_from=progress.resumed_from,
     )
     recorder.figures |= rows_of(data)
     heartbeat = Heartbeat(Path(str(config.run.dir)), config.parallel.timeout)
-    return Run(config, learner, tokenizer, batches, validation, max_steps, progress, recorder, checkpoints, heartbeat)
+    return Run(
+        config, train_module, tokenizer, batches, validation, max_steps, progress, recorder, checkpoints, heartbeat
+    )
 
 
 def open_architecture(config: Config) -> PretrainedConfig:
@@ -253,29 +255,29 @@ def make_batches(config: Config, sequences: Sequences, pad_token_id: int, seed: 
     )
 
 
-def start_afresh(learner: Learner, device: torch.device) -> None:
+def start_afresh(train_module: TrainModule, device: torch.device) -> None:
     """Fill the model from where it starts. Collective: every rank.
 
     Raises:
         UserError: the global batch is not a multiple of what the ranks take at a time.
     """
-    config = learner.config
+    config = train_module.config
     at_a_time = config.train.micro_batch_size * distributed.world_size()
     if config.train.global_batch_size % at_a_time:
         raise UserError(
             f"train.global_batch_size={config.train.global_batch_size}: must be a multiple of {at_a_time}, "
             f"train.micro_batch_size={config.train.micro_batch_size} x {distributed.world_size()} ranks"
         )
-    load_initial_weights(learner, device)
+    load_initial_weights(train_module, device)
 
 
 def go_on(
-    learner: Learner, checkpoints: CheckpointSaver, newest: Path, device: torch.device, data: dict[str, Any]
+    train_module: TrainModule, checkpoints: CheckpointSaver, newest: Path, device: torch.device, data: dict[str, Any]
 ) -> Progress:
     """Fill the model from the newest complete checkpoint, and say what differs from it. Collective: every rank.
 
     Args:
-        learner: whose model is filled.
+        train_module: whose model is filled.
         checkpoints: what the run's further checkpoints build on.
         newest: the checkpoint.
         device: where shards lie.
@@ -284,7 +286,7 @@ def go_on(
     Raises:
         UserError: the checkpoint is that of another model or method, or of other data.
     """
-    progress, state = restore_checkpoint(learner, newest, device, data)
+    progress, state = restore_checkpoint(train_module, newest, device, data)
     checkpoints.continue_from(newest, state)
     progress.resumed_from.append(progress.step)
     logger.info("going on from %s", newest)
@@ -295,10 +297,15 @@ def go_on(
 
 
 def announce_run(
-    config: Config, learner: Learner, data: PreparedData, batches: GlobalBatches, max_steps: int, progress: Progress
+    config: Config,
+    train_module: TrainModule,
+    data: PreparedData,
+    batches: GlobalBatches,
+    max_steps: int,
+    progress: Progress,
 ) -> None:
     """Print once what is effective."""
-    sharded, precision = learner.sharded, config.precision
+    sharded, precision = train_module.sharded, config.precision
     architecture: Any = sharded.module.config
     mesh = " x ".join(f"{size} {name}" for name, size in zip(sharded.mesh.mesh_dim_names or (), sharded.mesh.shape))
     total = sum(sharded.parameter(name).numel() for name in sharded.handles)
@@ -311,7 +318,7 @@ def announce_run(
             f"{torch.get_num_threads()} CPU threads a rank",
             "model": f"{config.model.path or config.model.name}: {format_count(total)} parameters in {blocks} blocks"
             f"{', head tied to the embeddings' if sharded.layers.tied else ''}, {config.model.initialization} weights",
-            "method": f"{config.method}: sampler {config.sampler.name}, {learner.sampler.sampler.num_active} of "
+            "method": f"{config.method}: sampler {config.sampler.name}, {train_module.sampler.sampler.num_active} of "
             f"{blocks} blocks a period of {config.sampler.period} steps; update {config.update.name}",
             "storage": f"frozen {precision.frozen}, active {precision.active}, compute {precision.compute}, "
             f"gradients reduced in {precision.reduce}, {precision.on_freeze} rounding on freeze",
@@ -326,27 +333,27 @@ def announce_run(
         title="lisa-dist",
     )
     parameters = {name: sharded.parameter(name) for name in sharded.handles}
-    coverage = learner.update.describe_coverage(parameters, sharded.layers)
+    coverage = train_module.update.describe_coverage(parameters, sharded.layers)
     if coverage is not None:
         logger.info("update=%s: %s", config.update.name, coverage)
 
 
-def announce_trained(learner: Learner, counted: dict[str, int]) -> None:
+def announce_trained(train_module: TrainModule, counted: dict[str, int]) -> None:
     """Print what trains in the first period, what it holds and what is free, and the size of a checkpoint.
 
     Collective: every rank.
 
     Args:
-        learner: in its first period, the longest micro-batch just tried.
+        train_module: in its first period, the longest micro-batch just tried.
         counted: this rank's persistent bytes by kind.
     """
-    parts = count_trained_parameters(learner)
+    parts = count_trained_parameters(train_module)
     # Masters that lie apart are written in place of the parameters, and no replica holds the same ones.
     apart = {"masters", "optimizer_state"} if "masters" in counted else set()
     own = sum(counted[kind] for kind in apart)
     held = sum(size for kind, size in counted.items() if kind not in ("gradients", *apart))
     held -= counted["active_parameters"] if apart else 0
-    checkpoint = distributed.all_reduce_sum([own + held / learner.config.parallel.replicate])[0]
+    checkpoint = distributed.all_reduce_sum([own + held / train_module.config.parallel.replicate])[0]
     free = free_memory_bytes()
     announce(
         {

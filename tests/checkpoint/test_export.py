@@ -16,7 +16,7 @@ from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import load
 from lisa_dist.data.tokenizer import load_tokenizer
-from lisa_dist.method.module import build_learner, load_initial_weights
+from lisa_dist.method.module import build_train_module, load_initial_weights
 from lisa_dist.models.architecture import read_architecture
 from tests.support.private_memory import peak_private_bytes
 from tests.support.ranks import run_on_ranks
@@ -97,14 +97,14 @@ def peak_while_exporting(folder: str) -> tuple[int, int, int]:
     config.run.dir = folder
     write_tokenizer(config, load_tokenizer("builtin:demo"))
     write_description(config, read_architecture(config.model))
-    learner = build_learner(config)
-    load_initial_weights(learner, torch.device("cpu"))
-    saver = CheckpointSaver(learner, Path(folder), "")
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, torch.device("cpu"))
+    saver = CheckpointSaver(train_module, Path(folder), "")
     saver.save(Progress(step=1))
-    sizes = [4 * learner.sharded.parameter(name).numel() for name in learner.sharded.handles]
+    sizes = [4 * train_module.sharded.parameter(name).numel() for name in train_module.sharded.handles]
     checkpoint = find_checkpoint(Path(folder), 1)
     export_checkpoint(config, checkpoint, Path(folder) / "once")  # imports are no part of it
-    del learner, saver
+    del train_module, saver
     peak = peak_private_bytes(lambda: export_checkpoint(config, checkpoint, Path(folder) / "again"))
     return peak, sum(sizes), max(sizes)
 

@@ -17,7 +17,7 @@ from lisa_dist.commands.bench import command as bench
 from lisa_dist.commands.bench.stopwatch import PeakMemory, spread_of
 from lisa_dist.config import UserError
 from lisa_dist.config.loading import load, vary
-from lisa_dist.method.module import begin_period, build_learner, load_initial_weights
+from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.runtime import distributed
 from lisa_dist.training.flops import attention_flops, parameter_flops_per_token, preset_rate
 from tests.support.ranks import run_on_ranks
@@ -50,11 +50,11 @@ def printed_by_bench(overrides: list[str]) -> str:
 
 
 def test_json_holds_speed_parts_and_memory_of_every_method(tmp_path: Path) -> None:
-    more = ["bench.format=json", "bench.compare=[full,bare]", "bench.profile=true", f"run.dir={tmp_path}"]
+    more = ["bench.format=json", "bench.compare=[full,fsdp_baseline]", "bench.profile=true", f"run.dir={tmp_path}"]
     (printed,) = run_on_ranks(1, printed_by_bench, TINY + more)
     found = json.loads(printed)
     assert {"tokens_per_second", "step_seconds", "peak_bytes", "utilisation"} <= found.keys()
-    assert list(found["compare"]) == ["lisa", "full", "bare"]
+    assert list(found["compare"]) == ["lisa", "full", "fsdp_baseline"]
     for figures in found["compare"].values():
         step, tokens = figures["step_seconds"], 4 * TOKENS
         parts = {key: value for key, value in step["by_part"].items() if key != "switch"}
@@ -68,7 +68,9 @@ def test_json_holds_speed_parts_and_memory_of_every_method(tmp_path: Path) -> No
     lisa, full = (2 * (BLOCKS - trained) * BLOCK + 16 * (trained * BLOCK + 2 * HEAD) for trained in (2, BLOCKS))
     assert lisa < found["compare"]["lisa"]["peak_bytes"] < found["compare"]["full"]["peak_bytes"]
     assert full < found["compare"]["full"]["peak_bytes"] < 3 * full
-    assert found["compare"]["lisa"]["ratio"]["to"] == "bare" and found["compare"]["lisa"]["ratio"]["median"] > 0
+    assert (
+        found["compare"]["lisa"]["ratio"]["to"] == "fsdp_baseline" and found["compare"]["lisa"]["ratio"]["median"] > 0
+    )
     assert json.loads((tmp_path / "trace_rank_0.json").read_text())["traceEvents"]
 
 
@@ -83,10 +85,14 @@ def test_a_sweep_measures_each_line(tmp_path: Path) -> None:
 
 def counted_flops(overrides: list[str]) -> tuple[list[int], float, float]:
     """The active blocks, the operations a token, those of attention. Runs on a rank."""
-    learner = build_learner(load(overrides))
-    load_initial_weights(learner, distributed.device())
-    begin_period(learner, 0)
-    return learner.active.blocks, parameter_flops_per_token(learner), attention_flops(learner, np.full(3, TOKENS))
+    train_module = build_train_module(load(overrides))
+    load_initial_weights(train_module, distributed.device())
+    begin_period(train_module, 0)
+    return (
+        train_module.active.blocks,
+        parameter_flops_per_token(train_module),
+        attention_flops(train_module, np.full(3, TOKENS)),
+    )
 
 
 def test_operations_follow_from_what_trains() -> None:

@@ -53,9 +53,9 @@ def lose_a_weight(folder: str) -> None:
     """The training check with a checkpoint that is read back wrongly. Runs on a rank."""
     original = self_test.restore_checkpoint
 
-    def restore(learner: Any, *arguments: Any, **named: Any) -> Any:
-        found = original(learner, *arguments, **named)
-        distributed.local_shard(next(learner.sharded.module.parameters()).detach())[0] += 1
+    def restore(train_module: Any, *arguments: Any, **named: Any) -> Any:
+        found = original(train_module, *arguments, **named)
+        distributed.local_shard(next(train_module.sharded.module.parameters()).detach())[0] += 1
         return found
 
     self_test.restore_checkpoint = restore

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lisa_dist.method.module import Learner, begin_period, build_learner, load_initial_weights
+from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding import fsdp2
 from lisa_dist.training.loop import accumulate_gradients, train_step
@@ -33,10 +33,10 @@ def live_storages() -> dict[int, tuple[int, str]]:
     return found
 
 
-def explained_storages(learner: Learner) -> dict[str, dict[int, int]]:
+def explained_storages(train_module: TrainModule) -> dict[str, dict[int, int]]:
     """Bytes of the storages that the law allows, by kind and address."""
     kinds: dict[str, dict[int, int]] = {kind: {} for kind in ("frozen", "active", "gradients", "moments", "steps")}
-    handles = learner.sharded.handles
+    handles = train_module.sharded.handles
     for fsdp_param, _ in handles.values():
         parameter = fsdp_param.sharded_param
         memory = fsdp_param._sharded_param_data.untyped_storage()
@@ -44,15 +44,15 @@ def explained_storages(learner: Learner) -> dict[str, dict[int, int]]:
         if parameter.grad is not None:
             memory = parameter.grad.to_local().untyped_storage()
             kinds["gradients"][memory.data_ptr()] = memory.nbytes()
-    for tensor in learner.optimizer.moment_tensors().values():
+    for tensor in train_module.optimizer.moment_tensors().values():
         memory = tensor.to_local().untyped_storage()
         kinds["moments"][memory.data_ptr()] = memory.nbytes()
-    assert learner.optimizer._adamw is not None
-    for state in learner.optimizer._adamw.state.values():
+    assert train_module.optimizer._adamw is not None
+    for state in train_module.optimizer._adamw.state.values():
         kinds["steps"][state["step"].untyped_storage().data_ptr()] = 4
-    ranks = learner.sharded.mesh.mesh
+    ranks = train_module.sharded.mesh.mesh
     kinds["mesh"] = {ranks.untyped_storage().data_ptr(): ranks.nbytes}
-    kinds["buffers"] = {b.untyped_storage().data_ptr(): b.nbytes for b in learner.sharded.module.buffers()}
+    kinds["buffers"] = {b.untyped_storage().data_ptr(): b.nbytes for b in train_module.sharded.module.buffers()}
     return kinds
 
 
@@ -64,16 +64,16 @@ def check_that_all_is_explained(explained: set[int]) -> None:
         time.sleep(0.05)
 
 
-def account(learner: Learner, before: set[int]) -> dict[str, Any]:
+def account(train_module: TrainModule, before: set[int]) -> dict[str, Any]:
     """Bytes by kind; no storage may be left that no kind explains."""
-    fsdp2.reshard_all(learner.sharded.module)
-    explained = explained_storages(learner)
+    fsdp2.reshard_all(train_module.sharded.module)
+    explained = explained_storages(train_module)
     addresses = {address for kind in explained.values() for address in kind}
     check_that_all_is_explained(addresses | before)
     padded = {
         trained: sum(
             fsdp_param.padded_sharded_param_size.numel()
-            for fsdp_param, _ in learner.sharded.handles.values()
+            for fsdp_param, _ in train_module.sharded.handles.values()
             if fsdp_param.sharded_param.requires_grad == trained
         )
         for trained in (False, True)
@@ -81,28 +81,28 @@ def account(learner: Learner, before: set[int]) -> dict[str, Any]:
     return {
         "bytes": {kind: sum(found.values()) for kind, found in explained.items()},
         "padded": padded,
-        "own": sum(tensor.to_local().numel() for tensor in learner.optimizer.moment_tensors().values()) // 2,
-        "trained": len(learner.optimizer.parameters),
-        "blocks": list(learner.active.blocks),
+        "own": sum(tensor.to_local().numel() for tensor in train_module.optimizer.moment_tensors().values()) // 2,
+        "trained": len(train_module.optimizer.parameters),
+        "blocks": list(train_module.active.blocks),
     }
 
 
 def ten_periods() -> list[dict[str, Any]]:
     """Account after each switch and after each last backward pass of a period. Runs on every rank."""
     before = set(live_storages())
-    learner = build_learner(make_config(precision=BF16, sampler={"period": 2}))
-    load_initial_weights(learner, torch.device("cpu"))
+    train_module = build_train_module(make_config(precision=BF16, sampler={"period": 2}))
+    load_initial_weights(train_module, torch.device("cpu"))
     batches = make_global_batches(1)[0][distributed.rank() :: distributed.world_size()]
     before |= {tensor.untyped_storage().data_ptr() for batch in batches for tensor in batch.values()}
     seen = []
     for period in range(10):
-        begin_period(learner, period)
-        switched = account(learner, before)
-        train_step(learner, batches, 2 * period, 20)
-        accumulate_gradients(learner, batches)
-        seen.append({"switched": switched, "accumulated": account(learner, before)})
-        learner.optimizer.step(1e-3)
-    assert isinstance(learner.sharded.module, FSDPModule)
+        begin_period(train_module, period)
+        switched = account(train_module, before)
+        train_step(train_module, batches, 2 * period, 20)
+        accumulate_gradients(train_module, batches)
+        seen.append({"switched": switched, "accumulated": account(train_module, before)})
+        train_module.optimizer.step(1e-3)
+    assert isinstance(train_module.sharded.module, FSDPModule)
     return seen
 
 
@@ -132,25 +132,25 @@ def fifty_tiny_periods(frozen: str, on_freeze: str, replicate: int) -> dict[str,
         scheduler={"name": "constant", "warmup_steps": 0},
         parallel={"replicate": replicate},
     )
-    learner = build_learner(config)
-    load_initial_weights(learner, torch.device("cpu"))
-    names = [name for block in range(5) for name in learner.sharded.block_parameters(block)]
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, torch.device("cpu"))
+    names = [name for block in range(5) for name in train_module.sharded.block_parameters(block)]
 
     def shards() -> torch.Tensor:
-        fsdp2.reshard_all(learner.sharded.module)
-        return torch.cat([learner.sharded.parameter(name).detach().to_local().float().flatten() for name in names])
+        fsdp2.reshard_all(train_module.sharded.module)
+        return torch.cat([train_module.sharded.parameter(name).detach().to_local().float().flatten() for name in names])
 
     # The weights are those that bf16 can hold, in every setting.
     for name in names:
-        shard = learner.sharded.parameter(name).detach().to_local()
+        shard = train_module.sharded.parameter(name).detach().to_local()
         shard.copy_(shard.bfloat16())
     start = shards()
     batch = make_global_batches(1)[0][distributed.rank()]
     for period in range(50):
-        begin_period(learner, period)
-        train_step(learner, [batch], period, 50)
-    begin_period(learner, 50)
-    return {"moved": shards() - start, "end": shards(), "shard": learner.sharded.shard_index}
+        begin_period(train_module, period)
+        train_step(train_module, [batch], period, 50)
+    begin_period(train_module, 50)
+    return {"moved": shards() - start, "end": shards(), "shard": train_module.sharded.shard_index}
 
 
 def test_stochastic_rounding_keeps_updates_that_nearest_loses() -> None:

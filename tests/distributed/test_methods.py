@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lisa_dist.config import Config
 from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS, AlwaysActiveConfig
-from lisa_dist.method.module import begin_period, build_learner, load_initial_weights
+from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.method.optim.schedule import learning_rate
 from lisa_dist.models.quantization import dequantize
 from lisa_dist.runtime import distributed
@@ -49,26 +49,26 @@ def make_method(sampler: str, update: str, always: bool, **settings: Any) -> Con
 
 def train_on_rank(config: Config) -> dict[str, Any]:
     """Train and return what the tests compare. Runs on every rank."""
-    learner = build_learner(config)
-    load_initial_weights(learner, torch.device("cpu"))
-    initial = full_parameters(learner)
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, torch.device("cpu"))
+    initial = full_parameters(train_module)
     losses, draws, trained = [], [], []
     for step, micro_batches in enumerate(make_global_batches(STEPS)):
         if step % config.sampler.period == 0:
-            begin_period(learner, step // config.sampler.period)
-            draws.append(list(learner.active.blocks))
-        trained.append(sorted(learner.optimizer.parameters))
+            begin_period(train_module, step // config.sampler.period)
+            draws.append(list(train_module.active.blocks))
+        trained.append(sorted(train_module.optimizer.parameters))
         mine = micro_batches[distributed.rank() :: distributed.world_size()]
-        losses.append(train_step(learner, mine, step, STEPS).loss)
-    state = learner.optimizer.moment_tensors()
+        losses.append(train_step(train_module, mine, step, STEPS).loss)
+    state = train_module.optimizer.moment_tensors()
     return {
         "initial": initial,
-        "final": full_parameters(learner),
+        "final": full_parameters(train_module),
         "losses": losses,
         "draws": draws,
         "trained": trained,
         "state_shapes": {name: tuple(tensor.shape) for name, tensor in state.items()},
-        "state_bytes": learner.optimizer.state_bytes(),
+        "state_bytes": train_module.optimizer.state_bytes(),
         "all_sharded": all(
             isinstance(tensor, DTensor) and tensor.placements[0].is_shard(0) for tensor in state.values()
         ),
@@ -166,9 +166,9 @@ def test_adapters_start_alike_at_any_number_of_ranks_and_from_different_values(w
 
 def initial_adapters(config: Config) -> dict[str, torch.Tensor]:
     """The adapters before training, whole. Runs on every rank."""
-    learner = build_learner(config)
-    load_initial_weights(learner, torch.device("cpu"))
-    return {name: tensor for name, tensor in full_parameters(learner).items() if ".lora_" in name}
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, torch.device("cpu"))
+    return {name: tensor for name, tensor in full_parameters(train_module).items() if ".lora_" in name}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -252,7 +252,7 @@ def projected_parameters(checkpointing: str) -> set[str]:
     """The names of what is projected. Runs on every rank."""
     config = make_method("all", "low_rank", always=True, rank=RANK)
     config.parallel.activation_checkpointing = checkpointing
-    return set(build_learner(config).update.ranks)
+    return set(build_train_module(config).update.ranks)
 
 
 def test_what_is_projected_does_not_depend_on_activation_checkpointing() -> None:
@@ -264,19 +264,21 @@ def thawed_adapters(update: str) -> dict[str, Any]:
     """The trained adapters of a block before it is frozen and after it is thawed again. Runs on every rank."""
     config = make_method("sweep", update, always=False, rank=RANK)
     config.precision = dataclasses.replace(config.precision, frozen="bfloat16")
-    learner = build_learner(config)
-    load_initial_weights(learner, torch.device("cpu"))
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, torch.device("cpu"))
     kept, dtypes = [], []
     for period, blocks in enumerate([[0], [1], [0]]):
-        with mock.patch.object(learner.sampler, "draw", return_value=blocks):
-            begin_period(learner, period)
-        names = learner.update.trainable_parameters(learner.sharded.block_parameters(0))
-        kept.append({name: full_parameters(learner)[name] for name in names})
-        dtypes.append({learner.sharded.parameter(name).dtype for name in names})
+        with mock.patch.object(train_module.sampler, "draw", return_value=blocks):
+            begin_period(train_module, period)
+        names = train_module.update.trainable_parameters(train_module.sharded.block_parameters(0))
+        kept.append({name: full_parameters(train_module)[name] for name in names})
+        dtypes.append({train_module.sharded.parameter(name).dtype for name in names})
         if period == 0:
-            train_step(learner, make_global_batches(1)[0][distributed.rank() :: distributed.world_size()], 1, STEPS)
-            kept.append({name: full_parameters(learner)[name] for name in names})
-    base = {learner.sharded.parameter(name).dtype for name in learner.sharded.handles if "base_layer" in name}
+            train_step(
+                train_module, make_global_batches(1)[0][distributed.rank() :: distributed.world_size()], 1, STEPS
+            )
+            kept.append({name: full_parameters(train_module)[name] for name in names})
+    base = {train_module.sharded.parameter(name).dtype for name in train_module.sharded.handles if "base_layer" in name}
     return {"kept": kept, "dtypes": dtypes, "base": base}
 
 
@@ -332,13 +334,13 @@ def train_every_sampler(update: str) -> dict[str, list[tuple[set[str], set[str]]
         config = make_method(sampler, update, always=False)
         settings = {"active_layers": 1, "period": 1, **SAMPLER_SETTINGS.get(sampler, {})}
         config.sampler = schema(**settings)
-        learner = build_learner(config)
-        load_initial_weights(learner, torch.device("cpu"))
+        train_module = build_train_module(config)
+        load_initial_weights(train_module, torch.device("cpu"))
         batches = [step[distributed.rank() :: distributed.world_size()][:2] for step in make_global_batches(3)]
         found[sampler] = []
         for step, micro_batches in enumerate(batches):
-            begin_period(learner, step, lambda count, micro_batches=micro_batches: (micro_batches * count)[:count])
-            found[sampler].append((to_be_trained(learner), changed_by_step(learner, micro_batches, step, 3)))
+            begin_period(train_module, step, lambda count, micro_batches=micro_batches: (micro_batches * count)[:count])
+            found[sampler].append((to_be_trained(train_module), changed_by_step(train_module, micro_batches, step, 3)))
     return found
 
 

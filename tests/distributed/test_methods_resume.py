@@ -12,7 +12,7 @@ import torch
 from lisa_dist.checkpoint.manifest import list_checkpoints
 from lisa_dist.checkpoint.restore import restore_checkpoint
 from lisa_dist.config import Config
-from lisa_dist.method.module import build_learner
+from lisa_dist.method.module import build_train_module
 from lisa_dist.telemetry.records import read_rows
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import (
@@ -36,9 +36,9 @@ PAIRS = {
 
 def sampler_state(config: Config, checkpoint: Path) -> dict[str, Any]:
     """The sampler's state and the active blocks after loading a checkpoint. Runs on every rank."""
-    learner = build_learner(config)
-    restore_checkpoint(learner, checkpoint, torch.device("cpu"), data={})
-    return {"sampler": learner.sampler.state_dict(), "active_layers": learner.active.blocks}
+    train_module = build_train_module(config)
+    restore_checkpoint(train_module, checkpoint, torch.device("cpu"), data={})
+    return {"sampler": train_module.sampler.state_dict(), "active_layers": train_module.active.blocks}
 
 
 @pytest.mark.parametrize("pair", sorted(PAIRS))

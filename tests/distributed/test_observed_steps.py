@@ -9,7 +9,7 @@ import torch
 
 from lisa_dist.config import Config
 from lisa_dist.config.method import BanditSamplerConfig, LowRankUpdateConfig
-from lisa_dist.method.module import begin_period, build_learner, load_initial_weights
+from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.runtime import distributed
 from lisa_dist.training.loop import train_step
 from tests.distributed.test_methods import plain_model
@@ -31,11 +31,11 @@ def make_bandit(**changes: Any) -> Config:
 
 def observe_on_rank(config: Config) -> dict[str, Any]:
     """Train two periods; what the sampler of this rank was told, and its state. Runs on every rank."""
-    learner = build_learner(config)
-    load_initial_weights(learner, torch.device("cpu"))
-    initial = full_parameters(learner)
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, torch.device("cpu"))
+    initial = full_parameters(train_module)
     seen: list[dict[int, float]] = []
-    sampler = learner.sampler.sampler
+    sampler = train_module.sampler.sampler
     take = sampler.observe_step
 
     def note(squares: Any) -> None:
@@ -45,8 +45,8 @@ def observe_on_rank(config: Config) -> dict[str, Any]:
     sampler.observe_step = note  # type: ignore[method-assign]
     for step, micro_batches in enumerate(STEPS):
         if step % 2 == 0:
-            begin_period(learner, step // 2)
-        train_step(learner, micro_batches[distributed.rank() :: distributed.world_size()], step, len(STEPS))
+            begin_period(train_module, step // 2)
+        train_step(train_module, micro_batches[distributed.rank() :: distributed.world_size()], step, len(STEPS))
     return {"initial": initial, "seen": seen, "scores": sampler.scores()}
 
 

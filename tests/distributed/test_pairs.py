@@ -20,7 +20,7 @@ from torch import nn
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.checks import check_combinations
 from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS
-from lisa_dist.method.module import begin_period, build_learner, load_initial_weights
+from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.method.optim.schedule import learning_rate
 from lisa_dist.models.quantization import dequantize
 from lisa_dist.runtime import distributed
@@ -119,19 +119,25 @@ def make_row(row: dict[str, Any], ranks: int = 2) -> Config:
 
 def train_row(config: Config, steps: int = STEPS) -> dict[str, Any]:
     """Train and return what is compared. Runs on every rank."""
-    learner = build_learner(config)
-    load_initial_weights(learner, torch.device("cpu"))
-    seen: dict[str, Any] = {"initial": full_parameters(learner), "losses": [], "draws": [], "scores": [], "trained": []}
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, torch.device("cpu"))
+    seen: dict[str, Any] = {
+        "initial": full_parameters(train_module),
+        "losses": [],
+        "draws": [],
+        "scores": [],
+        "trained": [],
+    }
     with torch.compiler.set_stance("force_eager"):  # torchao compiles its step
         for step in range(steps):
             mine = [batches_of(distributed.world_size())[step][distributed.rank()]]
             if step % PERIOD == 0:
-                begin_period(learner, step // PERIOD, lambda count, mine=mine: (mine * count)[:count])
-                seen["draws"].append(list(learner.active.blocks))
-                seen["scores"].append(learner.sampler.scores())
-            seen["trained"].append(sorted(learner.optimizer.parameters))
-            seen["losses"].append(train_step(learner, mine, step, STEPS).loss)
-    return seen | {"final": full_parameters(learner)}
+                begin_period(train_module, step // PERIOD, lambda count, mine=mine: (mine * count)[:count])
+                seen["draws"].append(list(train_module.active.blocks))
+                seen["scores"].append(train_module.sampler.scores())
+            seen["trained"].append(sorted(train_module.optimizer.parameters))
+            seen["losses"].append(train_step(train_module, mine, step, STEPS).loss)
+    return seen | {"final": full_parameters(train_module)}
 
 
 def plain_weights(config: Config, result: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -235,4 +241,4 @@ def test_exactly_the_other_pairs_are_refused() -> None:
 def test_a_row_that_is_refused_is_refused_before_anything_is_built() -> None:
     row = DEFAULTS | {"optimizer_shard": "world", "offload": "all"}
     with pytest.raises(UserError, match=r"parallel\.offload must be none or frozen"):
-        build_learner(make_row(row))
+        build_train_module(make_row(row))

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS
 from lisa_dist.method import probes
-from lisa_dist.method.module import Learner, begin_period, build_learner, load_initial_weights
+from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
 from lisa_dist.runtime import distributed
 from tests.distributed.test_training import full_parameters, make_config, make_global_batches
 from tests.support.families import tiny_config
@@ -36,20 +36,20 @@ def make_probed(update: str, replicate: int = 1, family: str | None = None) -> C
     return config
 
 
-def learner_between_periods(config: Config) -> Learner:
-    """A learner with block 1 active, and adapters that do something."""
-    learner = build_learner(config)
-    load_initial_weights(learner, torch.device("cpu"))
-    begin_period_with(learner, [1])
-    for name in learner.sharded.handles:
+def learner_between_periods(config: Config) -> TrainModule:
+    """A module with block 1 active, and adapters that do something."""
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, torch.device("cpu"))
+    begin_period_with(train_module, [1])
+    for name in train_module.sharded.handles:
         if ".lora_B." in name:
-            learner.sharded.parameter(name).detach().fill_(0.1)
-    return learner
+            train_module.sharded.parameter(name).detach().fill_(0.1)
+    return train_module
 
 
-def begin_period_with(learner: Learner, blocks: list[int]) -> None:
-    with mock.patch.object(learner.sampler, "draw", return_value=blocks):
-        begin_period(learner, 0)
+def begin_period_with(train_module: TrainModule, blocks: list[int]) -> None:
+    with mock.patch.object(train_module.sampler, "draw", return_value=blocks):
+        begin_period(train_module, 0)
 
 
 def global_batches() -> list[list[dict[str, torch.Tensor]]]:
@@ -65,9 +65,9 @@ def global_batches() -> list[list[dict[str, torch.Tensor]]]:
 
 def probe_on_rank(config: Config) -> dict[str, Any]:
     """All probes, and what they leave behind. Runs on every rank."""
-    learner = learner_between_periods(config)
-    sharded, update = learner.sharded, learner.update
-    before = full_parameters(learner)
+    train_module = learner_between_periods(config)
+    sharded, update = train_module.sharded, train_module.update
+    before = full_parameters(train_module)
     rank, ranks = distributed.rank(), distributed.world_size()
     # One probe batch is one micro-batch of each rank: on one rank, the two are put side by side beforehand.
     mine = [batch[rank] if ranks == 2 else joined(batch) for batch in global_batches()]
@@ -89,8 +89,8 @@ def probe_on_rank(config: Config) -> dict[str, Any]:
         "suppression": probes.suppressed_losses(sharded, update, mine, SETS, FACTOR),
         "loss": probes.mean_loss(sharded.module, mine),
     }
-    after = full_parameters(learner)
-    assert trained == set(learner.optimizer.parameters)
+    after = full_parameters(train_module)
+    assert trained == set(train_module.optimizer.parameters)
     assert all(sharded.parameter(name).grad is None for name in sharded.handles)
     assert all(torch.equal(before[name], after[name]) for name in before)
     return {"found": found, "parameters": before, "most_gradients": most_gradients}
@@ -239,16 +239,16 @@ def plain_loss(config: Config, weights: dict[str, torch.Tensor]) -> float:
 
 def draw_with_data(config: Config) -> tuple[list[float] | None, list[int], str]:
     """A first draw with calibration data, and the complaint without any. Runs on every rank."""
-    learner = build_learner(config)
-    load_initial_weights(learner, torch.device("cpu"))
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, torch.device("cpu"))
     complaint = ""
     period = 0 if config.sampler.name != "importance" else 1
     try:
-        begin_period(learner, period)
+        begin_period(train_module, period)
     except UserError as error:
         complaint = str(error)
-    begin_period(learner, period, lambda count: [step[distributed.rank()] for step in make_global_batches(count)])
-    return learner.sampler.scores(), learner.active.blocks, complaint
+    begin_period(train_module, period, lambda count: [step[distributed.rank()] for step in make_global_batches(count)])
+    return train_module.sampler.scores(), train_module.active.blocks, complaint
 
 
 @pytest.mark.parametrize(

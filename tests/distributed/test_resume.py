@@ -67,10 +67,10 @@ def train_and_tell(config: Config) -> list[set[tuple[int, ...]]]:
     """Train; the token sequences of each step, padding cut off, without their order. Runs on a rank."""
     ordinary, steps = loop.train_step, []
 
-    def step(learner: Any, micro_batches: Any, *rest: Any, **more: Any) -> Any:
+    def step(train_module: Any, micro_batches: Any, *rest: Any, **more: Any) -> Any:
         rows = [row for batch in micro_batches for row in batch["input_ids"].tolist()]
         steps.append({tuple(row[: len(row) - row[::-1].index(2)]) for row in rows})  # 2 ends a text
-        return ordinary(learner, micro_batches, *rest, **more)
+        return ordinary(train_module, micro_batches, *rest, **more)
 
     with mock.patch.object(loop, "train_step", step):
         assert train_here(config) == 0

@@ -13,7 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lisa_dist.config import Config
 from lisa_dist.config.method import UniformSamplerConfig
-from lisa_dist.method.module import Learner, begin_period, build_learner, count_persistent_bytes, load_initial_weights
+from lisa_dist.method.module import (
+    TrainModule,
+    begin_period,
+    build_train_module,
+    count_persistent_bytes,
+    load_initial_weights,
+)
 from lisa_dist.method.optim.schedule import learning_rate
 from lisa_dist.method.sampling import build_sampler
 from lisa_dist.method.switch import DisagreementError, RankSynchronizedSampler, checksum, verify_agreement
@@ -75,37 +81,39 @@ def make_global_batches(steps: int = STEPS) -> list[list[dict[str, torch.Tensor]
     return batches
 
 
-def full_parameters(learner: Learner) -> dict[str, torch.Tensor]:
+def full_parameters(train_module: TrainModule) -> dict[str, torch.Tensor]:
     """All parameters, whole, in fp32. Collective."""
-    fsdp2.reshard_all(learner.sharded.module)
+    fsdp2.reshard_all(train_module.sharded.module)
     gathered = {}
-    for name in learner.sharded.handles:
-        parameter = learner.sharded.master(name).detach()
+    for name in train_module.sharded.handles:
+        parameter = train_module.sharded.master(name).detach()
         assert isinstance(parameter, DTensor)
         gathered[name] = parameter.full_tensor().float().clone()
     return gathered
 
 
-def changed_by_step(learner: Learner, micro_batches: list[dict[str, torch.Tensor]], step: int, steps: int) -> set[str]:
+def changed_by_step(
+    train_module: TrainModule, micro_batches: list[dict[str, torch.Tensor]], step: int, steps: int
+) -> set[str]:
     """Make a step; the names of the parameters of which this rank's part is another one afterwards. Collective."""
 
     def parts() -> dict[str, torch.Tensor]:
-        fsdp2.reshard_all(learner.sharded.module)
-        names = learner.sharded.handles
-        return {name: distributed.local_shard(learner.sharded.master(name).detach()).clone() for name in names}
+        fsdp2.reshard_all(train_module.sharded.module)
+        names = train_module.sharded.handles
+        return {name: distributed.local_shard(train_module.sharded.master(name).detach()).clone() for name in names}
 
     before = parts()
-    train_step(learner, micro_batches, step, steps)
+    train_step(train_module, micro_batches, step, steps)
     return {name for name, part in parts().items() if not torch.equal(part, before[name])}
 
 
-def to_be_trained(learner: Learner) -> set[str]:
+def to_be_trained(train_module: TrainModule) -> set[str]:
     """The names of the parameters that the last draw, the update and ``always_active`` let train."""
-    inside = [learner.sharded.block_parameters(block) for block in learner.active.blocks]
-    always = learner.config.always_active
+    inside = [train_module.sharded.block_parameters(block) for block in train_module.active.blocks]
+    always = train_module.config.always_active
     wanted = {"embeddings": always.embeddings, "norm": always.norm, "head": always.head}
-    outside = [learner.sharded.parameters_of(part) for part, trains in wanted.items() if trains]
-    return {name for names in inside for name in learner.update.trainable_parameters(names)} | {
+    outside = [train_module.sharded.parameters_of(part) for part, trains in wanted.items() if trains]
+    return {name for names in inside for name in train_module.update.trainable_parameters(names)} | {
         name for names in outside for name in names
     }
 
@@ -113,22 +121,22 @@ def to_be_trained(learner: Learner) -> set[str]:
 def train_on_rank(config: Config, steps: int = STEPS) -> dict[str, Any]:
     """Build, train, and return what the tests compare. Runs on every rank."""
     device = torch.device("cpu")
-    learner = build_learner(config)
-    load_initial_weights(learner, device)
-    initial = full_parameters(learner)
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, device)
+    initial = full_parameters(train_module)
     losses, draws, reduce_dtypes, bytes_counted = [], [], [], []
     for step, micro_batches in enumerate(make_global_batches(steps)):
         if step % config.sampler.period == 0:
-            begin_period(learner, step // config.sampler.period)
-            draws.append(list(learner.active.blocks))
-            groups = {id(group): group for _, group in learner.sharded.handles.values()}
+            begin_period(train_module, step // config.sampler.period)
+            draws.append(list(train_module.active.blocks))
+            groups = {id(group): group for _, group in train_module.sharded.handles.values()}
             reduce_dtypes.append({fsdp2.reduce_dtype(group) for group in groups.values()} - {None})
         mine = micro_batches[distributed.rank() :: distributed.world_size()]
-        losses.append(train_step(learner, mine, step, steps).loss)
-        bytes_counted.append(learner.optimizer.state_bytes())
+        losses.append(train_step(train_module, mine, step, steps).loss)
+        bytes_counted.append(train_module.optimizer.state_bytes())
     return {
         "initial": initial,
-        "final": full_parameters(learner),
+        "final": full_parameters(train_module),
         "losses": losses,
         "draws": draws,
         "reduce_dtypes": reduce_dtypes,
@@ -198,21 +206,23 @@ def test_hybrid_sharding_equals_plain_sharding() -> None:
 def storage_over_periods(config: Config) -> list[dict[str, Any]]:
     """Dtypes, bytes and frozen bits around each switch. Runs on every rank."""
     device = torch.device("cpu")
-    learner = build_learner(config)
-    load_initial_weights(learner, device)
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, device)
     seen = []
     for step, micro_batches in enumerate(make_global_batches()):
         if step % PERIOD == 0:
-            begin_period(learner, step // PERIOD)
-            before = {name: learner.sharded.parameter(name).to_local().clone() for name in learner.sharded.handles}
+            begin_period(train_module, step // PERIOD)
+            before = {
+                name: train_module.sharded.parameter(name).to_local().clone() for name in train_module.sharded.handles
+            }
         mine = micro_batches[distributed.rank() :: distributed.world_size()]
-        accumulate_gradients(learner, mine)
-        counted = count_persistent_bytes(learner)
-        parameters = {name: learner.sharded.parameter(name) for name in learner.sharded.handles}
-        trained = set(learner.optimizer.parameters)
+        accumulate_gradients(train_module, mine)
+        counted = count_persistent_bytes(train_module)
+        parameters = {name: train_module.sharded.parameter(name) for name in train_module.sharded.handles}
+        trained = set(train_module.optimizer.parameters)
         seen.append(
             {
-                "blocks": list(learner.active.blocks),
+                "blocks": list(train_module.active.blocks),
                 "counted": counted,
                 "trained_elements": sum(parameters[name].to_local().numel() for name in trained),
                 "frozen_elements": sum(p.to_local().numel() for name, p in parameters.items() if name not in trained),
@@ -221,14 +231,14 @@ def storage_over_periods(config: Config) -> list[dict[str, Any]]:
                 ),
                 "gradients_right": all((p.grad is not None) == (name in trained) for name, p in parameters.items()),
                 "moments_on_mesh": all(
-                    isinstance(moment, DTensor) and moment.device_mesh == learner.sharded.mesh
-                    for moment in learner.optimizer.moment_tensors().values()
+                    isinstance(moment, DTensor) and moment.device_mesh == train_module.sharded.mesh
+                    for moment in train_module.optimizer.moment_tensors().values()
                 ),
-                "counts": learner.optimizer.step_counts(),
+                "counts": train_module.optimizer.step_counts(),
             }
         )
-        learner.optimizer.step(1e-3)
-        fsdp2.reshard_all(learner.sharded.module)
+        train_module.optimizer.step(1e-3)
+        fsdp2.reshard_all(train_module.sharded.module)
         seen[-1]["frozen_bits_kept"] = all(
             torch.equal(before[name], p.to_local()) for name, p in parameters.items() if name not in trained
         )
@@ -303,14 +313,14 @@ def train_two_periods(architecture: dict[str, Any]) -> list[tuple[set[str], set[
         sampler={"period": 2, "active_layers": 1},
         model={"architecture": architecture},
     )
-    learner = build_learner(config)
-    load_initial_weights(learner, torch.device("cpu"))
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, torch.device("cpu"))
     found = []
     for step, micro_batches in enumerate(make_global_batches(4)):
         if step % 2 == 0:
-            begin_period(learner, step // 2)
+            begin_period(train_module, step // 2)
         mine = micro_batches[distributed.rank() :: distributed.world_size()]
-        found.append((to_be_trained(learner), changed_by_step(learner, mine, step, 4)))
+        found.append((to_be_trained(train_module), changed_by_step(train_module, mine, step, 4)))
     return found
 
 

@@ -49,17 +49,17 @@ def train_with_bad_batches(config: Config, kind: str, bad: list[int], kill: Kill
     ordinary = loop.train_step
     seen: dict[int, int] = {}  # hash of a batch -> its number
 
-    def step(learner: Any, micro_batches: Any, number: int, *rest: Any, **more: Any) -> Any:
+    def step(train_module: Any, micro_batches: Any, number: int, *rest: Any, **more: Any) -> Any:
         key = hash(tuple(token for batch in micro_batches for token in batch["input_ids"].flatten().tolist()))
         seen.setdefault(key, len(seen) + 1)
         current[0] = seen[key]
-        return ordinary(learner, micro_batches, number, *rest, **more)
+        return ordinary(train_module, micro_batches, number, *rest, **more)
 
-    def gradients(learner: Any, micro_batches: Any, *rest: Any) -> tuple[float, int]:
-        loss, tokens = accumulate(learner, micro_batches, *rest)
+    def gradients(train_module: Any, micro_batches: Any, *rest: Any) -> tuple[float, int]:
+        loss, tokens = accumulate(train_module, micro_batches, *rest)
         if current[0] in bad and distributed.rank() == distributed.world_size() - 1:
             if kind == "gradient":
-                gradient = next(iter(learner.optimizer.parameters.values())).grad
+                gradient = next(iter(train_module.optimizer.parameters.values())).grad
                 distributed.local_shard(gradient).view(-1)[0] = math.inf
             loss = {"gradient": loss, "loss": math.nan, "spike": 10 * loss + 100 * tokens}[kind]
         return loss, tokens

@@ -18,7 +18,7 @@ from lisa_dist.commands import self_test
 from lisa_dist.commands.bench import command as bench
 from lisa_dist.config import Config, ParallelConfig
 from lisa_dist.config.loading import load
-from lisa_dist.method.module import begin_period, build_learner, count_persistent_bytes, load_initial_weights
+from lisa_dist.method.module import begin_period, build_train_module, count_persistent_bytes, load_initial_weights
 from lisa_dist.objectives.chunked_head import ChunkedCrossEntropy, LogitTransform, liger_cross_entropy
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding import fsdp2
@@ -60,18 +60,18 @@ def one_rank() -> Iterator[None]:
 
 def train_here(config: Config) -> dict[str, Any]:
     """Three periods on the GPU: first and last parameters on the CPU, losses, draws, dtypes of the reductions."""
-    learner = build_learner(config)
-    load_initial_weights(learner, distributed.device())
-    initial = {name: tensor.cpu() for name, tensor in full_parameters(learner).items()}
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, distributed.device())
+    initial = {name: tensor.cpu() for name, tensor in full_parameters(train_module).items()}
     losses, draws, dtypes = [], [], []
     for step, micro_batches in enumerate(make_global_batches()):
         if step % PERIOD == 0:
-            begin_period(learner, step // PERIOD)
-            draws.append(list(learner.active.blocks))
-            groups = {id(group): group for _, group in learner.sharded.handles.values()}
+            begin_period(train_module, step // PERIOD)
+            draws.append(list(train_module.active.blocks))
+            groups = {id(group): group for _, group in train_module.sharded.handles.values()}
             dtypes.append({fsdp2.reduce_dtype(group) for group in groups.values()} - {None})
-        losses.append(train_step(learner, micro_batches, step, STEPS).loss)
-    final = {name: tensor.cpu() for name, tensor in full_parameters(learner).items()}
+        losses.append(train_step(train_module, micro_batches, step, STEPS).loss)
+    final = {name: tensor.cpu() for name, tensor in full_parameters(train_module).items()}
     return {"initial": initial, "final": final, "losses": losses, "draws": draws, "dtypes": dtypes}
 
 
@@ -94,21 +94,21 @@ def test_bf16_follows_fp32_and_reduces_in_fp32() -> None:
 
 def test_persistent_bytes_obey_the_law_and_the_allocator_holds_little_more() -> None:
     before = torch.cuda.memory_allocated()
-    learner = build_learner(load(MIDDLING))
-    load_initial_weights(learner, distributed.device())
+    train_module = build_train_module(load(MIDDLING))
+    load_initial_weights(train_module, distributed.device())
     ids = torch.randint(0, 32000, (1, 64))
     batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(64)[None]}
     for period in range(3):
-        begin_period(learner, period)
-        accumulate_gradients(learner, [batch])
-        trained = sum(parameter.numel() for parameter in learner.optimizer.parameters.values())
-        frozen = sum(learner.sharded.parameter(name).numel() for name in learner.sharded.handles) - trained
-        counted = sum(count_persistent_bytes(learner).values())
+        begin_period(train_module, period)
+        accumulate_gradients(train_module, [batch])
+        trained = sum(parameter.numel() for parameter in train_module.optimizer.parameters.values())
+        frozen = sum(train_module.sharded.parameter(name).numel() for name in train_module.sharded.handles) - trained
+        counted = sum(count_persistent_bytes(train_module).values())
         assert counted == 2 * frozen + 16 * trained
-        fsdp2.reshard_all(learner.sharded.module)
+        fsdp2.reshard_all(train_module.sharded.module)
         held = torch.cuda.memory_allocated() - before
         assert held < 1.05 * counted, f"period {period}: {held} bytes are held, {counted} are accounted for"
-        learner.optimizer.drop_gradients()
+        train_module.optimizer.drop_gradients()
 
 
 def test_the_peak_is_the_planned_one() -> None:

@@ -30,7 +30,7 @@ def mutated(mutation: Mutation, source: str) -> str:
     """
     count = source.count(mutation.old)
     if count != 1:
-        raise ValueError(f"{mutation.name}: {mutation.file} has {count} of {mutation.old!r}, must have one; mend it")
+        raise ValueError(f"{mutation.name}: {mutation.file} has {count} of {mutation.old!r}, must have one; fix it")
     return source.replace(mutation.old, mutation.new)
 
 

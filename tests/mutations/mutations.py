@@ -126,7 +126,7 @@ SWITCH = [
     Mutation(
         "the state of a frozen block is not released",
         "method/optim/active_optimizer.py",
-        "self._adamw.state.pop(entry.target, None)",
+        "self._adamw.state.pop(entry.stepped, None)",
         "pass",
         "distributed/test_memory_law.py::test_every_byte_is_explained_and_nothing_grows_over_ten_periods",
     ),
@@ -184,7 +184,7 @@ SWITCH = [
     Mutation(
         "masters that were stepped are not put into the shards",
         "method/updates/masters.py",
-        "self.masters.publish({name: entry.parameter for name, entry in trained.items()})",
+        "self.masters.all_gather_to_params({name: entry.parameter for name, entry in trained.items()})",
         "pass",
         "sharding/test_masters.py::test_training_equals_that_with_masters_on_every_replica[full_rank]",
     ),
@@ -316,14 +316,14 @@ CHECKPOINT = [
     Mutation(
         "a resumed run has lost its step counts",
         "checkpoint/restore.py",
-        'learner.optimizer.set_step_counts(state["optimizer_steps"])',
+        'train_module.optimizer.set_step_counts(state["optimizer_steps"])',
         "pass",
         RESUMED,
     ),
     Mutation(
         "a resumed run has lost the sampler's state",
         "checkpoint/restore.py",
-        'learner.sampler.load_state_dict(state["sampler"])',
+        'train_module.sampler.load_state_dict(state["sampler"])',
         "pass",
         RESUMED,
     ),

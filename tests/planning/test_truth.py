@@ -13,7 +13,13 @@ from lisa_dist.commands.bench.stopwatch import PeakMemory
 from lisa_dist.config import Config
 from lisa_dist.config.loading import load
 from lisa_dist.config.method import AllSamplerConfig, FixedSamplerConfig
-from lisa_dist.method.module import adopt_trained, allocate, begin_period, build_learner, count_persistent_bytes
+from lisa_dist.method.module import (
+    add_trained_params,
+    allocate,
+    begin_period,
+    build_train_module,
+    count_persistent_bytes,
+)
 from lisa_dist.planning.simulation import Trace, simulate
 from lisa_dist.runtime import distributed
 from lisa_dist.training.loop import accumulate_gradients, train_step
@@ -76,7 +82,7 @@ def make_config(model: str, setting: str) -> Config:
 
 def measure(config: Config) -> tuple[dict[str, int], int]:
     """Count persistent bytes, and record the peak of a switch and a step. Runs on every rank."""
-    learner = build_learner(config)
+    train_module = build_train_module(config)
     ranks = distributed.world_size()
     batch = {
         "input_ids": torch.randint(0, VOCABULARY, (config.train.micro_batch_size, TOKENS)),
@@ -86,14 +92,14 @@ def measure(config: Config) -> tuple[dict[str, int], int]:
     gc.collect()  # models of earlier tests in this process would be freed, and counted, in between
     batches = [batch] * (config.train.global_batch_size // config.train.micro_batch_size // ranks)
     with PeakMemory(torch.device("cpu")) as measured:
-        allocate(learner, [0, 1] if config.sampler.name == "fixed" else list(range(BLOCKS)), torch.device("cpu"))
-        for name in learner.sharded.handles:
-            distributed.local_shard(learner.sharded.parameter(name).detach()).fill_(0.01)
-        adopt_trained(learner)
-        begin_period(learner, 0)
-        train_step(learner, batches, 0, 2)
-    accumulate_gradients(learner, batches)
-    counted = count_persistent_bytes(learner)
+        allocate(train_module, [0, 1] if config.sampler.name == "fixed" else list(range(BLOCKS)), torch.device("cpu"))
+        for name in train_module.sharded.handles:
+            distributed.local_shard(train_module.sharded.parameter(name).detach()).fill_(0.01)
+        add_trained_params(train_module)
+        begin_period(train_module, 0)
+        train_step(train_module, batches, 0, 2)
+    accumulate_gradients(train_module, batches)
+    counted = count_persistent_bytes(train_module)
     return counted, measured.bytes
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from lisa_dist.method.module import begin_period, build_learner, load_initial_weights
+from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.training.loop import train_step
 from tests.distributed.test_training import make_config
 from tests.support.ranks import run_on_ranks
@@ -29,15 +29,15 @@ def train(compiled: bool) -> dict[str, Any]:
 def train_four_periods(compiled: bool) -> dict[str, Any]:
     """Four periods of one step, rows of one length."""
     config = make_config(parallel={"compile": compiled}, sampler={"period": 1, "active_layers": 1})
-    learner = build_learner(config)
-    load_initial_weights(learner, torch.device("cpu"))
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, torch.device("cpu"))
     ids = torch.arange(16)[None] % 127
     batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(16)[None]}
     losses, drawn = [], []
     for period in range(4):
-        begin_period(learner, period)
-        drawn.append(tuple(learner.active.blocks))
-        losses.append(train_step(learner, [batch], period, 4).loss)
+        begin_period(train_module, period)
+        drawn.append(tuple(train_module.active.blocks))
+        losses.append(train_step(train_module, [batch], period, 4).loss)
     return {"losses": losses, "graphs": counters["stats"]["unique_graphs"], "sets": len(set(drawn))}
 
 

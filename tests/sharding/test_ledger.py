@@ -16,13 +16,13 @@ from tests.planning.test_truth import make_config
 
 def test_a_storage_is_worth_its_bytes_as_long_as_it_lives() -> None:
     with FakeTensorMode(), Ledger(1) as ledger:
-        ledger.moment = "first"
+        ledger.phase = "first"
         kept = torch.empty(100)
         view = kept[10:]  # shares the storage
         gone = torch.empty(1000, dtype=torch.bfloat16)
         assert ledger.live_bytes == 400 + 2000
         del gone
-        ledger.moment = "second"
+        ledger.phase = "second"
         kept.untyped_storage().resize_(0)
         assert ledger.live_bytes == 0
         kept.untyped_storage().resize_(400)
@@ -35,9 +35,9 @@ def test_a_storage_is_worth_its_bytes_as_long_as_it_lives() -> None:
 
 def test_work_is_counted_operator_by_operator() -> None:
     with FakeTensorMode(), Ledger(1) as ledger:
-        ledger.stretch = "products"
+        ledger.scope = "products"
         product = torch.empty(30, 20) @ torch.empty(20, 10)
-        ledger.stretch = "rest"
+        ledger.scope = "rest"
         product.relu().t()  # a view moves nothing
     assert ledger.work["products"].flops == 2 * 30 * 20 * 10
     assert ledger.work["products"].matrix_bytes == 4 * (30 * 20 + 20 * 10 + 30 * 10)

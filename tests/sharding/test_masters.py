@@ -14,9 +14,9 @@ from lisa_dist.config import UserError
 from lisa_dist.config.checks import check_combinations
 from lisa_dist.config.loading import load
 from lisa_dist.method.module import (
-    Learner,
+    TrainModule,
     begin_period,
-    build_learner,
+    build_train_module,
     count_persistent_bytes,
     load_initial_weights,
     probe,
@@ -57,34 +57,34 @@ def test_training_equals_that_with_masters_on_every_replica(update: str) -> None
 def count_over_periods(parallel: dict[str, Any], state_on_freeze: str) -> list[dict[str, Any]]:
     """Bytes and elements of this rank after each switch, and after gradients were accumulated. Runs on every rank."""
     config = make_config(parallel=parallel, precision=BF16, optimizer={"state_on_freeze": state_on_freeze})
-    learner = build_learner(config)
-    load_initial_weights(learner, torch.device("cpu"))
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, torch.device("cpu"))
     seen = []
     for period, micro_batches in enumerate(make_global_batches(3)):
-        begin_period(learner, period)
-        accumulate_gradients(learner, micro_batches[distributed.rank() :: RANKS])
-        assert all(p.grad is None for p in learner.sharded.module.parameters())
-        seen.append({"bytes": count_persistent_bytes(learner), **count_elements(learner)})
-        learner.optimizer.step(1e-3)
-        assert shards_are_rounded_masters(learner)
+        begin_period(train_module, period)
+        accumulate_gradients(train_module, micro_batches[distributed.rank() :: RANKS])
+        assert all(p.grad is None for p in train_module.sharded.module.parameters())
+        seen.append({"bytes": count_persistent_bytes(train_module), **count_elements(train_module)})
+        train_module.optimizer.step(1e-3)
+        assert shards_are_rounded_masters(train_module)
     return seen
 
 
-def count_elements(learner: Learner) -> dict[str, int]:
+def count_elements(train_module: TrainModule) -> dict[str, int]:
     """Elements of this rank's shards, of those that are frozen, and of its own rows of the others."""
-    frozen = set(learner.sharded.handles) - set(learner.optimizer.parameters)
+    frozen = set(train_module.sharded.handles) - set(train_module.optimizer.parameters)
     return {
-        "frozen": sum(local_shard(learner.sharded.parameter(name)).numel() for name in frozen),
-        "active": sum(local_shard(entry.parameter).numel() for entry in learner.optimizer.trained.values()),
-        "own": sum(local_shard(entry.target).numel() for entry in learner.optimizer.trained.values()),
+        "frozen": sum(local_shard(train_module.sharded.parameter(name)).numel() for name in frozen),
+        "active": sum(local_shard(entry.parameter).numel() for entry in train_module.optimizer.trained.values()),
+        "own": sum(local_shard(entry.target).numel() for entry in train_module.optimizer.trained.values()),
     }
 
 
-def shards_are_rounded_masters(learner: Learner) -> bool:
+def shards_are_rounded_masters(train_module: TrainModule) -> bool:
     """Whether each shard holds the masters of its rows, its own and other replicas', rounded. Collective."""
     return all(
-        torch.equal(p.full_tensor(), learner.sharded.master(name).detach().full_tensor().bfloat16())  # type: ignore
-        for name, p in learner.optimizer.parameters.items()
+        torch.equal(p.full_tensor(), train_module.sharded.master(name).detach().full_tensor().bfloat16())  # type: ignore
+        for name, p in train_module.optimizer.parameters.items()
     )
 
 
@@ -153,15 +153,15 @@ def probe_twice(optimizer_shard: str) -> list[float]:
     config = make_config(parallel=WORLD | {"optimizer_shard": optimizer_shard}, precision=BF16)
     config.sampler = load(["sampler=gradient"]).sampler
     config.sampler.active_layers = 2
-    learner = build_learner(config)
-    load_initial_weights(learner, torch.device("cpu"))
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, torch.device("cpu"))
 
     def coming(count: int) -> list[dict[str, torch.Tensor]]:
         return make_global_batches(1)[0][distributed.rank() :: RANKS][:count]
 
-    begin_period(learner, 0, coming)
-    norms = probe(learner, coming)
-    assert not learner.optimizer.gradients()
+    begin_period(train_module, 0, coming)
+    norms = probe(train_module, coming)
+    assert not train_module.optimizer.gradients()
     return norms
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lisa_dist.method.module import begin_period, build_learner, load_initial_weights
+from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.planning.simulation import simulate
 from tests.distributed.test_training import make_config, train_on_rank
 from tests.planning.test_truth import make_config as make_planned_config
@@ -16,13 +16,13 @@ from tests.support.ranks import run_on_ranks
 
 def places_after_switches() -> list[bool]:
     """Whether exactly the frozen parameters are marked as lying in host memory. Runs on every rank."""
-    learner = build_learner(make_config(parallel={"offload": "frozen"}))
-    load_initial_weights(learner, torch.device("cpu"))
+    train_module = build_train_module(make_config(parallel={"offload": "frozen"}))
+    load_initial_weights(train_module, torch.device("cpu"))
     right = []
     for period in range(3):
-        begin_period(learner, period)
-        marks = {name: fsdp_param.offload_to_cpu for name, (fsdp_param, _) in learner.sharded.handles.items()}
-        right.append(all(marks[name] == (name not in learner.optimizer.parameters) for name in marks))
+        begin_period(train_module, period)
+        marks = {name: fsdp_param.offload_to_cpu for name, (fsdp_param, _) in train_module.sharded.handles.items()}
+        right.append(all(marks[name] == (name not in train_module.optimizer.parameters) for name in marks))
     return right
 
 
@@ -54,6 +54,6 @@ def test_a_plan_takes_from_the_peak_what_lies_on_the_host(offload: str) -> None:
     expected = sizes["frozen_parameters"] if offload == "frozen" else sum(sizes.values())
     assert offloaded.persistent_bytes == sizes and plain.host_bytes == 0
     assert offloaded.host_bytes == expected
-    # Padding of uneven shards lies on the host too; gradients go there only once they are reduced.
+    # Padding of uneven shards is on the host too; gradients go there only once they are reduced.
     saved = plain.peaks["backward of block 3 of 4"] - offloaded.peaks["backward of block 3 of 4"]
     assert expected - sizes["gradients"] - 4096 <= saved <= expected + 4096

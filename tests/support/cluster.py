@@ -136,7 +136,7 @@ class Cluster:
         while not condition():
             if time.monotonic() > deadline:
                 logs = {log.name: log.read_text()[-2000:] for log in self.folder.glob("*.log")}
-                raise AssertionError(f"waited {seconds} s in vain {told()}\n{logs}")
+                raise AssertionError(f"waited {seconds} s for nothing {told()}\n{logs}")
             time.sleep(0.1)
 
     def _daemon(self, *command: str) -> None:

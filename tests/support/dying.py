@@ -17,10 +17,10 @@ LAST_STEP = 3  # that rank 1 makes
 def die_after_the_last_step() -> None:
     train_step = loop.train_step
 
-    def step(learner: Any, micro_batches: Any, number: int, *rest: Any, **more: Any) -> Any:
+    def step(train_module: Any, micro_batches: Any, number: int, *rest: Any, **more: Any) -> Any:
         if number == LAST_STEP:
             os.kill(os.getpid(), signal.SIGKILL)
-        return train_step(learner, micro_batches, number, *rest, **more)
+        return train_step(train_module, micro_batches, number, *rest, **more)
 
     loop.train_step = step
 

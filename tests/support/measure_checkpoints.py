@@ -23,7 +23,7 @@ from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import Config
 from lisa_dist.config.loading import load
-from lisa_dist.method.module import Learner, begin_period, build_learner, load_initial_weights
+from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
 from lisa_dist.runtime import distributed
 from lisa_dist.training.loop import train_step
 
@@ -34,11 +34,11 @@ ARCHITECTURE = (
 )
 
 
-def make_learner(config: Config) -> Learner:
-    learner = build_learner(config)
-    load_initial_weights(learner, torch.device("cpu"))
-    begin_period(learner, 0)
-    return learner
+def make_learner(config: Config) -> TrainModule:
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, torch.device("cpu"))
+    begin_period(train_module, 0)
+    return train_module
 
 
 def bytes_of(directory: Path) -> tuple[int, int]:
@@ -59,33 +59,35 @@ class Stall:
         self.seconds += time.perf_counter() - begun
 
 
-def train_one_step(learner: Learner) -> float:
+def train_one_step(train_module: TrainModule) -> float:
     """Make a step on random tokens; the seconds that it took."""
     ids = torch.randint(0, 2000, (1, 64))
     batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(64)[None]}
     begun = time.perf_counter()
-    train_step(learner, [batch], 0, 100)
+    train_step(train_module, [batch], 0, 100)
     return time.perf_counter() - begun
 
 
-def measure_stalls(learner: Learner, choices: list[str], folder: Path) -> None:
+def measure_stalls(train_module: TrainModule, choices: list[str], folder: Path) -> None:
     """Save at once; in the background before a step; in the background before a switch of blocks; by turns."""
-    savers = {name: CheckpointSaver(learner, folder, "") for name in ("at once", "before a step", "before a switch")}
+    savers = {
+        name: CheckpointSaver(train_module, folder, "") for name in ("at once", "before a step", "before a switch")
+    }
     for name in ("before a step", "before a switch"):
         savers[name].config = load([*choices, "checkpoint.async=true"]).checkpoint
     savers["before a switch"].staging = savers["before a step"].staging
     stalls: dict[str, list[float]] = {name: [] for name in savers}
     slowed: list[float] = []
     for turn in range(ROUNDS + 1):
-        alone = train_one_step(learner)
+        alone = train_one_step(train_module)
         for number, (name, saver) in enumerate(savers.items()):
             stall = Stall()
-            learner.optimizer.before_change = partial(stall.of, saver.copied.wait)
+            train_module.optimizer.before_change = partial(stall.of, saver.copied.wait)
             stall.of(partial(saver.save, Progress(step=3 * turn + number)))
             if name == "before a step":
-                slowed.append(train_one_step(learner) - alone)
+                slowed.append(train_one_step(train_module) - alone)
             if name == "before a switch":
-                begin_period(learner, turn + 1)
+                begin_period(train_module, turn + 1)
             stalls[name].append(stall.seconds)
             saver.finish()
     at_once = stalls["at once"][1:]
@@ -115,38 +117,38 @@ def main() -> None:
     ]
     distributed.initialize(load(choices).parallel)
     with tempfile.TemporaryDirectory(dir=disk) as folder:
-        learner = make_learner(load(choices))
-        measure_stalls(learner, choices, Path(folder))
+        train_module = make_learner(load(choices))
+        measure_stalls(train_module, choices, Path(folder))
 
         newest = newest_complete(Path(folder))
         assert newest is not None
         restores = []
         for _ in range(ROUNDS):
-            learner.optimizer.release(list(learner.optimizer.parameters))
+            train_module.optimizer.remove_params(list(train_module.optimizer.parameters))
             begun = time.perf_counter()
             newest_complete(Path(folder))
             checked = time.perf_counter()
-            restore_checkpoint(learner, newest, torch.device("cpu"))
+            restore_checkpoint(train_module, newest, torch.device("cpu"))
             restores.append((checked - begun, time.perf_counter() - checked))
         check, read = (statistics.median(times) for times in zip(*restores))
         print(f"to resume: {check:.3f} s for the checksums, {read:.3f} s to read")
 
     with tempfile.TemporaryDirectory(dir=disk) as folder:
-        learner = make_learner(load([*choices, "checkpoint.full_every=10"]))
-        saver = CheckpointSaver(learner, Path(folder), "")
+        train_module = make_learner(load([*choices, "checkpoint.full_every=10"]))
+        saver = CheckpointSaver(train_module, Path(folder), "")
         saver.save(Progress(step=1))
         saver.save(Progress(step=2))
-        begin_period(learner, 1)
+        begin_period(train_module, 1)
         saver.note_trained()
         saver.save(Progress(step=3))
         full = bytes_of(Path(folder) / checkpoint_name(1))
-        total = sum(learner.sharded.parameter(name).numel() for name in learner.sharded.handles)
+        total = sum(train_module.sharded.parameter(name).numel() for name in train_module.sharded.handles)
         for step, kind in ((1, "full"), (2, "same blocks"), (3, "after a switch")):
             weights, everything = bytes_of(Path(folder) / checkpoint_name(step))
             print(
                 f"{kind}: {everything / 1e6:.1f} MB, weights {weights / 1e6:.1f} MB ({weights / full[0]:.1%} of full)"
             )
-        trained = sum(parameter.numel() for parameter in learner.optimizer.parameters.values())
+        trained = sum(parameter.numel() for parameter in train_module.optimizer.parameters.values())
         print(f"parameters: {total / 1e6:.1f} M, trained {trained / 1e6:.1f} M")
 
 

@@ -80,16 +80,16 @@ def killed_at(kill: Kill | None) -> Iterator[None]:
     accumulate, write, begun = loop.train_step, CheckpointSaver._write, loop.accumulate_gradients
     current = [0]
 
-    def step(learner: Any, micro_batches: Any, number: int, *rest: Any, **more: Any) -> Any:
+    def step(train_module: Any, micro_batches: Any, number: int, *rest: Any, **more: Any) -> Any:
         current[0] = number + 1
         if kill == Kill("before", number + 1):
             raise Killed
-        return accumulate(learner, micro_batches, number, *rest, **more)
+        return accumulate(train_module, micro_batches, number, *rest, **more)
 
-    def gradients(learner: Any, micro_batches: Any, *rest: Any) -> Any:
+    def gradients(train_module: Any, micro_batches: Any, *rest: Any) -> Any:
         if kill != Kill("inside", current[0]):
-            return begun(learner, micro_batches, *rest)
-        begun(learner, micro_batches[: len(micro_batches) // 2], *rest)
+            return begun(train_module, micro_batches, *rest)
+        begun(train_module, micro_batches[: len(micro_batches) // 2], *rest)
         raise Killed
 
     def writing(saver: CheckpointSaver, snapshot: Snapshot) -> None:

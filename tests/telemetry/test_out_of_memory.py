@@ -107,10 +107,10 @@ def train_hungrily(config: Config, hungry_step: int) -> str:
     """Train on this rank; in the forward of ``hungry_step`` (from 0) a block asks for more than there is."""
     train_step, forward, hungry = loop.train_step, LlamaDecoderLayer.forward, False
 
-    def step(learner: Any, micro_batches: Any, number: int, *rest: Any, **more: Any) -> Any:
+    def step(train_module: Any, micro_batches: Any, number: int, *rest: Any, **more: Any) -> Any:
         nonlocal hungry
         hungry = number == hungry_step
-        return train_step(learner, micro_batches, number, *rest, **more)
+        return train_step(train_module, micro_batches, number, *rest, **more)
 
     def eat(*arguments: Any, **named: Any) -> Any:
         return torch.empty(TOO_MUCH, dtype=torch.uint8) if hungry else forward(*arguments, **named)
@@ -137,15 +137,15 @@ def test_a_step_that_does_not_fit_ends_in_a_sentence_and_the_log_has_the_traceba
 
 def train_within(config: Config, spare: int) -> str:
     """Train on this rank, which may take ``spare`` bytes more than it has before the first forward."""
-    introduce = loop.introduce
+    log_first_period = loop.log_first_period
 
     def within_limit(run: Any) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + spare, resource.RLIM_INFINITY))
-        introduce(run)
+        log_first_period(run)
 
     try:
-        with mock.patch.object(loop, "introduce", within_limit), pytest.raises(OutOfMemoryError) as caught:
+        with mock.patch.object(loop, "log_first_period", within_limit), pytest.raises(OutOfMemoryError) as caught:
             loop.train(config)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -21,7 +21,7 @@ from lisa_dist.training import loop
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import make_config, resuming, train_here
 
-SECONDS = {"train_step": 1.0, "begin_period": 10.0, "rehearse": 100.0, "evaluate": 1000.0}
+SECONDS = {"train_step": 1.0, "begin_period": 10.0, "dry_run_batch": 100.0, "evaluate": 1000.0}
 WAIT, SAVE, RATE = 0.25, 10_000.0, 2e9
 
 
@@ -55,7 +55,7 @@ def train_by_a_clock_of_its_own(config: Config) -> None:
         stack.enter_context(mock.patch.object(GlobalBatches, "iterate", iterate))
         stack.enter_context(mock.patch.object(loop, "now", lambda: clock[0]))
         stack.enter_context(mock.patch.object(loop, "peak_rate", lambda device: RATE))
-        stack.enter_context(mock.patch.object(loop, "step_flops", lambda learner, lengths: 10.0 * lengths.sum()))
+        stack.enter_context(mock.patch.object(loop, "step_flops", lambda train_module, lengths: 10.0 * lengths.sum()))
         train_here(config)
 
 

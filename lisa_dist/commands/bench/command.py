@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import profile
 
-from lisa_dist.commands.bench.rounds import PARTS, Builder, Lane, enter, measure_step, ratio, summarize, take_turns
+from lisa_dist.commands.bench.rounds import PARTS, BenchRun, Builder, enter, interleave, measure_step, ratio, summarize
 from lisa_dist.commands.bench.stopwatch import PEAK_MEANINGS
-from lisa_dist.commands.bench.targets import BARE, Bare, Trainer
+from lisa_dist.commands.bench.targets import FSDP_BASELINE, FsdpBaseline, MethodTarget
 from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.config.checks import check_accumulation
 from lisa_dist.config.errors import check_choice
@@ -59,20 +59,20 @@ def compare(config: Config) -> dict[str, Any]:
     """Measure the configured method and those of ``bench.compare``, taking turns. Collective: every rank."""
     variants = {config.method: config}
     for name in config.bench.compare:
-        if name != BARE:
-            check_choice("bench.compare", name, [*group_choices("method"), BARE])
+        if name != FSDP_BASELINE:
+            check_choice("bench.compare", name, [*group_choices("method"), FSDP_BASELINE])
             variants.setdefault(name, vary(config, [f"method={name}"]))
-    builders: dict[str, tuple[Config, Builder]] = {name: (variant, Trainer) for name, variant in variants.items()}
-    if BARE in config.bench.compare:
-        builders[BARE] = (config, Bare)
+    builders: dict[str, tuple[Config, Builder]] = {name: (variant, MethodTarget) for name, variant in variants.items()}
+    if FSDP_BASELINE in config.bench.compare:
+        builders[FSDP_BASELINE] = (config, FsdpBaseline)
     batches = bench_batches(config)
-    lanes = [enter(name, variant, build, batches) for name, (variant, build) in builders.items()]
-    take_turns(lanes, config.bench.rounds, math.ceil(config.bench.steps / config.bench.rounds))
+    bench_runs = [enter(name, variant, build, batches) for name, (variant, build) in builders.items()]
+    interleave(bench_runs, config.bench.rounds, math.ceil(config.bench.steps / config.bench.rounds))
     if config.bench.profile:
-        write_trace(lanes[0], Path(str(config.run.dir)))
-    figures = {lane.name: summarize(lane) for lane in lanes}
-    reference = BARE if BARE in figures else config.method
-    by_name = {lane.name: lane for lane in lanes}
+        write_trace(bench_runs[0], Path(str(config.run.dir)))
+    figures = {bench_run.name: summarize(bench_run) for bench_run in bench_runs}
+    reference = FSDP_BASELINE if FSDP_BASELINE in figures else config.method
+    by_name = {bench_run.name: bench_run for bench_run in bench_runs}
     for name, values in figures.items():
         if name != reference:
             values["ratio"] = {"to": reference, **ratio(by_name[name], by_name[reference])}
@@ -130,14 +130,14 @@ def machine(config: Config) -> dict[str, Any]:
     }
 
 
-def write_trace(lane: Lane, directory: Path) -> None:
+def write_trace(bench_run: BenchRun, directory: Path) -> None:
     """Write a trace of one step of each rank, for chrome://tracing or Perfetto. Collective: every rank."""
     directory.mkdir(parents=True, exist_ok=True)
     with profile() as recorded:
-        measure_step(lane)
+        measure_step(bench_run)
     file = directory / f"trace_rank_{distributed.rank()}.json"
     recorded.export_chrome_trace(str(file))
-    logger.info("trace of one step of %s: %s", lane.name, file)
+    logger.info("trace of one step of %s: %s", bench_run.name, file)
 
 
 def show(result: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Rounds of measured steps: contestants take turns, so that what else the machine does hits all of them alike."""
+"""Rounds of measured steps: targets take turns, so that what else the machine does hits all of them alike."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lisa_dist.commands.bench.stopwatch import PeakMemory, Stopwatch, spread_of
-from lisa_dist.commands.bench.targets import HORIZON, Contestant
+from lisa_dist.commands.bench.targets import HORIZON, BenchTarget
 from lisa_dist.config import Config
 from lisa_dist.data.batches import GlobalBatches, MicroBatch, label_tokens
 from lisa_dist.runtime import distributed
@@ -19,7 +19,7 @@ from lisa_dist.training.flops import peak_rate
 
 logger = logging.getLogger(__name__)
 
-Builder = Callable[[Config, GlobalBatches], Contestant]
+Builder = Callable[[Config, GlobalBatches], BenchTarget]
 
 PARTS = ("data", "forward", "backward", "optimizer", "other", "switch")
 
@@ -54,12 +54,12 @@ class Round:
 
 
 @dataclass
-class Lane:
-    """A contestant with its data and what was measured of it."""
+class BenchRun:
+    """A target with its data and what was measured of it."""
 
     name: str
     config: Config
-    contestant: Contestant
+    target: BenchTarget
     data: GlobalBatches
     batches: Iterator[list[MicroBatch]]
     peak_bytes: int = 0
@@ -68,71 +68,71 @@ class Lane:
 
 
 def enter(
-    name: str, config: Config, build: Callable[[Config, GlobalBatches], Contestant], batches: GlobalBatches
-) -> Lane:
-    """Build a contestant, warm it up over a switch, and note the most memory it took. Collective: every rank."""
+    name: str, config: Config, build: Callable[[Config, GlobalBatches], BenchTarget], batches: GlobalBatches
+) -> BenchRun:
+    """Build a target, warm it up over a switch, and note the most memory it took. Collective: every rank."""
     logger.info("%s: warming up", name)
     with PeakMemory(distributed.device()) as peak:
-        contestant = build(config, batches)
+        target = build(config, batches)
         peak.start()
-        lane = Lane(name, config, contestant, batches, batches.iterate(0, HORIZON))
-        contestant.switch()
-        contestant.rehearse(batches.longest_micro_batch())
+        bench_run = BenchRun(name, config, target, batches, batches.iterate(0, HORIZON))
+        target.switch()
+        target.dry_run_batch(batches.longest_micro_batch())
         for _ in range(config.bench.warmup_steps):
-            measure_step(lane)
-        contestant.switch()
-        measure_step(lane)
-    lane.peak_bytes = peak.bytes
-    return lane
+            measure_step(bench_run)
+        target.switch()
+        measure_step(bench_run)
+    bench_run.peak_bytes = peak.bytes
+    return bench_run
 
 
-def take_turns(lanes: list[Lane], rounds: int, steps: int) -> None:
+def interleave(bench_runs: list[BenchRun], rounds: int, steps: int) -> None:
     """Measure round by round, each time in the opposite order, so that noise hits all alike. Collective: every rank."""
     for turn in range(rounds):
-        for lane in lanes if turn % 2 == 0 else reversed(lanes):
+        for bench_run in bench_runs if turn % 2 == 0 else reversed(bench_runs):
             distributed.barrier()
             started = now()
-            lane.contestant.switch()
+            bench_run.target.switch()
             switch_seconds = now() - started
-            first = measure_step(lane)
-            lane.rounds.append(Round(switch_seconds, first, [measure_step(lane) for _ in range(steps)]))
+            first = measure_step(bench_run)
+            bench_run.rounds.append(Round(switch_seconds, first, [measure_step(bench_run) for _ in range(steps)]))
         logger.info("round %d of %d", turn + 1, rounds)
 
 
-def measure_step(lane: Lane) -> Step:
+def measure_step(bench_run: BenchRun) -> Step:
     """Make one step and measure it. Collective: every rank."""
     device = distributed.device()
     stopwatch = Stopwatch(device)
     started, cpu_started = now(), time.process_time()
     with stopwatch("data"):
-        micro_batches = next(lane.batches)
-    lane.contestant.step(micro_batches, stopwatch)
+        micro_batches = next(bench_run.batches)
+    bench_run.target.step(micro_batches, stopwatch)
     seconds, cpu_seconds = now() - started, time.process_time() - cpu_started
     parts = {part: spent for part, spent in stopwatch.take().items() if part in PARTS}
     parts["other"] = seconds - sum(parts.values())
-    lengths = lane.data.lengths(lane.seen)
-    lane.seen += lane.data.global_batch_size
+    lengths = bench_run.data.lengths(bench_run.seen)
+    bench_run.seen += bench_run.data.global_batch_size
     (labels,) = distributed.all_reduce_sum([float(sum(map(label_tokens, micro_batches)))])
-    return Step(seconds, cpu_seconds, parts, int(lengths.sum()), int(labels), lane.contestant.flops(lengths) or 0.0)
+    return Step(seconds, cpu_seconds, parts, int(lengths.sum()), int(labels), bench_run.target.flops(lengths) or 0.0)
 
 
-def summarize(lane: Lane) -> dict[str, Any]:
-    """Return the figures of a contestant. Collective: every rank."""
-    steps = [step for round_ in lane.rounds for step in round_.steps]
+def summarize(bench_run: BenchRun) -> dict[str, Any]:
+    """Return the figures of a target. Collective: every rank."""
+    steps = [step for round_ in bench_run.rounds for step in round_.steps]
     seconds = spread_of([step.seconds for step in steps])
     parts = {part: statistics.median(step.parts.get(part, 0.0) for step in steps) for part in PARTS}
-    switch = spread_of([round_.switch_seconds + round_.first.seconds - round_.median() for round_ in lane.rounds])
-    period = lane.config.sampler.period
+    switch = spread_of([round_.switch_seconds + round_.first.seconds - round_.median() for round_ in bench_run.rounds])
+    period = bench_run.config.sampler.period
     parts["switch"] = switch.median / period
     slowdown = 1 + switch.median / period / seconds.median
     rate = statistics.median(step.tokens / step.seconds for step in steps) / slowdown
     labels = statistics.median(step.label_tokens / step.seconds for step in steps) / slowdown
     flops_rate = statistics.median(step.flops / step.seconds for step in steps) / slowdown
     peak = peak_rate(distributed.device())
-    peaks = distributed.gather_objects(lane.peak_bytes)
+    peaks = distributed.gather_objects(bench_run.peak_bytes)
     known = peak is not None and flops_rate > 0
     return {
-        "method": lane.name,
+        "method": bench_run.name,
         "tokens_per_second": rate,
         "label_tokens_per_second": labels,
         "step_seconds": {**vars(seconds), "by_part": parts},
@@ -147,11 +147,11 @@ def summarize(lane: Lane) -> dict[str, Any]:
     }
 
 
-def ratio(lane: Lane, reference: Lane) -> dict[str, Any]:
+def ratio(bench_run: BenchRun, reference: BenchRun) -> dict[str, Any]:
     """Return the step time relative to the reference's: a ratio each round, their median and quartile distance.
 
     ``cpu`` is the same of processor seconds, which other programs on the machine disturb far less.
     """
-    pairs = list(zip(lane.rounds, reference.rounds))
+    pairs = list(zip(bench_run.rounds, reference.rounds))
     cpu = spread_of([own.median_cpu() / other.median_cpu() for own, other in pairs])
     return {**vars(spread_of([own.median() / other.median() for own, other in pairs])), "cpu": vars(cpu)}

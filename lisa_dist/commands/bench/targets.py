@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lisa_dist.config import Config, UserError
 from lisa_dist.data.batches import GlobalBatches, MicroBatch
-from lisa_dist.method.module import begin_period, build_learner, load_initial_weights
+from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.method.sampling import build_sampler
 from lisa_dist.method.switch import RankSynchronizedSampler
 from lisa_dist.models.architecture import build_meta_model
@@ -22,58 +22,58 @@ from lisa_dist.models.loading import initialize_random, load_pretrained, restore
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding.wrapping_policy import dtype_of
 from lisa_dist.training.flops import step_flops
-from lisa_dist.training.loop import Stopwatch, rehearse, train_step
+from lisa_dist.training.loop import PhaseTimer, dry_run_batch, train_step
 
-BARE = "bare"
+FSDP_BASELINE = "fsdp_baseline"
 HORIZON = 1 << 30  # the length of the schedule: the learning rate plays no part
 
 
-class Contestant(Protocol):
+class BenchTarget(Protocol):
     """Something whose steps are measured. Every method is collective: every rank."""
 
-    def rehearse(self, micro_batch: MicroBatch) -> None:
+    def dry_run_batch(self, micro_batch: MicroBatch) -> None:
         """Run the longest micro-batch without a step."""
 
     def switch(self) -> None:
         """Begin a period."""
 
-    def step(self, micro_batches: list[MicroBatch], stopwatch: Stopwatch) -> None:
+    def step(self, micro_batches: list[MicroBatch], stopwatch: PhaseTimer) -> None:
         """Make one optimizer step."""
 
     def flops(self, lengths: np.ndarray) -> float | None:
         """Return the operations, of all ranks, of a step over sequences of so many tokens; None: not counted."""
 
 
-class Trainer:
+class MethodTarget:
     """The trainer's own functions, as training calls them. Collective to build: every rank."""
 
     def __init__(self, config: Config, batches: GlobalBatches) -> None:
-        self.learner = build_learner(config)
-        load_initial_weights(self.learner, distributed.device())
+        self.train_module = build_train_module(config)
+        load_initial_weights(self.train_module, distributed.device())
         self.batches = batches
         self.period = 0
         self.steps = 0
 
-    def rehearse(self, micro_batch: MicroBatch) -> None:
-        rehearse(self.learner, micro_batch)
+    def dry_run_batch(self, micro_batch: MicroBatch) -> None:
+        dry_run_batch(self.train_module, micro_batch)
 
     def switch(self) -> None:
         begin_period(
-            self.learner,
+            self.train_module,
             self.period,
             partial(self.batches.coming_micro_batches, self.steps * self.batches.global_batch_size),
         )
         self.period += 1
 
-    def step(self, micro_batches: list[MicroBatch], stopwatch: Stopwatch) -> None:
-        train_step(self.learner, micro_batches, self.steps, HORIZON, stopwatch=stopwatch)
+    def step(self, micro_batches: list[MicroBatch], stopwatch: PhaseTimer) -> None:
+        train_step(self.train_module, micro_batches, self.steps, HORIZON, stopwatch=stopwatch)
         self.steps += 1
 
     def flops(self, lengths: np.ndarray) -> float:
-        return step_flops(self.learner, lengths)
+        return step_flops(self.train_module, lengths)
 
 
-class Bare:
+class FsdpBaseline:
     """FSDP2 as its tutorial has it, over the same model: the blocks and the root wrapped, torch's AdamW and clipping,
     the model's own loss. It trains the parameters that the method trains in its first period, and no others ever.
 
@@ -82,7 +82,7 @@ class Bare:
 
     def __init__(self, config: Config, batches: GlobalBatches) -> None:
         if config.update.name != "full_rank":
-            raise UserError(f"bench.compare={BARE}: trains whole blocks, so it needs update=full_rank")
+            raise UserError(f"bench.compare={FSDP_BASELINE}: trains whole blocks, so it needs update=full_rank")
         self.config = config
         self.model = build_meta_model(config.model, pretrained_architecture(config.model, config.precision.frozen))
         layers = find_layers(self.model, config.model.blocks)
@@ -125,14 +125,14 @@ class Bare:
             fused=True,
         )
 
-    def rehearse(self, micro_batch: MicroBatch) -> None:
+    def dry_run_batch(self, micro_batch: MicroBatch) -> None:
         self._loss(micro_batch).backward()
         self.optimizer.zero_grad()
 
     def switch(self) -> None:
         """Nothing switches here."""
 
-    def step(self, micro_batches: list[MicroBatch], stopwatch: Stopwatch) -> None:
+    def step(self, micro_batches: list[MicroBatch], stopwatch: PhaseTimer) -> None:
         total = torch.zeros((), device=self.device)
         for micro_batch in micro_batches:
             with stopwatch("forward"):

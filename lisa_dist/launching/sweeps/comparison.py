@@ -13,7 +13,7 @@ from typing import Any
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, UserError
 from lisa_dist.telemetry.reports.page import Card, render_page, table
 from lisa_dist.telemetry.reports.plots import Series, line_chart, moving_average
-from lisa_dist.telemetry.records import METRICS_FILE, Row, read_rows, read_summary
+from lisa_dist.telemetry.records import METRICS_FILE, MetricsRow, read_rows, read_summary
 from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.units import format_count
 
@@ -46,8 +46,8 @@ class JobRecord:
     overrides: list[str]
     run_dir: Path
     exit_code: int | None  # None: it has not ended
-    summary: Row
-    metrics: list[Row]
+    summary: MetricsRow
+    metrics: list[MetricsRow]
 
     @property
     def state(self) -> str:
@@ -207,7 +207,7 @@ def _points(job: JobRecord, key: str) -> tuple[list[float], list[float | None]]:
     return [row["step"] for row in rows], [row[key] for row in rows]
 
 
-def _last(rows: list[Row], key: str) -> float | None:
+def _last(rows: list[MetricsRow], key: str) -> float | None:
     return next((row[key] for row in reversed(rows) if row.get(key) is not None), None)
 
 

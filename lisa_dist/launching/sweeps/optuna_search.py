@@ -32,7 +32,7 @@ class OptunaSearch:
 
         Args:
             space: the values of every key.
-            sweep_dir: where the sweep lies.
+            sweep_dir: where the sweep is.
 
         Raises:
             UserError: optuna is missing, there is nothing to choose, or ``sweep_dir`` holds another sweep.

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lisa_dist.config import OptimizerConfig
 from lisa_dist.method.optim import eight_bit
 from lisa_dist.method.optim.eight_bit import stored_bytes
-from lisa_dist.method.updates import Trained, Update
+from lisa_dist.method.updates import OptimizedParam, Update
 from lisa_dist.runtime.distributed import local_shard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -24,7 +24,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Offloaded:
     """The state of a parameter that is frozen, in host memory, until its block returns."""
 
-    step: int  # optimizer steps since it was first adopted
+    step: int  # optimizer steps since it was first added
     tensors: dict[str, torch.Tensor]  # by kind, sharded as before
 
     @property
@@ -45,7 +45,7 @@ class StepInBackward:
 class ActiveOptimizer:
     """AdamW (arXiv 1711.05101) whose set of parameters changes from period to period.
 
-    A parameter that is adopted starts with zero moments and a step count of zero, so its bias correction
+    A parameter that is added starts with zero moments and a step count of zero, so its bias correction
     starts anew; a parameter that is released leaves nothing behind. With ``optimizer.state_on_freeze=offload`` its
     state waits in host memory instead and is taken up again, bit for bit. What AdamW steps is the parameter
     itself, or the update's stand-in for it.
@@ -60,7 +60,7 @@ class ActiveOptimizer:
         self.config = config
         self.update = update
         self.undecayed = undecayed
-        self.trained: dict[str, Trained] = {}
+        self.trained: dict[str, OptimizedParam] = {}
         self.offloaded: dict[str, Offloaded] = {}
         self._adamw: torch.optim.Optimizer | None = None  # torch refuses one without parameters
         self._in_8_bits = config.name == "adamw8bit"
@@ -74,24 +74,24 @@ class ActiveOptimizer:
         """The parameters that train, by name."""
         return {name: entry.parameter for name, entry in self.trained.items()}
 
-    def adopt(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def add_params(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take parameters in with their offloaded state, or with zero state, which is made at once for checkpoints.
 
         The order is that of the names, whatever came first: sums over parameters must not depend on history.
         """
-        adopted = {name: self.update.adopt(name, parameter) for name, parameter in parameters.items()}
-        self.trained = dict(sorted({**self.trained, **adopted}.items()))
+        added = {name: self.update.optimized_param(name, parameter) for name, parameter in parameters.items()}
+        self.trained = dict(sorted({**self.trained, **added}.items()))
         if self._adamw is None and self.trained:
             self._adamw = self._build()
         if self._adamw is None:
             return
-        for name, entry in adopted.items():
-            state = self._adamw.state[entry.target]
-            state["step"] = torch.zeros((), dtype=torch.float32, device=local_shard(entry.target).device)
+        for name, entry in added.items():
+            state = self._adamw.state[entry.stepped]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=local_shard(entry.stepped).device)
             for moment in MOMENTS:
-                state[moment] = self._zero_moment(entry.target, moment)
+                state[moment] = self._zero_moment(entry.stepped, moment)
             if name in self.offloaded:
-                self._take_up(name)
+                self._restore_state(name)
             if self.config.in_backward:
                 entry.parameter.register_post_accumulate_grad_hook(self._hook_of(name))
         self._point_at(self.trained)
@@ -112,13 +112,15 @@ class ActiveOptimizer:
             fused=True,  # no temporaries; foreach would hold several times the parameters
         )
 
-    def _point_at(self, trained: Mapping[str, Trained]) -> None:
+    def _point_at(self, trained: Mapping[str, OptimizedParam]) -> None:
         """Let the optimizer step what is stepped for ``trained``, each in its group."""
         assert self._adamw is not None
         for group, entries in zip(self._adamw.param_groups, self._by_decay(trained)):
-            group["params"] = [entry.target for entry in entries.values()]
+            group["params"] = [entry.stepped for entry in entries.values()]
 
-    def _by_decay(self, trained: Mapping[str, Trained]) -> tuple[dict[str, Trained], dict[str, Trained]]:
+    def _by_decay(
+        self, trained: Mapping[str, OptimizedParam]
+    ) -> tuple[dict[str, OptimizedParam], dict[str, OptimizedParam]]:
         """Return what is decayed, and what is not."""
         decayed = {name: entry for name, entry in trained.items() if name not in self.undecayed}
         return decayed, {name: entry for name, entry in trained.items() if name not in decayed}
@@ -128,7 +130,7 @@ class ActiveOptimizer:
             return eight_bit.zero_moment(self._adamw, target, signed=moment == MOMENTS[0])
         return torch.zeros_like(target.detach())
 
-    def release(self, names: Iterable[str]) -> None:
+    def remove_params(self, names: Iterable[str]) -> None:
         """Drop parameters; their state too, or it goes to host memory."""
         self.before_change()
         for name in names:
@@ -138,7 +140,7 @@ class ActiveOptimizer:
             entry = self.trained.pop(name)
             entry.parameter.grad = None
             if self._adamw is not None:
-                self._adamw.state.pop(entry.target, None)
+                self._adamw.state.pop(entry.stepped, None)
         if self._adamw is not None:
             self._point_at(self.trained)
 
@@ -150,7 +152,7 @@ class ActiveOptimizer:
         if self._adamw is not None:
             self._step(self.trained, lr)
 
-    def _step(self, trained: Mapping[str, Trained], lr: float) -> None:
+    def _step(self, trained: Mapping[str, OptimizedParam], lr: float) -> None:
         assert self._adamw is not None
         self.before_change()
         with torch.no_grad():
@@ -169,16 +171,16 @@ class ActiveOptimizer:
             self.update.apply_steps(decayed, lr * self.config.weight_decay)
             self.update.apply_steps(undecayed, 0.0)
         for entry in trained.values():
-            entry.step += entry.target.grad is not None
-            entry.parameter.grad = entry.target.grad = None
+            entry.step += entry.stepped.grad is not None
+            entry.parameter.grad = entry.stepped.grad = None
 
-    def _turn_moments(self, entry: Trained) -> None:
+    def _turn_moments(self, entry: OptimizedParam) -> None:
         """Bring moments into the basis that the gradient is in now. Collective, every rank, where that has changed."""
         if entry.turn_moment is None:
             return
         assert self._adamw is not None
         for moment in MOMENTS:
-            live = self._adamw.state[entry.target][moment]
+            live = self._adamw.state[entry.stepped][moment]
             local_shard(live).copy_(entry.turn_moment(eight_bit.in_full(live), moment == MOMENTS[1]))
         entry.turn_moment = None
 
@@ -212,13 +214,13 @@ class ActiveOptimizer:
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Return the gradients that there are, by parameter name; they may lie at what is stepped instead of it."""
-        held = {name: (entry.parameter.grad, entry.target.grad) for name, entry in self.trained.items()}
+        held = {name: (entry.parameter.grad, entry.stepped.grad) for name, entry in self.trained.items()}
         return {name: found[0] for name, pair in held.items() if (found := [grad for grad in pair if grad is not None])}
 
     def drop_gradients(self) -> None:
         """Free the gradients."""
         for entry in self.trained.values():
-            entry.parameter.grad = entry.target.grad = None
+            entry.parameter.grad = entry.stepped.grad = None
 
     def moment_tensors(self) -> dict[str, torch.Tensor]:
         """Return the state's tensors by ``<parameter name>.<kind>``: the live tensors, copies of those in 8 bits.
@@ -243,10 +245,10 @@ class ActiveOptimizer:
     def _state_of(self, name: str) -> dict[str, torch.Tensor]:
         assert self._adamw is not None
         entry = self.trained[name]
-        return {kind: self._adamw.state[entry.target][kind] for kind in MOMENTS} | entry.extra
+        return {kind: self._adamw.state[entry.stepped][kind] for kind in MOMENTS} | entry.extra
 
     def step_counts(self) -> dict[str, int]:
-        """Return how many steps each parameter with state has made since it was adopted."""
+        """Return how many steps each parameter with state has made since it was added."""
         counts = {name: entry.step for name, entry in self.trained.items()}
         return counts | {name: waiting.step for name, waiting in self.offloaded.items()}
 
@@ -257,24 +259,24 @@ class ActiveOptimizer:
         for name, entry in self.trained.items():
             entry.step = counts[name]
             if self._adamw is not None:
-                self._adamw.state[entry.target]["step"].fill_(counts[name])
+                self._adamw.state[entry.stepped]["step"].fill_(counts[name])
 
-    def expect_offloaded(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def allocate_offloaded(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Make room in host memory for the state of frozen parameters, which a checkpoint will fill."""
         for name, parameter in parameters.items():
-            entry = self.update.adopt(name, parameter)
-            target = entry.target.detach().float()  # as it is where it trains, not as it is stored now
+            entry = self.update.optimized_param(name, parameter)
+            target = entry.stepped.detach().float()  # as it is where it trains, not as it is stored now
             tensors = {kind: self._zero_moment(target, kind) for kind in MOMENTS}
             self.offloaded[name] = Offloaded(0, {k: _to_host(tensor) for k, tensor in (tensors | entry.extra).items()})
 
-    def _take_up(self, name: str) -> None:
+    def _restore_state(self, name: str) -> None:
         """Bring a parameter's state back from host memory."""
         waiting = self.offloaded.pop(name)
         for kind, tensor in self._state_of(name).items():
             local_shard(tensor).copy_(local_shard(waiting.tensors[kind]))
         self.trained[name].step = waiting.step
         assert self._adamw is not None
-        self._adamw.state[self.trained[name].target]["step"].fill_(waiting.step)
+        self._adamw.state[self.trained[name].stepped]["step"].fill_(waiting.step)
 
     def state_bytes(self) -> int:
         """Return this rank's bytes of moments and of what the update keeps beside them, for what trains now."""
@@ -286,7 +288,7 @@ class ActiveOptimizer:
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a sharded tensor whose shard lies in host memory, pinned where it comes from a GPU.
+    """Return a sharded tensor whose shard is in host memory, pinned where it comes from a GPU.
 
     The operators of DTensor leave a shard where they put it; ``DTensor.from_local`` would take it to the mesh's device.
     """

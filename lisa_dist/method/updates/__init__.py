@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 from lisa_dist.config import UpdateConfig
-from lisa_dist.method.updates.base import Trained, Update
+from lisa_dist.method.updates.base import OptimizedParam, Update
 from lisa_dist.method.updates.full_rank import FullRank
 from lisa_dist.method.updates.lora import Lora, LoraFa
 from lisa_dist.method.updates.low_rank import LowRank
 
-__all__ = ["Trained", "Update", "build_update"]
+__all__ = ["OptimizedParam", "Update", "build_update"]
 
 UPDATES: dict[str, Callable[[Any], Update]] = {
     "full_rank": lambda config: FullRank(),

@@ -14,11 +14,11 @@ from lisa_dist.models.layer_map import LayerMap
 
 
 @dataclass
-class Trained:
+class OptimizedParam:
     """A parameter that trains, with what the optimizer steps for it."""
 
     parameter: nn.Parameter  # of the model, sharded; its gradient is the mean over the global batch, clipped
-    target: nn.Parameter  # what the optimizer steps: the parameter itself, or a stand-in
+    stepped: nn.Parameter  # what the optimizer steps: the parameter itself, or a stand-in
     extra: dict[str, Tensor] = field(default_factory=dict)  # sharded state beside the optimizer's moments, by kind
     step: int = 0  # optimizer steps since it was adopted
     # Where the target's gradient is in another basis than before: brings a moment (the second where True) into it.
@@ -47,17 +47,17 @@ class Update:
         """Return which of a block's parameter names train while the block is active."""
         return names
 
-    def adopt(self, name: str, parameter: nn.Parameter) -> Trained:
+    def optimized_param(self, name: str, parameter: nn.Parameter) -> OptimizedParam:
         """Return what the optimizer steps for a parameter that begins to train, with zero state."""
-        return Trained(parameter, parameter)
+        return OptimizedParam(parameter, parameter)
 
-    def transform_gradients(self, trained: Mapping[str, Trained]) -> None:
-        """Turn the gradients of ``parameter`` into those of ``target``. May be collective: every rank.
+    def transform_gradients(self, trained: Mapping[str, OptimizedParam]) -> None:
+        """Turn the gradients of ``parameter`` into those of ``stepped``. May be collective: every rank.
 
         Where the basis of a target's gradient changes, its ``turn_moment`` is set for the optimizer.
         """
 
-    def apply_steps(self, trained: Mapping[str, Trained], decay: float) -> None:
+    def apply_steps(self, trained: Mapping[str, OptimizedParam], decay: float) -> None:
         """Carry the steps that the optimizer made on stand-ins over to the parameters. May be collective: every rank.
 
         Args:

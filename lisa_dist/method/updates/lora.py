@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import nearest
 from lisa_dist.config.method import LoraUpdateConfig
-from lisa_dist.method.updates.base import Trained, Update
+from lisa_dist.method.updates.base import OptimizedParam, Update
 from lisa_dist.method.updates.sharded import fill, keyed_generator, whole
 from lisa_dist.models.layer_map import NORM, LayerMap, linear_layers
 from lisa_dist.runtime.distributed import local_shard
@@ -33,9 +33,9 @@ class Lora(Update):
 
     peft makes the adapters and their forward (rsLoRA: s = alpha / sqrt(rank), arXiv 2312.03732; DoRA: arXiv
     2402.09353). They are put in on ``meta``, so that FSDP2 shards them like all else; A starts from peft's
-    uniform Kaiming law, B from zero, both the same at any number of ranks. The base of a wrapped layer is never
-    recast; an adapter stays in the dtype of what trains while its block is frozen, so that no freeze rounds it. Fused
-    experts of a mixture are no linear layers and get no adapters, which is said with their size.
+    uniform Kaiming law, B from zero, both the same at any number of ranks. The base of a wrapped layer
+    never trains; an adapter stays in the dtype of what trains while its block is frozen, so that no freeze rounds it.
+    Fused experts of a mixture are no linear layers and get no adapters, which is said with their size.
     """
 
     def __init__(self, config: LoraUpdateConfig) -> None:
@@ -133,7 +133,7 @@ class LoraFa(Lora):
         """Return the names of every B."""
         return [name for name in names if ".lora_B." in name]
 
-    def transform_gradients(self, trained: Mapping[str, Trained]) -> None:
+    def transform_gradients(self, trained: Mapping[str, OptimizedParam]) -> None:
         """Correct the gradient of every B in place. Collective: every rank, at an adapter's first step."""
         for name, entry in trained.items():
             if name not in self.adapters or entry.parameter.grad is None:

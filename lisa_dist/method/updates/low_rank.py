@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from lisa_dist.config import UserError
 from lisa_dist.config.method import LowRankUpdateConfig
 from lisa_dist.method.updates import projection
-from lisa_dist.method.updates.base import Trained, Update
+from lisa_dist.method.updates.base import OptimizedParam, Update
 from lisa_dist.method.updates.projection import is_tall
 from lisa_dist.method.updates.sharded import fill, keyed_generator, own_rows, sharded_zeros, whole
 from lisa_dist.models.layer_map import LayerMap, linear_layers
@@ -76,17 +76,17 @@ class LowRank(Update):
                 len(cut), smallest, self.config.preset_rank,
             )  # fmt: skip
 
-    def adopt(self, name: str, parameter: nn.Parameter) -> Trained:
+    def optimized_param(self, name: str, parameter: nn.Parameter) -> OptimizedParam:
         """Return a stand-in of the projected gradient's shape, and room for the projector."""
         if name not in self.ranks:
-            return Trained(parameter, parameter)
+            return OptimizedParam(parameter, parameter)
         (*experts, rows, columns), rank = parameter.shape, self.ranks[name]
         shape = (*experts, rows, rank) if rows >= columns else (*experts, rank, columns)
         stand_in = nn.Parameter(sharded_zeros(parameter, shape))
         projector = sharded_zeros(parameter, (*experts, min(rows, columns), rank))
-        return Trained(parameter, stand_in, {PROJECTOR: projector})
+        return OptimizedParam(parameter, stand_in, {PROJECTOR: projector})
 
-    def transform_gradients(self, trained: Mapping[str, Trained]) -> None:
+    def transform_gradients(self, trained: Mapping[str, OptimizedParam]) -> None:
         """Project the gradients, and free them; refresh the projectors that are due. Collective: every rank."""
         projected = {
             name: entry
@@ -100,7 +100,7 @@ class LowRank(Update):
             if entry.parameter.dim() == 3:
                 held[name] = refresh_experts(name, entry, self.config.projector, due=name in due)
         for name, entry in projected.items():
-            entry.target.grad = project(entry, held.get(name))
+            entry.stepped.grad = project(entry, held.get(name))
             entry.parameter.grad = None
 
     def describe_coverage(self, parameters: Mapping[str, nn.Parameter], layers: LayerMap) -> str:
@@ -115,14 +115,14 @@ class LowRank(Update):
             f"({(total - left) / total:.1%}); {format_count(left)} train at full rank: norms, biases{named}"
         )
 
-    def apply_steps(self, trained: Mapping[str, Trained], decay: float) -> None:
+    def apply_steps(self, trained: Mapping[str, OptimizedParam], decay: float) -> None:
         """Project the steps of the stand-ins back onto the parameters. Collective: every rank."""
         for entry in trained.values():
-            if PROJECTOR not in entry.extra or entry.target.grad is None:
+            if PROJECTOR not in entry.extra or entry.stepped.grad is None:
                 continue
-            step = project_back(entry.target.detach(), entry.extra[PROJECTOR], entry.parameter)
+            step = project_back(entry.stepped.detach(), entry.extra[PROJECTOR], entry.parameter)
             local_shard(entry.parameter.detach()).mul_(1 - decay).add_(step, alpha=self.config.scale)
-            local_shard(entry.target.detach()).zero_()
+            local_shard(entry.stepped.detach()).zero_()
 
 
 def choose_rank(config: LowRankUpdateConfig, name: str, largest: int) -> int:
@@ -138,7 +138,7 @@ def choose_rank(config: LowRankUpdateConfig, name: str, largest: int) -> int:
     return config.rank
 
 
-def refresh_matrices(entries: Mapping[str, Trained], projector: str) -> dict[str, Tensor]:
+def refresh_matrices(entries: Mapping[str, OptimizedParam], projector: str) -> dict[str, Tensor]:
     """Compute the projectors of matrices from their gradients. Collective: every rank.
 
     The matrices are dealt to the ranks in turn, so that as many are decomposed at once as there are ranks. A rank holds
@@ -176,7 +176,7 @@ def refresh_matrices(entries: Mapping[str, Trained], projector: str) -> dict[str
     return held
 
 
-def refresh_experts(name: str, entry: Trained, projector: str, due: bool) -> Tensor | None:
+def refresh_experts(name: str, entry: OptimizedParam, projector: str, due: bool) -> Tensor | None:
     """Compute the projectors of this rank's experts from their gradients. No communication.
 
     An expert that had no tokens keeps its projector; one that has none yet gets it at the first step with tokens.
@@ -216,7 +216,7 @@ def refresh_experts(name: str, entry: Trained, projector: str, due: bool) -> Ten
     return held
 
 
-def decompose(name: str, entry: Trained, gradient: Tensor, old: Tensor, projector: str) -> tuple[Tensor, Tensor]:
+def decompose(name: str, entry: OptimizedParam, gradient: Tensor, old: Tensor, projector: str) -> tuple[Tensor, Tensor]:
     """Return what :func:`projection.find_basis` finds; random numbers are keyed by parameter and step alone."""
     smaller, rank = old.shape[-2:]
     noise = torch.randn(
@@ -237,7 +237,7 @@ def turn_local(moment: Tensor, squared: bool, overlap: Tensor, tall: bool) -> Te
     return projection.turn_moment(local_shard(moment), overlap, tall, squared)
 
 
-def project(entry: Trained, held: Tensor | None) -> Tensor:
+def project(entry: OptimizedParam, held: Tensor | None) -> Tensor:
     """Return the projected gradient, sharded as the stand-in is. Collective, every rank of the mesh, for a matrix.
 
     Args:
@@ -246,7 +246,7 @@ def project(entry: Trained, held: Tensor | None) -> Tensor:
             rounding errors, which Adam would blow up to full steps.
     """
     assert entry.parameter.grad is not None
-    like, basis = entry.target, entry.extra[PROJECTOR]
+    like, basis = entry.stepped, entry.extra[PROJECTOR]
     is_matrix, tall = entry.parameter.dim() == 2, is_tall(entry.parameter.shape)
     basis = whole(basis) if is_matrix and tall else local_shard(basis)
     rows = local_shard(entry.parameter.grad).to(basis.device).float()  # in host memory with parallel.offload=all

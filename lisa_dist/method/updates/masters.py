@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from lisa_dist.method.updates.base import Trained, Update
+from lisa_dist.method.updates.base import OptimizedParam, Update
 from lisa_dist.runtime.distributed import local_shard
 from lisa_dist.sharding.masters import WorldMasters
 
@@ -23,7 +23,7 @@ class StepsMasters(Update):
         self.update = update
         self.masters = masters
 
-    def adopt(self, name: str, parameter: nn.Parameter) -> Trained:
+    def optimized_param(self, name: str, parameter: nn.Parameter) -> OptimizedParam:
         """Return what the update steps for the master; of a frozen parameter, for a copy of the rows that would be it.
 
         Raises:
@@ -32,21 +32,21 @@ class StepsMasters(Update):
         master = self.masters.by_name.get(name)
         if master is None:
             master = nn.Parameter(self.masters.own_rows(local_shard(parameter), parameter))
-        entry = self.update.adopt(name, master)
-        if entry.target is not master:
+        entry = self.update.optimized_param(name, master)
+        if entry.stepped is not master:
             raise ValueError(f"{name}: {type(self.update).__name__} steps a stand-in, which has no master to shard")
         return replace(entry, parameter=parameter)
 
-    def transform_gradients(self, trained: Mapping[str, Trained]) -> None:
+    def transform_gradients(self, trained: Mapping[str, OptimizedParam]) -> None:
         """Let the update transform the masters' gradients. Collective where the update's is: every rank."""
         self.update.transform_gradients(_of_masters(trained))
 
-    def apply_steps(self, trained: Mapping[str, Trained], decay: float) -> None:
+    def apply_steps(self, trained: Mapping[str, OptimizedParam], decay: float) -> None:
         """Let the update finish the masters' steps, and gather what was stepped. Collective: every rank."""
         self.update.apply_steps(_of_masters(trained), decay)
-        self.masters.publish({name: entry.parameter for name, entry in trained.items()})
+        self.masters.all_gather_to_params({name: entry.parameter for name, entry in trained.items()})
 
 
-def _of_masters(trained: Mapping[str, Trained]) -> dict[str, Trained]:
+def _of_masters(trained: Mapping[str, OptimizedParam]) -> dict[str, OptimizedParam]:
     """Return the entries as they would be if the masters were the parameters."""
-    return {name: replace(entry, parameter=entry.target) for name, entry in trained.items()}
+    return {name: replace(entry, parameter=entry.stepped) for name, entry in trained.items()}

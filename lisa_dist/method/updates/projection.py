@@ -81,7 +81,7 @@ def turn_moment(moment: Tensor, overlap: Tensor, tall: bool, squared: bool) -> T
     The first moment is linear in the gradient: M P_old^T P_new (tall) or P_new^T P_old M. The second is carried by the
     squares of the same numbers, as the variance of a sum of uncorrelated terms is. It has to go along: a direction that
     was the first and is the tenth now would otherwise have the first's mean over the tenth's variance, and make steps
-    many times too long. The share of a new direction that lies outside the old basis has no history. It gets the second
+    many times too long. The share of a new direction that is outside the old basis has no history. It gets the second
     moment of the old direction in its place: with none, the first steps would be three times too long.
 
     Args:

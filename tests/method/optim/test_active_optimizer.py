@@ -10,7 +10,7 @@ import torch
 
 from lisa_dist.config import UserError
 from lisa_dist.config.checks import check_accumulation, check_combinations
-from lisa_dist.method.module import begin_period, build_learner, count_persistent_bytes, load_initial_weights
+from lisa_dist.method.module import begin_period, build_train_module, count_persistent_bytes, load_initial_weights
 from lisa_dist.runtime import distributed
 from lisa_dist.training.loop import train_step
 from tests.distributed.test_training import full_parameters, make_config, make_global_batches
@@ -21,19 +21,23 @@ from tests.support.ranks import run_on_ranks
 def states_over_periods() -> dict[str, Any]:
     """The state of a block before its freeze, while frozen and after its return. Runs on every rank."""
     config = make_config(optimizer={"state_on_freeze": "offload"}, sampler={"period": 2, "active_layers": 1, "seed": 1})
-    learner = build_learner(config)
-    load_initial_weights(learner, torch.device("cpu"))
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, torch.device("cpu"))
     batches = make_global_batches(2)
     seen: list[dict[str, Any]] = []
     for period in range(8):
-        begin_period(learner, period)
-        begun = {name: tensor.to_local().clone() for name, tensor in learner.optimizer.moment_tensors().items()}
-        counts = learner.optimizer.step_counts()
+        begin_period(train_module, period)
+        begun = {name: tensor.to_local().clone() for name, tensor in train_module.optimizer.moment_tensors().items()}
+        counts = train_module.optimizer.step_counts()
         for step, micro_batches in enumerate(batches):
-            train_step(learner, micro_batches[distributed.rank() :: distributed.world_size()], 2 * period + step, 16)
-        ended = {name: tensor.to_local().clone() for name, tensor in learner.optimizer.moment_tensors().items()}
-        entry = {"block": learner.active.blocks[0], "begun": begun, "counts": counts, "ended": ended}
-        seen.append(entry | {"bytes": count_persistent_bytes(learner), "waiting": len(learner.optimizer.offloaded)})
+            train_step(
+                train_module, micro_batches[distributed.rank() :: distributed.world_size()], 2 * period + step, 16
+            )
+        ended = {name: tensor.to_local().clone() for name, tensor in train_module.optimizer.moment_tensors().items()}
+        entry = {"block": train_module.active.blocks[0], "begun": begun, "counts": counts, "ended": ended}
+        seen.append(
+            entry | {"bytes": count_persistent_bytes(train_module), "waiting": len(train_module.optimizer.offloaded)}
+        )
     return {"periods": seen}
 
 
@@ -62,16 +66,16 @@ def test_offloaded_state_returns_bit_for_bit_and_is_counted() -> None:
 def train_in_backward(in_backward: bool) -> dict[str, Any]:
     """Nine steps of one sequence a rank, unclipped. Runs on every rank."""
     config = make_config(optimizer={"in_backward": in_backward, "grad_clip": 0.0})
-    learner = build_learner(config)
-    load_initial_weights(learner, torch.device("cpu"))
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, torch.device("cpu"))
     results = []
     for step, micro_batches in enumerate(make_global_batches(9)):
         if step % 3 == 0:
-            begin_period(learner, step // 3)
-        results.append(train_step(learner, [micro_batches[distributed.rank()]], step, 9))
-    assert all(parameter.grad is None for parameter in learner.optimizer.parameters.values())
+            begin_period(train_module, step // 3)
+        results.append(train_step(train_module, [micro_batches[distributed.rank()]], step, 9))
+    assert all(parameter.grad is None for parameter in train_module.optimizer.parameters.values())
     losses, norms = [result.loss for result in results], [result.grad_norm for result in results]
-    return {"losses": losses, "norms": norms, "final": full_parameters(learner)}
+    return {"losses": losses, "norms": norms, "final": full_parameters(train_module)}
 
 
 def test_steps_within_the_backward_pass_equal_the_usual_ones() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lisa_dist.config import UserError
-from lisa_dist.method.module import begin_period, build_learner, count_persistent_bytes, load_initial_weights
+from lisa_dist.method.module import begin_period, build_train_module, count_persistent_bytes, load_initial_weights
 from lisa_dist.method.optim.active_optimizer import ActiveOptimizer
 from lisa_dist.method.updates import build_update
 from lisa_dist.planning.simulation import simulate
@@ -36,22 +36,22 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def train(name: str) -> dict[str, Any]:
     """Six steps in three periods. Runs on every rank."""
-    learner = build_learner(config_of(name))
-    load_initial_weights(learner, torch.device("cpu"))
+    train_module = build_train_module(config_of(name))
+    load_initial_weights(train_module, torch.device("cpu"))
     losses, sizes = [], []
     with torch.compiler.set_stance("force_eager"):
         for step, micro_batches in enumerate(make_global_batches(6)):
             if step % 2 == 0:
-                begin_period(learner, step // 2)
-                sizes.append(count_persistent_bytes(learner)["optimizer_state"])
+                begin_period(train_module, step // 2)
+                sizes.append(count_persistent_bytes(train_module)["optimizer_state"])
             mine = micro_batches[distributed.rank() :: distributed.world_size()]
-            losses.append(train_step(learner, mine, step, 6).loss)
-    saved = learner.optimizer.moment_tensors()
+            losses.append(train_step(train_module, mine, step, 6).loss)
+    saved = train_module.optimizer.moment_tensors()
     before = {key: tensor.to_local().clone() for key, tensor in saved.items()}
-    learner.optimizer.load_moments(saved)
-    after = {key: tensor.to_local() for key, tensor in learner.optimizer.moment_tensors().items()}
+    train_module.optimizer.load_moments(saved)
+    after = {key: tensor.to_local() for key, tensor in train_module.optimizer.moment_tensors().items()}
     error = max(float((after[key] - before[key]).norm() / (before[key].norm() + 1e-12)) for key in before)
-    elements = [parameter.to_local().numel() for parameter in learner.optimizer.parameters.values()]
+    elements = [parameter.to_local().numel() for parameter in train_module.optimizer.parameters.values()]
     return {"losses": losses, "sizes": sizes, "error": error, "elements": elements}
 
 

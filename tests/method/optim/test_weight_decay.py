@@ -44,7 +44,7 @@ def decayed_by_a_step(**settings: Any) -> dict[str, float]:
     undecayed = frozenset() if config.decay_norms_and_biases else norms_and_biases(model)
     optimizer = ActiveOptimizer(config, build_update(UPDATE_CONFIGS["full_rank"]()), undecayed)
     parameters = dict(model.named_parameters())
-    optimizer.adopt(parameters)
+    optimizer.add_params(parameters)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)

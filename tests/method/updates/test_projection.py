@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lisa_dist.method.updates import Trained
+from lisa_dist.method.updates import OptimizedParam
 from lisa_dist.method.updates.low_rank import PROJECTOR, refresh_experts
 from lisa_dist.method.updates.projection import find_basis, noise_columns, project, turn_moment
 
@@ -88,7 +88,9 @@ def test_moments_go_with_their_directions_and_no_second_moment_vanishes() -> Non
 
 def test_an_expert_without_tokens_keeps_its_projector_or_gets_one_at_its_first_tokens() -> None:
     parameter = torch.nn.Parameter(torch.zeros(3, 12, 8))
-    entry = Trained(parameter, torch.nn.Parameter(torch.zeros(3, 12, RANK)), {PROJECTOR: torch.zeros(3, 8, RANK)})
+    entry = OptimizedParam(
+        parameter, torch.nn.Parameter(torch.zeros(3, 12, RANK)), {PROJECTOR: torch.zeros(3, 8, RANK)}
+    )
     parameter.grad = torch.randn(3, 12, 8)
     parameter.grad[1] = 0
     refresh_experts("experts", entry, "svd", due=True)

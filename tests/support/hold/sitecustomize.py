@@ -24,10 +24,10 @@ def hold(trainer: ModuleType) -> None:
     first, _, file = os.environ["LISA_DIST_HOLD"].partition(":")
     train_step = trainer.train_step
 
-    def held(learner: Any, micro_batches: Any, step: int, *rest: Any, **more: Any) -> Any:
+    def held(train_module: Any, micro_batches: Any, step: int, *rest: Any, **more: Any) -> Any:
         while step >= int(first) and not trainer.stop_requested() and not Path(file).exists():
             time.sleep(0.02)
-        return train_step(learner, micro_batches, step, *rest, **more)
+        return train_step(train_module, micro_batches, step, *rest, **more)
 
     trainer.train_step = held  # type: ignore[attr-defined]
 
