@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
-from lisa_dist.config.errors import UserError, check_at_least, check_choice
+from lisa_dist.config.errors import UserError, check_at_least, check_auto_or_count, check_choice
 
 FORMATS = ["auto", "alpaca", "chat", "sharegpt", "prompt_completion", "text"]
+MOST_PROCESSES = 16  # one process reads the rows for all others, which keeps no more than about these busy
 
 
 @dataclass
@@ -25,6 +27,7 @@ class DataConfig:
     validation: str | None = None  # a path, or a fraction of the rows held out
     on_bad_row: str = "error"  # error or skip
     limit: int | None = None  # use only the first rows
+    num_proc: str = "auto"  # processes that tokenize, on each machine; auto: the cores available, at most 16
     cache_dir: str | None = None  # where tokenized rows are kept; null: ~/.cache/lisa_dist
 
     def __post_init__(self) -> None:
@@ -33,9 +36,17 @@ class DataConfig:
         check_at_least("data.sequence_length", self.sequence_length, 2)
         check_at_least("data.preview", self.preview, 1)
         check_at_least("data.limit", self.limit, 1)
+        check_auto_or_count("data.num_proc", self.num_proc)
         fraction = self.validation_fraction
         if fraction is not None and not 0 < fraction < 1:
             raise UserError(f"data.validation={self.validation}: a fraction must lie between 0 and 1, or give a path")
+
+    @property
+    def num_processes(self) -> int:
+        """How many processes tokenize."""
+        if self.num_proc != "auto":
+            return int(self.num_proc)
+        return min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
 
     @property
     def validation_fraction(self) -> float | None:

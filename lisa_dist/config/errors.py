@@ -48,3 +48,8 @@ def check_fraction(key: str, value: float, *, below_one: bool = False) -> None:
     """Raise :class:`UserError` unless 0 <= value <= 1 (``below_one``: < 1)."""
     if not (0 <= value < 1 if below_one else 0 <= value <= 1):
         raise UserError(f"{key}={value}: must be between 0 and 1{' (1 itself excluded)' if below_one else ''}")
+
+
+def check_auto_or_count(key: str, value: str) -> None:
+    if value != "auto" and not (value.isdigit() and int(value) >= 1):
+        raise UserError(f"{key}={value}: must be auto or a whole number of at least 1")

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lisa_dist.config.errors import UserError, check_at_least, check_choice
-
-
-def _check_auto_or_count(key: str, value: str) -> None:
-    if value != "auto" and not (value.isdigit() and int(value) >= 1):
-        raise UserError(f"{key}={value}: must be auto or a whole number of at least 1")
+from lisa_dist.config.errors import check_at_least, check_auto_or_count, check_choice
 
 
 @dataclass
@@ -29,9 +24,9 @@ class ParallelConfig:
     cpu_threads: str = "auto"  # threads a rank on CPU; auto: cores / local ranks
 
     def __post_init__(self) -> None:
-        _check_auto_or_count("parallel.nproc_per_node", self.nproc_per_node)
-        _check_auto_or_count("parallel.shard", self.shard)
-        _check_auto_or_count("parallel.cpu_threads", self.cpu_threads)
+        check_auto_or_count("parallel.nproc_per_node", self.nproc_per_node)
+        check_auto_or_count("parallel.shard", self.shard)
+        check_auto_or_count("parallel.cpu_threads", self.cpu_threads)
         check_at_least("parallel.nodes", self.nodes, 1)
         check_at_least("parallel.replicate", self.replicate, 1)
         check_at_least("parallel.timeout", self.timeout, 1)

@@ -49,9 +49,9 @@ class Encoder:
         self._finder = AnswerFinder(tokenizer)
 
     @property
-    def left_out(self) -> list[str]:
-        """What of the samples so far the chat template never renders, a sentence each."""
-        return list(self._finder.left_out.values())
+    def rendered(self) -> dict[str, str]:
+        """What the chat template makes of fields, see :class:`AnswerFinder`."""
+        return self._finder.rendered
 
     def encode(self, sample: Sample) -> Encoded:
         """Encode one sample.

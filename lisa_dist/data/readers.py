@@ -70,6 +70,19 @@ def read_rows(file: Path) -> Iterator[Row | BrokenRow]:
         raise UserError(f"{file}: can't be read ({error})") from error
 
 
+def count_rows(file: Path) -> int | None:
+    """Return about how many rows a file has, for a progress bar; None where only reading them would tell."""
+    try:
+        if kind_of(file) == ".parquet":
+            return parquet.read_metadata(file).num_rows
+        if kind_of(file) in (".jsonl", ".ndjson") and file.suffix.lower() not in DECOMPRESSORS:
+            with file.open("rb") as stream:
+                return sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))
+    except (pa.ArrowInvalid, OSError):  # read_rows says what is wrong
+        pass
+    return None
+
+
 def _open(file: Path) -> BinaryIO:
     return DECOMPRESSORS.get(file.suffix.lower(), open)(file, "rb")
 

@@ -15,7 +15,7 @@ from lisa_dist.config import UserError
 from lisa_dist.config.errors import nearest
 from lisa_dist.config.paths import local_path, path_exists
 from lisa_dist.data.folders import find_files, find_split, subsets_of
-from lisa_dist.data.readers import READERS, BrokenRow, Row, kind_of, read_rows
+from lisa_dist.data.readers import READERS, BrokenRow, Row, count_rows, kind_of, read_rows
 from lisa_dist.runtime.hub import stay_offline_where_unreachable
 
 BUILTIN_PREFIX = "builtin:"
@@ -46,6 +46,13 @@ class Source:
                 yield Row(values, self.name, index + 1, "row")
         for file in self.files:
             yield from read_rows(file)
+
+    def count_rows(self) -> int | None:
+        """Return how many rows there are, None where only reading them would tell."""
+        if self.dataset is not None:
+            return len(self.dataset)
+        counts = [count_rows(file) for file in self.files]
+        return None if None in counts else sum(count for count in counts if count is not None)
 
     def content_hash(self) -> str:
         """Return a hash of the content: of every byte of the files, or of what ``datasets`` knows its data by.

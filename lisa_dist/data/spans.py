@@ -48,8 +48,7 @@ class AnswerFinder:
         self.tokenizer = tokenizer
         self.texts = TemplateTexts(tokenizer)
         self.turn_ends: dict[tuple[bool, str], tuple[int, bool]] = {}
-        self.left_out: dict[str, str] = {}  # what the template never renders, and a sentence that says so
-        self._rendered: set[str] = set()
+        self.rendered: dict[str, str] = {}  # by field: "" where the template renders it, else a sentence that says no
 
     def find(self, conversation: Conversation) -> Answers:
         """Render a conversation and find its answers.
@@ -68,23 +67,19 @@ class AnswerFinder:
     def _note_what_is_left_out(self, search: _Search) -> None:
         """Note what the template never renders: the tools, thoughts, words beside a tool call."""
         if search.words_lost:
-            self.left_out["words"] = "the chat template leaves out an answer's text where a tool call stands beside it"
+            self.rendered["words"] = "the chat template leaves out an answer's text where a tool call stands beside it"
         last = search.messages[-1]
         fields = [name for name in THOUGHTS if isinstance(last.get(name), str) and last[name].strip()]
         for field in [*fields, "tools"] if search.tools else fields:
-            if field in self._rendered or field in self.left_out:
+            if field in self.rendered:
                 continue
             bare = [*search.messages[:-1], {name: value for name, value in last.items() if name != field}]
             try:
                 without = render(self.tokenizer, bare, tools=None if field == "tools" else search.tools)
             except TemplateError:
                 continue
-            if without != search.whole:
-                self._rendered.add(field)
-                continue
-            self.left_out[field] = (
-                f"the chat template does not render {field}, so the model neither sees nor learns them"
-            )
+            lost = f"the chat template does not render {field}, so the model neither sees nor learns them"
+            self.rendered[field] = lost if without == search.whole else ""
 
 
 class _Search:

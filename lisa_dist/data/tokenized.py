@@ -6,10 +6,8 @@ import dataclasses
 import hashlib
 import json
 import logging
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,20 +18,16 @@ from transformers import PreTrainedTokenizerBase
 from lisa_dist.config import DataConfig, UserError
 from lisa_dist.config.paths import local_path
 from lisa_dist.data.counts import DataCounts
-from lisa_dist.data.encode import Encoded, Encoder
-from lisa_dist.data.formats import BadRowError, Conversation, Message, RowFormat, Sample, choose_format
-from lisa_dist.data.readers import BrokenRow
+from lisa_dist.data.encode import Encoded
+from lisa_dist.data.encode_rows import RowReader
 from lisa_dist.data.sources import Source, find_source
 from lisa_dist.data.tokenizer import FALLBACK_TEMPLATE, ensure_chat_template
-from lisa_dist.runtime.distributed import gather_objects, local_rank_zero_first
+from lisa_dist.runtime.distributed import on_local_rank_zero
 
 logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 3  # to be raised when the same rows give other tokens
-ANSWER_KEYS = ("content", "tool_calls", "reasoning_content", "reasoning", "thinking")
 ROWS_A_BATCH = 1000
-BAD_ROWS_SHOWN = 3
-ROWS_A_REPORT = 50_000
 
 
 @dataclass(frozen=True)
@@ -57,22 +51,25 @@ def tokenize(
 ) -> TokenizedRows:
     """Tokenize one file or split on the first rank of each machine; every rank maps the result. Collective: every rank.
 
+    The others wait as long as it takes, and notice within ``parallel.timeout`` when that rank is lost.
+
     The cache is keyed by the content of the files, the tokenizer, and what of ``data.*`` changes the tokens.
 
     Raises:
         UserError: there are no rows, no rows with a trained token, or bad rows and ``data.on_bad_row=error``.
     """
     cache = local_path(config.cache_dir or "~/.cache/lisa_dist")
-    folder: Path | None = None
-    with local_rank_zero_first() as first:
-        if first:
-            source = find_source(path, split, key, subset)
-            for note in source.notes:
-                logger.warning("%s=%s: %s", key, path, note)
-            folder = cache / _cache_key(config, source, tokenizer, limit)
-            if not (folder / "counts.json").is_file():
-                _tokenize_into(folder, config, source, tokenizer, key, limit)
-    folders = {found.name for found in gather_objects(folder) if found is not None}
+
+    def find_or_make() -> str:
+        source = find_source(path, split, key, subset)
+        for note in source.notes:
+            logger.warning("%s=%s: %s", key, path, note)
+        folder = cache / _cache_key(config, source, tokenizer, limit)
+        if not (folder / "counts.json").is_file():
+            _tokenize_into(folder, config, source, tokenizer, key, limit)
+        return folder.name
+
+    folders = set(on_local_rank_zero(find_or_make))
     if len(folders) != 1:
         raise UserError(f"{key}={path}: the files, or the tokenizer's, differ between the machines")
     tokenized = _load(cache / folders.pop(), tokenizer)
@@ -137,80 +134,6 @@ def _tokenize_into(
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-class RowReader:
-    """Goes through a source's rows once, finds their format, and counts what becomes of them."""
-
-    def __init__(self, config: DataConfig, source: Source, key: str, limit: int | None) -> None:
-        self.config = config
-        self.source = source
-        self.key = key
-        self.limit = limit
-        self.format: RowFormat | None = None
-        self.counts = DataCounts()
-
-    def encoded(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[Encoded]:
-        """Yield every row that has a trained token, as tokens."""
-        encoder: Encoder | None = None
-        for index, row in enumerate(self.source.rows()):
-            if index == self.limit:
-                return
-            if index and index % ROWS_A_REPORT == 0:
-                logger.info("tokenized %d rows of %s", index, self.source.name)
-            self.counts.read += 1
-            if isinstance(row, BrokenRow):
-                self._bad(row.place, row.reason)
-                continue
-            if encoder is None or self.format is None:
-                self.format = choose_format(self.config.format, self.config.columns, row.values)
-                if self.format.name != "text":
-                    ensure_chat_template(tokenizer)
-                encoder = Encoder(tokenizer, self.config.sequence_length, self.config.train_on_prompt)
-            try:
-                sample = self.format.to_sample(row.values)
-                encoded = encoder.encode(sample)
-            except BadRowError as error:
-                self._bad(row.place, str(error))
-                continue
-            unread = self.format.unread(row.values)
-            self.counts.unread_columns += sorted(unread.difference(self.counts.unread_columns))
-            self.counts.not_rendered = encoder.left_out
-            if self._count(sample, encoded):
-                yield encoded
-
-    def _count(self, sample: Sample, encoded: Encoded) -> bool:
-        """Count a row, and return whether it is used."""
-        counts = self.counts
-        if not encoded.trained_tokens:
-            within = f" within data.sequence_length={self.config.sequence_length}" if encoded.cut else ""
-            counts.leave_out(f"without a trained token{within}")
-            return False
-        counts.used += 1
-        counts.cut += encoded.cut
-        counts.tokens += len(encoded.input_ids)
-        counts.trained_tokens += encoded.trained_tokens
-        if isinstance(sample, Conversation):
-            counts.empty_answers += sum(
-                message["role"] == "assistant" and index not in sample.untrained and _is_empty(message)
-                for index, message in enumerate(sample.messages)
-            )
-        return True
-
-    def _bad(self, place: str, reason: str) -> None:
-        if self.config.on_bad_row == "error":
-            raise UserError(
-                f"{self.key}={self.source.name}: {place}: {reason}; mend the row, or set data.on_bad_row=skip"
-            )
-        kind = re.split(r", found | \(|; ", reason)[0]  # what follows is of this row alone
-        self.counts.leave_out(f"bad: {kind}")
-        if sum(count for why, count in self.counts.left_out.items() if why.startswith("bad: ")) <= BAD_ROWS_SHOWN:
-            logger.warning("skipped %s: %s", place, reason)
-
-
-def _is_empty(answer: Message) -> bool:
-    """Whether an answer says nothing: no text, no call, no thought."""
-    return not any(str(answer.get(key) or "").strip() for key in ANSWER_KEYS)
 
 
 def _write_tokens(file: Path, reader: RowReader, tokenizer: PreTrainedTokenizerBase) -> None:

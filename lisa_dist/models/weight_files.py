@@ -157,10 +157,14 @@ def weights_directory(path: str) -> Path:
     directory = local_directory(path)
     if directory is not None:
         return directory
-    with distributed.local_rank_zero_first():
+
+    def download() -> Path:
         try:
             # "consolidated" files are the same weights in another layout
             return Path(snapshot_download(path, allow_patterns=WEIGHT_FILES, ignore_patterns=["consolidated*"]))
         except OSError as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"model.path={path}: can't be downloaded from the hub ({reason})") from error
+
+    distributed.on_local_rank_zero(download)
+    return download()  # from the cache of this machine

@@ -289,24 +289,25 @@ def barrier() -> None:
         all_reduce_sum([0.0])  # through gloo, which needs no device
 
 
-@contextmanager
-def local_rank_zero_first() -> Iterator[bool]:
-    """Run the body on the first rank of each machine, then on the others, so that they find its cache.
+def on_local_rank_zero(action: Callable[[], T]) -> list[T]:
+    """Call ``action`` on the first rank of each machine; every rank gets what each returned. Collective: every rank.
 
-    Yields whether this rank is the first of its machine. Collective: every rank. Where the body raises
-    on a first rank, every rank learns of it and raises.
+    It may take as long as it needs (see :func:`gather_outcomes`). Where it raises on one, every rank raises.
     """
-    first = local_rank() == 0
     failure: BaseException | None = None
-    if first:
+
+    def attempt() -> tuple[list[T], str | None]:
+        nonlocal failure
         try:
-            yield True
+            return [action()] if local_rank() == 0 else [], None
         except BaseException as error:
             failure = error
-    failures = [text for text in gather_objects(None if failure is None else f"{failure}") if text is not None]
+            return [], f"{error}"
+
+    outcomes = gather_outcomes(attempt)
     if failure is not None:
         raise failure
+    failures = [text for _, text in outcomes if text is not None]
     if failures:
         raise UserError(failures[0])
-    if not first:
-        yield False
+    return [result for results, _ in outcomes for result in results]

@@ -127,7 +127,8 @@ def prepare_run(config: Config) -> Run:
     with distributed.waiting_for_disks(config.parallel.timeout):
         newest = newest_complete(directory) if config.checkpoint.resume == "auto" else None
         order_seed = config.train.seed if newest is None else first_seed(newest)
-        data = prepare_data(config.data, tokenizer, order_seed)
+    data = prepare_data(config.data, tokenizer, order_seed)  # waits by itself, as long as it takes
+    with distributed.waiting_for_disks(config.parallel.timeout):
         described = distributed.on_rank_zero(lambda: fingerprint(config.data, data, tokenizer))
     warn_of_positions(config, architecture)
     show_preview(config.data, data, tokenizer)

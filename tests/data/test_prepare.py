@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lisa_dist.config import DataConfig, UserError
-from lisa_dist.data import tokenized
+from lisa_dist.data import encode_rows, tokenized
 from lisa_dist.data.counts import DataCounts
 from lisa_dist.data.prepare import prepare_data, validation_split
 from lisa_dist.data.tokenized import tokenize
@@ -233,6 +234,60 @@ def test_rows_are_left_out_by_reason(tmp_path):
     for number in range(200):
         counts.leave_out(f"reason {number}")
     assert len(counts.left_out) <= 21 and sum(counts.left_out.values()) == 200
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(encode_rows, "ROWS_A_CHUNK", 3)
+    monkeypatch.setattr(encode_rows, "CHUNKS_BEFORE_WORKERS", 1)
+
+
+def test_processes_change_nothing_of_tokens_and_counts(tmp_path, caplog, small_chunks):
+    chat = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a" * i}]}
+        for i in range(40)
+    ]
+    chat[13]["topic"] = "x"
+    chat[22]["messages"][1]["reasoning_content"] = "t"
+    chat[31]["messages"][1]["thinking"] = "t"
+    rows: list = [*chat, {"messages": 3}, "{\n", {"messages": chat[1]["messages"][:1]}, {"messages": []}, *chat[:5]]
+    path = write(tmp_path / "rows.jsonl", rows[::-1])
+    found = []
+    for num_proc in ("1", "3"):
+        folder = tmp_path / num_proc
+        folder.mkdir()
+        data = prepare(folder, path=path, on_bad_row="skip", num_proc=num_proc, sequence_length=40)
+        found.append((rows_of(data.train), data.counts, said(caplog)))
+    assert found[0] == found[1]
+    counts, warnings = found[0][1:]
+    assert (counts.read, len(counts.left_out), len(counts.not_rendered)) == (49, 3, 2)
+    assert counts.cut and counts.empty_answers == 2 and counts.unread_columns == ["topic"]
+    assert [text.partition(": ")[0].partition(", ")[2] for text in warnings[:3]] == ["line 6", "line 7", "line 8"]
+
+
+@pytest.mark.parametrize("num_proc", ["1", "2", "4"])
+def test_the_first_bad_row_is_named_whatever_the_processes(num_proc, tmp_path, small_chunks):
+    bad = [{"prompt": "q", "completion": 1}, {"prompt": 2, "completion": "a"}]
+    path = write(tmp_path / "bad.jsonl", [*ROWS, *ROWS, bad[0], *ROWS[:2], bad[1], "{\n"])
+    with pytest.raises(UserError, match=r"bad.jsonl, line 41: column completion must be text"):
+        prepare(tmp_path, path=path, num_proc=num_proc)
+    path = write(tmp_path / "0.jsonl", [*ROWS, bad[0]])
+    (tmp_path / "1.json").write_text("[")
+    with pytest.raises(UserError, match=r"0.jsonl, line 21: column completion"):  # not the file behind it
+        prepare(tmp_path, path=f"{tmp_path}/[01].json*", num_proc=num_proc)
+    with pytest.raises(UserError, match=r"1.json, line 1: not valid JSON"):
+        prepare(tmp_path, path=f"{tmp_path}/[01].json*", num_proc=num_proc, on_bad_row="skip")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_process_that_is_killed_ends_in_a_sentence(tmp_path, small_chunks, monkeypatch):
+    here = os.getpid()
+    encode = encode_rows.encode_chunk
+    monkeypatch.setattr(
+        encode_rows, "encode_chunk", lambda *args: encode(*args) if os.getpid() == here else os._exit(1)
+    )
+    with pytest.raises(UserError, match=r"data.num_proc=2: while tokenizing a process was killed"):
+        prepare(tmp_path, num_proc="2")
 
 
 def test_subsets_reach_the_validation_split(tmp_path):

@@ -160,14 +160,14 @@ def test_what_the_template_never_renders_is_noted_once():
     finder = AnswerFinder(tokenizer_with(TEMPLATES["chatml"]))
     for _ in range(2):
         finder.find(Conversation([user("a"), answer("b", reasoning_content="because")], [WEATHER]))
-    assert [text.split(",")[0] for text in finder.left_out.values()] == [
+    assert [text.split(",")[0] for text in finder.rendered.values()] == [
         "the chat template does not render reasoning_content",
         "the chat template does not render tools",
     ]
     words = AnswerFinder(tokenizer_with(shipped("llama3_1")))
     for _ in range(2):
         words.find(Conversation([OSLO, answer("Let me look.", tool_calls=[call("Oslo")])]))
-    assert list(words.left_out) == ["words"]
+    assert list(words.rendered) == ["words"]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama3", "qwen3_5_think"])

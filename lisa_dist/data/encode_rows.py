@@ -1,0 +1,187 @@
+"""From the rows of a source to tokens, in parallel, and the count of what became of them.
+
+Rows are encoded in chunks of one size, each by an encoder of its own: results do not depend on how many processes
+there are, nor on which of them had which rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import chain, islice
+
+from transformers import PreTrainedTokenizerBase
+
+from lisa_dist.config import DataConfig, UserError
+from lisa_dist.data.counts import DataCounts
+from lisa_dist.data.encode import Encoded, Encoder
+from lisa_dist.data.formats import BadRowError, Conversation, Message, RowFormat, Sample, choose_format
+from lisa_dist.data.readers import BrokenRow, Row
+from lisa_dist.data.row_progress import row_progress
+from lisa_dist.data.sources import Source
+from lisa_dist.data.tokenizer import ensure_chat_template
+from lisa_dist.data.workers import WorkerDiedError, map_in_order
+
+logger = logging.getLogger(__name__)
+
+ROWS_A_CHUNK = 250
+CHUNKS_BEFORE_WORKERS = 8  # a small data set starts none
+BAD_ROWS_SHOWN = 3
+ANSWER_KEYS = ("content", "tool_calls", "reasoning_content", "reasoning", "thinking")
+
+
+@dataclass
+class EncodedRow:
+    """What became of one row."""
+
+    place: str
+    bad: str = ""  # why it can't be used
+    encoded: Encoded | None = None
+    unread: set[str] = field(default_factory=set)  # columns
+    empty_answers: int = 0
+
+
+@dataclass
+class EncodedChunk:
+    """What became of the rows of one chunk, and what the encoder noted of the chat template."""
+
+    rows: list[EncodedRow]
+    rendered: dict[str, str]  # see AnswerFinder
+
+
+class RowReader:
+    """Goes through a source's rows once, finds their format, and counts what becomes of them."""
+
+    def __init__(self, config: DataConfig, source: Source, key: str, limit: int | None) -> None:
+        self.config = config
+        self.source = source
+        self.key = key
+        self.limit = limit
+        self.format: RowFormat | None = None
+        self.counts = DataCounts()
+        self.rendered: dict[str, str] = {}
+
+    def encoded(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[Encoded]:
+        """Yield every row that has a trained token, as tokens.
+
+        Raises:
+            UserError: a row is bad and ``data.on_bad_row=error``, or a file is broken as a whole.
+        """
+        rows = islice(self.source.rows(), self.limit)
+        first = self._first_whole(rows)
+        if first is None:
+            return
+        chosen = self.format = choose_format(self.config.format, self.config.columns, first.values)
+        if chosen.name != "text":
+            ensure_chat_template(tokenizer)
+
+        def encode(chunk: list[Row | BrokenRow]) -> EncodedChunk:
+            return encode_chunk(chunk, chosen, tokenizer, self.config)
+
+        num_proc = self.config.num_processes
+        mapped = map_in_order(encode, _chunks(chain([first], rows)), num_proc, CHUNKS_BEFORE_WORKERS)
+        try:
+            with closing(mapped), row_progress(self.source.name, self._total()) as advance:
+                for chunk in mapped:
+                    for name, sentence in chunk.rendered.items():
+                        self.rendered.setdefault(name, sentence)
+                    yield from (row.encoded for row in chunk.rows if self._count(row) and row.encoded is not None)
+                    advance(len(chunk.rows))
+        except WorkerDiedError as error:
+            raise UserError(f"data.num_proc={num_proc}: while tokenizing {error}; set it lower") from error
+        self.counts.not_rendered = [sentence for sentence in self.rendered.values() if sentence]
+
+    def _total(self) -> int | None:
+        total = self.source.count_rows()
+        return total if total is None or self.limit is None else min(total, self.limit)
+
+    def _first_whole(self, rows: Iterator[Row | BrokenRow]) -> Row | None:
+        for row in rows:
+            if isinstance(row, Row):
+                return row
+            self._count(EncodedRow(row.place, row.reason))
+        return None
+
+    def _count(self, row: EncodedRow) -> bool:
+        """Count a row, and return whether it is used."""
+        counts = self.counts
+        counts.read += 1
+        if row.encoded is None:
+            self._bad(row.place, row.bad)
+            return False
+        counts.unread_columns += sorted(row.unread.difference(counts.unread_columns))
+        if not row.encoded.trained_tokens:
+            within = f" within data.sequence_length={self.config.sequence_length}" if row.encoded.cut else ""
+            counts.leave_out(f"without a trained token{within}")
+            return False
+        counts.used += 1
+        counts.cut += row.encoded.cut
+        counts.tokens += len(row.encoded.input_ids)
+        counts.trained_tokens += row.encoded.trained_tokens
+        counts.empty_answers += row.empty_answers
+        return True
+
+    def _bad(self, place: str, reason: str) -> None:
+        if self.config.on_bad_row == "error":
+            raise UserError(
+                f"{self.key}={self.source.name}: {place}: {reason}; mend the row, or set data.on_bad_row=skip"
+            )
+        kind = re.split(r", found | \(|; ", reason)[0]  # what follows is of this row alone
+        self.counts.leave_out(f"bad: {kind}")
+        if sum(count for why, count in self.counts.left_out.items() if why.startswith("bad: ")) <= BAD_ROWS_SHOWN:
+            logger.warning("skipped %s: %s", place, reason)
+
+
+def encode_chunk(
+    chunk: list[Row | BrokenRow], chosen: RowFormat, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> EncodedChunk:
+    """Encode the rows of a chunk; what is remembered of the chat template on the way is of this chunk alone."""
+    encoder = Encoder(tokenizer, config.sequence_length, config.train_on_prompt)
+    rows = [_encode_row(row, chosen, encoder) for row in chunk]
+    return EncodedChunk(rows, encoder.rendered)
+
+
+def _encode_row(row: Row | BrokenRow, chosen: RowFormat, encoder: Encoder) -> EncodedRow:
+    if isinstance(row, BrokenRow):
+        return EncodedRow(row.place, row.reason)
+    try:
+        sample = chosen.to_sample(row.values)
+        encoded = encoder.encode(sample)
+    except BadRowError as error:
+        return EncodedRow(row.place, str(error))
+    return EncodedRow(row.place, "", encoded, chosen.unread(row.values), _empty_answers(sample))
+
+
+def _empty_answers(sample: Sample) -> int:
+    if not isinstance(sample, Conversation):
+        return 0
+    return sum(
+        message["role"] == "assistant" and index not in sample.untrained and _is_empty(message)
+        for index, message in enumerate(sample.messages)
+    )
+
+
+def _is_empty(answer: Message) -> bool:
+    """Whether an answer says nothing: no text, no call, no thought."""
+    return not any(str(answer.get(key) or "").strip() for key in ANSWER_KEYS)
+
+
+def _chunks(rows: Iterator[Row | BrokenRow]) -> Iterator[list[Row | BrokenRow]]:
+    """Yield the rows in chunks; where reading raises, those before come first."""
+    chunk: list[Row | BrokenRow] = []
+    failure: UserError | None = None
+    try:
+        for row in rows:
+            chunk.append(row)
+            if len(chunk) == ROWS_A_CHUNK:
+                yield chunk
+                chunk = []
+    except UserError as error:
+        failure = error
+    if chunk:
+        yield chunk
+    if failure is not None:
+        raise failure
