@@ -63,9 +63,10 @@ def describe(error: BaseException, config: Config, phase: str) -> str:
     ranks, local_ranks = distributed.world_size(), distributed.local_world_size()
     asked, free = amounts(str(error))
     found = [f"{asked} were asked for"] if asked else []
-    if free is None and (left := free_memory_bytes()) is not None:
-        free = format_bytes(left)
-    found += [f"{free} are free"] if free else []
+    if free is not None:
+        found.append(f"{free} were free")
+    elif (left := free_memory_bytes()) is not None:
+        found.append(f"{format_bytes(left)} are free now")  # what the phase had so far is given back already
     start = f"out of memory in {phase}" + (f", {' and '.join(found)}" if found else "")
     on_gpu = distributed.device().type == "cuda"
     return f"{start}; {advice(config, phase, ranks=ranks, local_ranks=local_ranks, on_gpu=on_gpu)}"
@@ -92,7 +93,7 @@ def advice(config: Config, phase: str, *, ranks: int, local_ranks: int, on_gpu: 
             changes[key] = f"{key}={value} (now {now})"
     return (
         f"what needs less, in the order to try it: {', '.join([*changes.values(), 'more ranks'])}; "
-        f"what each would need is shown by: {shlex.join(command)}"
+        f"what a change would need is shown when it is added to: {shlex.join(command)}"
     )
 
 
