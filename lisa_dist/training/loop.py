@@ -218,7 +218,7 @@ def train_steps(run: Run) -> bool:
             with heartbeat.phase("the draw and switch of active blocks"):
                 figures["switch_seconds"] = switch(run, step)
         if step == first_step:
-            with heartbeat.phase("the trial of the longest micro-batch"):
+            with heartbeat.phase("the dry run of the longest micro-batch"):
                 log_first_period(run)
         stop = stop_requested() or run.checkpoints.must_stop()
         run.recorder.begin_step()

@@ -154,11 +154,11 @@ def train_within(config: Config, spare: int) -> str:
     return str(caught.value)
 
 
-def test_memory_that_really_runs_out_is_found_by_the_first_trial(tmp_path: Path) -> None:
+def test_memory_that_really_runs_out_is_found_by_the_dry_run(tmp_path: Path) -> None:
     """The address space is limited, so that an allocation of the forward pass fails as it would on a full machine."""
     long = ["data.sequence_length=2048", "data.packing=true", "train.micro_batch_size=8", "model.loss_chunk=16384"]
     (sentence,) = run_on_ranks(1, train_within, make_config(tmp_path, *long), 64 * 2**20)
-    assert sentence.startswith("out of memory in the trial of the longest micro-batch of step 1, "), sentence
+    assert sentence.startswith("out of memory in the dry run of the longest micro-batch of step 1, "), sentence
     free = re.search(r"MiB were asked for and ([\d.]+) MiB are free now; ", sentence)
     assert free is not None and float(free[1]) <= 64, "what the limit leaves, not what the machine has"
     assert "train.micro_batch_size=4 (now 8), parallel.activation_checkpointing=full (now none), " in sentence
