@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from lisa_dist.config.paths import local_path
 from lisa_dist.config.reference import keys_of
 from lisa_dist.config.run_directory import check_run_dir_is_free, resolve_run_dir
 from lisa_dist.runtime.environment import environment_rank, has_ranks
-from lisa_dist.runtime.signals import ignore_stop_signals, install_stop_handlers
+from lisa_dist.runtime.signals import ignore_stop_signals, install_stop_handlers, stops_within
 
 
 def train(config: Config) -> int:
@@ -108,7 +107,7 @@ class Command:
         return (self.function.__doc__ or "").rstrip(".")
 
 
-SECONDS_FOR_RANK_0 = 5
+SECONDS_FOR_RANK_0 = 60  # to find the same mistake, on a busy machine
 TRAINING = ("train", "plan", "bench", "launch")  # whose configuration is one to train with
 TRAINING_KEYS = (
     "model data sampler update always_active optimizer scheduler train parallel precision checkpoint logger run"
@@ -141,10 +140,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _run(_parser().parse_intermixed_args(arguments))
     except UserError as error:
-        if environment_rank() == 0:
+        # torchrun and srun end every rank as soon as one leaves, so rank 0 comes first: it says what all have found.
+        if environment_rank() == 0 or not stops_within(SECONDS_FOR_RANK_0):
             print(f"lisa-dist: {error}", file=sys.stderr)
-        else:
-            time.sleep(SECONDS_FOR_RANK_0)  # torchrun and srun end rank 0 when this one leaves before it has spoken
         return EXIT_USER_ERROR
     except OutOfMemoryError as error:  # of one rank or of several, each with its own place
         print(f"lisa-dist: rank {environment_rank()} failed: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ Handlers are installed before torch is imported, so that a signal in those secon
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -33,6 +34,14 @@ def install_stop_handlers(*, ignore_interrupt: bool = False) -> None:
 def stop_requested() -> bool:
     """Whether this process was asked to stop; any one rank may be the only one that was."""
     return _requested
+
+
+def stops_within(seconds: float) -> bool:
+    """Wait until this process is asked to stop, at most so many seconds; return whether it was."""
+    end = time.monotonic() + seconds
+    while not stop_requested() and time.monotonic() < end:
+        time.sleep(0.05)
+    return stop_requested()
 
 
 def ignore_stop_signals() -> None:

@@ -346,7 +346,7 @@ CHECKPOINT = [
         "telemetry/records.py",
         'if row["step"] <= step]',
         "]",
-        RESUMED,
+        "telemetry/test_records.py::test_resume_cuts_rows_past_the_checkpoint_and_a_torn_last_line",
     ),
     Mutation(
         "a checkpoint is complete, and old ones are removed, before it is written",

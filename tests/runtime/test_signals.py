@@ -9,7 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from lisa_dist.runtime.signals import STOP_SIGNALS, ignore_stop_signals, install_stop_handlers, stop_requested
+from lisa_dist.runtime.signals import (
+    STOP_SIGNALS,
+    ignore_stop_signals,
+    install_stop_handlers,
+    stop_requested,
+    stops_within,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +43,13 @@ def test_a_signal_held_back_before_is_delivered() -> None:
     install_stop_handlers()
     assert stop_requested()
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(STOP_SIGNALS)
+
+
+def test_waiting_for_a_stop_ends_with_it_or_with_the_time() -> None:
+    install_stop_handlers()
+    assert not stops_within(0.01)
+    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert stops_within(60)
 
 
 def test_under_our_launcher_control_c_is_the_launchers() -> None:

@@ -109,6 +109,7 @@ def test_the_rank_of_a_preset_is_cut_to_the_matrix_and_said_once(config: Any, ca
     assert len([record for record in caplog.records if "rank" in record.getMessage()]) == 1
     if isinstance(update, LowRank):
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        assert "model.layers.0.self_attn.q_proj.weight" in update.ranks
         assert all(rank == min(shapes[name]) for name, rank in update.ranks.items())
     else:
         assert model.model.layers[0].self_attn.q_proj.r["default"] == 24
