@@ -24,7 +24,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not soak" tests/config tests/data tests/optim tests/sampling tests/telemetry
+	$(BIN)/python -m pytest -m "not soak" tests/config tests/data tests/method/optim tests/method/sampling tests/runtime
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not soak"

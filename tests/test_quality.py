@@ -56,6 +56,13 @@ def test_every_target_of_make_that_the_docs_name_exists() -> None:
         assert named <= targets, f"{page.name} names {named - targets}"
 
 
+def test_every_file_that_the_docs_and_the_makefile_name_exists() -> None:
+    for page in [*PAGES, ROOT / "Makefile"]:
+        named = set(re.findall(r"(?<![\w/.-])(?:tests|lisa_dist|conf)/[\w/]+(?:\.\w+)?", page.read_text()))
+        missing = {name for name in named if "NAME" not in name and not (ROOT / name).exists()}
+        assert not missing, f"{page.name} names {missing}"
+
+
 def test_hooks_before_a_commit_run_the_tools_of_the_environment() -> None:
     """The same versions as the tests, and no host to fetch a hook from."""
     repositories = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
