@@ -80,7 +80,7 @@ def restore_checkpoint(
     restore_weights(train_module, checkpoint, state)
     add_trained_params(train_module)
     waiting = state["optimizer_steps"].keys() - train_module.optimizer.parameters.keys()
-    train_module.optimizer.allocate_offloaded({name: train_module.sharded.parameter(name) for name in sorted(waiting)})
+    train_module.optimizer.allocate_offloaded({name: train_module.store.parameter(name) for name in sorted(waiting)})
     moments = train_module.optimizer.moment_tensors()
     if hash_of_shapes(moments) != state["moments"]:
         refuse_other_moments(checkpoint, hide_secrets(to_yaml(train_module.config)))

@@ -188,11 +188,11 @@ class CheckpointSaver:
         A thaw gives a parameter another storage, unless its dtype stays as it was; a snapshot keeps the old one.
         """
         train_module = self.train_module
-        sharded, trained = train_module.sharded, train_module.optimizer.parameters
+        store, trained = train_module.store, train_module.optimizer.parameters
         frozen = {
             name
-            for name in sharded.handles
-            if name not in trained and sharded.storage_dtype(name, False) != sharded.storage_dtype(name, True)
+            for name in store.names
+            if name not in trained and store.storage_dtype(name, False) != store.storage_dtype(name, True)
         }
         return {name for name in names if name in frozen or name.rpartition(".")[0] in frozen}
 

@@ -54,14 +54,12 @@ def weight_tensors(train_module: TrainModule) -> dict[str, torch.Tensor]:
 
     A parameter with a master apart from it is the master.
     """
-    reshard_all(train_module.sharded.module)
-    tensors = train_module.sharded.module.state_dict(keep_vars=True)
+    reshard_all(train_module.store.module)
+    tensors = train_module.store.module.state_dict(keep_vars=True)
     first_names = {id(tensor): name for name, tensor in reversed(tensors.items())}
     tensors = {name: tensor for name, tensor in tensors.items() if first_names[id(tensor)] == name}
-    handles = train_module.sharded.handles
-    return {
-        name: (train_module.sharded.master(name) if name in handles else tensors[name]).detach() for name in tensors
-    }
+    handles = train_module.store.handles
+    return {name: (train_module.store.master(name) if name in handles else tensors[name]).detach() for name in tensors}
 
 
 def state_of(train_module: TrainModule, progress: Progress) -> dict[str, Any]:
@@ -89,10 +87,8 @@ def identity(train_module: TrainModule) -> dict[str, Any]:
     """Return what a run must have in common with a checkpoint to go on from it."""
     config = train_module.config
     return {
-        "parameters": hash_of_shapes(
-            {name: train_module.sharded.parameter(name) for name in train_module.sharded.handles}
-        ),
-        "blocks": len(train_module.sharded.layers.blocks),
+        "parameters": hash_of_shapes({name: train_module.store.parameter(name) for name in train_module.store.names}),
+        "blocks": len(train_module.store.layers.blocks),
         "update.name": config.update.name,
         "sampler.name": config.sampler.name,
         "sampler.period": config.sampler.period,

@@ -45,7 +45,7 @@ def run(config: Config) -> int:
     for prompt in prompts:
         ids = prompt_ids(opened.tokenizer, prompt)
         found = answer(
-            opened.train_module.sharded.module, ids, stops, choice.max_new_tokens, choice.temperature, generator
+            opened.train_module.store.module, ids, stops, choice.max_new_tokens, choice.temperature, generator
         )
         text = str(opened.tokenizer.decode(found, skip_special_tokens=True)).strip()
         if distributed.is_main():

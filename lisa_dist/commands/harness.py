@@ -54,7 +54,7 @@ class ShardedModelOfHarness(TemplateLM):
         longest: tokens of a text; longer ones lose their beginning.
         """
         super().__init__()
-        self.module = opened.train_module.sharded.module.eval()
+        self.module = opened.train_module.store.module.eval()
         self.tokenizer = opened.tokenizer
         self.batch_size = batch_size
         self.longest = longest

@@ -51,7 +51,7 @@ def open_model(config: Config, path: str | None, step: int | None, command: str)
         tokenizer = open_tokenizer(frozen)
         train_module = build_train_module(frozen)
         allocate(train_module, [], distributed.device())
-        load_pretrained(train_module.sharded.module, path)
+        load_pretrained(train_module.store.module, path)
         return OpenedModel(train_module, tokenizer, path, None)
     if config.run.dir is None:
         raise UserError(f"{command}.path=null: name a Hugging Face directory, or a run by run.dir=DIR")

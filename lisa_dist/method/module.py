@@ -35,7 +35,7 @@ from lisa_dist.runtime.units import format_count
 from lisa_dist.sharding.checkpointing_policy import CheckpointingPolicy
 from lisa_dist.sharding.compilation import compile_blocks
 from lisa_dist.sharding.wrapping_policy import (
-    ShardedModel,
+    ShardedStore,
     always_active_parameters,
     materialize,
     persistent_bytes,
@@ -53,7 +53,7 @@ class TrainModule:
     """The model with everything that changes it: what a checkpoint holds, and what bench and plan drive too."""
 
     config: Config
-    sharded: ShardedModel
+    store: ShardedStore
     update: Update
     optimizer: ActiveOptimizer
     sampler: RankSynchronizedSampler
@@ -100,11 +100,11 @@ def build_train_module(config: Config, architecture: PretrainedConfig | None = N
     if config.parallel.compile:
         compile_blocks(layers.blocks)
     mesh = distributed.make_mesh(config.parallel)
-    sharded = shard_model(module, layers, mesh, config.parallel, config.precision, update.keeps_precision)
-    active = ActiveSet(always_active_parameters(sharded, config.always_active))
-    stepped = update if sharded.world is None else StepsMasters(update, sharded.world)
+    store = shard_model(module, layers, mesh, config.parallel, config.precision, update.keeps_precision)
+    active = ActiveSet(always_active_parameters(store, config.always_active))
+    stepped = update if store.world is None else StepsMasters(update, store.world)
     optimizer = ActiveOptimizer(config.optimizer, stepped, undecayed)
-    return TrainModule(config, sharded, update, optimizer, sampler, active, checkpointing)
+    return TrainModule(config, store, update, optimizer, sampler, active, checkpointing)
 
 
 def separate_packed_samples(config: Config, module: nn.Module, layers: LayerMap) -> Separation | None:
@@ -141,30 +141,30 @@ def check_torch_for_quantization(kind: str) -> None:
 def allocate(train_module: TrainModule, active_blocks: list[int], device: torch.device) -> None:
     """Allocate the shards for a set of active blocks; weights are not yet filled."""
     train_module.active.blocks = list(active_blocks)
-    trained = trained_parameters(train_module.sharded, train_module.update, train_module.active)
-    materialize(train_module.sharded, trained, device)
-    restore_buffers(train_module.sharded.module)
-    train_module.checkpointing.apply(train_module.sharded, train_module.active.blocks)
+    trained = trained_parameters(train_module.store, train_module.update, train_module.active)
+    materialize(train_module.store, trained, device)
+    restore_buffers(train_module.store.module)
+    train_module.checkpointing.apply(train_module.store, train_module.active.blocks)
 
 
 def add_trained_params(train_module: TrainModule) -> None:
     """Hand what trains to the optimizer, with zero state, now that its weights are there. No communication."""
-    trained = trained_parameters(train_module.sharded, train_module.update, train_module.active)
-    if train_module.sharded.world is not None:
-        set_trainable(train_module.sharded, trained, trained=True)
-    train_module.optimizer.add_params({name: train_module.sharded.parameter(name) for name in trained})
+    trained = trained_parameters(train_module.store, train_module.update, train_module.active)
+    if train_module.store.world is not None:
+        set_trainable(train_module.store, trained, trained=True)
+    train_module.optimizer.add_params({name: train_module.store.parameter(name) for name in trained})
 
 
 def load_initial_weights(train_module: TrainModule, device: torch.device) -> None:
     """Allocate the model and fill it from its directory, or at random. Collective: every rank."""
-    blocks = list(range(len(train_module.sharded.layers.blocks)))
+    blocks = list(range(len(train_module.store.layers.blocks)))
     # Where every block trains in every period, weights never pass through the frozen dtype.
     allocate(train_module, blocks if train_module.config.sampler.name == "all" else [], device)
     if train_module.config.model.initialization == "random":
-        added = initialize_random(train_module.sharded.module, train_module.config.train.seed)
+        added = initialize_random(train_module.store.module, train_module.config.train.seed)
     else:
-        added = load_pretrained(train_module.sharded.module, str(train_module.config.model.path))
-    parameters = {name: train_module.sharded.parameter(name) for name in train_module.sharded.handles}
+        added = load_pretrained(train_module.store.module, str(train_module.config.model.path))
+    parameters = {name: train_module.store.parameter(name) for name in train_module.store.names}
     train_module.update.initialize(parameters, added, train_module.config.train.seed)
     add_trained_params(train_module)
 
@@ -181,7 +181,7 @@ def begin_period(train_module: TrainModule, period: int, coming: ComingBatches |
         train_module.sampler.observe(probe(train_module, coming))
     blocks = train_module.sampler.draw(period)
     switch_active_blocks(
-        train_module.sharded,
+        train_module.store,
         train_module.optimizer,
         train_module.update,
         train_module.active,
@@ -189,7 +189,7 @@ def begin_period(train_module: TrainModule, period: int, coming: ComingBatches |
         period,
         train_module.config.train.seed,
     )
-    train_module.checkpointing.apply(train_module.sharded, train_module.active.blocks)
+    train_module.checkpointing.apply(train_module.store, train_module.active.blocks)
 
 
 def probe(train_module: TrainModule, coming: ComingBatches | None) -> list[float]:
@@ -198,21 +198,21 @@ def probe(train_module: TrainModule, coming: ComingBatches | None) -> list[float
     Raises:
         UserError: it needs calibration data and ``coming`` is None.
     """
-    sharded, update = train_module.sharded, train_module.update
+    store, update = train_module.store, train_module.update
     settings: Any = train_module.config.sampler  # a sampler's own keys are in its subclass
     needs = train_module.sampler.sampler.needs
     if needs == WEIGHT_NORMS:
-        return probes.weight_norms(sharded)
+        return probes.weight_norms(store)
     if coming is None:
         raise UserError(f"sampler={settings.name}: needs calibration data, and there is none")
     batches = coming(settings.probe_batches)
     if needs == GRADIENT_NORMS:
-        return probes.gradient_norms(sharded, update, batches)
+        return probes.gradient_norms(store, update, batches)
     if needs == OUTLIERS:
-        return probes.outlier_shares(sharded, batches, settings.threshold)
+        return probes.outlier_shares(store, batches, settings.threshold)
     if needs == RESPONSE_SUPPRESSION:
         sets = train_module.sampler.suppressed_sets()
-        return probes.suppressed_losses(sharded, update, batches, sets, settings.suppression_factor)
+        return probes.suppressed_losses(store, update, batches, sets, settings.suppression_factor)
     raise ValueError(f"there is no probe {needs}")
 
 
@@ -222,7 +222,7 @@ def observed_blocks(train_module: TrainModule) -> dict[int, list[str]]:
         return {}
     named: dict[int, list[str]] = {block: [] for block in train_module.active.blocks}
     for name in train_module.optimizer.parameters:
-        part = train_module.sharded.layers.group_of(name)
+        part = train_module.store.layers.group_of(name)
         if part.startswith("block:"):
             named[int(part.removeprefix("block:"))].append(name)
     return named
@@ -231,7 +231,7 @@ def observed_blocks(train_module: TrainModule) -> dict[int, list[str]]:
 def observe_step(train_module: TrainModule, squared_norms: Mapping[int, float]) -> None:
     """Tell the sampler the squared gradient norm of each block of ``observed_blocks``. No communication."""
     sizes = {
-        block: sum(train_module.sharded.parameter(name).numel() for name in names)
+        block: sum(train_module.store.parameter(name).numel() for name in names)
         for block, names in observed_blocks(train_module).items()
     }
     if sizes:
@@ -243,7 +243,7 @@ def count_persistent_bytes(train_module: TrainModule) -> dict[str, int]:
 
     ``offloaded_optimizer_state`` is in host memory; it is named only where there is any.
     """
-    counted = {**persistent_bytes(train_module.sharded), "optimizer_state": train_module.optimizer.state_bytes()}
+    counted = {**persistent_bytes(train_module.store), "optimizer_state": train_module.optimizer.state_bytes()}
     waiting = train_module.optimizer.offloaded_bytes()
     return counted | ({"offloaded_optimizer_state": waiting} if waiting else {})
 
@@ -252,6 +252,6 @@ def count_trained_parameters(train_module: TrainModule) -> dict[str, int]:
     """Count the parameters, of all ranks together, that train now, by part: blocks, embeddings, norm, head."""
     counts = {"blocks": 0, "embeddings": 0, "norm": 0, "head": 0}
     for name, parameter in train_module.optimizer.parameters.items():
-        part = train_module.sharded.layers.group_of(name)
+        part = train_module.store.layers.group_of(name)
         counts["blocks" if part.startswith("block:") else part] += parameter.numel()
     return counts

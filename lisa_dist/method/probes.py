@@ -23,20 +23,20 @@ from lisa_dist.objectives.chunked_head import IGNORED
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import local_shard
 from lisa_dist.sharding.fsdp2 import reshard_all
-from lisa_dist.sharding.wrapping_policy import ShardedModel, also_trained
+from lisa_dist.sharding.wrapping_policy import ShardedStore, also_trained
 
 logger = logging.getLogger(__name__)
 
 
-def gradient_norms(sharded: ShardedModel, update: Update, micro_batches: Iterable[MicroBatch]) -> list[float]:
+def gradient_norms(store: ShardedStore, update: Update, micro_batches: Iterable[MicroBatch]) -> list[float]:
     """Return for each block the mean over batches of sqrt(||g||^2 / N) (GRASS, arXiv 2604.07808).
 
     g is the gradient of a batch's mean loss with respect to the N parameters of the block that the update
     trains. Each is dropped in a hook as soon as its norm is known, so no more than one block's gradients exist
     at a time beside those of the modules that always train. Collective: every rank, equally many micro-batches.
     """
-    blocks = range(len(sharded.layers.blocks))
-    names = [update.trainable_parameters(sharded.block_parameters(block)) for block in blocks]
+    blocks = range(len(store.layers.blocks))
+    names = [update.trainable_parameters(store.block_parameters(block)) for block in blocks]
     squares = torch.zeros(len(blocks), dtype=torch.float32, device=distributed.device())
 
     def dropping(block: int) -> Callable[[Tensor], None]:
@@ -48,51 +48,51 @@ def gradient_norms(sharded: ShardedModel, update: Update, micro_batches: Iterabl
         return take
 
     sums, batches = [0.0] * len(blocks), 0
-    with also_trained(sharded, [name for part in names for name in part]), _evaluating(sharded.module):
+    with also_trained(store, [name for part in names for name in part]), _evaluating(store.module):
         hooks = [
-            sharded.parameter(name).register_post_accumulate_grad_hook(dropping(block))
+            store.parameter(name).register_post_accumulate_grad_hook(dropping(block))
             for block in blocks
             for name in names[block]
         ]
         for micro_batch in micro_batches:
             squares.zero_()
-            sharded.module(**_on_device(micro_batch)).backward()
-            for parameter in sharded.module.parameters():
+            store.module(**_on_device(micro_batch)).backward()
+            for parameter in store.module.parameters():
                 parameter.grad = None
             reduced = distributed.all_reduce_sum([float(label_tokens(micro_batch)), *squares.tolist()])
-            tokens, norms = max(reduced[0], 1.0), [math.sqrt(value / _replicas(sharded)) for value in reduced[1:]]
+            tokens, norms = max(reduced[0], 1.0), [math.sqrt(value / _replicas(store)) for value in reduced[1:]]
             sums = [total + norm / tokens for total, norm in zip(sums, norms)]
             batches += 1
         for hook in hooks:
             hook.remove()
-    sizes = [sum(sharded.parameter(name).numel() for name in part) for part in names]
+    sizes = [sum(store.parameter(name).numel() for name in part) for part in names]
     return [total / (max(batches, 1) * math.sqrt(size)) for total, size in zip(sums, sizes)]
 
 
-def weight_norms(sharded: ShardedModel) -> list[float]:
+def weight_norms(store: ShardedStore) -> list[float]:
     """Return for each block the l2 norm of all its parameters taken together. Collective: every rank."""
-    reshard_all(sharded.module)
+    reshard_all(store.module)
     squares = []
-    for block in range(len(sharded.layers.blocks)):
-        shards = [local_shard(sharded.parameter(name).detach()) for name in sharded.block_parameters(block)]
+    for block in range(len(store.layers.blocks)):
+        shards = [local_shard(store.parameter(name).detach()) for name in store.block_parameters(block)]
         squares.append(sum(float(shard.float().square().sum(dtype=torch.float64)) for shard in shards))
-    return [math.sqrt(value / _replicas(sharded)) for value in distributed.all_reduce_sum(squares)]
+    return [math.sqrt(value / _replicas(store)) for value in distributed.all_reduce_sum(squares)]
 
 
 @torch.no_grad()
-def outlier_shares(sharded: ShardedModel, micro_batches: Iterable[MicroBatch], threshold: float) -> list[float]:
+def outlier_shares(store: ShardedStore, micro_batches: Iterable[MicroBatch], threshold: float) -> list[float]:
     """Return for each block the share of entries of A_ij = ||X_j||_2 |W_ij| above ``threshold`` times their mean.
 
     OwLore's layerwise outlier distribution (arXiv 2405.18380): W are the block's weight matrices, all their entries
     taken together, X_j their j-th inputs over the tokens of all micro-batches, up to each sequence's last label; of a
     fused expert over the tokens that are routed to it. Collective: every rank, equally many micro-batches.
     """
-    norms = _input_norms(sharded, micro_batches)
-    reshard_all(sharded.module)
+    norms = _input_norms(store, micro_batches)
+    reshard_all(store.module)
     shares = []
-    for block in range(len(sharded.layers.blocks)):
-        names = [name for name in sharded.block_parameters(block) if name in norms]
-        entries = [_scaled_entries(sharded, name, norms[name]) for name in names]
+    for block in range(len(store.layers.blocks)):
+        names = [name for name in store.block_parameters(block) if name in norms]
+        entries = [_scaled_entries(store, name, norms[name]) for name in names]
         total, count = distributed.all_reduce_sum(
             [sum(float(part.sum(dtype=torch.float64)) for part in entries), float(sum(p.numel() for p in entries))]
         )
@@ -103,7 +103,7 @@ def outlier_shares(sharded: ShardedModel, micro_batches: Iterable[MicroBatch], t
 
 
 def suppressed_losses(
-    sharded: ShardedModel, update: Update, micro_batches: list[MicroBatch], sets: list[list[int]], factor: float
+    store: ShardedStore, update: Update, micro_batches: list[MicroBatch], sets: list[list[int]], factor: float
 ) -> list[float]:
     """Return for each set of blocks the mean loss while the contribution of its blocks is scaled by ``factor``.
 
@@ -114,8 +114,8 @@ def suppressed_losses(
     for blocks in sets:
         with ExitStack() as stack:
             for block in blocks:
-                stack.enter_context(update.suppressed(sharded.layers.blocks[block], factor))
-            losses.append(mean_loss(sharded.module, micro_batches))
+                stack.enter_context(update.suppressed(store.layers.blocks[block], factor))
+            losses.append(mean_loss(store.module, micro_batches))
     return losses
 
 
@@ -131,17 +131,17 @@ def mean_loss(module: nn.Module, micro_batches: Iterable[MicroBatch]) -> float:
     return total / max(counted, 1)
 
 
-def _input_norms(sharded: ShardedModel, micro_batches: Iterable[MicroBatch]) -> dict[str, Tensor]:
+def _input_norms(store: ShardedStore, micro_batches: Iterable[MicroBatch]) -> dict[str, Tensor]:
     """Return for each weight matrix the l2 norm of each of its inputs over all tokens of all ranks.
 
     By the parameter's name: [inputs], of fused experts [experts, inputs].
     """
-    seen = InputSquares(sharded.layers, distributed.device())
-    with _evaluating(sharded.module), seen.watching():
+    seen = InputSquares(store.layers, distributed.device())
+    with _evaluating(store.module), seen.watching():
         for micro_batch in micro_batches:
             inputs = _on_device(micro_batch)
             seen.kept = _up_to_last_label(inputs["labels"])
-            sharded.module(**inputs)
+            store.module(**inputs)
     if seen.unseen and distributed.is_main():
         left_out = ", ".join(sorted(seen.unseen))
         logger.warning("sampler=outlier: the inputs of %s can't be seen, so they are left out", left_out)
@@ -157,20 +157,20 @@ def _up_to_last_label(labels: Tensor) -> Tensor:
     return (labels != IGNORED).long().flip(1).cummax(1).values.flip(1)
 
 
-def _scaled_entries(sharded: ShardedModel, name: str, norms: Tensor) -> Tensor:
+def _scaled_entries(store: ShardedStore, name: str, norms: Tensor) -> Tensor:
     """Return this rank's rows of ||X_j|| |W_ij|, in fp32."""
-    weight: Any = sharded.parameter(name).detach()
+    weight: Any = store.parameter(name).detach()
     rows = local_shard(weight).float().abs()
-    module = sharded.module.get_submodule(name.rpartition(".")[0])
+    module = store.module.get_submodule(name.rpartition(".")[0])
     factors = norms[..., :, None] if input_dim(module) == -2 else norms[..., None, :]
     factors = factors.expand(weight.shape)
     _, offsets = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
     return rows * factors[offsets[0] : offsets[0] + rows.shape[0]].to(rows.device)
 
 
-def _replicas(sharded: ShardedModel) -> int:
+def _replicas(store: ShardedStore) -> int:
     """How many ranks hold the same shard, so that a sum over all ranks counts it as often."""
-    return sharded.mesh.size() // sharded.mesh["shard"].size()
+    return store.mesh.size() // store.mesh["shard"].size()
 
 
 def _on_device(micro_batch: MicroBatch) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from lisa_dist.method.sampling import Sampler
 from lisa_dist.method.updates import Update
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding.fsdp2 import reshard_all, rounding_seed
-from lisa_dist.sharding.wrapping_policy import ShardedModel, set_trainable
+from lisa_dist.sharding.wrapping_policy import ShardedStore, set_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -97,14 +97,14 @@ class ActiveSet:
     period: int = -1  # none drawn yet
 
 
-def trained_parameters(sharded: ShardedModel, update: Update, active: ActiveSet) -> list[str]:
+def trained_parameters(store: ShardedStore, update: Update, active: ActiveSet) -> list[str]:
     """Return the names of all parameters that train now, always-active ones first."""
-    inside = [name for block in active.blocks for name in update.trainable_parameters(sharded.block_parameters(block))]
+    inside = [name for block in active.blocks for name in update.trainable_parameters(store.block_parameters(block))]
     return [*active.always, *inside]
 
 
 def switch_active_blocks(
-    sharded: ShardedModel,
+    store: ShardedStore,
     optimizer: ActiveOptimizer,
     update: Update,
     active: ActiveSet,
@@ -119,7 +119,7 @@ def switch_active_blocks(
     zero moments.
 
     Args:
-        sharded: the model.
+        store: the model.
         optimizer: holds state for exactly the trained parameters, before and after.
         update: names which parameters of a block train.
         active: changed in place.
@@ -127,20 +127,20 @@ def switch_active_blocks(
         period: counted from 0; keys the rounding noise.
         seed: the run's seed; keys the rounding noise.
     """
-    reshard_all(sharded.module)
+    reshard_all(store.module)
     leaving = [block for block in active.blocks if block not in blocks]
     entering = [block for block in blocks if block not in active.blocks]
-    stochastic = sharded.precision.on_freeze == "stochastic"
+    stochastic = store.precision.on_freeze == "stochastic"
 
     def seed_of(name: str) -> int:
-        return rounding_seed(seed, period, name, sharded.shard_index)
+        return rounding_seed(seed, period, name, store.shard_index)
 
     for block in leaving:
-        names = update.trainable_parameters(sharded.block_parameters(block))
+        names = update.trainable_parameters(store.block_parameters(block))
         optimizer.remove_params(names)
-        set_trainable(sharded, names, trained=False, seed_of=seed_of if stochastic else None)
+        set_trainable(store, names, trained=False, seed_of=seed_of if stochastic else None)
     for block in entering:
-        names = update.trainable_parameters(sharded.block_parameters(block))
-        set_trainable(sharded, names, trained=True)
-        optimizer.add_params({name: sharded.parameter(name) for name in names})
+        names = update.trainable_parameters(store.block_parameters(block))
+        set_trainable(store, names, trained=True)
+        optimizer.add_params({name: store.parameter(name) for name in names})
     active.blocks, active.period = list(blocks), period

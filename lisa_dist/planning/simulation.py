@@ -168,7 +168,7 @@ def simulate(config: Config, num_blocks: int | None = None) -> Trace:
             with torch.compiler.set_stance("force_eager"):  # an optimizer may compile its own step
                 train_step(train_module, batches, 0, 2, stopwatch=clock)
         return Trace(
-            num_blocks=len(train_module.sharded.layers.blocks),
+            num_blocks=len(train_module.store.layers.blocks),
             num_active=len(blocks),
             persistent_bytes=clock.persistent_bytes,
             host_bytes=clock.host_bytes,
@@ -201,7 +201,7 @@ class _Clock:
 
     def watch_modules(self) -> None:
         """Set the phase as the forward and the backward pass enter each part of the model."""
-        layers = self.train_module.sharded.layers
+        layers = self.train_module.store.layers
         for index, block in enumerate(layers.blocks):
             self._watch(block, f"block {index} of {len(layers.blocks)}")
         for modules, name in ((layers.embeddings, "embeddings"), (layers.norm, "norm"), ([layers.head], "head")):
@@ -225,15 +225,15 @@ class _Clock:
 
     def move_to_host(self) -> int:
         """Take what the configuration keeps in host memory out of the ledger; return its bytes."""
-        optimizer, sharded = self.train_module.optimizer, self.train_module.sharded
+        optimizer, store = self.train_module.optimizer, self.train_module.store
         tensors = [tensor for waiting in optimizer.offloaded.values() for tensor in waiting.tensors.values()]
         if self.train_module.config.parallel.offload == "all":
-            parameters = [sharded.parameter(name) for name in sharded.handles]
+            parameters = [store.parameter(name) for name in store.names]
             tensors += [parameter.detach() for parameter in parameters]
             tensors += [parameter.grad for parameter in parameters if parameter.grad is not None]
             tensors += optimizer.moment_tensors().values()
-        if sharded.offloads_frozen:
-            parameters = [sharded.parameter(name) for name in sharded.handles]
+        if store.offloads_frozen:
+            parameters = [store.parameter(name) for name in store.names]
             tensors += [parameter.detach() for parameter in parameters if not parameter.requires_grad]
         local = {id(shard): shard for shard in map(distributed.local_shard, tensors)}
         self.ledger.to_host(local.values())

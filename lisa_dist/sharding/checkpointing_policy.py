@@ -20,7 +20,7 @@ from lisa_dist.runtime.distributed import local_shard
 from lisa_dist.runtime.units import GIB, format_bytes
 from lisa_dist.sharding.activation_checkpointing import KINDS, OPERATIONS_PER_BYTE, Cost, choose, set_checkpointing
 from lisa_dist.sharding.ledger import Ledger
-from lisa_dist.sharding.wrapping_policy import ShardedModel, dtype_of, persistent_bytes
+from lisa_dist.sharding.wrapping_policy import ShardedStore, dtype_of, persistent_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +50,10 @@ class CheckpointingPolicy:
             for trains in (True, False):
                 self.costs[trains] = measure_costs(self.config, model, self.new_update, trains)
 
-    def apply(self, sharded: ShardedModel, active_blocks: list[int]) -> None:
+    def apply(self, store: ShardedStore, active_blocks: list[int]) -> None:
         """Set every block's kind for the blocks that train now, whose storage is in its place. No communication."""
         setting = self.config.parallel.activation_checkpointing
-        blocks = sharded.layers.blocks
+        blocks = store.layers.blocks
         if setting != "auto":
             for block in blocks if setting != "none" else []:
                 set_checkpointing(block, setting)
@@ -64,10 +64,10 @@ class CheckpointingPolicy:
         frozen = [index for index in range(lowest, len(blocks)) if index not in active]
         if not self.costs:
             self.costs = {
-                trains: measure_costs(self.config, sharded.module, self.new_update, trains) for trains in (True, False)
+                trains: measure_costs(self.config, store.module, self.new_update, trains) for trains in (True, False)
             }
         budget = activation_budget(
-            self.config, sharded, max(self.costs[True]["none"].bytes, self.costs[False]["none"].bytes)
+            self.config, store, max(self.costs[True]["none"].bytes, self.costs[False]["none"].bytes)
         )
         kinds = choose(self.costs, {True: len(active), False: len(frozen)}, budget)
         for index in range(lowest):
@@ -85,7 +85,7 @@ class CheckpointingPolicy:
         )
 
 
-def activation_budget(config: Config, sharded: ShardedModel, working_bytes: int) -> float:
+def activation_budget(config: Config, store: ShardedStore, working_bytes: int) -> float:
     """Return the bytes that activations may take on this rank; infinite on a CPU without ``parallel.memory_limit``.
 
     From the device's memory go what is set aside, the persistent bytes, the gradients still to come, and what
@@ -94,15 +94,15 @@ def activation_budget(config: Config, sharded: ShardedModel, working_bytes: int)
     limit = memory_limit(config)
     if limit is None:
         return EVERYTHING
-    counted = persistent_bytes(sharded)
-    masters = [sharded.master(name) for name in sharded.handles if sharded.parameter(name).requires_grad]
+    counted = persistent_bytes(store)
+    masters = [store.master(name) for name in store.names if store.parameter(name).requires_grad]
     optimized = sum(local_shard(master.detach()).numel() for master in masters)
     state = 8 * optimized
     gradients = dtype_of(config.precision.active).itemsize * optimized
     sizes: dict[str, int] = {}
-    for name in sharded.handles:
-        part = sharded.layers.group_of(name)
-        sizes[part] = sizes.get(part, 0) + sharded.parameter(name).numel()
+    for name in store.names:
+        part = store.layers.group_of(name)
+        sizes[part] = sizes.get(part, 0) + store.parameter(name).numel()
     gathered = 2 * dtype_of(config.precision.compute).itemsize * sum(sorted(sizes.values())[-2:])
     reduced = 6 * max(sizes.values())  # a gradient as computed, and its copy in fp32 to be reduced
     held = sum(counted.values()) - counted["gradients"] + gradients + state

@@ -10,7 +10,7 @@ sharded over all ranks, and the shard of a trained parameter is stored in ``prec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, KeysView
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ from lisa_dist.sharding.masters import WorldMasters
 
 
 @dataclass
-class ShardedModel:
+class ShardedStore:
     """A model whose parameters are sharded over a mesh, with the handles that a switch needs."""
 
     module: nn.Module
@@ -40,6 +40,11 @@ class ShardedModel:
     offloads_frozen: bool = False  # frozen parameters live in host memory
     world: WorldMasters | None = None  # the masters, where they are not the shards of what trains
     keeps_precision: Callable[[str], bool] = lambda name: False  # whether a frozen parameter is stored as what trains
+
+    @property
+    def names(self) -> KeysView[str]:
+        """The names of all parameters, tied ones once."""
+        return self.handles.keys()
 
     @property
     def shard_index(self) -> int:
@@ -81,7 +86,7 @@ def shard_model(
     parallel: ParallelConfig,
     precision: PrecisionConfig,
     keeps_precision: Callable[[str], bool] = lambda name: False,
-) -> ShardedModel:
+) -> ShardedStore:
     """Apply FSDP2 to a model on ``meta``, group by group. Nothing is allocated.
 
     Gradients are summed over the ranks, never divided: the trainer divides by the number of label tokens of
@@ -119,129 +124,129 @@ def shard_model(
     handles = fsdp2.fsdp_parameters(model)
     world = WorldMasters(mesh) if parallel.optimizer_shard == "world" and parallel.replicate > 1 else None
     offloads = parallel.offload == "frozen"
-    return ShardedModel(model, layers, mesh, precision, handles, offloads, world, keeps_precision)
+    return ShardedStore(model, layers, mesh, precision, handles, offloads, world, keeps_precision)
 
 
-def always_active_parameters(sharded: ShardedModel, always_active: AlwaysActiveConfig) -> list[str]:
+def always_active_parameters(store: ShardedStore, always_active: AlwaysActiveConfig) -> list[str]:
     """Return the names of the parameters outside the blocks that train in every period.
 
     Raises:
         UserError: tied weights would be both trained and frozen.
     """
-    always_active.check_tied(sharded.layers.tied)
+    always_active.check_tied(store.layers.tied)
     trained = {"embeddings": always_active.embeddings, "norm": always_active.norm, "head": always_active.head}
-    return [name for role, active in trained.items() if active for name in sharded.parameters_of(role)]
+    return [name for role, active in trained.items() if active for name in store.parameters_of(role)]
 
 
-def materialize(sharded: ShardedModel, trained: Iterable[str], device: torch.device) -> None:
+def materialize(store: ShardedStore, trained: Iterable[str], device: torch.device) -> None:
     """Allocate every shard, uninitialised, in the dtype of its state, and every buffer.
 
     Args:
-        sharded: a model on ``meta``.
+        store: a model on ``meta``.
         trained: names of the parameters that train from the start; all others are frozen.
         device: where the shards live.
     """
     active = set(trained)
-    for name, (fsdp_param, _) in sharded.handles.items():
-        dtype = sharded.storage_dtype(name, trained=name in active)
+    for name, (fsdp_param, _) in store.handles.items():
+        dtype = store.storage_dtype(name, trained=name in active)
         if not fsdp_param.sharded_param.is_floating_point():
             dtype = fsdp_param.sharded_param.dtype  # codes of a quantised weight
-        on_host = sharded.offloads_frozen and name not in active
+        on_host = store.offloads_frozen and name not in active
         shard = torch.empty(fsdp_param.sharded_size, dtype=dtype, device="cpu" if on_host else device)
-        _store(sharded, name, shard, trained=name in active)
-    for module in sharded.module.modules():
+        _store(store, name, shard, trained=name in active)
+    for module in store.module.modules():
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[key] = torch.empty_like(buffer, device=device)
-    if sharded.world is not None:
-        sharded.world.by_name.clear()
-        fsdp2.finish_initialization(sharded.module)
-    _refresh_groups(sharded, sharded.handles)
+    if store.world is not None:
+        store.world.by_name.clear()
+        fsdp2.finish_initialization(store.module)
+    _refresh_groups(store, store.names)
 
 
 def set_trainable(
-    sharded: ShardedModel, names: Iterable[str], trained: bool, seed_of: Callable[[str], int] | None = None
+    store: ShardedStore, names: Iterable[str], trained: bool, seed_of: Callable[[str], int] | None = None
 ) -> None:
     """Freeze or thaw parameters: set their storage dtype and whether they train.
 
     Collective, every rank, where masters are given back: with ``parallel.optimizer_shard=world``.
 
     Args:
-        sharded: the model; none of its groups may be unsharded.
+        store: the model; none of its groups may be unsharded.
         names: the parameters that begin or cease to train; buffers and all other parameters are left alone.
         trained: True stores them in ``precision.active``, False in ``precision.frozen``, but for adapters.
         seed_of: the seed of a parameter's rounding noise; None rounds to nearest.
     """
     names = list(names)
     for name in names:
-        dtype = sharded.storage_dtype(name, trained)
-        fsdp_param, group = sharded.handles[name]
+        dtype = store.storage_dtype(name, trained)
+        fsdp_param, group = store.handles[name]
         shard = local_shard(fsdp_param.sharded_param.detach())
-        if sharded.world is not None and name in sharded.world.by_name:
-            shard = sharded.world.gather(name)
+        if store.world is not None and name in store.world.by_name:
+            shard = store.world.gather(name)
         seed = seed_of(name) if seed_of is not None else None
-        if sharded.offloads_frozen and trained:
+        if store.offloads_frozen and trained:
             shard = shard.to(distributed.device(), non_blocking=True)
         shard = fsdp2.convert(shard, dtype, seed)
-        if sharded.world is not None and trained:
-            sharded.world.take(name, shard, fsdp_param.sharded_param)
-            shard = shard.to(dtype_of(sharded.precision.compute))
-        _store(sharded, name, shard, trained)
-        if sharded.world is not None and trained:
-            sharded.world.register_grad_hook(name, fsdp_param.sharded_param, group)
-    _refresh_groups(sharded, names)
+        if store.world is not None and trained:
+            store.world.take(name, shard, fsdp_param.sharded_param)
+            shard = shard.to(dtype_of(store.precision.compute))
+        _store(store, name, shard, trained)
+        if store.world is not None and trained:
+            store.world.register_grad_hook(name, fsdp_param.sharded_param, group)
+    _refresh_groups(store, names)
 
 
-def _store(sharded: ShardedModel, name: str, shard: torch.Tensor, trained: bool) -> None:
+def _store(store: ShardedStore, name: str, shard: torch.Tensor, trained: bool) -> None:
     """Put a parameter's shard in its place; a frozen one in host memory where frozen parameters live there."""
-    fsdp_param, _ = sharded.handles[name]
-    if sharded.offloads_frozen:
-        fsdp2.place_on_host(fsdp_param, not trained, pin_memory=sharded.mesh.device_type == "cuda")
+    fsdp_param, _ = store.handles[name]
+    if store.offloads_frozen:
+        fsdp2.place_on_host(fsdp_param, not trained, pin_memory=store.mesh.device_type == "cuda")
         shard = shard if trained else shard.cpu()
     fsdp2.replace_shard(fsdp_param, shard, requires_grad=trained)
 
 
 @contextmanager
-def also_trained(sharded: ShardedModel, names: Iterable[str]) -> Iterator[None]:
+def also_trained(store: ShardedStore, names: Iterable[str]) -> Iterator[None]:
     """Let parameters that are frozen have gradients too while the context lasts, in the dtype they are stored in.
 
     Of one FSDP2 group all trainable parameters must then have one dtype, so name those of whole blocks.
     """
-    names = [name for name in names if not sharded.parameter(name).requires_grad]
-    fsdp2.reshard_all(sharded.module)
+    names = [name for name in names if not store.parameter(name).requires_grad]
+    fsdp2.reshard_all(store.module)
     for name in names:
-        sharded.parameter(name).requires_grad_(True)
-    _refresh_groups(sharded, names)
-    if sharded.world is not None:
-        sharded.world.receives_gradients = False
+        store.parameter(name).requires_grad_(True)
+    _refresh_groups(store, names)
+    if store.world is not None:
+        store.world.receives_gradients = False
     try:
         yield
     finally:
-        if sharded.world is not None:
-            sharded.world.receives_gradients = True
-        fsdp2.reshard_all(sharded.module)
+        if store.world is not None:
+            store.world.receives_gradients = True
+        fsdp2.reshard_all(store.module)
         for name in names:
-            sharded.parameter(name).requires_grad_(False).grad = None
-        _refresh_groups(sharded, names)
+            store.parameter(name).requires_grad_(False).grad = None
+        _refresh_groups(store, names)
 
 
-def _refresh_groups(sharded: ShardedModel, names: Iterable[str]) -> None:
-    with_masters = set() if sharded.world is None else {id(sharded.handles[name][1]) for name in sharded.world.by_name}
-    groups = {id(sharded.handles[name][1]): sharded.handles[name][1] for name in names}
+def _refresh_groups(store: ShardedStore, names: Iterable[str]) -> None:
+    with_masters = set() if store.world is None else {id(store.handles[name][1]) for name in store.world.by_name}
+    groups = {id(store.handles[name][1]): store.handles[name][1] for name in names}
     for key, group in groups.items():
-        fsdp2.refresh_group(group, dtype_of(sharded.precision.active) if key in with_masters else None)
+        fsdp2.refresh_group(group, dtype_of(store.precision.active) if key in with_masters else None)
 
 
-def persistent_bytes(sharded: ShardedModel) -> dict[str, int]:
+def persistent_bytes(store: ShardedStore) -> dict[str, int]:
     """Count this rank's bytes of parameters and gradients, by kind, as they lie in memory (padding left out).
 
     ``masters`` are named only where they lie apart from the parameters.
     """
     counted = {"frozen_parameters": 0, "active_parameters": 0, "gradients": 0}
-    if sharded.world is not None:
+    if store.world is not None:
         counted["masters"] = 0
-    for name in sharded.handles:
-        parameter, master = sharded.parameter(name), sharded.master(name)
+    for name in store.names:
+        parameter, master = store.parameter(name), store.master(name)
         shard = local_shard(parameter.detach())
         counted["active_parameters" if parameter.requires_grad else "frozen_parameters"] += shard.nbytes
         if master is not parameter:

@@ -23,7 +23,7 @@ def evaluate(run: Run) -> None:
     if run.validation is not None:
         batches = run.validation.validation_batches(run.config.train.eval_batches)
         with run.heartbeat.phase("the evaluation", may_take_long=True):
-            run.recorder.record_evaluation(run.progress.step, mean_loss(run.train_module.sharded.module, batches))
+            run.recorder.record_evaluation(run.progress.step, mean_loss(run.train_module.store.module, batches))
 
 
 def show_answers(run: Run, title: str) -> None:
@@ -38,7 +38,7 @@ def show_answers(run: Run, title: str) -> None:
     for question in sample_questions(source.sequences, count):
         stop_ids = {int(run.tokenizer.eos_token_id), question.answer_ids[-1]}
         limit = min(LONGEST_ANSWER, 2 * len(question.answer_ids) + 8)
-        found = answer(run.train_module.sharded.module, question.prompt_ids, stop_ids, limit)
+        found = answer(run.train_module.store.module, question.prompt_ids, stop_ids, limit)
         texts = (question.prompt_ids, found, question.answer_ids)
         table.add_row(*(Text(str(run.tokenizer.decode(ids, skip_special_tokens=True)).strip()) for ids in texts))
     if distributed.is_main():

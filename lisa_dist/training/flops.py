@@ -25,23 +25,23 @@ def parameter_flops_per_token(train_module: TrainModule) -> float:
     costs its forward pass only. Embedding tables are looked up, not multiplied, unless the head is tied to them;
     of a mixture's experts those are counted that a token visits.
     """
-    sharded, trained = train_module.sharded, train_module.optimizer.parameters
-    layers = sharded.layers
+    store, trained = train_module.store, train_module.optimizer.parameters
+    layers = store.layers
     lowest = (
         0
         if any(layers.group_of(name) == "embeddings" for name in trained)
         else min(train_module.active.blocks, default=0)
     )
-    architecture = sharded.module.config
+    architecture = store.module.config
     share = (getattr(architecture, "num_experts_per_tok", None) or 1) / _experts(architecture)
     total = 0.0
-    for name in sharded.handles:
+    for name in store.names:
         part = layers.group_of(name)
         if part == "embeddings" and not layers.tied:
             continue
         below = part.startswith("block:") and int(part.removeprefix("block:")) < lowest
         visited = share if ".experts." in name else 1.0
-        total += (2 if below else 6 if name in trained else 4) * visited * sharded.parameter(name).numel()
+        total += (2 if below else 6 if name in trained else 4) * visited * store.parameter(name).numel()
     return total
 
 
@@ -56,11 +56,11 @@ def attention_flops(train_module: TrainModule, lengths: np.ndarray) -> float:
     12 x layers x heads x head size x tokens for each token (arXiv 2204.02311, appendix B): every query with every
     key, as is the custom, though causal attention needs but half.
     """
-    architecture: Any = train_module.sharded.module.config
+    architecture: Any = train_module.store.module.config
     heads = architecture.num_attention_heads
     head_size = getattr(architecture, "head_dim", None) or architecture.hidden_size // heads
     squares = float(np.square(lengths, dtype=np.float64).sum())
-    return 12.0 * len(train_module.sharded.layers.blocks) * heads * head_size * squares
+    return 12.0 * len(train_module.store.layers.blocks) * heads * head_size * squares
 
 
 def peak_rate(device: torch.device) -> float | None:

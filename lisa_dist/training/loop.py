@@ -68,7 +68,7 @@ def accumulate_gradients(
     Returns:
         This rank's loss, summed over its label tokens, and their number.
     """
-    module = train_module.sharded.module
+    module = train_module.store.module
     loss_sum = torch.zeros((), device=distributed.device())
     tokens = 0
     for index, micro_batch in enumerate(micro_batches):

@@ -150,7 +150,7 @@ def prepare_run(config: Config) -> Run:
     recorder = Recorder(
         config,
         max_steps,
-        num_blocks=len(train_module.sharded.layers.blocks),
+        num_blocks=len(train_module.store.layers.blocks),
         started=started,
         first_step=progress.step,
         resumed_from=progress.resumed_from,
@@ -306,11 +306,11 @@ def announce_run(
     progress: Progress,
 ) -> None:
     """Print once what is effective."""
-    sharded, precision = train_module.sharded, config.precision
-    architecture: Any = sharded.module.config
-    mesh = " x ".join(f"{size} {name}" for name, size in zip(sharded.mesh.mesh_dim_names or (), sharded.mesh.shape))
-    total = sum(sharded.parameter(name).numel() for name in sharded.handles)
-    blocks = len(sharded.layers.blocks)
+    store, precision = train_module.store, config.precision
+    architecture: Any = store.module.config
+    mesh = " x ".join(f"{size} {name}" for name, size in zip(store.mesh.mesh_dim_names or (), store.mesh.shape))
+    total = sum(store.parameter(name).numel() for name in store.names)
+    blocks = len(store.layers.blocks)
     trained = f"{data.counts.trained_share:.0%} of {format_count(data.counts.tokens)} tokens trained"
     announce(
         {
@@ -318,7 +318,7 @@ def announce_run(
             "ranks": f"{distributed.world_size()} ({mesh}), {distributed.device().type}, "
             f"{torch.get_num_threads()} CPU threads a rank",
             "model": f"{config.model.path or config.model.name}: {format_count(total)} parameters in {blocks} blocks"
-            f"{', head tied to the embeddings' if sharded.layers.tied else ''}, {config.model.initialization} weights",
+            f"{', head tied to the embeddings' if store.layers.tied else ''}, {config.model.initialization} weights",
             "method": f"{config.method}: sampler {config.sampler.name}, {train_module.sampler.sampler.num_active} of "
             f"{blocks} blocks a period of {config.sampler.period} steps; update {config.update.name}",
             "storage": f"frozen {precision.frozen}, active {precision.active}, compute {precision.compute}, "
@@ -333,8 +333,8 @@ def announce_run(
         },
         title="lisa-dist",
     )
-    parameters = {name: sharded.parameter(name) for name in sharded.handles}
-    coverage = train_module.update.describe_coverage(parameters, sharded.layers)
+    parameters = {name: store.parameter(name) for name in store.names}
+    coverage = train_module.update.describe_coverage(parameters, store.layers)
     if coverage is not None:
         logger.info("update=%s: %s", config.update.name, coverage)
 

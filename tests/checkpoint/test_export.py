@@ -101,7 +101,7 @@ def peak_while_exporting(folder: str) -> tuple[int, int, int]:
     load_initial_weights(train_module, torch.device("cpu"))
     saver = CheckpointSaver(train_module, Path(folder), "")
     saver.save(Progress(step=1))
-    sizes = [4 * train_module.sharded.parameter(name).numel() for name in train_module.sharded.handles]
+    sizes = [4 * train_module.store.parameter(name).numel() for name in train_module.store.names]
     checkpoint = find_checkpoint(Path(folder), 1)
     export_checkpoint(config, checkpoint, Path(folder) / "once")  # imports are no part of it
     del train_module, saver

@@ -55,7 +55,7 @@ def lose_a_weight(folder: str) -> None:
 
     def restore(train_module: Any, *arguments: Any, **named: Any) -> Any:
         found = original(train_module, *arguments, **named)
-        distributed.local_shard(next(train_module.sharded.module.parameters()).detach())[0] += 1
+        distributed.local_shard(next(train_module.store.module.parameters()).detach())[0] += 1
         return found
 
     self_test.restore_checkpoint = restore

@@ -45,8 +45,8 @@ def differences(root: str, family: str) -> dict[str, float]:
     assert install_loss_head(model, layers, chunk_tokens=7) is not None
     parallel = ParallelConfig()
     precision = PrecisionConfig(frozen="float32", compute="float32")
-    sharded = shard_model(model, layers, distributed.make_mesh(parallel), parallel, precision)
-    materialize(sharded, list(sharded.handles), torch.device("cpu"))
+    store = shard_model(model, layers, distributed.make_mesh(parallel), parallel, precision)
+    materialize(store, list(store.names), torch.device("cpu"))
     restore_buffers(model)
     load_pretrained(model, directory)
     mine = slice(ROWS_A_RANK * dist.get_rank(), ROWS_A_RANK * (dist.get_rank() + 1))

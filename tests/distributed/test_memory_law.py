@@ -36,7 +36,7 @@ def live_storages() -> dict[int, tuple[int, str]]:
 def explained_storages(train_module: TrainModule) -> dict[str, dict[int, int]]:
     """Bytes of the storages that the law allows, by kind and address."""
     kinds: dict[str, dict[int, int]] = {kind: {} for kind in ("frozen", "active", "gradients", "moments", "steps")}
-    handles = train_module.sharded.handles
+    handles = train_module.store.handles
     for fsdp_param, _ in handles.values():
         parameter = fsdp_param.sharded_param
         memory = fsdp_param._sharded_param_data.untyped_storage()
@@ -50,9 +50,9 @@ def explained_storages(train_module: TrainModule) -> dict[str, dict[int, int]]:
     assert train_module.optimizer._adamw is not None
     for state in train_module.optimizer._adamw.state.values():
         kinds["steps"][state["step"].untyped_storage().data_ptr()] = 4
-    ranks = train_module.sharded.mesh.mesh
+    ranks = train_module.store.mesh.mesh
     kinds["mesh"] = {ranks.untyped_storage().data_ptr(): ranks.nbytes}
-    kinds["buffers"] = {b.untyped_storage().data_ptr(): b.nbytes for b in train_module.sharded.module.buffers()}
+    kinds["buffers"] = {b.untyped_storage().data_ptr(): b.nbytes for b in train_module.store.module.buffers()}
     return kinds
 
 
@@ -66,14 +66,14 @@ def check_that_all_is_explained(explained: set[int]) -> None:
 
 def account(train_module: TrainModule, before: set[int]) -> dict[str, Any]:
     """Bytes by kind; no storage may be left that no kind explains."""
-    fsdp2.reshard_all(train_module.sharded.module)
+    fsdp2.reshard_all(train_module.store.module)
     explained = explained_storages(train_module)
     addresses = {address for kind in explained.values() for address in kind}
     check_that_all_is_explained(addresses | before)
     padded = {
         trained: sum(
             fsdp_param.padded_sharded_param_size.numel()
-            for fsdp_param, _ in train_module.sharded.handles.values()
+            for fsdp_param, _ in train_module.store.handles.values()
             if fsdp_param.sharded_param.requires_grad == trained
         )
         for trained in (False, True)
@@ -102,7 +102,7 @@ def ten_periods() -> list[dict[str, Any]]:
         accumulate_gradients(train_module, batches)
         seen.append({"switched": switched, "accumulated": account(train_module, before)})
         train_module.optimizer.step(1e-3)
-    assert isinstance(train_module.sharded.module, FSDPModule)
+    assert isinstance(train_module.store.module, FSDPModule)
     return seen
 
 
@@ -134,15 +134,15 @@ def fifty_tiny_periods(frozen: str, on_freeze: str, replicate: int) -> dict[str,
     )
     train_module = build_train_module(config)
     load_initial_weights(train_module, torch.device("cpu"))
-    names = [name for block in range(5) for name in train_module.sharded.block_parameters(block)]
+    names = [name for block in range(5) for name in train_module.store.block_parameters(block)]
 
     def shards() -> torch.Tensor:
-        fsdp2.reshard_all(train_module.sharded.module)
-        return torch.cat([train_module.sharded.parameter(name).detach().to_local().float().flatten() for name in names])
+        fsdp2.reshard_all(train_module.store.module)
+        return torch.cat([train_module.store.parameter(name).detach().to_local().float().flatten() for name in names])
 
     # The weights are those that bf16 can hold, in every setting.
     for name in names:
-        shard = train_module.sharded.parameter(name).detach().to_local()
+        shard = train_module.store.parameter(name).detach().to_local()
         shard.copy_(shard.bfloat16())
     start = shards()
     batch = make_global_batches(1)[0][distributed.rank()]
@@ -150,7 +150,7 @@ def fifty_tiny_periods(frozen: str, on_freeze: str, replicate: int) -> dict[str,
         begin_period(train_module, period)
         train_step(train_module, [batch], period, 50)
     begin_period(train_module, 50)
-    return {"moved": shards() - start, "end": shards(), "shard": train_module.sharded.shard_index}
+    return {"moved": shards() - start, "end": shards(), "shard": train_module.store.shard_index}
 
 
 def test_stochastic_rounding_keeps_updates_that_nearest_loses() -> None:

@@ -270,15 +270,15 @@ def thawed_adapters(update: str) -> dict[str, Any]:
     for period, blocks in enumerate([[0], [1], [0]]):
         with mock.patch.object(train_module.sampler, "draw", return_value=blocks):
             begin_period(train_module, period)
-        names = train_module.update.trainable_parameters(train_module.sharded.block_parameters(0))
+        names = train_module.update.trainable_parameters(train_module.store.block_parameters(0))
         kept.append({name: full_parameters(train_module)[name] for name in names})
-        dtypes.append({train_module.sharded.parameter(name).dtype for name in names})
+        dtypes.append({train_module.store.parameter(name).dtype for name in names})
         if period == 0:
             train_step(
                 train_module, make_global_batches(1)[0][distributed.rank() :: distributed.world_size()], 1, STEPS
             )
             kept.append({name: full_parameters(train_module)[name] for name in names})
-    base = {train_module.sharded.parameter(name).dtype for name in train_module.sharded.handles if "base_layer" in name}
+    base = {train_module.store.parameter(name).dtype for name in train_module.store.names if "base_layer" in name}
     return {"kept": kept, "dtypes": dtypes, "base": base}
 
 

@@ -41,9 +41,9 @@ def learner_between_periods(config: Config) -> TrainModule:
     train_module = build_train_module(config)
     load_initial_weights(train_module, torch.device("cpu"))
     begin_period_with(train_module, [1])
-    for name in train_module.sharded.handles:
+    for name in train_module.store.names:
         if ".lora_B." in name:
-            train_module.sharded.parameter(name).detach().fill_(0.1)
+            train_module.store.parameter(name).detach().fill_(0.1)
     return train_module
 
 
@@ -66,7 +66,7 @@ def global_batches() -> list[list[dict[str, torch.Tensor]]]:
 def probe_on_rank(config: Config) -> dict[str, Any]:
     """All probes, and what they leave behind. Runs on every rank."""
     train_module = learner_between_periods(config)
-    sharded, update = train_module.sharded, train_module.update
+    store, update = train_module.store, train_module.update
     before = full_parameters(train_module)
     rank, ranks = distributed.rank(), distributed.world_size()
     # One probe batch is one micro-batch of each rank: on one rank, the two are put side by side beforehand.
@@ -75,23 +75,23 @@ def probe_on_rank(config: Config) -> dict[str, Any]:
 
     def counting(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal most_gradients
-        held = [name for name in sharded.handles if sharded.parameter(name).grad is not None]
+        held = [name for name in store.names if store.parameter(name).grad is not None]
         most_gradients = max(most_gradients, sum(".layers." in name for name in held))
         return distributed.local_shard(tensor)
 
     with mock.patch.object(probes, "local_shard", counting):
-        gradients = probes.gradient_norms(sharded, update, mine)
-    trained = {name for name in sharded.handles if sharded.parameter(name).requires_grad}
+        gradients = probes.gradient_norms(store, update, mine)
+    trained = {name for name in store.names if store.parameter(name).requires_grad}
     found = {
         "gradient_norms": gradients,
-        "weight_norms": probes.weight_norms(sharded),
-        "outliers": probes.outlier_shares(sharded, mine, THRESHOLD),
-        "suppression": probes.suppressed_losses(sharded, update, mine, SETS, FACTOR),
-        "loss": probes.mean_loss(sharded.module, mine),
+        "weight_norms": probes.weight_norms(store),
+        "outliers": probes.outlier_shares(store, mine, THRESHOLD),
+        "suppression": probes.suppressed_losses(store, update, mine, SETS, FACTOR),
+        "loss": probes.mean_loss(store.module, mine),
     }
     after = full_parameters(train_module)
     assert trained == set(train_module.optimizer.parameters)
-    assert all(sharded.parameter(name).grad is None for name in sharded.handles)
+    assert all(store.parameter(name).grad is None for name in store.names)
     assert all(torch.equal(before[name], after[name]) for name in before)
     return {"found": found, "parameters": before, "most_gradients": most_gradients}
 

@@ -83,10 +83,10 @@ def make_global_batches(steps: int = STEPS) -> list[list[dict[str, torch.Tensor]
 
 def full_parameters(train_module: TrainModule) -> dict[str, torch.Tensor]:
     """All parameters, whole, in fp32. Collective."""
-    fsdp2.reshard_all(train_module.sharded.module)
+    fsdp2.reshard_all(train_module.store.module)
     gathered = {}
-    for name in train_module.sharded.handles:
-        parameter = train_module.sharded.master(name).detach()
+    for name in train_module.store.names:
+        parameter = train_module.store.master(name).detach()
         assert isinstance(parameter, DTensor)
         gathered[name] = parameter.full_tensor().float().clone()
     return gathered
@@ -98,9 +98,9 @@ def changed_by_step(
     """Make a step; the names of the parameters of which this rank's part is another one afterwards. Collective."""
 
     def parts() -> dict[str, torch.Tensor]:
-        fsdp2.reshard_all(train_module.sharded.module)
-        names = train_module.sharded.handles
-        return {name: distributed.local_shard(train_module.sharded.master(name).detach()).clone() for name in names}
+        fsdp2.reshard_all(train_module.store.module)
+        names = train_module.store.names
+        return {name: distributed.local_shard(train_module.store.master(name).detach()).clone() for name in names}
 
     before = parts()
     train_step(train_module, micro_batches, step, steps)
@@ -109,10 +109,10 @@ def changed_by_step(
 
 def to_be_trained(train_module: TrainModule) -> set[str]:
     """The names of the parameters that the last draw, the update and ``always_active`` let train."""
-    inside = [train_module.sharded.block_parameters(block) for block in train_module.active.blocks]
+    inside = [train_module.store.block_parameters(block) for block in train_module.active.blocks]
     always = train_module.config.always_active
     wanted = {"embeddings": always.embeddings, "norm": always.norm, "head": always.head}
-    outside = [train_module.sharded.parameters_of(part) for part, trains in wanted.items() if trains]
+    outside = [train_module.store.parameters_of(part) for part, trains in wanted.items() if trains]
     return {name for names in inside for name in train_module.update.trainable_parameters(names)} | {
         name for names in outside for name in names
     }
@@ -129,7 +129,7 @@ def train_on_rank(config: Config, steps: int = STEPS) -> dict[str, Any]:
         if step % config.sampler.period == 0:
             begin_period(train_module, step // config.sampler.period)
             draws.append(list(train_module.active.blocks))
-            groups = {id(group): group for _, group in train_module.sharded.handles.values()}
+            groups = {id(group): group for _, group in train_module.store.handles.values()}
             reduce_dtypes.append({fsdp2.reduce_dtype(group) for group in groups.values()} - {None})
         mine = micro_batches[distributed.rank() :: distributed.world_size()]
         losses.append(train_step(train_module, mine, step, steps).loss)
@@ -212,13 +212,11 @@ def storage_over_periods(config: Config) -> list[dict[str, Any]]:
     for step, micro_batches in enumerate(make_global_batches()):
         if step % PERIOD == 0:
             begin_period(train_module, step // PERIOD)
-            before = {
-                name: train_module.sharded.parameter(name).to_local().clone() for name in train_module.sharded.handles
-            }
+            before = {name: train_module.store.parameter(name).to_local().clone() for name in train_module.store.names}
         mine = micro_batches[distributed.rank() :: distributed.world_size()]
         accumulate_gradients(train_module, mine)
         counted = count_persistent_bytes(train_module)
-        parameters = {name: train_module.sharded.parameter(name) for name in train_module.sharded.handles}
+        parameters = {name: train_module.store.parameter(name) for name in train_module.store.names}
         trained = set(train_module.optimizer.parameters)
         seen.append(
             {
@@ -231,14 +229,14 @@ def storage_over_periods(config: Config) -> list[dict[str, Any]]:
                 ),
                 "gradients_right": all((p.grad is not None) == (name in trained) for name, p in parameters.items()),
                 "moments_on_mesh": all(
-                    isinstance(moment, DTensor) and moment.device_mesh == train_module.sharded.mesh
+                    isinstance(moment, DTensor) and moment.device_mesh == train_module.store.mesh
                     for moment in train_module.optimizer.moment_tensors().values()
                 ),
                 "counts": train_module.optimizer.step_counts(),
             }
         )
         train_module.optimizer.step(1e-3)
-        fsdp2.reshard_all(train_module.sharded.module)
+        fsdp2.reshard_all(train_module.store.module)
         seen[-1]["frozen_bits_kept"] = all(
             torch.equal(before[name], p.to_local()) for name, p in parameters.items() if name not in trained
         )

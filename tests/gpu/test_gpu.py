@@ -68,7 +68,7 @@ def train_here(config: Config) -> dict[str, Any]:
         if step % PERIOD == 0:
             begin_period(train_module, step // PERIOD)
             draws.append(list(train_module.active.blocks))
-            groups = {id(group): group for _, group in train_module.sharded.handles.values()}
+            groups = {id(group): group for _, group in train_module.store.handles.values()}
             dtypes.append({fsdp2.reduce_dtype(group) for group in groups.values()} - {None})
         losses.append(train_step(train_module, micro_batches, step, STEPS).loss)
     final = {name: tensor.cpu() for name, tensor in full_parameters(train_module).items()}
@@ -102,10 +102,10 @@ def test_persistent_bytes_obey_the_law_and_the_allocator_holds_little_more() -> 
         begin_period(train_module, period)
         accumulate_gradients(train_module, [batch])
         trained = sum(parameter.numel() for parameter in train_module.optimizer.parameters.values())
-        frozen = sum(train_module.sharded.parameter(name).numel() for name in train_module.sharded.handles) - trained
+        frozen = sum(train_module.store.parameter(name).numel() for name in train_module.store.names) - trained
         counted = sum(count_persistent_bytes(train_module).values())
         assert counted == 2 * frozen + 16 * trained
-        fsdp2.reshard_all(train_module.sharded.module)
+        fsdp2.reshard_all(train_module.store.module)
         held = torch.cuda.memory_allocated() - before
         assert held < 1.05 * counted, f"period {period}: {held} bytes are held, {counted} are accounted for"
         train_module.optimizer.drop_gradients()

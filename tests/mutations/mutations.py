@@ -381,8 +381,8 @@ CHECKPOINT = [
     Mutation(
         "what trains is not copied before it is written in the background",
         "checkpoint/save.py",
-        "if name not in trained and sharded.storage_dtype",
-        "if sharded.storage_dtype",
+        "if name not in trained and store.storage_dtype",
+        "if store.storage_dtype",
         f"{SAVING}::test_training_goes_on_while_it_writes[bfloat16]",
     ),
     Mutation(

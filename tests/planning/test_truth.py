@@ -93,8 +93,8 @@ def measure(config: Config) -> tuple[dict[str, int], int]:
     batches = [batch] * (config.train.global_batch_size // config.train.micro_batch_size // ranks)
     with PeakMemory(torch.device("cpu")) as measured:
         allocate(train_module, [0, 1] if config.sampler.name == "fixed" else list(range(BLOCKS)), torch.device("cpu"))
-        for name in train_module.sharded.handles:
-            distributed.local_shard(train_module.sharded.parameter(name).detach()).fill_(0.01)
+        for name in train_module.store.names:
+            distributed.local_shard(train_module.store.parameter(name).detach()).fill_(0.01)
         add_trained_params(train_module)
         begin_period(train_module, 0)
         train_step(train_module, batches, 0, 2)

@@ -63,7 +63,7 @@ def count_over_periods(parallel: dict[str, Any], state_on_freeze: str) -> list[d
     for period, micro_batches in enumerate(make_global_batches(3)):
         begin_period(train_module, period)
         accumulate_gradients(train_module, micro_batches[distributed.rank() :: RANKS])
-        assert all(p.grad is None for p in train_module.sharded.module.parameters())
+        assert all(p.grad is None for p in train_module.store.module.parameters())
         seen.append({"bytes": count_persistent_bytes(train_module), **count_elements(train_module)})
         train_module.optimizer.step(1e-3)
         assert shards_are_rounded_masters(train_module)
@@ -72,18 +72,18 @@ def count_over_periods(parallel: dict[str, Any], state_on_freeze: str) -> list[d
 
 def count_elements(train_module: TrainModule) -> dict[str, int]:
     """Elements of this rank's shards, of those that are frozen, and of its own rows of the others."""
-    frozen = set(train_module.sharded.handles) - set(train_module.optimizer.parameters)
+    frozen = set(train_module.store.names) - set(train_module.optimizer.parameters)
     return {
-        "frozen": sum(local_shard(train_module.sharded.parameter(name)).numel() for name in frozen),
+        "frozen": sum(local_shard(train_module.store.parameter(name)).numel() for name in frozen),
         "active": sum(local_shard(entry.parameter).numel() for entry in train_module.optimizer.trained.values()),
-        "own": sum(local_shard(entry.target).numel() for entry in train_module.optimizer.trained.values()),
+        "own": sum(local_shard(entry.stepped).numel() for entry in train_module.optimizer.trained.values()),
     }
 
 
 def shards_are_rounded_masters(train_module: TrainModule) -> bool:
     """Whether each shard holds the masters of its rows, its own and other replicas', rounded. Collective."""
     return all(
-        torch.equal(p.full_tensor(), train_module.sharded.master(name).detach().full_tensor().bfloat16())  # type: ignore
+        torch.equal(p.full_tensor(), train_module.store.master(name).detach().full_tensor().bfloat16())  # type: ignore
         for name, p in train_module.optimizer.parameters.items()
     )
 

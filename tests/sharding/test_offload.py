@@ -21,7 +21,7 @@ def places_after_switches() -> list[bool]:
     right = []
     for period in range(3):
         begin_period(train_module, period)
-        marks = {name: fsdp_param.offload_to_cpu for name, (fsdp_param, _) in train_module.sharded.handles.items()}
+        marks = {name: fsdp_param.offload_to_cpu for name, (fsdp_param, _) in train_module.store.handles.items()}
         right.append(all(marks[name] == (name not in train_module.optimizer.parameters) for name in marks))
     return right
 

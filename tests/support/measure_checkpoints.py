@@ -142,7 +142,7 @@ def main() -> None:
         saver.note_trained()
         saver.save(Progress(step=3))
         full = bytes_of(Path(folder) / checkpoint_name(1))
-        total = sum(train_module.sharded.parameter(name).numel() for name in train_module.sharded.handles)
+        total = sum(train_module.store.parameter(name).numel() for name in train_module.store.names)
         for step, kind in ((1, "full"), (2, "same blocks"), (3, "after a switch")):
             weights, everything = bytes_of(Path(folder) / checkpoint_name(step))
             print(
