@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from typing import Any
 
 import datasets
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lisa_dist.config import DataConfig
 from lisa_dist.data.prepare import PreparedData
+from lisa_dist.runtime.files import write_atomically
 
 ROWS_A_BATCH = 1000
 
@@ -25,12 +27,23 @@ def fingerprint(config: DataConfig, data: PreparedData, tokenizer: PreTrainedTok
     a row, shows there.
     """
     return {
-        "rows": hash_of_rows(data.train.rows),
+        "rows": _kept_hash_of_rows(data),
         "tokenizer": hash_of_tokenizer(tokenizer),
         "template": None if data.format == "text" else _hash(tokenizer.chat_template),
         "sequence_length": config.sequence_length,
         "packing": config.packing,
     }
+
+
+def _kept_hash_of_rows(data: PreparedData) -> str:
+    """Return the hash of the rows trained on, from beside the tokens where an earlier start has left it."""
+    try:
+        return data.hash_file.read_text()
+    except OSError:
+        found = hash_of_rows(data.train.rows)
+    with suppress(OSError):  # a cache that can be read only serves as well, the hash takes its time again
+        write_atomically(data.hash_file, found)
+    return found
 
 
 def hash_of_rows(rows: datasets.Dataset) -> str:

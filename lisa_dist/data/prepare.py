@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -24,6 +25,7 @@ class PreparedData:
     train: Sequences
     validation: Sequences | None
     format: str
+    hash_file: Path  # where the hash of the rows trained on is kept, beside the tokens
     counts: DataCounts  # of data.path, the rows held out included
     validation_counts: DataCounts | None  # of a validation file or split; None where a fraction is held out
 
@@ -69,7 +71,12 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     ]
     assert sequences[0] is not None
     return PreparedData(
-        sequences[0], sequences[1], train.format, train.counts, None if held_out is None else held_out.counts
+        sequences[0],
+        sequences[1],
+        train.format,
+        train.folder / ("all.hash" if fraction is None else f"all_but_{fraction}.hash"),
+        train.counts,
+        None if held_out is None else held_out.counts,
     )
 
 

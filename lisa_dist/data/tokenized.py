@@ -37,6 +37,7 @@ class TokenizedRows:
     rows: datasets.Dataset  # input_ids, labels: lists of int32; length: int32
     format: str
     counts: DataCounts
+    folder: Path  # of the cache, keyed by all that changes a token
 
 
 def tokenize(
@@ -83,7 +84,8 @@ def _load(folder: Path, tokenizer: PreTrainedTokenizerBase) -> TokenizedRows:
     chosen = summary.pop("format")
     if chosen != "text":
         ensure_chat_template(tokenizer)
-    return TokenizedRows(datasets.Dataset.from_file(str(folder / "tokens.arrow")), chosen, DataCounts(**summary))
+    rows = datasets.Dataset.from_file(str(folder / "tokens.arrow"))
+    return TokenizedRows(rows, chosen, DataCounts(**summary), folder)
 
 
 def _cache_key(config: DataConfig, source: Source, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> str:

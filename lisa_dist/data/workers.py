@@ -6,7 +6,6 @@ function must use neither torch nor a process group.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -18,12 +17,10 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
 from typing import Any, TypeVar
 
-from lisa_dist.runtime.signals import STOP_SIGNALS
+from lisa_dist.runtime.signals import STOP_SIGNALS, die_with
 
 Chunk = TypeVar("Chunk")
 Result = TypeVar("Result")
-
-PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that this process gets when its parent dies
 
 
 class WorkerDiedError(Exception):
@@ -113,9 +110,7 @@ def _serve(function: Callable[[Chunk], Result], pipe: Connection, parent: int) -
     """Answer chunks until the parent kills this process, or dies."""
     for number in STOP_SIGNALS:  # they reach the whole process group; the parent alone decides what they mean
         signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    die_with(parent)
     while True:
         chunk = pipe.recv()
         try:

@@ -6,7 +6,6 @@ signal means, gathers the exit codes and shows the first failure, and only that 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
@@ -29,12 +28,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, Config, OutOfMemoryError, UserError
 from lisa_dist.launching.stop_watcher import StopWatcher
 from lisa_dist.runtime.redaction import hide_secrets
-from lisa_dist.runtime.signals import install_stop_handlers
+from lisa_dist.runtime.signals import die_with, install_stop_handlers
 from lisa_dist.telemetry.logs import rank_log
 from lisa_dist.telemetry.out_of_memory import advice
 from lisa_dist.telemetry.records import SUMMARY_FILE, read_summary, write_summary
 
-PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that this process gets when its parent dies
 SECONDS_TO_LEAVE = 5
 OUT_OF_MEMORY = ", as the system does when memory runs out"
 SHUTDOWN_SECONDS = 30  # torch kills the other ranks this long after one has failed
@@ -146,7 +144,7 @@ def run_rank(entry: Entry, config: Config, outcome_dir: Path, log_dir: Path, par
     A code without a failure is returned, so that the agent waits for the other ranks; a failure ends the
     process at once, so that the agent ends the others.
     """
-    _die_with(parent)
+    die_with(parent)
     install_stop_handlers(ignore_interrupt=True)
     rank = int(os.environ["RANK"])
     (outcome_dir / f"started_{rank}_{os.getpid()}").touch()
@@ -196,13 +194,6 @@ def _leave_soon(code: int) -> NoReturn:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(SECONDS_TO_LEAVE)
     sys.exit(code)
-
-
-def _die_with(parent: int) -> None:
-    """Have this process killed when its parent dies, however that happens."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(EXIT_FAILED)
 
 
 def _first_failure(outcomes: list[Outcome], ranks: int, agent_failure: ChildFailedError | None) -> Outcome:

@@ -5,10 +5,15 @@ Handlers are installed before torch is imported, so that a signal in those secon
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
 import time
 from types import FrameType
 
+from lisa_dist.config import EXIT_FAILED
+
+PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that this process gets when its parent dies
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 _requested = False
@@ -53,3 +58,15 @@ def ignore_stop_signals() -> None:
 def _set_flag(number: int, frame: FrameType | None) -> None:
     global _requested
     _requested = True
+
+
+def die_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have this process signalled when its parent dies, however that happens.
+
+    Args:
+        parent: its process id; where another process is the parent by now, this one ends at once.
+        number: the signal.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os._exit(EXIT_FAILED)

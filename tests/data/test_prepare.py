@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lisa_dist.config import DataConfig, UserError
-from lisa_dist.data import encode_rows, tokenized
+from lisa_dist.data import encode_rows, fingerprint, tokenized
 from lisa_dist.data.counts import DataCounts
 from lisa_dist.data.prepare import prepare_data, validation_split
 from lisa_dist.data.tokenized import tokenize
@@ -143,6 +143,21 @@ def test_validation_path_and_split(tmp_path):
     assert validation_split(str(folder)) == "test"
     with pytest.raises(UserError, match=r"data.validation=.*nothing.jsonl: no such file"):
         prepare(tmp_path, validation=f"{tmp_path}/nothing.jsonl")
+
+
+def test_the_hash_of_the_rows_trained_on_is_kept_beside_the_tokens(tmp_path, monkeypatch):
+    tokenizer = load_tokenizer("builtin:demo")
+
+    def hashed(**options) -> str:
+        return fingerprint.fingerprint(DataConfig(), prepare(tmp_path, **options), tokenizer)["rows"]
+
+    other = write(tmp_path / "other.jsonl", ROWS[::-1])
+    options = [{}, {"validation": "0.25"}, {"validation": "0.5"}, {"path": other}, {"limit": 15}]
+    found = [hashed(**chosen) for chosen in options]
+    assert len(set(found)) == 5
+    assert found[1] == fingerprint.hash_of_rows(prepare(tmp_path, validation="0.25").train.rows)
+    monkeypatch.setattr(fingerprint, "hash_of_rows", lambda rows: pytest.fail("the rows were read"))
+    assert [hashed(**chosen) for chosen in options] == found
 
 
 def test_packing_fills_sequences(tmp_path):

@@ -6,7 +6,6 @@ and goes on with the others from their newest checkpoints.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -22,10 +21,9 @@ import torch
 
 from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Config
 from lisa_dist.config.overrides import path_override
-from lisa_dist.launching.local import PR_SET_PDEATHSIG
 from lisa_dist.launching.sweeps.optuna_search import OptunaSearch
 from lisa_dist.launching.sweeps.jobs import list_jobs, read_sweep, unfinished
-from lisa_dist.runtime.signals import STOP_SIGNALS
+from lisa_dist.runtime.signals import STOP_SIGNALS, die_with
 from lisa_dist.launching.sweeps.comparison import EXIT_CODE_FILE, LOG_FILE, RESUME, JobRecord, last_words, write_comparison
 from lisa_dist.telemetry.records import SUMMARY_FILE, read_summary, write_summary
 from lisa_dist.runtime.files import write_atomically
@@ -109,9 +107,7 @@ def _start(record: JobRecord, place: int, gpus: str | None, config_dir: str | No
     sweep_process = os.getpid()
 
     def die_with_sweep() -> None:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != sweep_process:
-            os._exit(EXIT_FAILED)
+        die_with(sweep_process, signal.SIGTERM)
 
     with (run_dir / LOG_FILE).open("ab") as log:
         process = subprocess.Popen(
