@@ -120,6 +120,14 @@ def build_meta_model(config: ModelConfig, architecture: PretrainedConfig | None 
     return model.train()
 
 
+def set_depth(architecture: PretrainedConfig, num_blocks: int) -> None:
+    """Let an architecture have another number of blocks, whose kinds are listed as often as there are blocks."""
+    architecture.num_hidden_layers = num_blocks
+    kinds = getattr(architecture, "layer_types", None)
+    if kinds:
+        architecture.layer_types = (list(kinds) * num_blocks)[:num_blocks]
+
+
 def original_class(model: nn.Module) -> Any:
     """Return the class of ``model`` as it was before ``fully_shard`` put its own in front."""
     return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))

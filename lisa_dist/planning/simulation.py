@@ -29,7 +29,7 @@ from lisa_dist.method.module import (
     count_persistent_bytes,
 )
 from lisa_dist.method.sampling import build_sampler
-from lisa_dist.models.architecture import CONFIG_FILE, local_directory, read_architecture
+from lisa_dist.models.architecture import CONFIG_FILE, local_directory, read_architecture, set_depth
 from lisa_dist.models.inspection import ties_differ
 from lisa_dist.models.masking import mask_as_in_training
 from lisa_dist.runtime import distributed
@@ -145,7 +145,7 @@ def simulate(config: Config, num_blocks: int | None = None) -> Trace:
     architecture = architecture_of(config)
     before, blocks = extreme_sets(config, architecture.num_hidden_layers, num_blocks)
     if num_blocks is not None:
-        architecture.num_hidden_layers = num_blocks
+        set_depth(architecture, num_blocks)
     sampler = FixedSamplerConfig(blocks=blocks, period=config.sampler.period)
     # Fake tensors can't be compiled, so a compiled model is planned as one that is not, which needs more.
     config = replace(config, sampler=sampler, parallel=replace(config.parallel, compile=False))

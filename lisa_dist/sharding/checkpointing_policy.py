@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lisa_dist.config import Config
-from lisa_dist.models.architecture import original_class
+from lisa_dist.models.architecture import original_class, set_depth
 from lisa_dist.models.layer_map import LayerMap, find_layers
 from lisa_dist.models.masking import mask_as_in_training
 from lisa_dist.runtime.distributed import local_shard
@@ -138,9 +138,7 @@ def measure_costs(
 def _measure(config: Config, whole: nn.Module, update: PreparesBlocks, trains: bool, kind: str) -> Cost:
     """Return the bytes a block keeps, and all operations of its backward pass."""
     architecture: Any = copy.deepcopy(whole.config)
-    architecture.num_hidden_layers = 1
-    if getattr(architecture, "layer_types", None):
-        architecture.layer_types = architecture.layer_types[:1]
+    set_depth(architecture, 1)
     with FakeTensorMode(), mask_as_in_training(config.data.packing), Ledger(ranks_per_node=1) as ledger:
         model: Any = original_class(whole)._from_config(architecture, dtype=dtype_of(config.precision.compute))
         model.train().requires_grad_(False)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from lisa_dist.config import ModelConfig, UserError
-from lisa_dist.models.architecture import build_meta_model, local_directory, meta_replica, read_architecture
+from lisa_dist.models.architecture import build_meta_model, local_directory, meta_replica, read_architecture, set_depth
 from tests.support.families import tiny_config
 
 TINY = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16}
@@ -197,3 +197,11 @@ def test_fields_that_a_model_can_not_be_built_from_are_one_sentence() -> None:
         read_architecture(
             ModelConfig(architecture={"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4})
         )
+
+
+@pytest.mark.parametrize("depth", [1, 3, 9])
+def test_another_depth_lists_as_many_kinds_of_blocks(depth: int) -> None:
+    architecture = AutoConfig.for_model("qwen3", num_hidden_layers=4)
+    set_depth(architecture, depth)
+    again = AutoConfig.for_model(**architecture.to_dict())  # which checks that the two agree
+    assert again.num_hidden_layers == len(again.layer_types) == depth
