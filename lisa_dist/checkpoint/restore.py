@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from lisa_dist.checkpoint.differences import changed_data, refuse_other_data, refuse_other_moments
 from lisa_dist.checkpoint.manifest import MOMENTS, WEIGHTS, check_format, damage, list_checkpoints
-from lisa_dist.checkpoint.state import Progress, check_identity, hash_of_shapes, read_state, weight_tensors
+from lisa_dist.checkpoint.state import Progress, check_identity, hash_of_shapes, read_state
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import to_yaml
 from lisa_dist.method.module import TrainModule, add_trained_params, allocate
@@ -80,7 +80,7 @@ def restore_checkpoint(
     restore_weights(train_module, checkpoint, state)
     add_trained_params(train_module)
     waiting = state["optimizer_steps"].keys() - train_module.optimizer.parameters.keys()
-    train_module.optimizer.allocate_offloaded({name: train_module.store.parameter(name) for name in sorted(waiting)})
+    train_module.optimizer.allocate_offloaded({name: train_module.store.like_master(name) for name in sorted(waiting)})
     moments = train_module.optimizer.moment_tensors()
     if hash_of_shapes(moments) != state["moments"]:
         refuse_other_moments(checkpoint, hide_secrets(to_yaml(train_module.config)))
@@ -118,7 +118,7 @@ def restore_weights(train_module: TrainModule, checkpoint: Path, state: dict[str
         checkpoint: where to read.
         state: of the checkpoint; names the earlier ones that hold the rest of its weights.
     """
-    weights = weight_tensors(train_module)
+    weights = train_module.store.tensors()
     for holder, names in state["elsewhere"].items():
         _read_tensors({name: weights.pop(name) for name in names}, checkpoint.parent / holder / WEIGHTS)
     _read_tensors(weights, checkpoint / WEIGHTS)

@@ -28,7 +28,7 @@ from lisa_dist.checkpoint.manifest import (
 )
 from lisa_dist.checkpoint.shards import Piece, WrittenFile, own_pieces, write_pieces
 from lisa_dist.checkpoint.staging import SideStream, StagingMemory
-from lisa_dist.checkpoint.state import Progress, state_of, weight_tensors
+from lisa_dist.checkpoint.state import Progress, state_of
 from lisa_dist.config import CheckpointConfig
 from lisa_dist.method.module import TrainModule
 from lisa_dist.runtime import distributed
@@ -95,7 +95,7 @@ class CheckpointSaver:
     def continue_from(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Take the checkpoint that a run goes on from as the one that the next may build on."""
         elsewhere = {name: holder for holder, names in state["elsewhere"].items() for name in names}
-        self.holders = {name: elsewhere.get(name, checkpoint.name) for name in weight_tensors(self.train_module)}
+        self.holders = {name: elsewhere.get(name, checkpoint.name) for name in self.train_module.store.tensors()}
         self.since_full = state["since_full"]
         self.changed = set(self.train_module.optimizer.parameters)
         self.changed_since_snapshot = set()
@@ -159,7 +159,7 @@ class CheckpointSaver:
 
     def _take(self, progress: Progress) -> Snapshot:
         """Collective: every rank (the sampler's state)."""
-        weights = weight_tensors(self.train_module)
+        weights = self.train_module.store.tensors()
         trained = set(self.train_module.optimizer.parameters)
         name = checkpoint_name(progress.step)
         full = not self.holders or self.since_full + 1 >= self.config.full_every
@@ -189,11 +189,7 @@ class CheckpointSaver:
         """
         train_module = self.train_module
         store, trained = train_module.store, train_module.optimizer.parameters
-        frozen = {
-            name
-            for name in store.names
-            if name not in trained and store.storage_dtype(name, False) != store.storage_dtype(name, True)
-        }
+        frozen = {name for name in store.names if name not in trained and store.thaw_replaces(name)}
         return {name for name in names if name in frozen or name.rpartition(".")[0] in frozen}
 
     def _stage(self, snapshot: Snapshot) -> None:

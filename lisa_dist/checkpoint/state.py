@@ -22,7 +22,6 @@ from lisa_dist.checkpoint.manifest import STATE, check_format
 from lisa_dist.config import UserError
 from lisa_dist.method.module import TrainModule
 from lisa_dist.runtime import distributed
-from lisa_dist.sharding.fsdp2 import reshard_all
 
 
 @dataclass
@@ -47,19 +46,6 @@ class Progress:
                 place += max(0, stop - start)
             reached = max(reached, stop)
         return place
-
-
-def weight_tensors(train_module: TrainModule) -> dict[str, torch.Tensor]:
-    """Return every parameter and persistent buffer, tied ones once, by name: the live shards, no copies.
-
-    A parameter with a master apart from it is the master.
-    """
-    reshard_all(train_module.store.module)
-    tensors = train_module.store.module.state_dict(keep_vars=True)
-    first_names = {id(tensor): name for name, tensor in reversed(tensors.items())}
-    tensors = {name: tensor for name, tensor in tensors.items() if first_names[id(tensor)] == name}
-    handles = train_module.store.handles
-    return {name: (train_module.store.master(name) if name in handles else tensors[name]).detach() for name in tensors}
 
 
 def state_of(train_module: TrainModule, progress: Progress) -> dict[str, Any]:

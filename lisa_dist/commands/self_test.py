@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lisa_dist.checkpoint.manifest import checkpoint_name
 from lisa_dist.checkpoint.restore import restore_checkpoint
 from lisa_dist.checkpoint.save import CheckpointSaver
-from lisa_dist.checkpoint.state import Progress, weight_tensors
+from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import EXIT_DONE, Config, ModelConfig, RunConfig
 from lisa_dist.config.loading import to_yaml
 from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
@@ -100,10 +100,10 @@ def check_training(config: Config, directory: Path) -> None:
 
 
 def _equal(one: TrainModule, other: TrainModule) -> bool:
-    theirs = weight_tensors(other)
+    theirs = other.store.tensors()
     return all(
         torch.equal(distributed.local_shard(tensor), distributed.local_shard(theirs[name]))
-        for name, tensor in weight_tensors(one).items()
+        for name, tensor in one.store.tensors().items()
     )
 
 

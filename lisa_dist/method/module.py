@@ -19,9 +19,14 @@ from lisa_dist.method.optim.active_optimizer import ActiveOptimizer
 from lisa_dist.method.optim.weight_decay import norms_and_biases
 from lisa_dist.method.sampling import build_sampler
 from lisa_dist.method.sampling.base import GRADIENT_NORMS, OUTLIERS, RESPONSE_SUPPRESSION, WEIGHT_NORMS
-from lisa_dist.method.switch import ActiveSet, RankSynchronizedSampler, switch_active_blocks, trained_parameters
+from lisa_dist.method.switch import (
+    ActiveSet,
+    RankSynchronizedSampler,
+    always_active_parameters,
+    switch_active_blocks,
+    trained_parameters,
+)
 from lisa_dist.method.updates import Update, build_update
-from lisa_dist.method.updates.masters import StepsMasters
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.inspection import pretrained_architecture
 from lisa_dist.models.layer_map import LayerMap, find_layers
@@ -32,16 +37,10 @@ from lisa_dist.models.quantization import quantize_linears
 from lisa_dist.objectives.chunked_head import install_loss_head
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.units import format_count
+from lisa_dist.sharding import build_store
 from lisa_dist.sharding.checkpointing_policy import CheckpointingPolicy
 from lisa_dist.sharding.compilation import compile_blocks
-from lisa_dist.sharding.wrapping_policy import (
-    ShardedStore,
-    always_active_parameters,
-    materialize,
-    persistent_bytes,
-    set_trainable,
-    shard_model,
-)
+from lisa_dist.sharding.store import ParameterStore, persistent_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ class TrainModule:
     """The model with everything that changes it: what a checkpoint holds, and what bench and plan drive too."""
 
     config: Config
-    store: ShardedStore
+    store: ParameterStore
     update: Update
     optimizer: ActiveOptimizer
     sampler: RankSynchronizedSampler
@@ -100,10 +99,9 @@ def build_train_module(config: Config, architecture: PretrainedConfig | None = N
     if config.parallel.compile:
         compile_blocks(layers.blocks)
     mesh = distributed.make_mesh(config.parallel)
-    store = shard_model(module, layers, mesh, config.parallel, config.precision, update.keeps_precision)
+    store = build_store(module, layers, mesh, config.parallel, config.precision, update.keeps_precision)
     active = ActiveSet(always_active_parameters(store, config.always_active))
-    stepped = update if store.world is None else StepsMasters(update, store.world)
-    optimizer = ActiveOptimizer(config.optimizer, stepped, undecayed)
+    optimizer = ActiveOptimizer(config.optimizer, update, undecayed, store.masters_to_params)
     return TrainModule(config, store, update, optimizer, sampler, active, checkpointing)
 
 
@@ -142,7 +140,7 @@ def allocate(train_module: TrainModule, active_blocks: list[int], device: torch.
     """Allocate the shards for a set of active blocks; weights are not yet filled."""
     train_module.active.blocks = list(active_blocks)
     trained = trained_parameters(train_module.store, train_module.update, train_module.active)
-    materialize(train_module.store, trained, device)
+    train_module.store.allocate(trained, device)
     restore_buffers(train_module.store.module)
     train_module.checkpointing.apply(train_module.store, train_module.active.blocks)
 
@@ -150,9 +148,8 @@ def allocate(train_module: TrainModule, active_blocks: list[int], device: torch.
 def add_trained_params(train_module: TrainModule) -> None:
     """Hand what trains to the optimizer, with zero state, now that its weights are there. No communication."""
     trained = trained_parameters(train_module.store, train_module.update, train_module.active)
-    if train_module.store.world is not None:
-        set_trainable(train_module.store, trained, trained=True)
-    train_module.optimizer.add_params({name: train_module.store.parameter(name) for name in trained})
+    train_module.store.make_masters(trained)
+    train_module.optimizer.add_params({name: train_module.store.master(name) for name in trained})
 
 
 def load_initial_weights(train_module: TrainModule, device: torch.device) -> None:

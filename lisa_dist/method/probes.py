@@ -10,25 +10,23 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lisa_dist.data.batches import MicroBatch, label_tokens
 from lisa_dist.method.updates import Update
+from lisa_dist.method.updates.sharded import own_rows
 from lisa_dist.models.matrix_inputs import InputSquares, input_dim
 from lisa_dist.objectives.chunked_head import IGNORED
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import local_shard
-from lisa_dist.sharding.fsdp2 import reshard_all
-from lisa_dist.sharding.wrapping_policy import ShardedStore, also_trained
+from lisa_dist.sharding.store import ParameterStore
 
 logger = logging.getLogger(__name__)
 
 
-def gradient_norms(store: ShardedStore, update: Update, micro_batches: Iterable[MicroBatch]) -> list[float]:
+def gradient_norms(store: ParameterStore, update: Update, micro_batches: Iterable[MicroBatch]) -> list[float]:
     """Return for each block the mean over batches of sqrt(||g||^2 / N) (GRASS, arXiv 2604.07808).
 
     g is the gradient of a batch's mean loss with respect to the N parameters of the block that the update
@@ -48,7 +46,7 @@ def gradient_norms(store: ShardedStore, update: Update, micro_batches: Iterable[
         return take
 
     sums, batches = [0.0] * len(blocks), 0
-    with also_trained(store, [name for part in names for name in part]), _evaluating(store.module):
+    with store.also_trained(name for part in names for name in part), _evaluating(store.module):
         hooks = [
             store.parameter(name).register_post_accumulate_grad_hook(dropping(block))
             for block in blocks
@@ -69,9 +67,8 @@ def gradient_norms(store: ShardedStore, update: Update, micro_batches: Iterable[
     return [total / (max(batches, 1) * math.sqrt(size)) for total, size in zip(sums, sizes)]
 
 
-def weight_norms(store: ShardedStore) -> list[float]:
+def weight_norms(store: ParameterStore) -> list[float]:
     """Return for each block the l2 norm of all its parameters taken together. Collective: every rank."""
-    reshard_all(store.module)
     squares = []
     for block in range(len(store.layers.blocks)):
         shards = [local_shard(store.parameter(name).detach()) for name in store.block_parameters(block)]
@@ -80,7 +77,7 @@ def weight_norms(store: ShardedStore) -> list[float]:
 
 
 @torch.no_grad()
-def outlier_shares(store: ShardedStore, micro_batches: Iterable[MicroBatch], threshold: float) -> list[float]:
+def outlier_shares(store: ParameterStore, micro_batches: Iterable[MicroBatch], threshold: float) -> list[float]:
     """Return for each block the share of entries of A_ij = ||X_j||_2 |W_ij| above ``threshold`` times their mean.
 
     OwLore's layerwise outlier distribution (arXiv 2405.18380): W are the block's weight matrices, all their entries
@@ -88,7 +85,6 @@ def outlier_shares(store: ShardedStore, micro_batches: Iterable[MicroBatch], thr
     fused expert over the tokens that are routed to it. Collective: every rank, equally many micro-batches.
     """
     norms = _input_norms(store, micro_batches)
-    reshard_all(store.module)
     shares = []
     for block in range(len(store.layers.blocks)):
         names = [name for name in store.block_parameters(block) if name in norms]
@@ -103,7 +99,7 @@ def outlier_shares(store: ShardedStore, micro_batches: Iterable[MicroBatch], thr
 
 
 def suppressed_losses(
-    store: ShardedStore, update: Update, micro_batches: list[MicroBatch], sets: list[list[int]], factor: float
+    store: ParameterStore, update: Update, micro_batches: list[MicroBatch], sets: list[list[int]], factor: float
 ) -> list[float]:
     """Return for each set of blocks the mean loss while the contribution of its blocks is scaled by ``factor``.
 
@@ -131,7 +127,7 @@ def mean_loss(module: nn.Module, micro_batches: Iterable[MicroBatch]) -> float:
     return total / max(counted, 1)
 
 
-def _input_norms(store: ShardedStore, micro_batches: Iterable[MicroBatch]) -> dict[str, Tensor]:
+def _input_norms(store: ParameterStore, micro_batches: Iterable[MicroBatch]) -> dict[str, Tensor]:
     """Return for each weight matrix the l2 norm of each of its inputs over all tokens of all ranks.
 
     By the parameter's name: [inputs], of fused experts [experts, inputs].
@@ -157,18 +153,17 @@ def _up_to_last_label(labels: Tensor) -> Tensor:
     return (labels != IGNORED).long().flip(1).cummax(1).values.flip(1)
 
 
-def _scaled_entries(store: ShardedStore, name: str, norms: Tensor) -> Tensor:
+def _scaled_entries(store: ParameterStore, name: str, norms: Tensor) -> Tensor:
     """Return this rank's rows of ||X_j|| |W_ij|, in fp32."""
-    weight: Any = store.parameter(name).detach()
+    weight = store.parameter(name).detach()
     rows = local_shard(weight).float().abs()
     module = store.module.get_submodule(name.rpartition(".")[0])
     factors = norms[..., :, None] if input_dim(module) == -2 else norms[..., None, :]
     factors = factors.expand(weight.shape)
-    _, offsets = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-    return rows * factors[offsets[0] : offsets[0] + rows.shape[0]].to(rows.device)
+    return rows * own_rows(weight, factors).to(rows.device)
 
 
-def _replicas(store: ShardedStore) -> int:
+def _replicas(store: ParameterStore) -> int:
     """How many ranks hold the same shard, so that a sum over all ranks counts it as often."""
     return store.mesh.size() // store.mesh["shard"].size()
 

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lisa_dist.config import AlwaysActiveConfig
 from lisa_dist.method.optim.active_optimizer import ActiveOptimizer
 from lisa_dist.method.sampling import Sampler
 from lisa_dist.method.updates import Update
 from lisa_dist.runtime import distributed
-from lisa_dist.sharding.fsdp2 import reshard_all, rounding_seed
-from lisa_dist.sharding.wrapping_policy import ShardedStore, set_trainable
+from lisa_dist.sharding.store import ParameterStore
 
 logger = logging.getLogger(__name__)
 
@@ -97,14 +97,25 @@ class ActiveSet:
     period: int = -1  # none drawn yet
 
 
-def trained_parameters(store: ShardedStore, update: Update, active: ActiveSet) -> list[str]:
+def always_active_parameters(store: ParameterStore, always_active: AlwaysActiveConfig) -> list[str]:
+    """Return the names of the parameters outside the blocks that train in every period.
+
+    Raises:
+        UserError: tied weights would be both trained and frozen.
+    """
+    always_active.check_tied(store.layers.tied)
+    trained = {"embeddings": always_active.embeddings, "norm": always_active.norm, "head": always_active.head}
+    return [name for role, active in trained.items() if active for name in store.parameters_of(role)]
+
+
+def trained_parameters(store: ParameterStore, update: Update, active: ActiveSet) -> list[str]:
     """Return the names of all parameters that train now, always-active ones first."""
     inside = [name for block in active.blocks for name in update.trainable_parameters(store.block_parameters(block))]
     return [*active.always, *inside]
 
 
 def switch_active_blocks(
-    store: ShardedStore,
+    store: ParameterStore,
     optimizer: ActiveOptimizer,
     update: Update,
     active: ActiveSet,
@@ -112,14 +123,16 @@ def switch_active_blocks(
     period: int,
     seed: int,
 ) -> None:
-    """Make ``blocks`` the active ones: freeze those that leave, thaw those that enter. No communication.
+    """Make ``blocks`` the active ones: freeze those that leave, thaw those that enter.
+
+    Collective, every rank, where the store splits masters among replicas; else without communication.
 
     A block in both sets keeps its masters, moments and step count. A leaving block's masters are rounded to
     the frozen dtype (``precision.on_freeze``) and its optimizer state is dropped; an entering one starts with
     zero moments.
 
     Args:
-        store: the model.
+        store: the model's weights.
         optimizer: holds state for exactly the trained parameters, before and after.
         update: names which parameters of a block train.
         active: changed in place.
@@ -127,20 +140,14 @@ def switch_active_blocks(
         period: counted from 0; keys the rounding noise.
         seed: the run's seed; keys the rounding noise.
     """
-    reshard_all(store.module)
     leaving = [block for block in active.blocks if block not in blocks]
     entering = [block for block in blocks if block not in active.blocks]
-    stochastic = store.precision.on_freeze == "stochastic"
-
-    def seed_of(name: str) -> int:
-        return rounding_seed(seed, period, name, store.shard_index)
-
     for block in leaving:
         names = update.trainable_parameters(store.block_parameters(block))
         optimizer.remove_params(names)
-        set_trainable(store, names, trained=False, seed_of=seed_of if stochastic else None)
+        store.set_trainable(names, trained=False, seed=seed, period=period)
     for block in entering:
         names = update.trainable_parameters(store.block_parameters(block))
-        set_trainable(store, names, trained=True)
-        optimizer.add_params({name: store.parameter(name) for name in names})
+        store.set_trainable(names, trained=True)
+        optimizer.add_params({name: store.master(name) for name in names})
     active.blocks, active.period = list(blocks), period

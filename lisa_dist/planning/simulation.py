@@ -228,13 +228,10 @@ class _Clock:
         optimizer, store = self.train_module.optimizer, self.train_module.store
         tensors = [tensor for waiting in optimizer.offloaded.values() for tensor in waiting.tensors.values()]
         if self.train_module.config.parallel.offload == "all":
-            parameters = [store.parameter(name) for name in store.names]
-            tensors += [parameter.detach() for parameter in parameters]
-            tensors += [parameter.grad for parameter in parameters if parameter.grad is not None]
             tensors += optimizer.moment_tensors().values()
-        if store.offloads_frozen:
-            parameters = [store.parameter(name) for name in store.names]
-            tensors += [parameter.detach() for parameter in parameters if not parameter.requires_grad]
+        hosted = [store.parameter(name) for name in store.names if store.on_host(name)]
+        tensors += [parameter.detach() for parameter in hosted]
+        tensors += [parameter.grad for parameter in hosted if parameter.grad is not None]
         local = {id(shard): shard for shard in map(distributed.local_shard, tensors)}
         self.ledger.to_host(local.values())
         return sum(shard.nbytes for shard in local.values())

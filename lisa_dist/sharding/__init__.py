@@ -1,4 +1,30 @@
-"""Where every byte lives: FSDP2 groups, storage dtypes, offload, masters, activation checkpointing.
+"""Where every byte lives: parameter stores, storage dtypes, offload, activation checkpointing, the ledger of bytes.
 
 Neither samplers nor updates are known here; the private APIs of FSDP2 are called in ``fsdp2.py`` alone.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lisa_dist.config import ParallelConfig, PrecisionConfig
+from lisa_dist.models.layer_map import LayerMap
+from lisa_dist.sharding.masters import WorldMastersStore
+from lisa_dist.sharding.sharded import ShardedStore
+from lisa_dist.sharding.store import ParameterStore
+
+
+def build_store(
+    module: nn.Module,
+    layers: LayerMap,
+    mesh: DeviceMesh,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    keeps_precision: Callable[[str], bool] = lambda name: False,
+) -> ParameterStore:
+    """Put a model on ``meta`` into the store that the configuration asks for. Nothing is allocated."""
+    kind = WorldMastersStore if parallel.optimizer_shard == "world" and parallel.replicate > 1 else ShardedStore
+    return kind(module, layers, mesh, parallel, precision, keeps_precision)

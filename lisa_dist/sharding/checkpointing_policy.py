@@ -20,7 +20,8 @@ from lisa_dist.runtime.distributed import local_shard
 from lisa_dist.runtime.units import GIB, format_bytes
 from lisa_dist.sharding.activation_checkpointing import KINDS, OPERATIONS_PER_BYTE, Cost, choose, set_checkpointing
 from lisa_dist.sharding.ledger import Ledger
-from lisa_dist.sharding.wrapping_policy import ShardedStore, dtype_of, persistent_bytes
+from lisa_dist.sharding.rounding import dtype_of
+from lisa_dist.sharding.store import ParameterStore, persistent_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class CheckpointingPolicy:
             for trains in (True, False):
                 self.costs[trains] = measure_costs(self.config, model, self.new_update, trains)
 
-    def apply(self, store: ShardedStore, active_blocks: list[int]) -> None:
+    def apply(self, store: ParameterStore, active_blocks: list[int]) -> None:
         """Set every block's kind for the blocks that train now, whose storage is in its place. No communication."""
         setting = self.config.parallel.activation_checkpointing
         blocks = store.layers.blocks
@@ -85,11 +86,11 @@ class CheckpointingPolicy:
         )
 
 
-def activation_budget(config: Config, store: ShardedStore, working_bytes: int) -> float:
+def activation_budget(config: Config, store: ParameterStore, working_bytes: int) -> float:
     """Return the bytes that activations may take on this rank; infinite on a CPU without ``parallel.memory_limit``.
 
     From the device's memory go what is set aside, the persistent bytes, the gradients still to come, and what
-    passes: two gathered groups with their buffers, the gradients of the largest trained one, a block's computation.
+    passes: what the store gathers and reduces, and a block's computation.
     """
     limit = memory_limit(config)
     if limit is None:
@@ -99,15 +100,9 @@ def activation_budget(config: Config, store: ShardedStore, working_bytes: int) -
     optimized = sum(local_shard(master.detach()).numel() for master in masters)
     state = 8 * optimized
     gradients = dtype_of(config.precision.active).itemsize * optimized
-    sizes: dict[str, int] = {}
-    for name in store.names:
-        part = store.layers.group_of(name)
-        sizes[part] = sizes.get(part, 0) + store.parameter(name).numel()
-    gathered = 2 * dtype_of(config.precision.compute).itemsize * sum(sorted(sizes.values())[-2:])
-    reduced = 6 * max(sizes.values())  # a gradient as computed, and its copy in fp32 to be reduced
     held = sum(counted.values()) - counted["gradients"] + gradients + state
     held -= {"none": 0, "frozen": counted["frozen_parameters"], "all": held}[config.parallel.offload]
-    return max(0.0, limit - RESERVED_BYTES - held - gathered - reduced - working_bytes)
+    return max(0.0, limit - RESERVED_BYTES - held - store.transient_bytes() - working_bytes)
 
 
 def memory_limit(config: Config) -> float | None:

@@ -5,15 +5,12 @@ A test of this file fails when torch changes one of them.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-
-ROUNDING_CHUNK = 1 << 22  # elements rounded at a time: bounds the temporaries of stochastic rounding
 
 
 def fsdp_groups(module: FSDPModule) -> list[Any]:
@@ -76,6 +73,11 @@ def place_on_host(fsdp_param: Any, on_host: bool, pin_memory: bool) -> None:
     fsdp_param.pin_memory = on_host and pin_memory
 
 
+def is_on_host(fsdp_param: Any) -> bool:
+    """Whether a parameter's shard lies in host memory (private: ``offload_to_cpu``)."""
+    return bool(fsdp_param.offload_to_cpu)
+
+
 def refresh_group(group: Any, gradient_dtype: torch.dtype | None = None) -> None:
     """Make a group read its parameters' dtypes and trainability again.
 
@@ -116,37 +118,3 @@ def free_allreduce_buffer(group: Any) -> None:
     if group._all_reduce_state is not None and group._post_reduce_event is not None:
         group.comm_ctx.reduce_scatter_stream.wait_event(group._post_reduce_event)
     group._all_reduce_state = None
-
-
-def rounding_seed(seed: int, period: int, name: str, shard_index: int) -> int:
-    """Return the seed of a shard's rounding noise: the same on every replica and after a resume."""
-    digest = hashlib.blake2b(f"{seed}/{period}/{name}/{shard_index}".encode(), digest_size=7).digest()
-    return int.from_bytes(digest, "big")
-
-
-def round_stochastically(values: torch.Tensor, seed: int) -> torch.Tensor:
-    """Round fp32 ``values`` to bf16 so that the expectation of the result is the value.
-
-    bf16 is the upper half of fp32, so 16 uniform random bits are added to the lower half, which is then cut
-    off: the chance to go up is the share of the way to the next bf16 number. Values that are not finite are
-    rounded to nearest.
-    """
-    generator = torch.Generator(device=values.device).manual_seed(seed)
-    source = values.contiguous().view(-1)
-    rounded = torch.empty_like(source, dtype=torch.bfloat16)
-    for start in range(0, source.numel(), ROUNDING_CHUNK):
-        chunk = source[start : start + ROUNDING_CHUNK]
-        # One draw of 64 bits serves four elements: drawing is the slowest part of a switch.
-        bits = torch.empty((chunk.numel() + 3) // 4, dtype=torch.int64, device=values.device)
-        bits.random_(-(2**63), None, generator=generator)
-        noise = bits.view(torch.int16)[: chunk.numel()].to(torch.int32).bitwise_and_(0xFFFF)
-        moved = (chunk.view(torch.int32) + noise).bitwise_and_(-65536).view(torch.float32)
-        rounded[start : start + ROUNDING_CHUNK] = torch.where(chunk.isfinite(), moved, chunk).to(torch.bfloat16)
-    return rounded.view(values.shape)
-
-
-def convert(values: torch.Tensor, dtype: torch.dtype, seed: int | None) -> torch.Tensor:
-    """Return ``values`` in ``dtype``; from fp32 to bf16 with stochastic rounding where ``seed`` is given."""
-    if seed is not None and values.dtype == torch.float32 and dtype == torch.bfloat16:
-        return round_stochastically(values, seed)
-    return values.to(dtype)

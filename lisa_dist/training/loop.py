@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, UserError
 from lisa_dist.config.checks import check_accumulation, options_without_effect
@@ -72,9 +71,8 @@ def accumulate_gradients(
     loss_sum = torch.zeros((), device=distributed.device())
     tokens = 0
     for index, micro_batch in enumerate(micro_batches):
-        assert isinstance(module, FSDPModule)
         if train_module.config.parallel.defer_reduction:
-            module.set_requires_gradient_sync(index == len(micro_batches) - 1)
+            train_module.store.defer_reduction(index < len(micro_batches) - 1)
         tokens += label_tokens(micro_batch)
         inputs = {key: tensor.to(loss_sum.device, non_blocking=True) for key, tensor in micro_batch.items()}
         with stopwatch("forward"):

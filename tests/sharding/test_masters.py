@@ -72,19 +72,19 @@ def count_over_periods(parallel: dict[str, Any], state_on_freeze: str) -> list[d
 
 def count_elements(train_module: TrainModule) -> dict[str, int]:
     """Elements of this rank's shards, of those that are frozen, and of its own rows of the others."""
-    frozen = set(train_module.store.names) - set(train_module.optimizer.parameters)
+    store, trained = train_module.store, train_module.optimizer.trained
     return {
-        "frozen": sum(local_shard(train_module.store.parameter(name)).numel() for name in frozen),
-        "active": sum(local_shard(entry.parameter).numel() for entry in train_module.optimizer.trained.values()),
-        "own": sum(local_shard(entry.stepped).numel() for entry in train_module.optimizer.trained.values()),
+        "frozen": sum(local_shard(store.parameter(name)).numel() for name in store.names if name not in trained),
+        "active": sum(local_shard(store.parameter(name)).numel() for name in trained),
+        "own": sum(local_shard(entry.stepped).numel() for entry in trained.values()),
     }
 
 
 def shards_are_rounded_masters(train_module: TrainModule) -> bool:
     """Whether each shard holds the masters of its rows, its own and other replicas', rounded. Collective."""
     return all(
-        torch.equal(p.full_tensor(), train_module.store.master(name).detach().full_tensor().bfloat16())  # type: ignore
-        for name, p in train_module.optimizer.parameters.items()
+        torch.equal(train_module.store.parameter(name).full_tensor(), master.detach().full_tensor().bfloat16())  # type: ignore
+        for name, master in train_module.optimizer.parameters.items()
     )
 
 

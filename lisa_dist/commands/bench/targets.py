@@ -20,7 +20,7 @@ from lisa_dist.models.inspection import pretrained_architecture
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
 from lisa_dist.runtime import distributed
-from lisa_dist.sharding.wrapping_policy import dtype_of
+from lisa_dist.sharding.rounding import dtype_of
 from lisa_dist.training.flops import step_flops
 from lisa_dist.training.loop import PhaseTimer, dry_run_batch, train_step
 

@@ -51,15 +51,23 @@ class ActiveOptimizer:
     itself, or the update's stand-in for it.
     """
 
-    def __init__(self, config: OptimizerConfig, update: Update, undecayed: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        update: Update,
+        undecayed: Collection[str] = (),
+        after_step: Callable[[Collection[str]], None] = lambda names: None,
+    ) -> None:
         """Args:
         config: of the optimizer.
         update: says what is stepped for a parameter.
         undecayed: names of the parameters that weight decay leaves out.
+        after_step: called with the names of the parameters that were stepped.
         """
         self.config = config
         self.update = update
         self.undecayed = undecayed
+        self.after_step = after_step
         self.trained: dict[str, OptimizedParam] = {}
         self.offloaded: dict[str, Offloaded] = {}
         self._adamw: torch.optim.Optimizer | None = None  # torch refuses one without parameters
@@ -170,6 +178,7 @@ class ActiveOptimizer:
             decayed, undecayed = self._by_decay(trained)
             self.update.apply_steps(decayed, lr * self.config.weight_decay)
             self.update.apply_steps(undecayed, 0.0)
+            self.after_step(trained)
         for entry in trained.values():
             entry.step += entry.stepped.grad is not None
             entry.parameter.grad = entry.stepped.grad = None

@@ -17,7 +17,7 @@ from lisa_dist.models.layer_map import LayerMap
 class OptimizedParam:
     """A parameter that trains, with what the optimizer steps for it."""
 
-    parameter: nn.Parameter  # of the model, sharded; its gradient is the mean over the global batch, clipped
+    parameter: nn.Parameter  # the store's master; its gradient is the mean over the global batch, clipped
     stepped: nn.Parameter  # what the optimizer steps: the parameter itself, or a stand-in
     extra: dict[str, Tensor] = field(default_factory=dict)  # sharded state beside the optimizer's moments, by kind
     step: int = 0  # optimizer steps since it was adopted

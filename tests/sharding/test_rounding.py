@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lisa_dist.sharding.fsdp2 import ROUNDING_CHUNK, convert, round_stochastically, rounding_seed
+from lisa_dist.sharding.rounding import ROUNDING_CHUNK, convert, round_stochastically, rounding_seed
 
 
 def test_rounding_goes_to_a_neighbour_and_is_unbiased() -> None:

@@ -1,0 +1,142 @@
+"""The parameter store: where the weights of a model lie, and how they come to where they are used.
+
+The switch, the optimizer, checkpoints and the planner speak to this interface; how weights are laid out is known to
+its implementations alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lisa_dist.models.layer_map import LayerMap
+from lisa_dist.runtime.distributed import local_shard
+
+
+class ParameterStore(Protocol):
+    """The weights of a model, of which some train.
+
+    A tensor that a store hands out has the shape of the whole. Where it is sharded it is a DTensor that holds this
+    rank's rows, otherwise a plain tensor. Nothing is collective unless it says so.
+    """
+
+    module: nn.Module  # forward and backward passes are collective where weights are sharded
+    layers: LayerMap
+    mesh: DeviceMesh  # the ranks
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of all parameters in the model's order, tied ones once."""
+        ...
+
+    def parameters_of(self, part: str) -> list[str]:
+        """Return the parameter names of a part: ``block:<i>``, ``embeddings``, ``norm`` or ``head``."""
+        return [name for name in self.names if self.layers.group_of(name) == part]
+
+    def block_parameters(self, block: int) -> list[str]:
+        """Return the names of all parameters of a block."""
+        return self.parameters_of(f"block:{block}")
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """Return what the model computes with, as it is stored; ``requires_grad`` says whether it trains."""
+        ...
+
+    def master(self, name: str) -> nn.Parameter:
+        """Return what the optimizer steps and a checkpoint holds: the exact value, and the gradient after a backward.
+
+        It is the parameter itself where nothing lies beside it, and as long as it is frozen.
+        """
+        ...
+
+    def like_master(self, name: str) -> nn.Parameter:
+        """Return what has the shape and layout that a frozen parameter's master would have; its values say nothing."""
+        return self.parameter(name)
+
+    def allocate(self, trained: Iterable[str], device: torch.device) -> None:
+        """Allocate every parameter in the dtype of its state, and every buffer, all uninitialised.
+
+        Args:
+            trained: the names of the parameters that train from the start; all others are frozen.
+            device: where weights lie that are not kept in host memory.
+        """
+        ...
+
+    def make_masters(self, trained: Iterable[str]) -> None:
+        """Make the masters of what trains, now that the allocated parameters have their values."""
+        ...
+
+    def set_trainable(self, names: Iterable[str], trained: bool, seed: int = 0, period: int = 0) -> None:
+        """Freeze or thaw parameters: where and in which dtype they are stored, and whether they have gradients.
+
+        Collective, every rank, where masters are split among replicas. Gradients of what is frozen must be dropped.
+
+        Args:
+            names: the parameters that begin or cease to train; buffers and all other parameters are left alone.
+            trained: True stores them in ``precision.active``, False in ``precision.frozen``, but for adapters.
+            seed: the run's; keys the noise of stochastic rounding (``precision.on_freeze``).
+            period: keys it too.
+        """
+        ...
+
+    def also_trained(self, names: Iterable[str]) -> AbstractContextManager[None]:
+        """Let frozen parameters have gradients too while the context lasts, in the dtype they are stored in.
+
+        Gradients then stay at the parameters, those of what trains too. Name all of a block that could train: what
+        is gathered together must have gradients of one dtype.
+        """
+        ...
+
+    def masters_to_params(self, names: Iterable[str]) -> None:
+        """Put masters that were stepped, rounded to nearest, into what the model computes with.
+
+        Collective, every rank, where masters are split among replicas.
+        """
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every master and persistent buffer by name, tied ones once: live tensors, no copies."""
+        tensors: dict[str, Tensor] = self.module.state_dict(keep_vars=True)
+        first_names = {id(tensor): name for name, tensor in reversed(tensors.items())}
+        return {
+            name: (self.master(name) if name in self.names else tensor).detach()
+            for name, tensor in tensors.items()
+            if first_names[id(tensor)] == name
+        }
+
+    def thaw_replaces(self, name: str) -> bool:
+        """Whether a thaw gives a frozen parameter another tensor, so that the one it has now is not written again."""
+        ...
+
+    def on_host(self, name: str) -> bool:
+        """Whether a parameter as it is stored now, with its gradient, lies in host memory."""
+        ...
+
+    def defer_reduction(self, deferred: bool) -> None:
+        """Say whether coming backward passes leave gradients unreduced, for a later one to reduce with its own."""
+        ...
+
+    def transient_bytes(self) -> int:
+        """Return the most bytes of this rank's device that gathers and reductions take for a while."""
+        ...
+
+
+def persistent_bytes(store: ParameterStore) -> dict[str, int]:
+    """Count this rank's bytes of parameters and gradients, by kind, as they lie in memory (padding left out).
+
+    ``masters`` are named only where some lie apart from the parameters.
+    """
+    counted = {"frozen_parameters": 0, "active_parameters": 0, "gradients": 0}
+    for name in store.names:
+        parameter, master = store.parameter(name), store.master(name)
+        kind = "active_parameters" if parameter.requires_grad else "frozen_parameters"
+        counted[kind] += local_shard(parameter.detach()).nbytes
+        if master is not parameter:
+            counted["masters"] = counted.get("masters", 0) + local_shard(master.detach()).nbytes
+        if master.grad is not None:
+            counted["gradients"] += local_shard(master.grad).nbytes
+    return counted
