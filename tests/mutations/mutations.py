@@ -381,15 +381,15 @@ CHECKPOINT = [
     Mutation(
         "what trains is not copied before it is written in the background",
         "checkpoint/save.py",
-        "if name not in trained and store.storage_dtype",
-        "if store.storage_dtype",
+        "if name not in trained and store.thaw_replaces",
+        "if store.thaw_replaces",
         f"{SAVING}::test_training_goes_on_while_it_writes[bfloat16]",
     ),
     Mutation(
         "tied weights are written twice",
-        "checkpoint/state.py",
-        "if first_names[id(tensor)] == name}",
-        "}",
+        "sharding/store.py",
+        "if first_names[id(tensor)] == name",
+        "",
         "checkpoint/test_export.py::test_transformers_loads_the_same_model",
     ),
     Mutation(
