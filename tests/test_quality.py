@@ -77,11 +77,6 @@ READ_OTHERWISE = {
     "CheckpointConfig.async": 'getattr(self, "async")',  # a keyword of Python
     "LaunchConfig.partition": 'for key in ("partition", "account")',
     "LaunchConfig.account": 'for key in ("partition", "account")',
-    "GradientSamplerConfig.probe_batches": "settings.probe_batches",
-    "OutlierSamplerConfig.probe_batches": "settings.probe_batches",
-    "OutlierSamplerConfig.threshold": "settings.threshold",
-    "ImportanceSamplerConfig.probe_batches": "settings.probe_batches",
-    "ImportanceSamplerConfig.suppression_factor": "settings.suppression_factor",
     "DataConfig.name": "for records",
 }
 

@@ -13,7 +13,6 @@ from lisa_dist.checkpoint.description import described_model
 from lisa_dist.checkpoint.shards import write_safetensors
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config, UserError
-from lisa_dist.config.method import LoraUpdateConfig
 from lisa_dist.method.updates.lora import ADAPTER, adapter_config, merge, scaling_of
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
@@ -32,18 +31,18 @@ def merged_tensors(tensors: ShardedTensors, config: Config, model: nn.Module) ->
         config: of the run.
         model: the model without adapters, on ``meta``.
     """
-    update = config.update
+    adapters = config.update.adapters
     for name in tensors:
         if ".lora_" in name or name.endswith(".weight_scale"):
             continue
-        if not isinstance(update, LoraUpdateConfig) or not name.endswith(".base_layer.weight"):
+        if adapters is None or not name.endswith(".base_layer.weight"):
             yield name.replace(".base_layer.", "."), _plain(tensors, name, config)
             continue
         layer = name.removesuffix(".base_layer.weight")
         a, b = (tensors.read(f"{layer}.lora_{kind}.{ADAPTER}.weight") for kind in "AB")
-        magnitude = tensors.read(f"{layer}.lora_magnitude_vector.{ADAPTER}.weight") if update.dora else None
+        magnitude = tensors.read(f"{layer}.lora_magnitude_vector.{ADAPTER}.weight") if adapters.dora else None
         transposed = isinstance(model.get_submodule(layer), Conv1D)
-        scaling = scaling_of(update, a.shape[0])
+        scaling = scaling_of(adapters, a.shape[0])
         yield f"{layer}.weight", merge(_plain(tensors, name, config), a, b, scaling, magnitude, transposed)
 
 
@@ -61,7 +60,7 @@ def write_adapter(config: Config, checkpoint: Path, directory: Path) -> list[str
     Raises:
         UserError: the run has no adapters, or more than adapters was trained.
     """
-    if not isinstance(config.update, LoraUpdateConfig):
+    if config.update.adapters is None:
         raise UserError(f"export.adapter=true: this run has no adapters, its update is {config.update.name}")
     ends = [end for end in ("embeddings", "norm", "head") if getattr(config.always_active, end)]
     if ends:
@@ -75,7 +74,7 @@ def write_adapter(config: Config, checkpoint: Path, directory: Path) -> list[str
         contents = (tensors.read(name).to(dtype) for name in names)
         write_safetensors(described, directory / WEIGHTS_FILE, {"format": "pt"}, contents)
     layers = find_layers(build_meta_model(described_model(config)), config.model.blocks)
-    written = adapter_config(config.update, layers)
+    written = adapter_config(config.update.adapters, layers)
     written.base_model_name_or_path = config.model.path
     written.inference_mode = True
     written.save_pretrained(str(directory))

@@ -52,8 +52,9 @@ def run(config: Config) -> int:
 def held_out_loss(config: Config, opened: OpenedModel) -> dict[str, Any]:
     """Return the mean loss over the label tokens and its exponential. Collective: every rank."""
     name, sequences = held_out_sequences(config, opened)
-    batches = make_batches(config, sequences, int(opened.tokenizer.pad_token_id or 0))
-    loss = mean_loss(opened.train_module.store.module, batches.validation_batches())
+    dims = opened.train_module.dims
+    batches = make_batches(config, dims, sequences, int(opened.tokenizer.pad_token_id or 0))
+    loss = mean_loss(opened.train_module.store.module, dims, batches.validation_batches())
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return {"data": name, "sequences": len(sequences), "eval_loss": loss, "perplexity": perplexity}
 

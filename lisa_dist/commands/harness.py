@@ -55,6 +55,7 @@ class ShardedModelOfHarness(TemplateLM):
         """
         super().__init__()
         self.module = opened.train_module.store.module.eval()
+        self.dims = opened.train_module.dims
         self.tokenizer = opened.tokenizer
         self.batch_size = batch_size
         self.longest = longest
@@ -86,7 +87,7 @@ class ShardedModelOfHarness(TemplateLM):
     def _loglikelihood_tokens(self, requests: list[Request], **kwargs: Any) -> list[tuple[float, bool]]:
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]) - len(requests[index][2]))
         chunks = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        ranks, rank = distributed.world_size(), distributed.rank()
+        ranks, rank = self.dims.data_ranks, self.dims.data_rank
         own: dict[int, tuple[float, bool]] = {}
         for turn in range(math.ceil(len(chunks) / ranks)):
             place = turn * ranks + rank

@@ -16,7 +16,7 @@ from lisa_dist.config.errors import check_choice
 from lisa_dist.config.gpu import read_gpu
 from lisa_dist.config.loading import group_choices
 from lisa_dist.planning.changes import Plan, changes_that_fit, make_plan, search
-from lisa_dist.planning.simulation import micro_batches_per_step, num_ranks
+from lisa_dist.planning.simulation import cluster_dims, micro_batches_per_step
 from lisa_dist.runtime.units import format_bytes, format_count, format_duration
 from lisa_dist.sharding.checkpointing_policy import RESERVED_BYTES
 
@@ -46,20 +46,20 @@ def notes_on(plan: Plan) -> list[str]:
     """Return what a reader must know to read the figures rightly."""
     config = plan.config
     micro_batches = micro_batches_per_step(config)
-    planned = micro_batches * num_ranks(config) * config.train.micro_batch_size
+    planned = micro_batches * cluster_dims(config).data_ranks * config.train.micro_batch_size
     notes = ["every sequence is planned full, and every token trained: padding and prompts lower the tokens/s of a run"]
     if planned != config.train.global_batch_size:
         notes.append(
             f"planned with train.global_batch_size={planned}, the next multiple of micro-batch x ranks; "
             f"train would refuse {config.train.global_batch_size}"
         )
-    notes += options_without_effect(config, num_ranks(config))
+    notes += options_without_effect(config, cluster_dims(config).data_ranks)
     if config.parallel.compile:
         notes.append("activations are those of the model that is not compiled: parallel.compile saves some of them")
     if not plan.fits:
         notes.append(
             f"does not fit: {format_bytes(-plan.head_room)} too much on each rank, "
-            f"{format_bytes(-plan.head_room * num_ranks(config))} on the cluster"
+            f"{format_bytes(-plan.head_room * cluster_dims(config).num_ranks)} on the cluster"
         )
     return notes
 
@@ -97,7 +97,7 @@ def _to_json(plan: Plan, changes: list[Plan], compared: dict[str, Plan], found: 
         "method": config.method,
         "blocks": plan.trace.num_blocks,
         "active_blocks": plan.trace.num_active,
-        "ranks": num_ranks(config),
+        "ranks": cluster_dims(config).num_ranks,
         "gpu": config.plan.gpu,
         "memory_bytes": plan.gpu.memory_bytes,
         "reserved_bytes": RESERVED_BYTES,
@@ -130,7 +130,7 @@ def _print_tables(plan: Plan, changes: list[Plan], compared: dict[str, Plan], fo
 
 def _table_of(plan: Plan) -> Table:
     config, trace, work, times = plan.config, plan.trace, plan.trace.work, plan.estimate
-    ranks = num_ranks(config)
+    ranks = cluster_dims(config).num_ranks
     table = Table(
         title=f"plan: {config.model.name}, {config.method}, {ranks} x {plan.gpu.description}",
         title_justify="left",

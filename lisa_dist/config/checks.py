@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from lisa_dist.config import Config
 from lisa_dist.config.errors import UserError
+from lisa_dist.config.method import PROBE_KINDS
 
 
 def check_combinations(config: Config) -> None:
@@ -17,9 +18,19 @@ def check_combinations(config: Config) -> None:
     Raises:
         UserError: two of them can't be had together.
     """
+    check_probe(config)
     check_quantization(config)
     check_optimizer_shard(config)
     check_step_in_backward(config)
+
+
+def check_probe(config: Config) -> None:
+    """Raise :class:`UserError` where the sampler asks for a probe that nobody can make."""
+    probe = config.sampler.probe
+    if probe is not None and probe.kind not in PROBE_KINDS:
+        raise UserError(
+            f"sampler={config.sampler.name}: asks for the probe {probe.kind}, and there are {', '.join(PROBE_KINDS)}"
+        )
 
 
 def check_quantization(config: Config) -> None:
@@ -29,9 +40,9 @@ def check_quantization(config: Config) -> None:
     key = f"model.quantization={config.model.quantization}"
     if not config.update.supports_quantized_base:
         raise UserError(f"{key}: quantised weights can't be trained by update={config.update.name}, but by update=lora")
-    if getattr(config.update, "dora", False):
-        raise UserError(f"{key}: update.dora=true needs the norms of weights that are not quantised")
-    if config.sampler.reads_weights:
+    if config.update.reads_base:
+        raise UserError(f"{key}: {config.update.reads_base} reads the weights, which must then not be quantised")
+    if config.sampler.probe is not None and PROBE_KINDS[config.sampler.probe.kind]:
         raise UserError(f"{key}: sampler={config.sampler.name} looks at weights, which must then not be quantised")
 
 
@@ -41,8 +52,8 @@ def check_optimizer_shard(config: Config) -> None:
         return
     if not config.update.supports_sharded_masters:
         raise UserError(
-            f"parallel.optimizer_shard=world: update={config.update.name} has no masters to shard, what it steps is "
-            "low-rank; use parallel.optimizer_shard=replica"
+            f"parallel.optimizer_shard=world: update={config.update.name} steps something else than parameters, which "
+            "has no masters to shard; use parallel.optimizer_shard=replica"
         )
     if config.optimizer.in_backward:
         raise UserError("parallel.optimizer_shard=world: needs optimizer.in_backward=false, steps are gathered at once")
@@ -55,9 +66,33 @@ def check_step_in_backward(config: Config) -> None:
     if not config.optimizer.in_backward:
         return
     if not config.update.supports_step_in_backward:
-        raise UserError("optimizer.in_backward=true: can't project gradients; choose another update")
+        raise UserError(
+            f"optimizer.in_backward=true: update={config.update.name} needs a step's gradients all together; "
+            "choose another update"
+        )
     if config.train.on_nonfinite == "skip":
         raise UserError("optimizer.in_backward=true: can't leave steps out, so train.on_nonfinite must be stop")
+
+
+def check_global_batch(config: Config, ranks: int) -> None:
+    """Check at a fresh start that every rank has the same number of full micro-batches; a resumed run need not.
+
+    Args:
+        config: names the sizes of the batches.
+        ranks: that take different micro-batches.
+
+    Raises:
+        UserError: the global batch is no multiple of micro-batch x ranks.
+    """
+    train = config.train
+    at_once = train.micro_batch_size * ranks
+    times = train.global_batch_size // at_once
+    if train.global_batch_size % at_once:
+        near = f"{times * at_once} and {(times + 1) * at_once}" if times else str(at_once)
+        raise UserError(
+            f"train.global_batch_size={train.global_batch_size}: must be a multiple of train.micro_batch_size x "
+            f"ranks, {train.micro_batch_size} x {ranks}; near are {near}"
+        )
 
 
 def check_accumulation(config: Config, ranks: int) -> None:
@@ -95,13 +130,8 @@ def _of_sampler(config: Config) -> Iterator[IdleOption]:
         sampler.draws_once,
         f"sampler={sampler.name} trains the same blocks in every period",
     )
-    ordered = sampler.name == "sweep" and getattr(sampler, "order", "") != "random"
-    yield "sampler.seed", ordered and sampler.seed is not None, "only sampler.order=random draws at random"
-    yield (
-        "sampler.smoothing",
-        sampler.name == "bandit" and _chosen(config, "sampler.smoothing") and getattr(sampler, "eta", 1) == 0,
-        "with sampler.eta=0 gradients count for nothing",
-    )
+    for name, why in sampler.idle_keys.items():
+        yield f"sampler.{name}", _chosen(config, f"sampler.{name}"), why
 
 
 def _of_optimization(config: Config, has_validation: bool) -> Iterator[IdleOption]:
@@ -142,7 +172,7 @@ def _of_placement(config: Config, ranks: int) -> Iterator[IdleOption]:
     parallel, model = config.parallel, config.model
     always = config.always_active
     nothing_frozen = (
-        config.sampler.name == "all"
+        config.sampler.trains_all_blocks
         and config.update.trains_whole_blocks
         and always.embeddings
         and always.norm

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from lisa_dist.config.errors import UserError, check_above_zero, check_at_least, check_choice, check_fraction
 
 
+@dataclass(frozen=True)
+class ProbeRequest:
+    """What a sampler asks of the model before it draws. ``method/probes.py`` has a function for each kind."""
+
+    kind: str  # one of PROBE_KINDS
+    batches: int = 0  # calibration micro-batches a rank, of the run's own data
+    settings: dict[str, Any] = field(default_factory=dict)  # the kind's own, by name
+
+
+# Kinds of probes: what each gives, and whether it reads the numbers of weights that are frozen.
+PROBE_KINDS = {
+    "gradient_norms": False,  # for each block sqrt(||g||^2 / its parameters), g a batch's gradient; mean over batches
+    "outlier_shares": True,  # for each block the share of ||X_j||_2 |W_ij| above ``threshold`` times their mean
+    "suppressed_losses": False,  # for each of ``sets`` the mean loss while its blocks give ``factor`` of what they do
+    "weight_norms": True,  # for each block the l2 norm of all its parameters taken together
+}
+
+
 @dataclass
 class SamplerConfig:
-    """What every sampler shares; a sampler's own keys are in its subclass."""
+    """What every sampler shares, and what it does and needs; a sampler's own keys are in its subclass."""
 
     draws_once: ClassVar[bool] = False  # trains the same blocks in every period
+    trains_all_blocks: ClassVar[bool] = False  # these are all blocks of the model
+    observes_steps: ClassVar[bool] = False  # learns from every optimizer step
 
     name: str = "uniform"  # the sampler; sampler=NAME sets it together with what belongs to it
     active_layers: int | None = 2  # gamma: blocks trained in a period; only sampler=importance has a null
@@ -24,9 +44,19 @@ class SamplerConfig:
         check_at_least("sampler.period", self.period, 1)
 
     @property
-    def reads_weights(self) -> bool:
-        """Whether the draws depend on the values of frozen weights."""
-        return False
+    def probe(self) -> ProbeRequest | None:
+        """What it asks of the model, in the periods in which it asks; None: nothing."""
+        return None
+
+    @property
+    def listed_blocks(self) -> list[int] | None:
+        """The blocks that it trains, where they are known without a model."""
+        return None
+
+    @property
+    def idle_keys(self) -> dict[str, str]:
+        """Its own keys that have no effect with its other ones, and why."""
+        return {}
 
 
 @dataclass
@@ -41,6 +71,7 @@ class AllSamplerConfig(SamplerConfig):
     """Every block in every period."""
 
     draws_once: ClassVar[bool] = True
+    trains_all_blocks: ClassVar[bool] = True
 
     name: str = "all"
 
@@ -58,6 +89,11 @@ class FixedSamplerConfig(SamplerConfig):
         super().__post_init__()
         if len(set(self.blocks)) != len(self.blocks) or any(block < 0 for block in self.blocks):
             raise UserError(f"sampler.blocks={self.blocks}: must be different block indices of at least 0")
+
+    @property
+    def listed_blocks(self) -> list[int] | None:
+        """Those of ``sampler.blocks``."""
+        return self.blocks
 
 
 @dataclass
@@ -81,9 +117,9 @@ class WeightedSamplerConfig(SamplerConfig):
             raise UserError(f"sampler.weights={self.weights}: must not be negative")
 
     @property
-    def reads_weights(self) -> bool:
-        """Whether the law is one of the model's weights."""
-        return self.law in ("weight_norm", "weight_norm_ratio")
+    def probe(self) -> ProbeRequest | None:
+        """The norms of the model's weights, where the law is one of theirs."""
+        return ProbeRequest("weight_norms") if self.law in ("weight_norm", "weight_norm_ratio") else None
 
 
 @dataclass
@@ -102,6 +138,11 @@ class SweepSamplerConfig(SamplerConfig):
                 f"sampler.sequence={self.sequence}: sampler.order={self.order} "
                 + ("needs every block's index once" if self.order == "given" else "reads no sequence; leave it out")
             )
+
+    @property
+    def idle_keys(self) -> dict[str, str]:
+        """The seed, but for a random order."""
+        return {} if self.order == "random" else {"seed": "only sampler.order=random draws at random"}
 
 
 @dataclass
@@ -134,6 +175,11 @@ class GradientSamplerConfig(SamplerConfig):
         check_at_least("sampler.probe_batches", self.probe_batches, 1)
         check_fraction("sampler.smoothing", self.smoothing)
 
+    @property
+    def probe(self) -> ProbeRequest | None:
+        """The gradient norm of each block."""
+        return ProbeRequest("gradient_norms", self.probe_batches)
+
 
 @dataclass
 class OutlierSamplerConfig(SamplerConfig):
@@ -150,9 +196,9 @@ class OutlierSamplerConfig(SamplerConfig):
         check_at_least("sampler.probe_batches", self.probe_batches, 1)
 
     @property
-    def reads_weights(self) -> bool:
-        """Outliers are looked for among inputs times weights."""
-        return True
+    def probe(self) -> ProbeRequest | None:
+        """The outliers of each block, among inputs times weights."""
+        return ProbeRequest("outlier_shares", self.probe_batches, {"threshold": self.threshold})
 
 
 @dataclass
@@ -177,10 +223,17 @@ class ImportanceSamplerConfig(SamplerConfig):
         check_fraction("sampler.suppression_factor", self.suppression_factor, below_one=True)
         check_above_zero("sampler.score_lr", self.score_lr)
 
+    @property
+    def probe(self) -> ProbeRequest | None:
+        """The losses while sets of blocks are suppressed; which sets, the sampler adds when it asks."""
+        return ProbeRequest("suppressed_losses", self.probe_batches, {"factor": self.suppression_factor})
+
 
 @dataclass
 class BanditSamplerConfig(SamplerConfig):
     """In the manner of MISA: learns from the training steps which blocks to draw more often."""
+
+    observes_steps: ClassVar[bool] = True
 
     name: str = "bandit"
     eta: float = 1.0  # of the exponential weights over squared norms relative to their mean; 0: uniform
@@ -190,6 +243,11 @@ class BanditSamplerConfig(SamplerConfig):
         super().__post_init__()
         check_at_least("sampler.eta", self.eta, 0)
         check_fraction("sampler.smoothing", self.smoothing)
+
+    @property
+    def idle_keys(self) -> dict[str, str]:
+        """The smoothing of estimates that nothing is drawn by."""
+        return {"smoothing": "with sampler.eta=0 gradients count for nothing"} if self.eta == 0 else {}
 
 
 SAMPLER_CONFIGS: dict[str, type[SamplerConfig]] = {
@@ -214,8 +272,19 @@ class UpdateConfig:
     supports_sharded_masters: ClassVar[bool] = True  # parallel.optimizer_shard=world
     supports_step_in_backward: ClassVar[bool] = True  # optimizer.in_backward
     trains_whole_blocks: ClassVar[bool] = False  # nothing of an active block is frozen
+    is_plain: ClassVar[bool] = False  # what any trainer does: whole blocks, stepped by their own gradients
 
     name: str = "full_rank"  # the update; update=NAME sets it together with what belongs to it
+
+    @property
+    def reads_base(self) -> str:
+        """The setting with which it reads the numbers of the frozen weights beside what trains; empty: it does not."""
+        return ""
+
+    @property
+    def adapters(self) -> LoraUpdateConfig | None:
+        """The settings of its adapters, where what it trains can be merged into the weights or exported by itself."""
+        return None
 
 
 @dataclass
@@ -223,6 +292,7 @@ class FullRankUpdateConfig(UpdateConfig):
     """Every parameter of an active block."""
 
     trains_whole_blocks: ClassVar[bool] = True
+    is_plain: ClassVar[bool] = True
 
     name: str = "full_rank"
 
@@ -270,6 +340,16 @@ class LoraUpdateConfig(UpdateConfig):
         check_at_least("update.preset_rank", self.preset_rank, 1)
         check_above_zero("update.alpha", self.alpha)
         check_fraction("update.dropout", self.dropout, below_one=True)
+
+    @property
+    def reads_base(self) -> str:
+        """DoRA divides by the norms of the weights."""
+        return "update.dora=true" if self.dora else ""
+
+    @property
+    def adapters(self) -> LoraUpdateConfig | None:
+        """These very settings."""
+        return self
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Data: sources, formats, chat templates and loss masks, packing, and resumable batches that ranks share."""
 
-from lisa_dist.data.batches import GlobalBatches, MicroBatch, check_batch_sizes, label_tokens
+from lisa_dist.data.batches import GlobalBatches, MicroBatch, label_tokens
 from lisa_dist.data.counts import DataCounts
 from lisa_dist.data.encode import UNTRAINED
 from lisa_dist.data.prepare import PreparedData, prepare_data
@@ -18,7 +18,6 @@ __all__ = [
     "Question",
     "Sequences",
     "TokenizedRows",
-    "check_batch_sizes",
     "encode_prompt",
     "ensure_chat_template",
     "label_tokens",

@@ -17,7 +17,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from lisa_dist.config import UserError
 from lisa_dist.data.encode import UNTRAINED
 from lisa_dist.data.sequences import Sequences, TokenSequence
 
@@ -33,21 +32,6 @@ STEPS_AHEAD = 2  # global batches that are made ready in the background
 def label_tokens(micro_batch: MicroBatch) -> int:
     """Number of tokens that are predicted with a loss; the label at position 0 is nobody's prediction."""
     return int((micro_batch["labels"][:, 1:] != UNTRAINED).sum())
-
-
-def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
-    """Check at a fresh start that every rank has the same number of full micro-batches; a resumed run need not.
-
-    Raises:
-        UserError: the global batch is no multiple of micro-batch x ranks.
-    """
-    step = micro_batch_size * world_size
-    if global_batch_size % step:
-        below, above = global_batch_size // step * step, (global_batch_size // step + 1) * step
-        raise UserError(
-            f"train.global_batch_size={global_batch_size}: must be a multiple of train.micro_batch_size x ranks, "
-            f"{micro_batch_size} x {world_size}; near are {f'{below} and {above}' if below else above}"
-        )
 
 
 class GlobalBatches:
@@ -66,7 +50,7 @@ class GlobalBatches:
         sequence_length: int,
         seed: int,
         rank: int,
-        world_size: int,
+        num_ranks: int,
         pad_token_id: int,
         fixed_length: bool = False,
     ) -> None:
@@ -78,7 +62,7 @@ class GlobalBatches:
             micro_batch_size: sequences of one forward pass of one rank.
             sequence_length: the longest a sequence may be.
             seed: of the order.
-            rank, world_size: whose part.
+            rank, num_ranks: whose part, of how many that take different micro-batches.
             pad_token_id: any token id; padding has no label.
             fixed_length: pad to ``sequence_length`` instead of to a little above the micro-batch's longest sequence.
         """
@@ -88,7 +72,7 @@ class GlobalBatches:
         self.sequence_length = sequence_length
         self.seed = seed
         self.rank = rank
-        self.world_size = world_size
+        self.num_ranks = num_ranks
         self.pad_token_id = pad_token_id
         self.fixed_length = fixed_length
         self._permutation = functools.lru_cache(maxsize=2)(self._draw_permutation)  # a batch may span two epochs
@@ -120,7 +104,7 @@ class GlobalBatches:
         return self.sequences.lengths[self.global_batch(seen, place_of)]
 
     def micro_batch_indices(self, seen: int, place_of: PlaceOf = int) -> list[list[int]]:
-        """Return the sequences of every micro-batch of a global batch, longest first: the same at any world size.
+        """Return the sequences of every micro-batch of a global batch, longest first: the same at any number of ranks.
 
         Sequences of like length share a micro-batch, so that little is padded and ranks are busy equally long.
         """
@@ -131,7 +115,7 @@ class GlobalBatches:
     def micro_batches(self, seen: int, place_of: PlaceOf = int) -> list[MicroBatch]:
         """Return this rank's micro-batches of a step: as many on every rank, those beyond the data without labels."""
         parts = self.micro_batch_indices(seen, place_of)
-        rounds = math.ceil(len(parts) / self.world_size)
+        rounds = math.ceil(len(parts) / self.num_ranks)
         return [self._own_part(parts, turn) for turn in range(rounds)]
 
     def iterate(self, seen: int, steps: int, place_of: PlaceOf = int) -> Iterator[list[MicroBatch]]:
@@ -165,12 +149,12 @@ class GlobalBatches:
             limit: at most this many micro-batches a rank.
         """
         parts = _chunks(list(range(self.num_sequences)), self.micro_batch_size)
-        rounds = math.ceil(len(parts) / self.world_size)
+        rounds = math.ceil(len(parts) / self.num_ranks)
         for turn in range(rounds if limit is None else min(rounds, limit)):
             yield self._own_part(parts, turn)
 
     def _own_part(self, parts: list[list[int]], turn: int) -> MicroBatch:
-        place = turn * self.world_size + self.rank
+        place = turn * self.num_ranks + self.rank
         return self.collate(parts[place]) if place < len(parts) else self.empty_micro_batch()
 
     def _padded_length(self, longest: int) -> int:

@@ -65,10 +65,11 @@ class LisaCallback(TrainerCallback):
             )
         self._layers = find_layers(model)
         self._sampler = RankSynchronizedSampler(build_sampler(self.config, len(self._layers.blocks), args.seed))
-        wanted = "needs calibration data" if self._sampler.sampler.needs is not None else None
-        if self._sampler.sampler.observes_steps:
-            wanted = "learns from the gradients of every step"
-        if wanted is not None:
+        probe = self.config.probe
+        wanted = "learns from the gradients of every step" if self.config.observes_steps else ""
+        if probe is not None:
+            wanted = f"needs {'calibration data' if probe.batches else probe.kind.replace('_', ' ')}"
+        if wanted:
             raise UserError(
                 f"sampler={self.config.name}: {wanted}, and there are none in a callback; "
                 "use lisa-dist train, or another sampler"

@@ -29,6 +29,7 @@ from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERR
 from lisa_dist.launching.stop_watcher import StopWatcher
 from lisa_dist.runtime.redaction import hide_secrets
 from lisa_dist.runtime.signals import die_with, install_stop_handlers
+from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.telemetry.logs import rank_log
 from lisa_dist.telemetry.out_of_memory import advice
 from lisa_dist.telemetry.records import SUMMARY_FILE, read_summary, write_summary
@@ -67,6 +68,7 @@ def launch_ranks(config: Config, entry: Entry, log_dir: Path | None = None) -> i
         UserError: the configuration asks for what this machine has not, or a rank raised one.
     """
     ranks = count_local_ranks(config)
+    ParallelDims.of(config.parallel, ranks)  # refused before there are ranks
     run_dir = log_dir or Path(config.run.dir or ".")
     started = time.time()
     with tempfile.TemporaryDirectory(prefix="lisa-dist-") as folder:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,12 +12,12 @@ from transformers import PretrainedConfig
 
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.checks import check_combinations
+from lisa_dist.config.method import ProbeRequest
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.method import probes
 from lisa_dist.method.optim.active_optimizer import ActiveOptimizer
 from lisa_dist.method.optim.weight_decay import norms_and_biases
 from lisa_dist.method.sampling import build_sampler
-from lisa_dist.method.sampling.base import GRADIENT_NORMS, OUTLIERS, RESPONSE_SUPPRESSION, WEIGHT_NORMS
 from lisa_dist.method.switch import (
     ActiveSet,
     RankSynchronizedSampler,
@@ -40,6 +39,7 @@ from lisa_dist.runtime.units import format_count
 from lisa_dist.sharding import build_store
 from lisa_dist.sharding.checkpointing_policy import CheckpointingPolicy
 from lisa_dist.sharding.compilation import compile_blocks
+from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.sharding.store import ParameterStore, persistent_bytes
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class TrainModule:
     """The model with everything that changes it: what a checkpoint holds, and what bench and plan drive too."""
 
     config: Config
+    dims: ParallelDims
     store: ParameterStore
     update: Update
     optimizer: ActiveOptimizer
@@ -98,11 +99,11 @@ def build_train_module(config: Config, architecture: PretrainedConfig | None = N
     checkpointing.measure(module)
     if config.parallel.compile:
         compile_blocks(layers.blocks)
-    mesh = distributed.make_mesh(config.parallel)
-    store = build_store(module, layers, mesh, config.parallel, config.precision, update.keeps_precision)
+    dims = ParallelDims.of(config.parallel)
+    store = build_store(module, layers, dims.mesh, config.parallel, config.precision, update.keeps_precision)
     active = ActiveSet(always_active_parameters(store, config.always_active))
     optimizer = ActiveOptimizer(config.optimizer, update, undecayed, store.masters_to_params)
-    return TrainModule(config, store, update, optimizer, sampler, active, checkpointing)
+    return TrainModule(config, dims, store, update, optimizer, sampler, active, checkpointing)
 
 
 def separate_packed_samples(config: Config, module: nn.Module, layers: LayerMap) -> Separation | None:
@@ -156,7 +157,7 @@ def load_initial_weights(train_module: TrainModule, device: torch.device) -> Non
     """Allocate the model and fill it from its directory, or at random. Collective: every rank."""
     blocks = list(range(len(train_module.store.layers.blocks)))
     # Where every block trains in every period, weights never pass through the frozen dtype.
-    allocate(train_module, blocks if train_module.config.sampler.name == "all" else [], device)
+    allocate(train_module, blocks if train_module.config.sampler.trains_all_blocks else [], device)
     if train_module.config.model.initialization == "random":
         added = initialize_random(train_module.store.module, train_module.config.train.seed)
     else:
@@ -174,8 +175,9 @@ def begin_period(train_module: TrainModule, period: int, coming: ComingBatches |
     Raises:
         UserError: the sampler needs calibration data and ``coming`` is None.
     """
-    if train_module.sampler.sampler.wants_probe(period):
-        train_module.sampler.observe(probe(train_module, coming))
+    request = train_module.sampler.request(period)
+    if request is not None:
+        train_module.sampler.observe(probe(train_module, request, coming))
     blocks = train_module.sampler.draw(period)
     switch_active_blocks(
         train_module.store,
@@ -189,28 +191,16 @@ def begin_period(train_module: TrainModule, period: int, coming: ComingBatches |
     train_module.checkpointing.apply(train_module.store, train_module.active.blocks)
 
 
-def probe(train_module: TrainModule, coming: ComingBatches | None) -> list[float]:
-    """Return what the sampler needs to know: a number a block, or one a suppressed set. Collective: every rank.
+def probe(train_module: TrainModule, request: ProbeRequest, coming: ComingBatches | None) -> list[float]:
+    """Return what the sampler asks for. Collective: every rank.
 
     Raises:
         UserError: it needs calibration data and ``coming`` is None.
     """
-    store, update = train_module.store, train_module.update
-    settings: Any = train_module.config.sampler  # a sampler's own keys are in its subclass
-    needs = train_module.sampler.sampler.needs
-    if needs == WEIGHT_NORMS:
-        return probes.weight_norms(store)
-    if coming is None:
-        raise UserError(f"sampler={settings.name}: needs calibration data, and there is none")
-    batches = coming(settings.probe_batches)
-    if needs == GRADIENT_NORMS:
-        return probes.gradient_norms(store, update, batches)
-    if needs == OUTLIERS:
-        return probes.outlier_shares(store, batches, settings.threshold)
-    if needs == RESPONSE_SUPPRESSION:
-        sets = train_module.sampler.suppressed_sets()
-        return probes.suppressed_losses(store, update, batches, sets, settings.suppression_factor)
-    raise ValueError(f"there is no probe {needs}")
+    if request.batches and coming is None:
+        raise UserError(f"sampler={train_module.config.sampler.name}: needs calibration data, and there is none")
+    micro_batches = [] if coming is None else coming(request.batches)
+    return probes.measure(request, train_module.store, train_module.update, train_module.dims, micro_batches)
 
 
 def observed_blocks(train_module: TrainModule) -> dict[int, list[str]]:

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from lisa_dist.config.method import ProbeRequest
 from lisa_dist.data.batches import MicroBatch, label_tokens
 from lisa_dist.method.updates import Update
 from lisa_dist.method.updates.sharded import own_rows
@@ -21,12 +22,22 @@ from lisa_dist.models.matrix_inputs import InputSquares, input_dim
 from lisa_dist.objectives.chunked_head import IGNORED
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import local_shard
+from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.sharding.store import ParameterStore
 
 logger = logging.getLogger(__name__)
 
 
-def gradient_norms(store: ParameterStore, update: Update, micro_batches: Iterable[MicroBatch]) -> list[float]:
+def measure(
+    request: ProbeRequest, store: ParameterStore, update: Update, dims: ParallelDims, micro_batches: list[MicroBatch]
+) -> list[float]:
+    """Return what a sampler asked for. Collective: every rank, with the same request and equally many micro-batches."""
+    return PROBES[request.kind](store, update, dims, micro_batches, **request.settings)
+
+
+def gradient_norms(
+    store: ParameterStore, update: Update, dims: ParallelDims, micro_batches: list[MicroBatch]
+) -> list[float]:
     """Return for each block the mean over batches of sqrt(||g||^2 / N) (GRASS, arXiv 2604.07808).
 
     g is the gradient of a batch's mean loss with respect to the N parameters of the block that the update
@@ -57,8 +68,8 @@ def gradient_norms(store: ParameterStore, update: Update, micro_batches: Iterabl
             store.module(**_on_device(micro_batch)).backward()
             for parameter in store.module.parameters():
                 parameter.grad = None
-            reduced = distributed.all_reduce_sum([float(label_tokens(micro_batch)), *squares.tolist()])
-            tokens, norms = max(reduced[0], 1.0), [math.sqrt(value / _replicas(store)) for value in reduced[1:]]
+            reduced = dims.all_reduce_sum([float(label_tokens(micro_batch)), *squares.tolist()])
+            tokens, norms = max(reduced[0], 1.0), [math.sqrt(value / dims.replicate) for value in reduced[1:]]
             sums = [total + norm / tokens for total, norm in zip(sums, norms)]
             batches += 1
         for hook in hooks:
@@ -67,39 +78,48 @@ def gradient_norms(store: ParameterStore, update: Update, micro_batches: Iterabl
     return [total / (max(batches, 1) * math.sqrt(size)) for total, size in zip(sums, sizes)]
 
 
-def weight_norms(store: ParameterStore) -> list[float]:
+def weight_norms(
+    store: ParameterStore, update: Update, dims: ParallelDims, micro_batches: list[MicroBatch]
+) -> list[float]:
     """Return for each block the l2 norm of all its parameters taken together. Collective: every rank."""
     squares = []
     for block in range(len(store.layers.blocks)):
         shards = [local_shard(store.parameter(name).detach()) for name in store.block_parameters(block)]
         squares.append(sum(float(shard.float().square().sum(dtype=torch.float64)) for shard in shards))
-    return [math.sqrt(value / _replicas(store)) for value in distributed.all_reduce_sum(squares)]
+    return [math.sqrt(value / dims.replicate) for value in dims.all_reduce_sum(squares)]
 
 
 @torch.no_grad()
-def outlier_shares(store: ParameterStore, micro_batches: Iterable[MicroBatch], threshold: float) -> list[float]:
+def outlier_shares(
+    store: ParameterStore, update: Update, dims: ParallelDims, micro_batches: list[MicroBatch], threshold: float
+) -> list[float]:
     """Return for each block the share of entries of A_ij = ||X_j||_2 |W_ij| above ``threshold`` times their mean.
 
     OwLore's layerwise outlier distribution (arXiv 2405.18380): W are the block's weight matrices, all their entries
     taken together, X_j their j-th inputs over the tokens of all micro-batches, up to each sequence's last label; of a
     fused expert over the tokens that are routed to it. Collective: every rank, equally many micro-batches.
     """
-    norms = _input_norms(store, micro_batches)
+    norms = _input_norms(store, dims, micro_batches)
     shares = []
     for block in range(len(store.layers.blocks)):
         names = [name for name in store.block_parameters(block) if name in norms]
         entries = [_scaled_entries(store, name, norms[name]) for name in names]
-        total, count = distributed.all_reduce_sum(
+        total, count = dims.all_reduce_sum(
             [sum(float(part.sum(dtype=torch.float64)) for part in entries), float(sum(p.numel() for p in entries))]
         )
         limit = threshold * total / max(count, 1)
-        above = distributed.all_reduce_sum([float(sum(int((part > limit).sum()) for part in entries))])[0]
+        above = dims.all_reduce_sum([float(sum(int((part > limit).sum()) for part in entries))])[0]
         shares.append(above / max(count, 1))
     return shares
 
 
 def suppressed_losses(
-    store: ParameterStore, update: Update, micro_batches: list[MicroBatch], sets: list[list[int]], factor: float
+    store: ParameterStore,
+    update: Update,
+    dims: ParallelDims,
+    micro_batches: list[MicroBatch],
+    sets: list[list[int]],
+    factor: float,
 ) -> list[float]:
     """Return for each set of blocks the mean loss while the contribution of its blocks is scaled by ``factor``.
 
@@ -111,23 +131,32 @@ def suppressed_losses(
         with ExitStack() as stack:
             for block in blocks:
                 stack.enter_context(update.suppressed(store.layers.blocks[block], factor))
-            losses.append(mean_loss(store.module, micro_batches))
+            losses.append(mean_loss(store.module, dims, micro_batches))
     return losses
 
 
+# By the kind of a request; ``config.method.PROBE_KINDS`` says the same without torch.
+PROBES: dict[str, Callable[..., list[float]]] = {
+    "gradient_norms": gradient_norms,
+    "outlier_shares": outlier_shares,
+    "suppressed_losses": suppressed_losses,
+    "weight_norms": weight_norms,
+}
+
+
 @torch.no_grad()
-def mean_loss(module: nn.Module, micro_batches: Iterable[MicroBatch]) -> float:
+def mean_loss(module: nn.Module, dims: ParallelDims, micro_batches: Iterable[MicroBatch]) -> float:
     """Return the mean loss over all label tokens of all ranks. Collective: every rank, equally many micro-batches."""
     loss_sum, tokens = torch.zeros((), device=distributed.device()), 0
     with _evaluating(module):
         for micro_batch in micro_batches:
             tokens += label_tokens(micro_batch)
             loss_sum += module(**_on_device(micro_batch))
-    total, counted = distributed.all_reduce_sum([loss_sum.item(), float(tokens)])
+    total, counted = dims.all_reduce_sum([loss_sum.item(), float(tokens)])
     return total / max(counted, 1)
 
 
-def _input_norms(store: ParameterStore, micro_batches: Iterable[MicroBatch]) -> dict[str, Tensor]:
+def _input_norms(store: ParameterStore, dims: ParallelDims, micro_batches: Iterable[MicroBatch]) -> dict[str, Tensor]:
     """Return for each weight matrix the l2 norm of each of its inputs over all tokens of all ranks.
 
     By the parameter's name: [inputs], of fused experts [experts, inputs].
@@ -143,7 +172,7 @@ def _input_norms(store: ParameterStore, micro_batches: Iterable[MicroBatch]) -> 
         logger.warning("sampler=outlier: the inputs of %s can't be seen, so they are left out", left_out)
     norms = {}
     for name, squares in seen.squares.items():
-        total = distributed.all_reduce_sum(squares.flatten().tolist())
+        total = dims.all_reduce_sum(squares.flatten().tolist())
         norms[name] = torch.tensor(total, device=squares.device).view(squares.shape).sqrt()
     return norms
 
@@ -161,11 +190,6 @@ def _scaled_entries(store: ParameterStore, name: str, norms: Tensor) -> Tensor:
     factors = norms[..., :, None] if input_dim(module) == -2 else norms[..., None, :]
     factors = factors.expand(weight.shape)
     return rows * own_rows(weight, factors).to(rows.device)
-
-
-def _replicas(store: ParameterStore) -> int:
-    """How many ranks hold the same shard, so that a sum over all ranks counts it as often."""
-    return store.mesh.size() // store.mesh["shard"].size()
 
 
 def _on_device(micro_batch: MicroBatch) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lisa_dist.config import AlwaysActiveConfig
+from lisa_dist.config.method import ProbeRequest
 from lisa_dist.method.optim.active_optimizer import ActiveOptimizer
 from lisa_dist.method.sampling import Sampler
 from lisa_dist.method.updates import Update
@@ -47,9 +48,11 @@ class RankSynchronizedSampler:
         verify_agreement(period, blocks, sent)
         return blocks
 
-    def suppressed_sets(self) -> list[list[int]]:
-        """Return the sets that a response suppression probe compares, of rank 0's draw. Collective: every rank."""
-        return distributed.broadcast_object(self.sampler.suppressed_sets() if distributed.is_main() else [])
+    def request(self, period: int) -> ProbeRequest | None:
+        """Return what rank 0's sampler wants to know before the draw of ``period``. Collective: every rank."""
+        if not self.sampler.wants_probe(period):
+            return None
+        return distributed.broadcast_object(self.sampler.request() if distributed.is_main() else None)
 
     def observe(self, scores: list[float]) -> None:
         """Hand scores, already reduced over ranks, to the sampler of rank 0."""

@@ -10,7 +10,7 @@ from lisa_dist.config.gpu import Gpu
 from lisa_dist.config.loading import vary
 from lisa_dist.planning.estimate import Estimate, estimate
 from lisa_dist.planning.prediction import predict
-from lisa_dist.planning.simulation import Trace, num_ranks
+from lisa_dist.planning.simulation import Trace, cluster_dims
 from lisa_dist.runtime.units import GIB
 from lisa_dist.sharding.activation_checkpointing import KINDS
 from lisa_dist.sharding.checkpointing_policy import RESERVED_BYTES
@@ -96,7 +96,7 @@ def _is_allowed(config: Config, overrides: list[str]) -> bool:
     varied = vary(config, overrides)
     try:
         check_combinations(varied)
-        check_accumulation(varied, num_ranks(varied))
+        check_accumulation(varied, cluster_dims(varied).data_ranks)
     except UserError:
         return False
     return True
@@ -118,7 +118,10 @@ def _joint_changes(plan: Plan) -> list[Plan]:
         tried.append(make_plan(plan.config, plan.gpu, offloaded))
     nodes = 2 * plan.config.parallel.nodes
     while nodes <= MOST_NODES and not (tried and tried[-1].fits):
-        tried.append(make_plan(plan.config, plan.gpu, [*savings, f"parallel.nodes={nodes}"]))
+        changes = [*savings, f"parallel.nodes={nodes}"]
+        if not _is_allowed(plan.config, changes):  # a fixed number of shards
+            break
+        tried.append(make_plan(plan.config, plan.gpu, changes))
         nodes *= 2
     return tried
 

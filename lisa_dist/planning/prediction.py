@@ -6,7 +6,6 @@ import re
 from dataclasses import replace
 
 from lisa_dist.config import Config
-from lisa_dist.config.method import FixedSamplerConfig
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.planning.simulation import Trace, architecture_of, extreme_sets, simulate
@@ -30,7 +29,7 @@ def predict(config: Config) -> Trace:
     depth = architecture_of(config).num_hidden_layers
     num_active = len(extreme_sets(config, depth)[1])
     shallow = 2 * EDGE + 1 + (0 if num_active == depth else num_active)
-    if isinstance(config.sampler, FixedSamplerConfig) or shallow + 2 >= depth or not has_equal_blocks(config):
+    if config.sampler.listed_blocks is not None or shallow + 2 >= depth or not has_equal_blocks(config):
         return simulate(config)
     return extrapolate(simulate(config, shallow), simulate(config, shallow + 1), depth)
 

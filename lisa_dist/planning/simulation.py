@@ -33,6 +33,7 @@ from lisa_dist.models.architecture import CONFIG_FILE, local_directory, read_arc
 from lisa_dist.models.inspection import ties_differ
 from lisa_dist.models.masking import mask_as_in_training
 from lisa_dist.runtime import distributed
+from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.sharding.ledger import Ledger, Work, sum_of_work
 from lisa_dist.training.loop import train_step
 
@@ -67,9 +68,13 @@ class Trace:
         return self.peaks[self.peak_at]
 
 
-def num_ranks(config: Config) -> int:
-    """Return the ranks of the cluster that ``parallel.nodes`` and ``parallel.nproc_per_node`` describe."""
-    return config.parallel.nodes * ranks_per_node(config)
+def cluster_dims(config: Config) -> ParallelDims:
+    """Return how the ranks of the cluster that ``parallel.nodes`` and ``parallel.nproc_per_node`` describe are used.
+
+    Raises:
+        UserError: they are not replicate x shard.
+    """
+    return ParallelDims.of(config.parallel, config.parallel.nodes * ranks_per_node(config))
 
 
 def ranks_per_node(config: Config) -> int:
@@ -79,7 +84,7 @@ def ranks_per_node(config: Config) -> int:
 
 def micro_batches_per_step(config: Config) -> int:
     """Return the micro-batches of a rank in a step, rounded up to equally many on every rank."""
-    return math.ceil(config.train.global_batch_size / (config.train.micro_batch_size * num_ranks(config)))
+    return math.ceil(config.train.global_batch_size / (config.train.micro_batch_size * cluster_dims(config).data_ranks))
 
 
 def architecture_of(config: Config) -> PretrainedConfig:
@@ -107,8 +112,9 @@ def extreme_sets(config: Config, own_depth: int, num_blocks: int | None = None) 
         own_depth: blocks of the model.
         num_blocks: the depth to choose the sets for.
     """
-    if isinstance(config.sampler, FixedSamplerConfig):
-        return config.sampler.blocks, config.sampler.blocks
+    listed = config.sampler.listed_blocks
+    if listed is not None:
+        return listed, listed
     depth = own_depth if num_blocks is None else num_blocks
     count = build_sampler(config.sampler, own_depth).num_active
     count = depth if count == own_depth else count
@@ -150,9 +156,9 @@ def simulate(config: Config, num_blocks: int | None = None) -> Trace:
     # Fake tensors can't be compiled, so a compiled model is planned as one that is not, which needs more.
     config = replace(config, sampler=sampler, parallel=replace(config.parallel, compile=False))
     micro_batches = micro_batches_per_step(config)
-    ranks = num_ranks(config)
-    check_accumulation(config, ranks)
-    with simulated_world(ranks):
+    dims = cluster_dims(config)
+    check_accumulation(config, dims.data_ranks)
+    with simulated_world(dims.num_ranks):
         train_module = build_train_module(config, architecture)
         ledger = Ledger(ranks_per_node(config))
         with FakeTensorMode(allow_non_fake_inputs=True), ledger, mask_as_in_training(config.data.packing):
@@ -174,7 +180,7 @@ def simulate(config: Config, num_blocks: int | None = None) -> Trace:
             host_bytes=clock.host_bytes,
             peaks={phase: peak for phase, peak in ledger.peaks.items() if phase != "start"},
             work=_work_of_step(ledger.work, micro_batches),
-            tokens=micro_batches * config.train.micro_batch_size * ranks * config.data.sequence_length,
+            tokens=micro_batches * config.train.micro_batch_size * dims.data_ranks * config.data.sequence_length,
         )
 
 

@@ -1,4 +1,4 @@
-"""The process group, the device mesh, and the few collectives that the program makes outside FSDP2.
+"""The process group, and the few collectives that the program makes outside FSDP2.
 
 Ranks come from RANK and WORLD_SIZE (torchrun, our own launcher), else from Slurm's step variables, else
 there is one rank. A function that issues a collective says so in its docstring.
@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from lisa_dist.config import ParallelConfig, UserError
@@ -126,26 +125,6 @@ def shutdown() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def make_mesh(config: ParallelConfig) -> DeviceMesh:
-    """Return the mesh: one axis ``shard``, or ``replicate`` x ``shard`` for hybrid sharding. Collective.
-
-    Raises:
-        UserError: the ranks are not replicate x shard.
-    """
-    ranks = world_size()
-    if ranks % config.replicate:
-        raise UserError(f"parallel.replicate={config.replicate}: must divide the number of ranks, {ranks}")
-    shard = ranks // config.replicate if config.shard == "auto" else int(config.shard)
-    if shard * config.replicate != ranks:
-        raise UserError(
-            f"parallel.shard={config.shard}: replicate x shard must equal the number of ranks, "
-            f"but {config.replicate} x {shard} is not {ranks}"
-        )
-    if config.replicate == 1:
-        return init_device_mesh(device().type, (shard,), mesh_dim_names=("shard",))
-    return init_device_mesh(device().type, (config.replicate, shard), mesh_dim_names=("replicate", "shard"))
 
 
 def local_shard(parameter: torch.Tensor) -> torch.Tensor:
@@ -265,21 +244,17 @@ def now() -> float:
     return time.perf_counter()
 
 
-def all_reduce_sum(values: list[float]) -> list[float]:
-    """Return the element-wise sum over ranks, in float64. Collective: every rank."""
-    return _all_reduce(values, dist.ReduceOp.SUM)
+def all_reduce_sum(values: list[float], group: dist.ProcessGroup | None = None) -> list[float]:
+    """Return the element-wise sum over the ranks of ``group``, in float64. Collective: every rank of it.
 
-
-def all_reduce_max(values: list[float]) -> list[float]:
-    """Return the element-wise maximum over ranks, in float64. Collective: every rank."""
-    return _all_reduce(values, dist.ReduceOp.MAX)
-
-
-def _all_reduce(values: list[float], operation: Any) -> list[float]:
+    Args:
+        values: equally many on every rank.
+        group: None: of all ranks.
+    """
     if is_alone():
         return values
     tensor = torch.tensor(values, dtype=torch.float64)  # on the CPU: the gloo half of the process group
-    dist.all_reduce(tensor, op=operation)
+    dist.all_reduce(tensor, group=group)
     return tensor.tolist()
 
 

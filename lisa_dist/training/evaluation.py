@@ -23,7 +23,8 @@ def evaluate(run: Run) -> None:
     if run.validation is not None:
         batches = run.validation.validation_batches(run.config.train.eval_batches)
         with run.heartbeat.phase("the evaluation", may_take_long=True):
-            run.recorder.record_evaluation(run.progress.step, mean_loss(run.train_module.store.module, batches))
+            loss = mean_loss(run.train_module.store.module, run.train_module.dims, batches)
+            run.recorder.record_evaluation(run.progress.step, loss)
 
 
 def show_answers(run: Run, title: str) -> None:

@@ -30,6 +30,7 @@ from lisa_dist.method.optim.schedule import learning_rate
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import now
 from lisa_dist.runtime.signals import ignore_stop_signals, stop_requested
+from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.telemetry.logs import setup_logging
 from lisa_dist.telemetry.out_of_memory import PREPARATION, explaining_out_of_memory
 from lisa_dist.training.evaluation import evaluate, show_answers
@@ -97,12 +98,12 @@ def train_step(
     """
     config = train_module.config
     # Dropout depends on the step and the rank alone, so a resumed run draws the same.
-    torch.manual_seed(hash((config.train.seed, step, distributed.rank())) % 2**63)
+    torch.manual_seed(hash((config.train.seed, step, train_module.dims.data_rank)) % 2**63)
     if config.optimizer.in_backward:
         return step_in_backward(train_module, micro_batches, step, max_steps, stop_requested, stopwatch)
     local_loss, local_tokens = accumulate_gradients(train_module, micro_batches, stopwatch)
     with stopwatch("reduction of the loss"):
-        loss_sum, tokens, stops = distributed.all_reduce_sum([local_loss, local_tokens, float(stop_requested)])
+        loss_sum, tokens, stops = train_module.dims.all_reduce_sum([local_loss, local_tokens, float(stop_requested)])
     lr = learning_rate(config.scheduler, config.optimizer.lr, step, max_steps)
     with stopwatch("optimizer"):
         gradients, observed = train_module.optimizer.gradients(), observed_blocks(train_module)
@@ -132,7 +133,7 @@ def step_in_backward(
     nothing is left out. The norm is that of unclipped gradients.
     """
     assert len(micro_batches) == 1, "gradients that are used at once can't be accumulated"
-    tokens, stops = distributed.all_reduce_sum([float(label_tokens(micro_batches[0])), float(stop_requested)])
+    tokens, stops = train_module.dims.all_reduce_sum([float(label_tokens(micro_batches[0])), float(stop_requested)])
     lr = learning_rate(train_module.config.scheduler, train_module.config.optimizer.lr, step, max_steps)
     with train_module.optimizer.stepping_in_backward(lr, max(tokens, 1)) as made:
         local_loss, _ = accumulate_gradients(train_module, micro_batches, stopwatch)
@@ -141,10 +142,8 @@ def step_in_backward(
         sums = [
             float(sum(squares[name] for name in names if name in squares)) for names in (squares, *observed.values())
         ]
-        loss_sum, *reduced = distributed.all_reduce_sum([local_loss, *sums])
-    square_sum, *of_blocks = (
-        value / train_module.config.parallel.replicate for value in reduced
-    )  # replicas hold the same
+        loss_sum, *reduced = train_module.dims.all_reduce_sum([local_loss, *sums])
+    square_sum, *of_blocks = (value / train_module.dims.replicate for value in reduced)  # replicas hold the same
     norm = math.sqrt(square_sum)
     finite = math.isfinite(loss_sum) and math.isfinite(norm)
     if finite:
@@ -173,16 +172,17 @@ def train(config: Config) -> int:
         UserError: the configuration does not fit the model, the data or the ranks.
     """
     distributed.initialize(config.parallel)
-    check_accumulation(config, distributed.world_size())
+    dims = ParallelDims.of(config.parallel)
+    check_accumulation(config, dims.data_ranks)
     config = open_run_directory(config)
     setup_logging(config.run.dir)
     try:
         with explaining_out_of_memory(config, lambda: PREPARATION):
-            run = prepare_run(config)
+            run = prepare_run(config, dims)
     except UserError:
         forget_start(config)
         raise
-    for sentence in options_without_effect(config, distributed.world_size(), run.validation is not None):
+    for sentence in options_without_effect(config, dims.data_ranks, run.validation is not None):
         if distributed.is_main():
             logger.warning(sentence)
     with run.recorder as recorder, run.heartbeat:
@@ -289,7 +289,7 @@ def record(run: Run, result: StepResult, figures: dict[str, float]) -> None:
     rate = peak_rate(distributed.device())
     if rate is not None:
         achieved = step_flops(run.train_module, lengths) / figures["step_seconds"]
-        figures["mfu"] = achieved / (rate * distributed.world_size())
+        figures["mfu"] = achieved / (rate * run.train_module.dims.num_ranks)
     run.recorder.record_step(
         step=run.progress.step,
         epoch=run.batches.epoch(run.progress.sequences),

@@ -20,6 +20,7 @@ from lisa_dist.checkpoint.restore import newest_complete, restore_checkpoint
 from lisa_dist.checkpoint.save import CheckpointSaver, remove_leftovers
 from lisa_dist.checkpoint.state import Progress, read_state
 from lisa_dist.config import Config, LaunchConfig, UserError
+from lisa_dist.config.checks import check_global_batch
 from lisa_dist.config.loading import to_yaml
 from lisa_dist.config.run_directory import check_run_dir_is_free, holds_run, resolve_run_dir
 from lisa_dist.data.batches import GlobalBatches, MicroBatch
@@ -37,6 +38,7 @@ from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.heartbeat import Heartbeat
 from lisa_dist.runtime.redaction import hide_secrets
 from lisa_dist.runtime.units import format_bytes, format_count
+from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.telemetry.memory import free_memory_bytes, memory_kind, peak_memory_gib
 from lisa_dist.telemetry.progress import announce
 from lisa_dist.telemetry.recorder import Recorder
@@ -110,7 +112,7 @@ def checkpoint_directory(config: Config) -> Path:
     return Path(str(config.run.dir)) / "checkpoints"
 
 
-def prepare_run(config: Config) -> Run:
+def prepare_run(config: Config, dims: ParallelDims) -> Run:
     """Read the data, build the model, and restore the newest checkpoint or load the weights to start from.
 
     Collective: every rank.
@@ -120,12 +122,14 @@ def prepare_run(config: Config) -> Run:
     """
     started = time.monotonic()
     device = distributed.device()
-    with distributed.waiting_for_disks(config.parallel.timeout):
-        architecture = open_architecture(config)
-    tokenizer = open_tokenizer(config)
     directory = checkpoint_directory(config)
     with distributed.waiting_for_disks(config.parallel.timeout):
         newest = newest_complete(directory) if config.checkpoint.resume == "auto" else None
+        if newest is None:
+            check_global_batch(config, dims.data_ranks)
+        architecture = open_architecture(config)
+    tokenizer = open_tokenizer(config)
+    with distributed.waiting_for_disks(config.parallel.timeout):
         order_seed = config.train.seed if newest is None else first_seed(newest)
     data = prepare_data(config.data, tokenizer, order_seed)  # waits by itself, as long as it takes
     with distributed.waiting_for_disks(config.parallel.timeout):
@@ -133,15 +137,15 @@ def prepare_run(config: Config) -> Run:
     warn_of_positions(config, architecture)
     show_preview(config.data, data, tokenizer)
     pad = int(tokenizer.pad_token_id or 0)
-    batches = make_batches(config, data.train, pad, order_seed)
-    validation = None if data.validation is None else make_batches(config, data.validation, pad, order_seed)
+    batches = make_batches(config, dims, data.train, pad, order_seed)
+    validation = None if data.validation is None else make_batches(config, dims, data.validation, pad, order_seed)
     train_module = build_train_module(config, architecture)
     checkpoints = CheckpointSaver(train_module, directory, public_yaml(config))
     progress = Progress(order_seed=order_seed, data=described)
     with distributed.waiting_for_disks(config.parallel.timeout):
         if newest is None:
             distributed.on_rank_zero(lambda: settle_run_directory(config, tokenizer))
-            start_afresh(train_module, device)
+            load_initial_weights(train_module, device)
         else:
             progress = go_on(train_module, checkpoints, newest, device, described)
             distributed.on_rank_zero(lambda: settle_run_directory(config, tokenizer))
@@ -241,7 +245,9 @@ def rows_of(data: PreparedData) -> dict[str, Any]:
     return {name: found.rows for name, found in counts.items() if found is not None}
 
 
-def make_batches(config: Config, sequences: Sequences, pad_token_id: int, seed: int | None = None) -> GlobalBatches:
+def make_batches(
+    config: Config, dims: ParallelDims, sequences: Sequences, pad_token_id: int, seed: int | None = None
+) -> GlobalBatches:
     """Return this rank's view of the global batches over ``sequences``, ordered by ``seed`` or ``train.seed``."""
     return GlobalBatches(
         sequences,
@@ -249,27 +255,11 @@ def make_batches(config: Config, sequences: Sequences, pad_token_id: int, seed: 
         micro_batch_size=config.train.micro_batch_size,
         sequence_length=config.data.sequence_length,
         seed=config.train.seed if seed is None else seed,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
+        rank=dims.data_rank,
+        num_ranks=dims.data_ranks,
         pad_token_id=pad_token_id,
         fixed_length=config.data.packing or config.parallel.compile,
     )
-
-
-def start_afresh(train_module: TrainModule, device: torch.device) -> None:
-    """Fill the model from where it starts. Collective: every rank.
-
-    Raises:
-        UserError: the global batch is not a multiple of what the ranks take at a time.
-    """
-    config = train_module.config
-    at_a_time = config.train.micro_batch_size * distributed.world_size()
-    if config.train.global_batch_size % at_a_time:
-        raise UserError(
-            f"train.global_batch_size={config.train.global_batch_size}: must be a multiple of {at_a_time}, "
-            f"train.micro_batch_size={config.train.micro_batch_size} x {distributed.world_size()} ranks"
-        )
-    load_initial_weights(train_module, device)
 
 
 def go_on(
@@ -308,14 +298,13 @@ def announce_run(
     """Print once what is effective."""
     store, precision = train_module.store, config.precision
     architecture: Any = store.module.config
-    mesh = " x ".join(f"{size} {name}" for name, size in zip(store.mesh.mesh_dim_names or (), store.mesh.shape))
     total = sum(store.parameter(name).numel() for name in store.names)
     blocks = len(store.layers.blocks)
     trained = f"{data.counts.trained_share:.0%} of {format_count(data.counts.tokens)} tokens trained"
     announce(
         {
             "run": str(config.run.dir),
-            "ranks": f"{distributed.world_size()} ({mesh}), {distributed.device().type}, "
+            "ranks": f"{train_module.dims.num_ranks} ({train_module.dims}), {distributed.device().type}, "
             f"{torch.get_num_threads()} CPU threads a rank",
             "model": f"{config.model.path or config.model.name}: {format_count(total)} parameters in {blocks} blocks"
             f"{', head tied to the embeddings' if store.layers.tied else ''}, {config.model.initialization} weights",
@@ -354,7 +343,7 @@ def announce_trained(train_module: TrainModule, counted: dict[str, int]) -> None
     own = sum(counted[kind] for kind in apart)
     held = sum(size for kind, size in counted.items() if kind not in ("gradients", *apart))
     held -= counted["active_parameters"] if apart else 0
-    checkpoint = distributed.all_reduce_sum([own + held / train_module.config.parallel.replicate])[0]
+    checkpoint = distributed.all_reduce_sum([own + held / train_module.dims.replicate])[0]
     free = free_memory_bytes()
     announce(
         {

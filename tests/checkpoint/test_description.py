@@ -21,6 +21,7 @@ from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.models.architecture import read_architecture
 from lisa_dist.models.inspection import pretrained_architecture
 from lisa_dist.planning.simulation import architecture_of
+from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.training import setup as preparation
 from tests.checkpoint.test_adapters import make_run
 from tests.support.families import tiny_config
@@ -133,7 +134,7 @@ def test_weights_are_looked_at_before_the_data(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(preparation, "prepare_data", lambda *_: pytest.fail("the data was read first"))
     with pytest.raises(UserError, match=r"model\.safetensors is a Git LFS pointer"):
-        preparation.prepare_run(make_run(tmp_path / "run", tmp_path / "base"))
+        preparation.prepare_run(make_run(tmp_path / "run", tmp_path / "base"), ParallelDims(1, replicate=1, shard=1))
 
 
 def test_a_run_without_a_description_is_named(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from lisa_dist import cli
 from lisa_dist.commands.bench import command as bench
 from lisa_dist.commands.bench.stopwatch import PeakMemory, spread_of
+from lisa_dist.commands.bench.targets import FsdpBaseline
 from lisa_dist.config import UserError
 from lisa_dist.config.loading import load, vary
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
@@ -72,6 +73,19 @@ def test_json_holds_speed_parts_and_memory_of_every_method(tmp_path: Path) -> No
         found["compare"]["lisa"]["ratio"]["to"] == "fsdp_baseline" and found["compare"]["lisa"]["ratio"]["median"] > 0
     )
     assert json.loads((tmp_path / "trace_rank_0.json").read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ("update=low_rank", "update=low_rank does not; choose update=full_rank"),
+        ("sampler=gradient", "sampler=gradient probes the model; choose another sampler"),
+    ],
+)
+def test_what_plain_fsdp_does_not_do_is_refused_by_name(chosen: str, message: str) -> None:
+    config = load([*TINY, chosen])
+    with pytest.raises(UserError, match=f"bench.compare=fsdp_baseline: trains .*{message}"):
+        FsdpBaseline(config, bench.bench_batches(config))
 
 
 def test_a_sweep_measures_each_line(tmp_path: Path) -> None:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 
 from lisa_dist.cli import main
 from lisa_dist.config import UserError
-from lisa_dist.config.checks import check_accumulation, check_combinations, options_without_effect
+from lisa_dist.config.checks import (
+    check_accumulation,
+    check_combinations,
+    check_global_batch,
+    options_without_effect,
+)
 from lisa_dist.config.loading import load
+from lisa_dist.config.method import ProbeRequest, SamplerConfig, UpdateConfig
 
 MODEL = ["model.path=a/model", "data.path=rows.json"]
 
@@ -76,16 +84,19 @@ def test_evaluation_without_rows_to_evaluate_on_is_named() -> None:
 REFUSED = [
     (["model.quantization=int8"], "model.quantization=int8: .*update=full_rank, but by update=lora"),
     (["model.quantization=nf4", "update=low_rank"], "model.quantization=nf4: .*update=low_rank"),
-    (["model.quantization=int8", "update=lora", "update.dora=true"], "update.dora=true needs the norms of weights"),
+    (["model.quantization=int8", "update=lora", "update.dora=true"], "update.dora=true reads the weights"),
     (["model.quantization=int8", "update=lora", "sampler=outlier"], "sampler=outlier looks at weights"),
     (
         ["model.quantization=int8", "update=lora", "sampler=weighted", "sampler.law=weight_norm"],
         "sampler=weighted looks at weights",
     ),
-    (["parallel.optimizer_shard=world", "update=low_rank"], "use parallel.optimizer_shard=replica"),
+    (
+        ["parallel.optimizer_shard=world", "update=low_rank"],
+        "update=low_rank steps something else than",
+    ),
     (["parallel.optimizer_shard=world", "optimizer.in_backward=true"], "needs optimizer.in_backward=false"),
     (["parallel.optimizer_shard=world", "parallel.offload=all"], "parallel.offload must be none or frozen"),
-    (["optimizer.in_backward=true", "update=low_rank"], "can't project gradients"),
+    (["optimizer.in_backward=true", "update=low_rank"], "update=low_rank needs a step's gradients all together"),
     (["optimizer.in_backward=true", "train.on_nonfinite=skip"], "train.on_nonfinite must be stop"),
 ]
 
@@ -94,6 +105,67 @@ REFUSED = [
 def test_options_that_exclude_each_other_are_refused(chosen: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_combinations(load([*MODEL, *chosen]))
+
+
+@dataclass
+class BareUpdateConfig(UpdateConfig):
+    """An update that nobody knows, which supports nothing."""
+
+    supports_sharded_masters: ClassVar[bool] = False
+    supports_step_in_backward: ClassVar[bool] = False
+    name: str = "bare"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (["model.quantization=int8"], "quantised weights can't be trained by update=bare"),
+        (["parallel.optimizer_shard=world"], "update=bare steps something else than parameters"),
+        (["optimizer.in_backward=true"], "update=bare needs a step's gradients all together"),
+    ],
+)
+def test_an_update_that_lacks_a_capability_is_refused_by_name(chosen: list[str], message: str) -> None:
+    config = load([*MODEL, *chosen])
+    with pytest.raises(UserError, match=message):
+        check_combinations(replace(config, update=BareUpdateConfig()))
+    check_combinations(replace(load(MODEL), update=BareUpdateConfig()))
+
+
+@dataclass
+class AskingSamplerConfig(SamplerConfig):
+    """A sampler that nobody knows, which asks for a probe."""
+
+    name: str = "asking"
+    kind: str = "hessian_traces"
+
+    @property
+    def probe(self) -> ProbeRequest | None:
+        return ProbeRequest(self.kind)
+
+
+def test_a_sampler_that_asks_for_what_nobody_measures_is_refused_by_name() -> None:
+    config = load(MODEL)
+    with pytest.raises(UserError, match="sampler=asking: asks for the probe hessian_traces, and there are gradient_n"):
+        check_combinations(replace(config, sampler=AskingSamplerConfig()))
+    check_combinations(replace(config, sampler=AskingSamplerConfig(kind="gradient_norms")))
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("weight_norms", True), ("gradient_norms", False)])
+def test_a_probe_of_weights_needs_weights_that_are_not_quantised(kind: str, refused: bool) -> None:
+    config = replace(load([*MODEL, "model.quantization=int8", "update=lora"]), sampler=AskingSamplerConfig(kind=kind))
+    if not refused:
+        return check_combinations(config)
+    with pytest.raises(UserError, match="sampler=asking looks at weights"):
+        check_combinations(config)
+
+
+def test_a_global_batch_is_a_multiple_of_what_the_ranks_take() -> None:
+    config = load([*MODEL, "train.global_batch_size=12", "train.micro_batch_size=2"])
+    check_global_batch(config, ranks=3)
+    with pytest.raises(UserError, match=r"train.global_batch_size=12: .* 2 x 4; near are 8 and 16"):
+        check_global_batch(config, ranks=4)
+    with pytest.raises(UserError, match=r"train.global_batch_size=12: .* 2 x 8; near are 16$"):
+        check_global_batch(config, ranks=8)
 
 
 def test_gradients_used_at_once_are_not_accumulated() -> None:

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lisa_dist.checkpoint.state import Progress
-from lisa_dist.config import UserError
-from lisa_dist.data.batches import GlobalBatches, check_batch_sizes, label_tokens
+from lisa_dist.data.batches import GlobalBatches, label_tokens
 from lisa_dist.data.sequences import Sequences
 from tests.support.rows import make_rows
 
@@ -26,7 +25,7 @@ def batches(sequences: Sequences, **changes) -> GlobalBatches:
         "sequence_length": 16,
         "seed": 5,
         "rank": 0,
-        "world_size": 1,
+        "num_ranks": 1,
         "pad_token_id": 0,
     }
     return GlobalBatches(sequences, **{**options, **changes})
@@ -41,7 +40,7 @@ def test_same_global_batches_at_any_world_size(sequences):
     for step in range(0, 60, 12):
         expected = batches(sequences).global_batch(step)
         for world_size in (1, 2, 3, 4, 8):
-            ranks = [batches(sequences, rank=rank, world_size=world_size) for rank in range(world_size)]
+            ranks = [batches(sequences, rank=rank, num_ranks=world_size) for rank in range(world_size)]
             parts = [one.micro_batches(step) for one in ranks]
             assert len({len(part) for part in parts}) == 1
             seen = [row for part in parts for micro_batch in part for row in rows_in(micro_batch)]
@@ -52,7 +51,7 @@ def test_same_global_batches_at_any_world_size(sequences):
 def test_micro_batches_are_dealt_in_turn(sequences):
     parts = batches(sequences).micro_batch_indices(3)
     for rank in range(4):
-        mine = batches(sequences, rank=rank, world_size=4).micro_batches(3)
+        mine = batches(sequences, rank=rank, num_ranks=4).micro_batches(3)
         assert [rows_in(m) for m in mine] == [parts[rank], parts[rank + 4] if rank + 4 < len(parts) else []]
 
 
@@ -129,7 +128,7 @@ def test_longest_micro_batch(sequences):
 
 
 def test_iterate_goes_on_at_any_step(sequences):
-    mine = batches(sequences, world_size=2, rank=1)
+    mine = batches(sequences, num_ranks=2, rank=1)
     for seen, steps in ((0, 5), (36, 1), (17, 7), (4, 0)):
         got = list(mine.iterate(seen, steps))
         assert len(got) == steps
@@ -147,14 +146,8 @@ def test_iterate_hands_errors_on(sequences, monkeypatch):
 
 @pytest.mark.parametrize("world_size", [1, 3, 8])
 def test_validation_goes_once_over_everything(sequences, world_size):
-    ranks = [batches(sequences, rank=rank, world_size=world_size, micro_batch_size=4) for rank in range(world_size)]
+    ranks = [batches(sequences, rank=rank, num_ranks=world_size, micro_batch_size=4) for rank in range(world_size)]
     parts = [list(one.validation_batches()) for one in ranks]
     assert len({len(part) for part in parts}) == 1
     assert sorted(row for part in parts for m in part for row in rows_in(m)) == list(range(37))
     assert [len(list(one.validation_batches(limit=1))) for one in ranks] == [1] * world_size
-
-
-def test_batch_sizes_must_fit_the_ranks():
-    check_batch_sizes(12, 2, 3)
-    with pytest.raises(UserError, match=r"train.global_batch_size=10: .* 2 x 3; near are 6 and 12"):
-        check_batch_sizes(10, 2, 3)

@@ -56,7 +56,7 @@ def test_no_token_of_a_packed_sequence_sees_another_sample():
         "sequence_length": 16,
         "seed": 0,
         "rank": 0,
-        "world_size": 1,
+        "num_ranks": 1,
         "pad_token_id": 0,
     }
     packed_batches = GlobalBatches(packed, **options, fixed_length=True)

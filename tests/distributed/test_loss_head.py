@@ -17,6 +17,7 @@ from lisa_dist.models.loading import load_pretrained, restore_buffers
 from lisa_dist.objectives.chunked_head import install_loss_head
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding import build_store
+from lisa_dist.sharding.dimensions import ParallelDims
 from tests.support.families import FAMILIES, tiny_config
 from tests.support.ranks import run_on_ranks
 
@@ -45,7 +46,7 @@ def differences(root: str, family: str) -> dict[str, float]:
     assert install_loss_head(model, layers, chunk_tokens=7) is not None
     parallel = ParallelConfig()
     precision = PrecisionConfig(frozen="float32", compute="float32")
-    store = build_store(model, layers, distributed.make_mesh(parallel), parallel, precision)
+    store = build_store(model, layers, ParallelDims.of(parallel).mesh, parallel, precision)
     store.allocate(list(store.names), torch.device("cpu"))
     restore_buffers(model)
     load_pretrained(model, directory)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lisa_dist.config import Config, UserError
-from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS
+from lisa_dist.config.method import PROBE_KINDS, SAMPLER_CONFIGS, UPDATE_CONFIGS, ProbeRequest
 from lisa_dist.method import probes
 from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
 from lisa_dist.runtime import distributed
@@ -79,15 +79,18 @@ def probe_on_rank(config: Config) -> dict[str, Any]:
         most_gradients = max(most_gradients, sum(".layers." in name for name in held))
         return distributed.local_shard(tensor)
 
+    def measure(request: ProbeRequest) -> list[float]:
+        return probes.measure(request, store, update, train_module.dims, mine)
+
     with mock.patch.object(probes, "local_shard", counting):
-        gradients = probes.gradient_norms(store, update, mine)
+        gradients = measure(ProbeRequest("gradient_norms"))
     trained = {name for name in store.names if store.parameter(name).requires_grad}
     found = {
         "gradient_norms": gradients,
-        "weight_norms": probes.weight_norms(store),
-        "outliers": probes.outlier_shares(store, mine, THRESHOLD),
-        "suppression": probes.suppressed_losses(store, update, mine, SETS, FACTOR),
-        "loss": probes.mean_loss(store.module, mine),
+        "weight_norms": measure(ProbeRequest("weight_norms")),
+        "outliers": measure(ProbeRequest("outlier_shares", settings={"threshold": THRESHOLD})),
+        "suppression": measure(ProbeRequest("suppressed_losses", settings={"sets": SETS, "factor": FACTOR})),
+        "loss": probes.mean_loss(store.module, train_module.dims, mine),
     }
     after = full_parameters(train_module)
     assert trained == set(train_module.optimizer.parameters)
@@ -249,6 +252,12 @@ def draw_with_data(config: Config) -> tuple[list[float] | None, list[int], str]:
         complaint = str(error)
     begin_period(train_module, period, lambda count: [step[distributed.rank()] for step in make_global_batches(count)])
     return train_module.sampler.scores(), train_module.active.blocks, complaint
+
+
+def test_every_kind_of_request_has_its_probe() -> None:
+    assert probes.PROBES.keys() == PROBE_KINDS.keys()
+    asked = {config().probe.kind for config in SAMPLER_CONFIGS.values() if config().probe is not None}
+    assert asked | {"weight_norms"} == PROBE_KINDS.keys()
 
 
 @pytest.mark.parametrize(

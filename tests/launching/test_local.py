@@ -51,6 +51,14 @@ def test_all_done(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert os.environ == environment
 
 
+def test_ranks_that_are_no_grid_are_refused_before_they_start(tmp_path: Path) -> None:
+    config = local_ranks(tmp_path / "run")
+    config.parallel.replicate = 3
+    with pytest.raises(UserError, match=r"parallel\.replicate=3: must divide the number of ranks, 2"):
+        launch_ranks(config, programs.finish)
+    assert not (tmp_path / "run").exists()
+
+
 def test_first_failure_alone_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert launch_ranks(local_ranks(tmp_path), programs.fail) == 1
     shown = capfd.readouterr().err

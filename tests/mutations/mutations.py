@@ -102,7 +102,7 @@ STEP = [
     Mutation(
         "dropout is not seeded anew at each step",
         "training/loop.py",
-        "torch.manual_seed(hash((config.train.seed, step, distributed.rank())) % 2**63)",
+        "torch.manual_seed(hash((config.train.seed, step, train_module.dims.data_rank)) % 2**63)",
         "pass",
         RESUMED,
     ),
@@ -236,8 +236,8 @@ DATA = [
     Mutation(
         "every rank takes the same micro-batches",
         "data/batches.py",
-        "place = turn * self.world_size + self.rank",
-        "place = turn * self.world_size",
+        "place = turn * self.num_ranks + self.rank",
+        "place = turn * self.num_ranks",
         "data/test_batches.py::test_micro_batches_are_dealt_in_turn",
     ),
     Mutation(

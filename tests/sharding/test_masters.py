@@ -139,7 +139,7 @@ def test_a_run_goes_on_exactly_and_with_masters_on_every_replica(tmp_path: Path)
 
 
 def test_a_plan_proposes_it_where_it_can_be() -> None:
-    config = load(["model=llama2_7b", "method=lisa"])
+    config = load(["model=llama2_7b", "method=lisa", f"parallel.nproc_per_node={RANKS}"])
     change, offload = ["parallel.optimizer_shard=world"], ["parallel.offload=all"]
     assert change not in single_changes(config)
     config.parallel.replicate = REPLICAS
@@ -160,7 +160,7 @@ def probe_twice(optimizer_shard: str) -> list[float]:
         return make_global_batches(1)[0][distributed.rank() :: RANKS][:count]
 
     begin_period(train_module, 0, coming)
-    norms = probe(train_module, coming)
+    norms = probe(train_module, train_module.sampler.sampler.request(), coming)
     assert not train_module.optimizer.gradients()
     return norms
 

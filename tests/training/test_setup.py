@@ -6,10 +6,13 @@ import json
 
 import pytest
 
-from lisa_dist.config import Config, DataConfig, ModelConfig
+from lisa_dist.config import Config, DataConfig, ModelConfig, UserError
+from lisa_dist.config.loading import load
 from lisa_dist.data.prepare import prepare_data
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.models.architecture import read_architecture
+from lisa_dist.sharding.dimensions import ParallelDims
+from lisa_dist.training import setup
 from lisa_dist.training.setup import rows_of, warn_of_positions
 
 
@@ -28,6 +31,15 @@ def test_sequences_longer_than_the_models_positions_are_warned_of(architecture, 
     assert caplog.text == ""
     warn_of_positions(Config(model=model, data=DataConfig(sequence_length=positions + 1)), built)
     assert f"data.sequence_length={positions + 1}: is above the {positions} positions of the model" in caplog.text
+
+
+def test_a_global_batch_that_does_not_fit_the_ranks_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "read_architecture", lambda *_: pytest.fail("the model was read first"))
+    monkeypatch.setattr(setup, "pretrained_architecture", lambda *_: pytest.fail("the model was read first"))
+    config = load([f"run.dir={tmp_path}", "train.global_batch_size=6", "train.micro_batch_size=1"])
+    with pytest.raises(UserError, match=r"train\.global_batch_size=6: must be a mul.* 1 x 4; near are 4 and 8"):
+        setup.prepare_run(config, ParallelDims(4, replicate=2, shard=2))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_summary_counts_the_rows_of_both_sources(tmp_path):

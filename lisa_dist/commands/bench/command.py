@@ -20,15 +20,16 @@ from lisa_dist.commands.bench.rounds import PARTS, BenchRun, Builder, enter, int
 from lisa_dist.commands.bench.stopwatch import PEAK_MEANINGS
 from lisa_dist.commands.bench.targets import FSDP_BASELINE, FsdpBaseline, MethodTarget
 from lisa_dist.config import EXIT_DONE, Config, UserError
-from lisa_dist.config.checks import check_accumulation
+from lisa_dist.config.checks import check_accumulation, check_global_batch
 from lisa_dist.config.errors import check_choice
 from lisa_dist.config.loading import group_choices, vary
-from lisa_dist.data.batches import GlobalBatches, check_batch_sizes
+from lisa_dist.data.batches import GlobalBatches
 from lisa_dist.data.prepare import prepare_data
 from lisa_dist.data.sequences import Sequences
 from lisa_dist.models.architecture import read_architecture
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.units import format_bytes, format_count
+from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.telemetry.logs import setup_logging
 from lisa_dist.training.setup import make_batches, open_tokenizer
 
@@ -95,14 +96,15 @@ def bench_batches(config: Config) -> GlobalBatches:
 
     Collective: every rank.
     """
-    check_batch_sizes(config.train.global_batch_size, config.train.micro_batch_size, distributed.world_size())
-    check_accumulation(config, distributed.world_size())
+    dims = ParallelDims.of(config.parallel)
+    check_global_batch(config, dims.data_ranks)
+    check_accumulation(config, dims.data_ranks)
     if config.data.path is None:
         vocabulary = read_architecture(config.model).vocab_size
-        return make_batches(config, random_sequences(config.data.sequence_length, vocabulary), 0)
+        return make_batches(config, dims, random_sequences(config.data.sequence_length, vocabulary), 0)
     tokenizer = open_tokenizer(config)
     data = prepare_data(config.data, tokenizer, config.train.seed)
-    return make_batches(config, data.train, int(tokenizer.pad_token_id or 0))
+    return make_batches(config, dims, data.train, int(tokenizer.pad_token_id or 0))
 
 
 def random_sequences(tokens: int, vocabulary: int) -> Sequences:

@@ -20,6 +20,7 @@ from lisa_dist.models.inspection import pretrained_architecture
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
 from lisa_dist.runtime import distributed
+from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.sharding.rounding import dtype_of
 from lisa_dist.training.flops import step_flops
 from lisa_dist.training.loop import PhaseTimer, dry_run_batch, train_step
@@ -81,13 +82,22 @@ class FsdpBaseline:
     """
 
     def __init__(self, config: Config, batches: GlobalBatches) -> None:
-        if config.update.name != "full_rank":
-            raise UserError(f"bench.compare={FSDP_BASELINE}: trains whole blocks, so it needs update=full_rank")
+        if not config.update.is_plain:
+            raise UserError(
+                f"bench.compare={FSDP_BASELINE}: trains whole blocks by their own gradients, which "
+                f"update={config.update.name} does not; choose update=full_rank"
+            )
         self.config = config
         self.model = build_meta_model(config.model, pretrained_architecture(config.model, config.precision.frozen))
         layers = find_layers(self.model, config.model.blocks)
         precision, always = config.precision, config.always_active
-        active = RankSynchronizedSampler(build_sampler(config.sampler, len(layers.blocks), config.train.seed)).draw(0)
+        sampler = build_sampler(config.sampler, len(layers.blocks), config.train.seed)
+        if sampler.wants_probe(0):
+            raise UserError(
+                f"bench.compare={FSDP_BASELINE}: trains the blocks of the first draw, before which "
+                f"sampler={config.sampler.name} probes the model; choose another sampler"
+            )
+        active = RankSynchronizedSampler(sampler).draw(0)
         for index, block in enumerate(layers.blocks):
             if index not in active:
                 block.requires_grad_(False).to(dtype_of(precision.frozen))
@@ -98,7 +108,7 @@ class FsdpBaseline:
         policy = MixedPrecisionPolicy(
             param_dtype=dtype_of(precision.compute), reduce_dtype=dtype_of(precision.reduce), cast_forward_inputs=False
         )
-        mesh = distributed.make_mesh(config.parallel)
+        mesh = ParallelDims.of(config.parallel).mesh
         for module in (*layers.blocks, self.model):
             fully_shard(
                 module,

@@ -33,8 +33,6 @@ class BanditSampler(Sampler):
     half frozen would keep all of itself in fp32. The division by the mean makes eta a number without units.
     """
 
-    observes_steps = True
-
     def __init__(self, config: BanditSamplerConfig, num_blocks: int) -> None:
         super().__init__(config, num_blocks)
         self.eta = config.eta

@@ -1,8 +1,8 @@
 """What every sampler is: a state machine that is asked once a period which blocks train in it.
 
-A sampler sees no tensor, no model and no process group. What it wants to know of the model it asks by the
-name of a probe (``needs``); whoever runs the model measures it, reduced over ranks, and hands the numbers
-to ``observe`` before the draw. A sampler that learns from the training itself asks for it (``observes_steps``).
+A sampler sees no tensor, no model and no process group. What it wants to know of the model it asks by a
+``ProbeRequest``; whoever runs the model measures it, reduced over ranks, and hands the numbers to ``observe`` before
+the draw. One that learns from the training itself says so in its configuration (``observes_steps``).
 """
 
 from __future__ import annotations
@@ -14,19 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lisa_dist.config import UserError
-from lisa_dist.config.method import SamplerConfig
-
-GRADIENT_NORMS = "gradient_norms"
-"""Probe: for each block sqrt(||g||^2 / number of its parameters), g the gradient of one batch; mean over batches."""
-
-WEIGHT_NORMS = "weight_norms"
-"""Probe: for each block the l2 norm of all its parameters taken together."""
-
-OUTLIERS = "outliers"
-"""Probe: for each block the share of entries of ||X_j||_2 |W_ij| that exceed ``threshold`` times their mean."""
-
-RESPONSE_SUPPRESSION = "response_suppression"
-"""Probe: for each set of ``suppressed_sets()`` the mean loss while the blocks of that set are suppressed."""
+from lisa_dist.config.method import ProbeRequest, SamplerConfig
 
 
 class Sampler(ABC):
@@ -40,7 +28,7 @@ class Sampler(ABC):
         num_active: how many each draw returns, where ``sampler.active_layers`` does not say it.
 
     Attributes:
-        needs: name of the probe that ``observe`` expects, or None.
+        probe: what it asks of the model when it asks, or None.
         observes_steps: whether ``observe_step`` is to be called after every optimizer step.
         num_blocks: number of blocks of the model, indexed from 0.
         num_active: number of blocks that each draw returns.
@@ -48,11 +36,10 @@ class Sampler(ABC):
         last_period: the period it was for, -1 before the first.
     """
 
-    needs: str | None = None
-    observes_steps = False
-
     def __init__(self, config: SamplerConfig, num_blocks: int, num_active: int | None = None) -> None:
         self.num_blocks = num_blocks
+        self.probe = config.probe
+        self.observes_steps = config.observes_steps
         count = config.active_layers if num_active is None else num_active
         if count is None:
             raise UserError(f"sampler.active_layers=null: must be a number for sampler={config.name}")
@@ -85,15 +72,16 @@ class Sampler(ABC):
         """
         return False
 
-    def suppressed_sets(self) -> list[list[int]]:
-        """Return the sets of blocks that the response suppression probe compares; empty for other samplers.
+    def request(self) -> ProbeRequest:
+        """Return what ``observe`` expects next, where ``wants_probe``.
 
-        They are random: to be asked on the rank that draws, and the same until ``observe``.
+        It may be random: to be asked on the rank that draws, and the same until ``observe``.
         """
-        return []
+        assert self.probe is not None, f"{type(self).__name__} needs no probe"
+        return self.probe
 
     def observe(self, scores: list[float]) -> None:
-        """Take the result of the probe: one number a block, or one a set of ``suppressed_sets()``."""
+        """Take the result of the probe: a list as its kind gives it."""
         raise TypeError(f"{type(self).__name__} needs no probe")
 
     def observe_step(self, squares: Mapping[int, float]) -> None:

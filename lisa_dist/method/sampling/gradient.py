@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lisa_dist.config.method import GradientSamplerConfig
-from lisa_dist.method.sampling.base import GRADIENT_NORMS, Sampler
+from lisa_dist.method.sampling.base import Sampler
 from lisa_dist.method.sampling.draws import draw_without_replacement, softmax
 
 
@@ -23,8 +23,6 @@ class GradientSampler(Sampler):
     for a probe belongs to a switch. Its values of tau, alpha and the number of probe steps were in no source at
     hand, so the defaults are ours. Its optimizer state in host memory is ``optimizer.state_on_freeze=offload``.
     """
-
-    needs = GRADIENT_NORMS
 
     def __init__(self, config: GradientSamplerConfig, num_blocks: int) -> None:
         super().__init__(config, num_blocks)

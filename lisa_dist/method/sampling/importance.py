@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from lisa_dist.config import UserError
-from lisa_dist.config.method import ImportanceSamplerConfig
-from lisa_dist.method.sampling.base import RESPONSE_SUPPRESSION, Sampler
+from lisa_dist.config.method import ImportanceSamplerConfig, ProbeRequest
+from lisa_dist.method.sampling.base import Sampler
 from lisa_dist.method.sampling.draws import draw_without_replacement, sigmoid
 
 
@@ -27,8 +28,6 @@ class ImportanceSampler(Sampler):
     all ranks, there each rank's own; and scores, generator and the sets under test are part of the state.
     """
 
-    needs = RESPONSE_SUPPRESSION
-
     def __init__(self, config: ImportanceSamplerConfig, num_blocks: int) -> None:
         quarter = max(1, num_blocks // 4)
         super().__init__(config, num_blocks, quarter if config.active_layers is None else config.active_layers)
@@ -46,6 +45,11 @@ class ImportanceSampler(Sampler):
 
     def wants_probe(self, period: int) -> bool:
         return period > 0 and period % self.probe_every == 0
+
+    def request(self) -> ProbeRequest:
+        """Return the configured request for ``suppressed_sets()``."""
+        request = super().request()
+        return replace(request, settings={**request.settings, "sets": self.suppressed_sets()})
 
     def suppressed_sets(self) -> list[list[int]]:
         """Return the sets whose losses ``observe`` expects next, sorted and all different."""

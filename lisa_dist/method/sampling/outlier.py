@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lisa_dist.config.method import OutlierSamplerConfig
-from lisa_dist.method.sampling.base import OUTLIERS, Sampler
+from lisa_dist.method.sampling.base import Sampler
 from lisa_dist.method.sampling.draws import draw_without_replacement
 
 
@@ -20,8 +20,6 @@ class OutlierSampler(Sampler):
     What differs: the public code reads a table computed beforehand for one model; here the probe measures
     calibration batches of the run's own data. A model without outliers (all D zero) is drawn from uniformly.
     """
-
-    needs = OUTLIERS
 
     def __init__(self, config: OutlierSamplerConfig, num_blocks: int) -> None:
         super().__init__(config, num_blocks)

@@ -6,7 +6,7 @@ from typing import Any
 
 from lisa_dist.config import UserError
 from lisa_dist.config.method import WeightedSamplerConfig
-from lisa_dist.method.sampling.base import WEIGHT_NORMS, Sampler
+from lisa_dist.method.sampling.base import Sampler
 from lisa_dist.method.sampling.draws import draw_without_replacement
 
 
@@ -40,11 +40,9 @@ class WeightedSampler(Sampler):
         self.given = list(config.weights)
         self.norm_sums = [0.0] * num_blocks
         self.observations = 0
-        if self.law.startswith("weight_norm"):
-            self.needs = WEIGHT_NORMS
 
     def wants_probe(self, period: int) -> bool:
-        return self.needs is not None
+        return self.probe is not None
 
     def observe(self, scores: list[float]) -> None:
         self._check_scores(scores, self.num_blocks)

@@ -69,7 +69,7 @@ def test_the_longest_waiting_is_in_every_draw(active):
 
 def test_weights_follow_the_corrected_moving_average_up_to_the_largest_exponent():
     sampler = build_sampler(BanditSamplerConfig(active_layers=1, eta=2.0, smoothing=0.2), num_blocks=4)
-    assert sampler.needs is None and sampler.observes_steps
+    assert sampler.probe is None and sampler.observes_steps
     assert sampler.weights() == [1.0] * 4
     sampler.observe_step({0: 3.0, 1: 0.5})
     sampler.observe_step({0: 5.0})

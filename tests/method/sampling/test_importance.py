@@ -53,7 +53,9 @@ def test_blocks_train_in_proportion_to_sigmoid_of_minus_the_score():
 
 def test_probes_come_every_so_many_periods_but_not_before_the_first():
     sampler = build_sampler(ImportanceSamplerConfig(probe_every=2), num_blocks=8)
-    assert sampler.needs == "response_suppression"
+    request = sampler.request()
+    assert (request.kind, request.batches, request.settings["factor"]) == ("suppressed_losses", 1, 0.25)
+    assert request.settings["sets"] == sampler.suppressed_sets() and sampler.request() == request
     assert [period for period in range(7) if sampler.wants_probe(period)] == [2, 4, 6]
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from lisa_dist.config.method import OutlierSamplerConfig
+from lisa_dist.config.method import OutlierSamplerConfig, ProbeRequest
 from lisa_dist.method.sampling import build_sampler
 from tests.support.sampler_checks import chi_square, chi_square_limit
 
@@ -25,7 +25,7 @@ def test_blocks_are_drawn_by_their_share_of_outliers(reverse, weights):
 
 def test_outliers_are_measured_once_before_the_first_draw():
     sampler = build_sampler(OutlierSamplerConfig(), num_blocks=4)
-    assert sampler.needs == "outliers"
+    assert sampler.request() == ProbeRequest("outlier_shares", 4, {"threshold": 13.0})
     assert [period for period in range(5) if sampler.wants_probe(period)] == [0]
     with pytest.raises(ValueError, match="needs a probe"):
         sampler.draw(0)

@@ -3,7 +3,7 @@ from itertools import permutations
 import pytest
 
 from lisa_dist.config import UserError
-from lisa_dist.config.method import WeightedSamplerConfig
+from lisa_dist.config.method import ProbeRequest, WeightedSamplerConfig
 from lisa_dist.method.sampling import build_sampler
 from tests.support.sampler_checks import chi_square, chi_square_limit
 
@@ -44,7 +44,7 @@ def test_sets_are_drawn_by_the_sequential_law(law, given, weights):
 
 def test_weight_norms_are_averaged_over_the_probes():
     sampler = build_sampler(WeightedSamplerConfig(active_layers=1, law="weight_norm"), num_blocks=3)
-    assert sampler.needs == "weight_norms" and sampler.wants_probe(0) and sampler.wants_probe(7)
+    assert sampler.request() == ProbeRequest("weight_norms") and sampler.wants_probe(0) and sampler.wants_probe(7)
     sampler.observe([1.0, 2.0, 3.0])
     sampler.observe([3.0, 2.0, 9.0])
     assert sampler.scores() == [2.0, 2.0, 6.0]

@@ -1,0 +1,90 @@
+"""Parallel dimensions: how the ranks divide the work, which micro-batches are whose, and who adds up the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lisa_dist.config import ParallelConfig, UserError
+from lisa_dist.config.errors import check_at_least
+from lisa_dist.runtime import distributed
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """The ranks as a grid: ``replicate`` copies of the model, each sharded over ``shard`` neighbouring ranks.
+
+    Every rank has micro-batches of its own. Ranks that part one sequence among them would be a third axis,
+    ``context``: a field here and in ``axes``, and a divisor in ``data_rank``; the loss is theirs together too.
+    """
+
+    num_ranks: int  # all there are
+    replicate: int
+    shard: int
+
+    def __post_init__(self) -> None:
+        """Raise :class:`UserError` where the axes do not make up the ranks."""
+        check_at_least("parallel.replicate", self.replicate, 1)
+        if self.num_ranks % self.replicate:
+            raise UserError(f"parallel.replicate={self.replicate}: must divide the number of ranks, {self.num_ranks}")
+        if self.replicate * self.shard != self.num_ranks:
+            raise UserError(
+                f"parallel.shard={self.shard}: replicate x shard must equal the number of ranks, "
+                f"but {self.replicate} x {self.shard} is not {self.num_ranks}"
+            )
+
+    @classmethod
+    def of(cls, config: ParallelConfig, num_ranks: int | None = None) -> ParallelDims:
+        """Return the dimensions that ``parallel.*`` describes. No communication.
+
+        Args:
+            config: ``shard=auto`` takes what ``replicate`` leaves.
+            num_ranks: of a cluster that is not here; None: those of the process group.
+
+        Raises:
+            UserError: so many ranks can't be parted like this.
+        """
+        ranks = distributed.world_size() if num_ranks is None else num_ranks
+        shard = ranks // config.replicate if config.shard == "auto" else int(config.shard)
+        return cls(ranks, config.replicate, shard)
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The axes of the mesh and their sizes; ``replicate`` only where there are several replicas."""
+        return {"replicate": self.replicate, "shard": self.shard} if self.replicate > 1 else {"shard": self.shard}
+
+    @property
+    def data_ranks(self) -> int:
+        """How many ranks take different micro-batches of a global batch."""
+        return self.replicate * self.shard
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's place among them: which micro-batches are its own."""
+        return distributed.rank()
+
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """The device mesh. Collective where it is read first: every rank."""
+        return init_device_mesh(distributed.device().type, tuple(self.axes.values()), mesh_dim_names=tuple(self.axes))
+
+    @cached_property
+    def loss_group(self) -> dist.ProcessGroup:
+        """The process group of all ranks of the mesh, over which losses and label tokens are added up.
+
+        Collective where it is read first, every rank; torch takes the group that is there already where it has the
+        same ranks, so on a GPU it has its half for tensors on the CPU too.
+        """
+        in_one_line = self.mesh if self.mesh.ndim == 1 else DeviceMesh(self.mesh.device_type, self.mesh.mesh.flatten())
+        return in_one_line.get_group()
+
+    def all_reduce_sum(self, values: list[float]) -> list[float]:
+        """Return the element-wise sum over ``loss_group``, in float64. Collective: every rank."""
+        return values if distributed.is_alone() else distributed.all_reduce_sum(values, self.loss_group)
+
+    def __str__(self) -> str:
+        """As ``2 replicate x 4 shard``."""
+        return " x ".join(f"{size} {axis}" for axis, size in self.axes.items())
