@@ -29,7 +29,7 @@ from lisa_dist.models.architecture import (
     local_directory,
     read_architecture,
 )
-from lisa_dist.runtime.files import read_json_object
+from lisa_dist.runtime.files import new_folder, read_json_object, write_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def was_untied(config: Config) -> bool:
 def write_description(config: Config, architecture: PretrainedConfig) -> None:
     """Write config.json, generation_config.json and the code that comes with the model to the run directory.
 
-    What is there is replaced at once, when all is written and config.json was read again.
+    The folder is there when all is written; then it is read again.
 
     Args:
         config: of the run.
@@ -70,22 +70,18 @@ def write_description(config: Config, architecture: PretrainedConfig) -> None:
         UserError: a file of the model is damaged, or can't be written.
     """
     folder = Path(str(config.run.dir)) / MODEL_FOLDER
-    unfinished = folder.with_name(f".{MODEL_FOLDER}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of a start that failed before its first step
     try:
-        unfinished.mkdir(parents=True)
-        source = model_source(config.model)
-        fields = _config_fields(config.model, architecture, source)
-        if source is not None:
-            copy_code(partial(source_file, source), fields, unfinished, GENERATE)
-        write_json(fields, unfinished / CONFIG_FILE)
-        write_json(_generation_fields(config.model, architecture, source, fields), unfinished / GENERATION_FILE)
-        unfinished.replace(folder)
+        with new_folder(folder) as unfinished:
+            source = model_source(config.model)
+            fields = _config_fields(config.model, architecture, source)
+            if source is not None:
+                copy_code(partial(source_file, source), fields, unfinished, GENERATE)
+            write_json_object(fields, unfinished / CONFIG_FILE)
+            generation = _generation_fields(config.model, architecture, source, fields)
+            write_json_object(generation, unfinished / GENERATION_FILE)
     except OSError as error:
         raise UserError(f"run.dir={config.run.dir}: {folder} can't be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     _read_again(config, "auto_map" in fields)
 
 
@@ -106,7 +102,7 @@ def write_tokenizer(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     fields = read_json_object(settings, key)
     if source is not None and "auto_map" in fields:
         copy_code(partial(source_file, source), fields, folder)
-        write_json(fields, settings)
+        write_json_object(fields, settings)
     again = load_tokenizer(str(folder), config.model.trust_remote_code)
     if again(_PROBE).input_ids != tokenizer(_PROBE).input_ids or again.chat_template != tokenizer.chat_template:
         logger.warning("%s: once saved and read again, it encodes otherwise; an export will hold it as saved", key)
@@ -161,11 +157,6 @@ def _config_fields(model: ModelConfig, architecture: PretrainedConfig, source: s
     set_dtype(fields, dtype)
     fields["tie_word_embeddings"] = bool(getattr(architecture, "tie_word_embeddings", False))
     return fields
-
-
-def write_json(fields: dict[str, Any], file: Path) -> None:
-    """Write an object as transformers lays its configuration files out."""
-    file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def set_dtype(fields: dict[str, Any], dtype: torch.dtype) -> None:

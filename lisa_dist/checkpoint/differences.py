@@ -17,7 +17,7 @@ from lisa_dist.config import UserError
 Settings = dict[str, Any]  # dotted key -> value
 
 # Keys that say nothing of training: where the run is, that it goes on, and what other commands do.
-ELSEWHERE = (
+NOT_OF_TRAINING = (
     "run.dir",
     "checkpoint.resume",
     "checkpoint.new_data",
@@ -48,7 +48,7 @@ NOTES = {
 def settings_of(config_yaml: str) -> Settings:
     """Return the settings of a config.yaml by dotted key, those left out that say nothing of training."""
     found = dict(_flatten(yaml.safe_load(config_yaml) or {}))
-    return {key: value for key, value in found.items() if not key.startswith(ELSEWHERE)}
+    return {key: value for key, value in found.items() if not key.startswith(NOT_OF_TRAINING)}
 
 
 def changed_settings(checkpoint: Path, config_yaml: str) -> list[tuple[str, str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,15 +10,15 @@ from pathlib import Path
 import torch
 
 from lisa_dist.checkpoint.adapters import merged_tensors, write_adapter
-from lisa_dist.checkpoint.description import described_model, set_dtype, write_json
-from lisa_dist.checkpoint.manifest import check_format, checkpoint_name, damage, list_checkpoints, step_of
+from lisa_dist.checkpoint.description import described_model, set_dtype
+from lisa_dist.checkpoint.manifest import check_format, checkpoint_name, list_checkpoints, step_of, verify
 from lisa_dist.checkpoint.shards import write_safetensors
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config, UserError
 from lisa_dist.data.tokenizer import RUN_FOLDER
 from lisa_dist.models.architecture import CONFIG_FILE, build_meta_model, read_architecture
 from lisa_dist.models.conversion import export_conversion
-from lisa_dist.runtime.files import read_json_object
+from lisa_dist.runtime.files import new_folder, read_json_object, write_json_object
 
 INDEX = "model.safetensors.index.json"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -43,13 +42,13 @@ def find_checkpoint(directory: Path, step: int | None, key: str = "export.step")
         if chosen not in found:
             raise UserError(f"{key}={step}: {directory} has no checkpoint of that step; it has {steps}")
         check_format(chosen)
-        wrong = damage(chosen)
+        wrong = verify(chosen)
         if wrong is not None:
             raise UserError(f"{key}={step}: the checkpoint {chosen} is damaged: {wrong}")
         return chosen
     for candidate in found:
         check_format(candidate)
-        if damage(candidate) is None:
+        if verify(candidate) is None:
             return candidate
     raise UserError(f"run.dir={directory.parent}: has no complete checkpoint (steps found: {steps})")
 
@@ -75,20 +74,13 @@ def export_checkpoint(config: Config, checkpoint: Path, target: Path) -> list[st
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"export.path={target}: must be a new or an empty directory, nothing is written over")
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    write = write_adapter if config.export.adapter else write_model
     try:
-        partial.mkdir(parents=True)
-        write = write_adapter if config.export.adapter else write_model
-        files = write(config, checkpoint, partial)
-        shutil.copytree(Path(str(config.run.dir)) / RUN_FOLDER, partial, dirs_exist_ok=True)
-        if target.exists():
-            target.rmdir()
-        partial.replace(target)
+        with new_folder(target) as unfinished:
+            files = write(config, checkpoint, unfinished)
+            shutil.copytree(Path(str(config.run.dir)) / RUN_FOLDER, unfinished, dirs_exist_ok=True)
     except OSError as error:
         raise UserError(f"export.path={target}: can't be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return files
 
 
@@ -107,7 +99,7 @@ def write_model(config: Config, checkpoint: Path, directory: Path) -> list[str]:
         stream = (pair for name, tensor in merged for pair in to_checkpoint(name, tensor.to(dtype)))
         files = write_files(stream, directory, parse_size(config.export.max_shard_size))
     fields["architectures"] = [type(model).__name__]
-    write_json(fields, directory / CONFIG_FILE)
+    write_json_object(fields, directory / CONFIG_FILE)
     return files
 
 
@@ -130,7 +122,7 @@ def write_files(stream: Iterator[tuple[str, torch.Tensor]], directory: Path, lim
     for number, name in enumerate(final):
         (directory / _part_name(number)).rename(directory / name)
     weight_map = {name: file for file, names in zip(final, batches) for name in names}
-    (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
+    write_json_object({"metadata": {"total_size": total}, "weight_map": weight_map}, directory / INDEX)
     return final
 
 

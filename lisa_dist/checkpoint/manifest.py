@@ -1,6 +1,6 @@
 """What makes a checkpoint complete: a manifest of every file with its size and checksum, written last.
 
-An incremental checkpoint names the earlier ones that hold its unchanged weights; it is complete only while theirs
+An incremental checkpoint depends on the earlier ones that hold its unchanged weights: it is complete only while theirs
 are, and they are kept as long as it is.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from lisa_dist.config import UserError
 from lisa_dist.runtime.files import write_atomically
 
 MANIFEST, WEIGHTS, MOMENTS, STATE, CONFIG = "manifest.json", "weights", "optimizer", "state.json", "config.yaml"
-FORMAT = 2  # of a checkpoint, to be raised when its content or meaning changes; the first had no number
+FORMAT = 3  # of a checkpoint, to be raised when its content or meaning changes; the first had no number
 _STEP = re.compile(r"step_(\d{8,})$")
 
 
@@ -34,16 +33,16 @@ def step_of(directory: Path) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def write_manifest(directory: Path, files: dict[str, WrittenFile], needs: list[str]) -> None:
+def write_manifest(directory: Path, files: dict[str, WrittenFile], depends_on: list[str]) -> None:
     """Write the manifest, flushed to disk.
 
     Args:
         directory: of the checkpoint.
         files: every file by its path inside the checkpoint.
-        needs: names of the earlier checkpoints beside it that hold the rest of its weights.
+        depends_on: names of the earlier checkpoints beside it that hold the rest of its weights.
     """
     described = {name: asdict(file) for name, file in sorted(files.items())}
-    content = {"format": FORMAT, "files": described, "needs": needs}
+    content = {"format": FORMAT, "files": described, "depends_on": depends_on}
     write_atomically(directory / MANIFEST, json.dumps(content, indent=1))
 
 
@@ -53,7 +52,7 @@ def describe_file(path: Path) -> WrittenFile:
         return WrittenFile(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def damage(directory: Path, part: int = 0, parts: int = 1) -> str | None:
+def verify(directory: Path, part: int = 0, parts: int = 1) -> str | None:
     """Return what is wrong with a checkpoint, None if it is complete and every checksum holds.
 
     Args:
@@ -61,15 +60,15 @@ def damage(directory: Path, part: int = 0, parts: int = 1) -> str | None:
         part, parts: look at every ``parts``-th file only, from the ``part``-th on, so that ranks share the reading.
     """
     try:
-        files, needs = _read_manifest(directory)
+        files, depends_on = _read_manifest(directory)
         if not {STATE, CONFIG} <= files.keys():
             return f"{MANIFEST} does not list {STATE} and {CONFIG}"
         checked = [(directory, name, expected) for name, expected in files.items()]
-        for base in needs:
+        for base in depends_on:
             files_of_base, _ = _read_manifest(directory.parent / base)
             weights = [name for name in files_of_base if name.startswith(f"{WEIGHTS}/")]
             checked += [(directory.parent / base, name, files_of_base[name]) for name in weights]
-        found = (_file_damage(*file) for file in checked[part::parts])
+        found = (_verify_file(*file) for file in checked[part::parts])
         return next((wrong for wrong in found if wrong is not None), None)
     except _ManifestError as error:
         return str(error)
@@ -93,8 +92,8 @@ def check_format(directory: Path) -> None:
         )
 
 
-def needed_by(directory: Path) -> list[str]:
-    """Return the names of the checkpoints that hold weights of this one, itself left out."""
+def read_dependencies(directory: Path) -> list[str]:
+    """Return the names of the earlier checkpoints that this one depends on, [] where its manifest is none."""
     try:
         return _read_manifest(directory)[1]
     except _ManifestError:
@@ -109,7 +108,7 @@ def _read_manifest(directory: Path) -> tuple[dict[str, Any], list[str]]:
     name = f"{directory.name}/{MANIFEST}"
     try:
         content = json.loads((directory / MANIFEST).read_text())
-        files, needs = dict(content["files"]), list(content["needs"])
+        files, depends_on = dict(content["files"]), list(content["depends_on"])
     except FileNotFoundError:
         if not directory.is_dir():
             raise _ManifestError(f"{directory.name} is missing, which holds a part of its weights") from None
@@ -117,9 +116,9 @@ def _read_manifest(directory: Path) -> tuple[dict[str, Any], list[str]]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise _ManifestError(f"{name} is not readable") from None
     inside = all(isinstance(path, str) and _is_inside(path) for path in files)
-    if not inside or not all(isinstance(base, str) and _STEP.fullmatch(base) for base in needs):
+    if not inside or not all(isinstance(base, str) and _STEP.fullmatch(base) for base in depends_on):
         raise _ManifestError(f"{name} names files outside the checkpoints")
-    return files, needs
+    return files, depends_on
 
 
 def _is_inside(name: str) -> bool:
@@ -128,7 +127,7 @@ def _is_inside(name: str) -> bool:
     return "\0" not in name and not path.is_absolute() and ".." not in path.parts
 
 
-def _file_damage(directory: Path, name: str, expected: Any) -> str | None:
+def _verify_file(directory: Path, name: str, expected: Any) -> str | None:
     shown = f"{directory.name}/{name}"
     try:
         size, checksum = expected["bytes"], expected["sha256"]
@@ -149,17 +148,3 @@ def list_checkpoints(directory: Path) -> list[Path]:
     """Return the checkpoint directories under ``directory``, newest first, complete or not."""
     found = [path for path in directory.glob("step_*") if step_of(path) is not None and path.is_dir()]
     return sorted(found, key=lambda path: step_of(path) or 0, reverse=True)
-
-
-def remove_old(directory: Path, newest: Path, keep: int) -> None:
-    """Remove all but the ``keep`` newest checkpoints (0: keep all) up to ``newest``, and those that they need.
-
-    Later ones, of a run that was taken back to an earlier step, are left alone: they may be damaged, and must not
-    push out a good one.
-    """
-    if keep > 0:
-        found = [path for path in list_checkpoints(directory) if (step_of(path) or 0) <= (step_of(newest) or 0)]
-        needed = {name for kept in found[:keep] for name in needed_by(kept)}
-        for old in found[keep:]:
-            if old.name not in needed:
-                shutil.rmtree(old, ignore_errors=True)

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from lisa_dist.checkpoint.differences import changed_data, refuse_other_data, refuse_other_moments
-from lisa_dist.checkpoint.manifest import MOMENTS, WEIGHTS, check_format, damage, list_checkpoints
+from lisa_dist.checkpoint.manifest import MOMENTS, WEIGHTS, check_format, list_checkpoints, verify
 from lisa_dist.checkpoint.state import Progress, check_identity, hash_of_shapes, read_state
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import to_yaml
@@ -38,7 +38,7 @@ def newest_complete(directory: Path) -> Path | None:
     reasons = []
     for candidate in found:
         distributed.on_rank_zero(partial(check_format, candidate))
-        shares = distributed.gather_objects(damage(candidate, distributed.rank(), distributed.world_size()))
+        shares = distributed.gather_objects(verify(candidate, distributed.rank(), distributed.world_size()))
         wrong = next((share for share in shares if share is not None), None)
         if wrong is None:
             return candidate
@@ -119,8 +119,8 @@ def restore_weights(train_module: TrainModule, checkpoint: Path, state: dict[str
         state: of the checkpoint; names the earlier ones that hold the rest of its weights.
     """
     weights = train_module.store.tensors()
-    for holder, names in state["elsewhere"].items():
-        _read_tensors({name: weights.pop(name) for name in names}, checkpoint.parent / holder / WEIGHTS)
+    for base, names in state["external"].items():
+        _read_tensors({name: weights.pop(name) for name in names}, checkpoint.parent / base / WEIGHTS)
     _read_tensors(weights, checkpoint / WEIGHTS)
 
 

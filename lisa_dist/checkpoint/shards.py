@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OF
 from torch.distributed.tensor import DTensor, Replicate
 
 from lisa_dist.runtime import distributed
+from lisa_dist.runtime.files import replacing_file
 
 DTYPES = {
     torch.float64: "F64",
@@ -84,7 +84,9 @@ def write_safetensors(
     metadata: dict[str, str],
     contents: Iterable[torch.Tensor] | None = None,
 ) -> WrittenFile:
-    """Write a safetensors file one tensor at a time, flushed to disk; safetensors' own function copies them all.
+    """Write a safetensors file at once or not at all, flushed to disk, holding one tensor at a time.
+
+    safetensors' own function copies them all.
 
     Args:
         tensors: by name, on any device.
@@ -97,7 +99,7 @@ def write_safetensors(
     """
     start = _header(tensors, metadata)
     digest, size = hashlib.sha256(start), len(start)
-    with file.open("wb") as stream:
+    with replacing_file(file) as stream:
         stream.write(start)
         for tensor in tensors.values() if contents is None else contents:
             if tensor.numel():
@@ -105,8 +107,6 @@ def write_safetensors(
                 stream.write(content)
                 digest.update(content)
                 size += content.nbytes
-        stream.flush()
-        os.fsync(stream.fileno())
     return WrittenFile(size, digest.hexdigest())
 
 

@@ -19,8 +19,8 @@ from lisa_dist.checkpoint.state import read_state
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A rank's part of a tensor: rows ``offsets`` on, of shape ``shape``, in ``file``."""
+class StoredPiece:
+    """The part of a tensor that one file holds: from ``offsets`` on, of shape ``shape``."""
 
     file: Path
     offsets: list[int]
@@ -30,26 +30,25 @@ class Piece:
 class ShardedTensors:
     """The tensors of a directory of safetensors files, one a rank, in DCP's layout, memory-mapped."""
 
-    def __init__(self, directory: Path, borrowed: dict[Path, list[str]] | None = None) -> None:
+    def __init__(self, directory: Path, external: dict[Path, list[str]] | None = None) -> None:
         """Open every file.
 
         Args:
             directory: of the files.
-            borrowed: further directories, with the names of the tensors that are taken from each.
+            external: further directories, with the names of the tensors that are taken from each.
         """
         self._stack = ExitStack()
         self._files: dict[Path, Any] = {}
-        self.pieces: dict[str, list[Piece]] = {}
+        self.pieces: dict[str, list[StoredPiece]] = {}
         self._open(directory, None)
-        for other, names in (borrowed or {}).items():
+        for other, names in (external or {}).items():
             self._open(other, set(names))
 
     @classmethod
     def of_weights(cls, checkpoint: Path) -> ShardedTensors:
         """Open all weights of a checkpoint, those too that an earlier one holds."""
-        elsewhere = read_state(checkpoint)["elsewhere"]
-        borrowed = {checkpoint.parent / holder / WEIGHTS: names for holder, names in elsewhere.items()}
-        return cls(checkpoint / WEIGHTS, borrowed)
+        external = read_state(checkpoint)["external"].items()
+        return cls(checkpoint / WEIGHTS, {checkpoint.parent / base / WEIGHTS: names for base, names in external})
 
     def _open(self, directory: Path, wanted: set[str] | None) -> None:
         for file in sorted(directory.glob("*.safetensors")):
@@ -59,7 +58,7 @@ class ShardedTensors:
                 if wanted is None or name in wanted:
                     shape = opened.get_slice(name).get_shape()
                     start = offsets.get(name, {}).get(SAVED_OFFSETS_KEY, [0] * len(shape))
-                    self.pieces.setdefault(name, []).append(Piece(file, start, shape))
+                    self.pieces.setdefault(name, []).append(StoredPiece(file, start, shape))
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self.pieces))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lisa_dist.config import UserError
 
@@ -56,12 +59,52 @@ def read_json_object(file: Path, key: str) -> dict[str, Any]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` so that a reader, or a crash, finds the old file or the new one."""
+    with replacing_file(path) as file:
+        file.write(text.encode())
+
+
+def write_json_object(fields: dict[str, Any], path: Path) -> None:
+    """Write an object as transformers lays its configuration files out, as :func:`write_atomically` does."""
+    write_atomically(path, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of ``path``, flushed to disk, when the context ends without an exception."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a crash may leave the new name with nothing in it
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Make a folder that becomes ``path`` when the context ends without an exception, else is removed.
+
+    Until then ``path`` may be an empty folder; one that holds something by then is an OSError.
+    """
+    unfinished = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        unfinished.replace(path)  # over an empty folder too, never over one that holds something
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def flush_directory(directory: Path) -> None:
+    """Flush to disk which files a directory holds; what is in them is flushed by those who write them."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -16,8 +16,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from lisa_dist.checkpoint.description import was_untied, write_description, write_tokenizer
 from lisa_dist.checkpoint.differences import changed_settings, table_of
 from lisa_dist.checkpoint.manifest import CONFIG, list_checkpoints
+from lisa_dist.checkpoint.protocol import remove_leftovers
 from lisa_dist.checkpoint.restore import newest_complete, restore_checkpoint
-from lisa_dist.checkpoint.save import CheckpointSaver, remove_leftovers
+from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.checkpoint.state import Progress, read_state
 from lisa_dist.config import Config, LaunchConfig, UserError
 from lisa_dist.config.checks import check_global_batch

@@ -19,8 +19,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from lisa_dist.checkpoint.manifest import checkpoint_name, damage, list_checkpoints
-from lisa_dist.checkpoint.save import CheckpointError, CheckpointSaver
+from lisa_dist.checkpoint.background import CheckpointError
+from lisa_dist.checkpoint.manifest import checkpoint_name, list_checkpoints, verify
+from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.checkpoint.shards import Piece, WrittenFile, write_pieces
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config, UserError
@@ -28,7 +29,7 @@ from lisa_dist.runtime import distributed
 from lisa_dist.telemetry.records import read_rows, read_summary
 from tests.support import runs
 from tests.support.ranks import run_on_ranks
-from tests.support.runs import Kill, assert_same_run, resuming, tensors_of, train, train_here
+from tests.support.runs import Kill, assert_same_run, resuming, step_written, tensors_of, train, train_here
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 
@@ -88,7 +89,7 @@ def test_in_the_background_is_the_same(plain: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path, plain)
     for step in range(1, 10):
         found, expected = tensors_of(checkpoint(tmp_path, step)), tensors_of(checkpoint(plain, step))
-        assert damage(checkpoint(tmp_path, step)) is None
+        assert verify(checkpoint(tmp_path, step)) is None
         assert all(torch.equal(found[name], expected[name]) for name in expected), f"step {step} was staged too late"
 
 
@@ -123,7 +124,7 @@ def test_a_chain_is_kept_and_restored(plain: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path, plain)
     kept = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
     assert kept[0] == checkpoint_name(9) and checkpoint_name(1) in kept, "the base is needed"
-    needed = json.loads((checkpoint(tmp_path, 9) / "manifest.json").read_text())["needs"]
+    needed = json.loads((checkpoint(tmp_path, 9) / "manifest.json").read_text())["depends_on"]
     assert sorted(kept[1:]) == sorted(needed)
 
 
@@ -228,7 +229,7 @@ def test_a_full_disk(background: str, small_disk: Path) -> None:
     assert 1 < failed < 9 and results[0][1][-1] in ((failed,) if background == "false" else (failed + 1, failed + 2))
     found = list_checkpoints(small_disk)
     assert [path.name for path in found] == [checkpoint_name(step) for step in range(failed - 1, 0, -1)]
-    assert damage(found[0]) is None, "the one before is intact"
+    assert verify(found[0]) is None, "the one before is intact"
     assert not list(small_disk.glob(".step*")), "what was begun is removed"
 
 
@@ -247,27 +248,29 @@ def test_going_on_without_a_disk(small_disk: Path) -> None:
 def write_while_training(config: Config) -> list[tuple[str, int]]:
     """Train where every write in the background waits until a step was made after it; what happened, in order."""
     must_stop, finish = CheckpointSaver.must_stop, CheckpointSaver.finish
-    gates = {checkpoint_name(step): threading.Event() for step in range(1, 10)}
+    gates = {step: threading.Event() for step in range(1, 10)}
     begun: set[int] = set()  # checkpoints after which a step was begun
     events: list[tuple[str, int]] = []
 
     def held_write(pieces: dict[str, Piece], file: Path) -> WrittenFile:
-        name = file.parent.parent.name.removeprefix(".").removesuffix(".partial")
-        assert gates[name].wait(60)
+        step = step_written(file)
+        assert gates[step].wait(60)
         if file.parent.name == "weights":
-            events.append(("written", int(name.removeprefix("step_"))))
+            events.append(("written", step))
         return write_pieces(pieces, file)
 
     def open_gate(saver: CheckpointSaver, event: str) -> None:
-        if saver.writing is not None and not gates[checkpoint_name(saver.writing.step)].is_set():
-            events.append((event, saver.writing.step))
-            gates[checkpoint_name(saver.writing.step)].set()
+        writing = saver.writer.writing
+        if writing is not None and not gates[writing.step].is_set():
+            events.append((event, writing.step))
+            gates[writing.step].set()
 
     def at_a_step(saver: CheckpointSaver) -> bool:
-        if saver.writing is not None and saver.writing.step in begun:
+        writing = saver.writer.writing
+        if writing is not None and writing.step in begun:
             open_gate(saver, "a step was made before it was written")
-        elif saver.writing is not None:
-            begun.add(saver.writing.step)
+        elif writing is not None:
+            begun.add(writing.step)
         return must_stop(saver)
 
     def at_the_end(saver: CheckpointSaver, stop_on_error: bool | None = None) -> None:
@@ -277,7 +280,7 @@ def write_while_training(config: Config) -> list[tuple[str, int]]:
 
     with (
         mock.patch.multiple(CheckpointSaver, must_stop=at_a_step, finish=at_the_end),
-        mock.patch("lisa_dist.checkpoint.save.write_pieces", held_write),
+        mock.patch("lisa_dist.checkpoint.protocol.write_pieces", held_write),
     ):
         train_here(config)
     return events

@@ -26,7 +26,7 @@ THREE_PERIODS = f"{TRAINING}::test_three_periods_equal_plain_pytorch"
 RESUMED = "method/optim/test_active_optimizer.py::test_state_that_waits_is_in_the_checkpoint"
 MEMORY_LAW = f"{TRAINING}::test_memory_law_holds_on_every_rank_after_every_switch[2]"
 
-WRITTEN = "self.failure = self._agree(lambda: files.update(_write_own_files(snapshot, partial)), snapshot.step)"
+WRITTEN = "failure = agree(lambda: files.update(_write_own_files(snapshot, unfinished)))"
 
 STEP = [
     Mutation(
@@ -350,11 +350,9 @@ CHECKPOINT = [
     ),
     Mutation(
         "a checkpoint is complete, and old ones are removed, before it is written",
-        "checkpoint/save.py",
+        "checkpoint/protocol.py",
         WRITTEN,
-        "self._agree(lambda: self._complete(snapshot, partial, {}), snapshot.step)\n"
-        "            self._agree(lambda: _make_folders(partial) if distributed.is_main() else None, snapshot.step)\n"
-        f"            {WRITTEN}",
+        f"agree(lambda: _complete(snapshot.plan, unfinished, {{}}, keep))\n        agree(begin)\n        {WRITTEN}",
         f"{SAVING}::test_the_only_checkpoint_survives_a_kill_while_the_next_is_written",
     ),
     Mutation(
@@ -366,17 +364,17 @@ CHECKPOINT = [
     ),
     Mutation(
         "a checkpoint that later ones need is removed",
-        "checkpoint/manifest.py",
+        "checkpoint/protocol.py",
         "if old.name not in needed:",
         "if True:",
-        "checkpoint/test_manifest.py::test_retention_keeps_bases_and_later_checkpoints",
+        "checkpoint/test_protocol.py::test_retention_keeps_bases_and_later_checkpoints",
     ),
     Mutation(
         "an incremental checkpoint leaves out what was frozen since the last",
-        "checkpoint/save.py",
-        "key in self.changed | trained",
-        "key in trained",
-        f"{SAVING}::test_only_what_changed",
+        "checkpoint/changes.py",
+        "if weight in self.changed | trained else",
+        "if weight in trained else",
+        "checkpoint/test_changes.py::test_every_complete_checkpoint_gives_the_weights_back",
     ),
     Mutation(
         "what trains is not copied before it is written in the background",

@@ -74,15 +74,15 @@ def measure_stalls(train_module: TrainModule, choices: list[str], folder: Path) 
         name: CheckpointSaver(train_module, folder, "") for name in ("at once", "before a step", "before a switch")
     }
     for name in ("before a step", "before a switch"):
-        savers[name].config = load([*choices, "checkpoint.async=true"]).checkpoint
-    savers["before a switch"].staging = savers["before a step"].staging
+        savers[name].writer.config = load([*choices, "checkpoint.async=true"]).checkpoint
+    savers["before a switch"].writer.staging = savers["before a step"].writer.staging
     stalls: dict[str, list[float]] = {name: [] for name in savers}
     slowed: list[float] = []
     for turn in range(ROUNDS + 1):
         alone = train_one_step(train_module)
         for number, (name, saver) in enumerate(savers.items()):
             stall = Stall()
-            train_module.optimizer.before_change = partial(stall.of, saver.copied.wait)
+            train_module.optimizer.before_change = partial(stall.of, saver.writer.copied.wait)
             stall.of(partial(saver.save, Progress(step=3 * turn + number)))
             if name == "before a step":
                 slowed.append(train_one_step(train_module) - alone)
@@ -98,7 +98,7 @@ def measure_stalls(train_module: TrainModule, choices: list[str], folder: Path) 
         print(f"stall in the background, {name}: {statistics.median(found):.3f} s, first {stalls[name][0]:.3f} s")
         print(f"  of a save at once: {statistics.median(ratios):.1%} ({min(ratios):.1%} to {max(ratios):.1%})")
     print(f"a step of {alone:.2f} s takes longer while it is written: {statistics.median(slowed[1:]):.3f} s")
-    print(f"host memory of the copies: {savers['before a step'].staging.block.nbytes / 1e6:.1f} MB")
+    print(f"host memory of the copies: {savers['before a step'].writer.staging.block.nbytes / 1e6:.1f} MB")
 
 
 def main() -> None:
@@ -128,7 +128,7 @@ def main() -> None:
             begun = time.perf_counter()
             newest_complete(Path(folder))
             checked = time.perf_counter()
-            restore_checkpoint(train_module, newest, torch.device("cpu"))
+            restore_checkpoint(train_module, newest, torch.device("cpu"), {})
             restores.append((checked - begun, time.perf_counter() - checked))
         check, read = (statistics.median(times) for times in zip(*restores))
         print(f"to resume: {check:.3f} s for the checksums, {read:.3f} s to read")

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 
 from lisa_dist.checkpoint.manifest import list_checkpoints
-from lisa_dist.checkpoint.save import CheckpointSaver, Snapshot
+from lisa_dist.checkpoint.shards import Piece, WrittenFile, write_pieces
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config
 from lisa_dist.config.loading import load
@@ -71,13 +71,18 @@ class Kill:
     step: int  # counted from 1, as in the metrics
 
 
+def step_written(file: Path) -> int:
+    """The step of the checkpoint that a file is written for, before the checkpoint has its name."""
+    return int(file.parent.parent.name.removeprefix(".step_").removesuffix(".partial"))
+
+
 @contextmanager
 def killed_at(kill: Kill | None) -> Iterator[None]:
     """Make the trainer of this process end at ``kill``."""
     if kill is None:
         yield
         return
-    accumulate, write, begun = loop.train_step, CheckpointSaver._write, loop.accumulate_gradients
+    accumulate, begun = loop.train_step, loop.accumulate_gradients
     current = [0]
 
     def step(train_module: Any, micro_batches: Any, number: int, *rest: Any, **more: Any) -> Any:
@@ -92,15 +97,14 @@ def killed_at(kill: Kill | None) -> Iterator[None]:
         begun(train_module, micro_batches[: len(micro_batches) // 2], *rest)
         raise Killed
 
-    def writing(saver: CheckpointSaver, snapshot: Snapshot) -> None:
-        if kill != Kill("saved", snapshot.step):
-            return write(saver, snapshot)
-        with mock.patch("lisa_dist.checkpoint.save.write_pieces", side_effect=Killed):
-            return write(saver, snapshot)
+    def writing(pieces: dict[str, Piece], file: Path) -> WrittenFile:
+        if kill == Kill("saved", step_written(file)):
+            raise Killed
+        return write_pieces(pieces, file)
 
     with (
         mock.patch.multiple(loop, train_step=step, accumulate_gradients=gradients),
-        mock.patch.object(CheckpointSaver, "_write", writing),
+        mock.patch("lisa_dist.checkpoint.protocol.write_pieces", writing),
     ):
         yield
 
@@ -153,7 +157,7 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 def final_state(run_dir: Path) -> dict[str, Any]:
     """state.json of the newest checkpoint, without the record of resumes and of where weights lie."""
     state = json.loads((list_checkpoints(run_dir / "checkpoints")[0] / "state.json").read_text())
-    del state["progress"]["resumed_from"], state["elsewhere"], state["since_full"]
+    del state["progress"]["resumed_from"], state["external"], state["since_full"]
     return state
 
 
