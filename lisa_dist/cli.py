@@ -24,7 +24,7 @@ from lisa_dist.config.loading import GROUPS, group_choices, load, load_run, resu
 from lisa_dist.config.overrides import parse_overrides
 from lisa_dist.config.paths import local_path
 from lisa_dist.config.reference import keys_of
-from lisa_dist.config.run_directory import check_run_dir_is_free, resolve_run_dir
+from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
 from lisa_dist.runtime.environment import environment_rank, has_ranks
 from lisa_dist.runtime.signals import ignore_stop_signals, install_stop_handlers, stops_within
 
@@ -206,7 +206,7 @@ def _configuration(name: str, overrides: list[str], config_dir: str | None) -> C
     if COMMANDS[name].reads_run:
         return load_run(str(local_path(run_dir)), overrides)
     goes_on = name == "plan" or (name in ("train", "launch") and given.get("checkpoint.resume") == "auto")
-    settings = local_path(run_dir) / "config.yaml"
+    settings = RunDirectory(local_path(run_dir)).config
     if not goes_on or not settings.is_file():
         return load(overrides, config_dir)
     if environment_rank() == 0:

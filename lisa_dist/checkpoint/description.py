@@ -21,7 +21,8 @@ from transformers.utils import cached_file
 from lisa_dist.checkpoint.code_files import GENERATE, copy_code
 from lisa_dist.checkpoint.generation import GENERATION_FILE, generation_fields, repaired
 from lisa_dist.config import Config, ModelConfig, UserError
-from lisa_dist.data.tokenizer import RUN_FOLDER, load_tokenizer
+from lisa_dist.config.run_directory import RunDirectory
+from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.models.architecture import (
     CONFIG_FILE,
     build_meta_model,
@@ -33,7 +34,6 @@ from lisa_dist.runtime.files import new_folder, read_json_object, write_json_obj
 
 logger = logging.getLogger(__name__)
 
-MODEL_FOLDER = "model"  # of a run directory
 _PROBE = "Two words,\n  \tnumbers 12345, naïve 日本語 🙂 <s> </s> <|endoftext|> <|im_end|>"
 
 
@@ -43,17 +43,17 @@ def described_model(config: Config) -> ModelConfig:
     Raises:
         UserError: the run directory has none.
     """
-    folder = Path(str(config.run.dir)) / MODEL_FOLDER
+    folder = RunDirectory.of(config).model
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(
-            f"run.dir={config.run.dir}: has no {MODEL_FOLDER}/{CONFIG_FILE}, which a run writes when it starts"
+            f"run.dir={config.run.dir}: has no {folder.name}/{CONFIG_FILE}, which a run writes when it starts"
         )
     return replace(config.model, path=str(folder), init=config.model.initialization, architecture={})
 
 
 def was_untied(config: Config) -> bool:
     """Whether the run was started with a head of its own where config.json ties it to the embeddings."""
-    file = Path(str(config.run.dir)) / MODEL_FOLDER / CONFIG_FILE
+    file = RunDirectory.of(config).model / CONFIG_FILE
     return file.is_file() and read_json_object(file, f"run.dir={config.run.dir}").get("tie_word_embeddings") is False
 
 
@@ -69,7 +69,7 @@ def write_description(config: Config, architecture: PretrainedConfig) -> None:
     Raises:
         UserError: a file of the model is damaged, or can't be written.
     """
-    folder = Path(str(config.run.dir)) / MODEL_FOLDER
+    folder = RunDirectory.of(config).model
     shutil.rmtree(folder, ignore_errors=True)  # of a start that failed before its first step
     try:
         with new_folder(folder) as unfinished:
@@ -91,7 +91,7 @@ def write_tokenizer(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     Raises:
         UserError: it can't be saved, or not be read again.
     """
-    folder = Path(str(config.run.dir)) / RUN_FOLDER
+    folder = RunDirectory.of(config).tokenizer
     key = f"model.tokenizer={config.model.tokenizer or config.model.path}"
     try:
         tokenizer.save_pretrained(folder)

@@ -15,7 +15,7 @@ from lisa_dist.checkpoint.manifest import check_format, checkpoint_name, list_ch
 from lisa_dist.checkpoint.shards import write_safetensors
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config, UserError
-from lisa_dist.data.tokenizer import RUN_FOLDER
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.models.architecture import CONFIG_FILE, build_meta_model, read_architecture
 from lisa_dist.models.conversion import export_conversion
 from lisa_dist.runtime.files import new_folder, read_json_object, write_json_object
@@ -78,7 +78,7 @@ def export_checkpoint(config: Config, checkpoint: Path, target: Path) -> list[st
     try:
         with new_folder(target) as unfinished:
             files = write(config, checkpoint, unfinished)
-            shutil.copytree(Path(str(config.run.dir)) / RUN_FOLDER, unfinished, dirs_exist_ok=True)
+            shutil.copytree(RunDirectory.of(config).tokenizer, unfinished, dirs_exist_ok=True)
     except OSError as error:
         raise UserError(f"export.path={target}: can't be written ({error.strerror or error})") from error
     return files

@@ -12,6 +12,7 @@ from typing import Any
 from lisa_dist.commands.inference import OpenedModel, open_model
 from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.config.paths import local_path
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.prepare import prepare_data, validation_split
 from lisa_dist.data.sequences import Sequences
 from lisa_dist.data.sources import has_subset
@@ -22,8 +23,6 @@ from lisa_dist.telemetry.logs import setup_logging
 from lisa_dist.training.setup import make_batches
 
 logger = logging.getLogger(__name__)
-
-EVALUATION_FILE = "evaluation.json"
 
 
 def run(config: Config) -> int:
@@ -101,8 +100,9 @@ def run_tasks(config: Config, opened: OpenedModel) -> dict[str, Any]:
 
 
 def _write(config: Config, results: dict[str, Any]) -> None:
-    directory = Path(config.run.dir) if config.run.dir is not None else Path()
-    file = local_path(config.evaluate.output) if config.evaluate.output else directory / EVALUATION_FILE
+    # Without a run the results are named as a run's would be, in the current directory.
+    run = RunDirectory(Path(config.run.dir or "."))
+    file = local_path(config.evaluate.output) if config.evaluate.output else run.evaluation
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(results, indent=1))

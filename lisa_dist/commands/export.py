@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lisa_dist.checkpoint.export import export_checkpoint, find_checkpoint
 from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.config.paths import local_path
+from lisa_dist.config.run_directory import RunDirectory
 
 
 def run(config: Config) -> int:
@@ -20,7 +19,7 @@ def run(config: Config) -> int:
     if config.export.path is None:
         raise UserError("export.path=null: name the Hugging Face directory to write")
     target = local_path(config.export.path)
-    checkpoint = find_checkpoint(Path(config.run.dir) / "checkpoints", config.export.step)
+    checkpoint = find_checkpoint(RunDirectory.of(config).checkpoints, config.export.step)
     files = export_checkpoint(config, checkpoint, target)
     print(f"{target}: {len(files)} file{'s' if len(files) > 1 else ''} of weights from {checkpoint}")
     return EXIT_DONE

@@ -14,12 +14,13 @@ from lisa_dist.checkpoint.restore import restore_weights
 from lisa_dist.checkpoint.state import read_state
 from lisa_dist.config import AlwaysActiveConfig, Config, UserError
 from lisa_dist.config.method import FullRankUpdateConfig, UniformSamplerConfig
-from lisa_dist.data.tokenizer import RUN_FOLDER, load_tokenizer
+from lisa_dist.config.run_directory import RunDirectory
+from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.method.module import TrainModule, allocate, build_train_module
 from lisa_dist.models.architecture import read_architecture
 from lisa_dist.models.loading import load_pretrained
 from lisa_dist.runtime import distributed
-from lisa_dist.training.setup import checkpoint_directory, open_tokenizer
+from lisa_dist.training.setup import open_tokenizer
 
 
 @dataclass
@@ -55,9 +56,9 @@ def open_model(config: Config, path: str | None, step: int | None, command: str)
         return OpenedModel(train_module, tokenizer, path, None)
     if config.run.dir is None:
         raise UserError(f"{command}.path=null: name a Hugging Face directory, or a run by run.dir=DIR")
-    directory = checkpoint_directory(config)
-    checkpoint: Path = distributed.on_rank_zero(lambda: find_checkpoint(directory, step, f"{command}.step"))
-    tokenizer = load_tokenizer(str(Path(config.run.dir) / RUN_FOLDER), config.model.trust_remote_code)
+    run = RunDirectory.of(config)
+    checkpoint: Path = distributed.on_rank_zero(lambda: find_checkpoint(run.checkpoints, step, f"{command}.step"))
+    tokenizer = load_tokenizer(str(run.tokenizer), config.model.trust_remote_code)
     model = described_model(config)
     train_module = build_train_module(replace(frozen, model=model), read_architecture(model))
     allocate(train_module, [], distributed.device())

@@ -9,10 +9,11 @@ from typing import Any
 import yaml
 
 from lisa_dist.config import EXIT_DONE, Config, UserError
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.launching.sweeps.comparison import PAGE_FILE, write_comparison
 from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.units import format_bytes, format_count, format_duration
-from lisa_dist.telemetry.records import LAYERS_FILE, METRICS_FILE, SUMMARY_FILE, MetricsRow, read_rows, read_summary
+from lisa_dist.telemetry.records import MetricsRow, read_rows, read_summary
 from lisa_dist.telemetry.reports.page import Card, folded_text, render_page, table
 from lisa_dist.telemetry.reports.plots import (
     Period,
@@ -23,8 +24,6 @@ from lisa_dist.telemetry.reports.plots import (
     moving_average,
 )
 
-REPORT_FILE = "report.html"
-CONFIG_FILE = "config.yaml"
 SPEED_NOTE = "Padding is left out. Label tokens are those with loss."
 TIME_NOTE = "Switches of blocks, evaluations and checkpoints are not part of a step."
 SMOOTH_FROM = 60  # steps from which on the loss is also drawn smoothed
@@ -43,36 +42,35 @@ def run(config: Config) -> int:
         return EXIT_DONE
     if config.run.dir is None:
         raise UserError("run.dir=null: name the directory of a run, as in lisa-dist report run.dir=runs/NAME")
-    path = write_report(Path(config.run.dir))
+    path = write_report(RunDirectory.of(config))
     print(path)
     return EXIT_DONE
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write ``report.html`` into ``run_dir`` and return its path.
+def write_report(run: RunDirectory) -> Path:
+    """Write the page of a run into its directory and return its path.
 
     Raises:
         UserError: the directory does not exist, holds no record, or a file of the record is damaged.
     """
-    if not run_dir.is_dir():
-        raise UserError(f"run.dir={run_dir}: must be the directory of a run, and there is no such directory")
+    if not run.path.is_dir():
+        raise UserError(f"run.dir={run.path}: must be the directory of a run, and there is no such directory")
     try:
-        metrics, layers = read_rows(run_dir / METRICS_FILE), read_rows(run_dir / LAYERS_FILE)
-        summary = read_summary(run_dir)
+        metrics, layers = read_rows(run.metrics), read_rows(run.layers)
+        summary = read_summary(run)
     except (ValueError, OSError) as error:
-        raise UserError(f"run.dir={run_dir}: its record is damaged: {error}") from None
+        raise UserError(f"run.dir={run.path}: its record is damaged: {error}") from None
     if not metrics and summary is None:
         raise UserError(
-            f"run.dir={run_dir}: must hold the record of a run, and there is neither a step in {METRICS_FILE} "
-            f"nor a {SUMMARY_FILE}"
+            f"run.dir={run.path}: must hold the record of a run, and there is neither a step in {run.metrics.name} "
+            f"nor a {run.summary.name}"
         )
-    path = run_dir / REPORT_FILE
-    write_atomically(path, _page(run_dir, metrics, layers, summary))
-    return path
+    write_atomically(run.report, _page(run, metrics, layers, summary))
+    return run.report
 
 
-def _page(run_dir: Path, metrics: list[MetricsRow], layers: list[MetricsRow], summary: MetricsRow | None) -> str:
-    settings = _read_settings(run_dir)
+def _page(run: RunDirectory, metrics: list[MetricsRow], layers: list[MetricsRow], summary: MetricsRow | None) -> str:
+    settings = _read_settings(run)
     steps = [row for row in metrics if "eval_loss" not in row]
     evals = [row for row in metrics if "eval_loss" in row]
     marks = (summary or {}).get("resumed_from") or []
@@ -83,7 +81,7 @@ def _page(run_dir: Path, metrics: list[MetricsRow], layers: list[MetricsRow], su
     if summary:
         cards.append(Card("", folded_text("Summary", yaml.safe_dump(summary, sort_keys=False)), wide=True))
     return render_page(
-        run_dir.resolve().name,
+        run.path.resolve().name,
         subtitle=_subtitle(settings),
         banner=_banner(summary),
         figures=_figures(steps, evals, summary),
@@ -213,15 +211,15 @@ def _banner(summary: MetricsRow | None) -> str:
     return "" if reason == "finished" else f"This run did not finish: {reason}"
 
 
-def _read_settings(run_dir: Path) -> dict[str, Any]:
+def _read_settings(run: RunDirectory) -> dict[str, Any]:
     """Return config.yaml without ``launch``, whose shell lines may hold tokens: a page is passed around."""
-    path = run_dir / CONFIG_FILE
+    path = run.config
     if not path.exists():
         return {}
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise UserError(f"run.dir={run_dir}: its {CONFIG_FILE} is damaged: {' '.join(str(error).split())}") from None
+        raise UserError(f"run.dir={run.path}: its {path.name} is damaged: {' '.join(str(error).split())}") from None
     return {key: value for key, value in settings.items() if key != "launch"} if isinstance(settings, dict) else {}
 
 

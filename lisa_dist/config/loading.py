@@ -19,6 +19,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from lisa_dist.config import Config
 from lisa_dist.config.errors import UserError, check_choice, nearest
 from lisa_dist.config.overrides import SCHEMAS, KeyOverride, all_keys, apply_override, describe_type, parse_overrides
+from lisa_dist.config.run_directory import RunDirectory
 
 T = TypeVar("T")
 
@@ -182,9 +183,10 @@ def load_run(run_dir: str, overrides: list[str]) -> Config:
     Raises:
         UserError: no run is there, or an override is wrong or chooses a group, which a run has settled.
     """
-    if not (Path(run_dir) / "config.yaml").is_file():
-        raise UserError(f"run.dir={run_dir}: must be the directory of a run, which has a config.yaml")
-    config = _read(Path(run_dir) / "config.yaml")
+    file = RunDirectory(Path(run_dir)).config
+    if not file.is_file():
+        raise UserError(f"run.dir={run_dir}: must be the directory of a run, which has a {file.name}")
+    config = _read(file)
     for override in parse_overrides(overrides):
         if override.key in GROUPS:
             raise UserError(f"{override.text}: the groups of a run that exists are settled, set single keys instead")
@@ -206,7 +208,7 @@ def resume_run(run_dir: str, overrides: list[str], config_dir: str | None = None
     groups = {override.key: override.text for override in parsed if override.key in GROUPS}
     if any(override.key == "experiment" and override.value is not None for override in parsed):
         return load(overrides, config_dir)
-    run = _to_dataclasses(_read(Path(run_dir) / "config.yaml"))
+    run = _to_dataclasses(_read(RunDirectory(Path(run_dir)).config))
     fresh = load(["model=custom", *groups.values()], config_dir)
     changes: dict[str, Any] = {}
     for group in groups.keys() - {"experiment"}:

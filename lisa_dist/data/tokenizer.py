@@ -19,7 +19,6 @@ from lisa_dist.runtime.hub import stay_offline_where_unreachable
 logger = logging.getLogger(__name__)
 
 BUILTIN_PREFIX = "builtin:"
-RUN_FOLDER = "tokenizer"  # where a run directory keeps the tokenizer it trained with, chat template included
 MODELS = Path(__file__).parents[1] / "models"  # bundled model directories lie here, one a name
 
 # The files that a tokenizer may be made of.

@@ -26,13 +26,13 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, Config, OutOfMemoryError, UserError
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.launching.stop_watcher import StopWatcher
 from lisa_dist.runtime.redaction import hide_secrets
 from lisa_dist.runtime.signals import die_with, install_stop_handlers
 from lisa_dist.sharding.dimensions import ParallelDims
-from lisa_dist.telemetry.logs import rank_log
 from lisa_dist.telemetry.out_of_memory import advice
-from lisa_dist.telemetry.records import SUMMARY_FILE, read_summary, write_summary
+from lisa_dist.telemetry.records import read_summary, write_summary
 
 SECONDS_TO_LEAVE = 5
 OUT_OF_MEMORY = ", as the system does when memory runs out"
@@ -69,13 +69,13 @@ def launch_ranks(config: Config, entry: Entry, log_dir: Path | None = None) -> i
     """
     ranks = count_local_ranks(config)
     ParallelDims.of(config.parallel, ranks)  # refused before there are ranks
-    run_dir = log_dir or Path(config.run.dir or ".")
+    run = RunDirectory(log_dir or Path(config.run.dir or "."))
     started = time.time()
     with tempfile.TemporaryDirectory(prefix="lisa-dist-") as folder:
         outcome_dir = Path(folder)
         with StopWatcher(outcome_dir):
-            _make_log_dir(run_dir)
-            agent_failure = _run_agent(config, entry, ranks, outcome_dir, run_dir)
+            _make_log_dir(run)
+            agent_failure = _run_agent(config, entry, ranks, outcome_dir, run.path)
         outcomes = [Outcome(**json.loads(file.read_text())) for file in outcome_dir.glob("outcome_*.json")]
     codes = {outcome.code for outcome in outcomes}
     if len(outcomes) == ranks and codes in ({EXIT_DONE}, {EXIT_STOPPED}):
@@ -87,12 +87,11 @@ def launch_ranks(config: Config, entry: Entry, log_dir: Path | None = None) -> i
         if first.message.endswith(OUT_OF_MEMORY) and on_cpu:
             remedy = advice(config, "training", ranks=ranks, local_ranks=ranks, on_gpu=False)
             first = replace(first, message=f"{first.message}; {remedy}")
-        _record_failure(run_dir, first, started)
+        _record_failure(run, first, started)
     if mistakes:
         raise UserError(first.message)
     print(
-        f"{first.traceback}lisa-dist: rank {first.rank} failed: {first.message}; its log is "
-        f"{rank_log(run_dir, first.rank)}",
+        f"{first.traceback}lisa-dist: rank {first.rank} failed: {first.message}; its log is {run.rank_log(first.rank)}",
         file=sys.stderr,
     )
     return EXIT_FAILED
@@ -150,7 +149,7 @@ def run_rank(entry: Entry, config: Config, outcome_dir: Path, log_dir: Path, par
     install_stop_handlers(ignore_interrupt=True)
     rank = int(os.environ["RANK"])
     (outcome_dir / f"started_{rank}_{os.getpid()}").touch()
-    log = rank_log(log_dir, rank)
+    log = RunDirectory(log_dir).rank_log(rank)
     if rank > 0:
         _send_output_to(log)
     # Line by line, as in a terminal: else what is printed comes after what native code and later processes print.
@@ -175,11 +174,11 @@ def run_rank(entry: Entry, config: Config, outcome_dir: Path, log_dir: Path, par
     _leave_soon(code)
 
 
-def _make_log_dir(run_dir: Path) -> None:
+def _make_log_dir(run: RunDirectory) -> None:
     try:
-        rank_log(run_dir, 0).parent.mkdir(parents=True, exist_ok=True)
+        run.logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"run.dir={run_dir}: can't be written, {error.strerror}") from None
+        raise UserError(f"run.dir={run.path}: can't be written, {error.strerror}") from None
 
 
 def _send_output_to(log: Path) -> None:
@@ -219,11 +218,10 @@ def _how_it_died(rank: int, agent_failure: ChildFailedError | None) -> str:
     return f"it was killed by {name}" + (OUT_OF_MEMORY if name == "SIGKILL" else "")
 
 
-def _record_failure(run_dir: Path, failure: Outcome, started: float) -> None:
+def _record_failure(run: RunDirectory, failure: Outcome, started: float) -> None:
     """Leave the reason in summary.json, unless rank 0 has, which knows only its own; a mistake writes over nothing."""
-    path = run_dir / SUMMARY_FILE
-    written = path.exists() and path.stat().st_mtime >= started
-    if (written and failure.rank == 0) or (path.exists() and failure.code == EXIT_USER_ERROR):
+    written = run.summary.exists() and run.summary.stat().st_mtime >= started
+    if (written and failure.rank == 0) or (run.summary.exists() and failure.code == EXIT_USER_ERROR):
         return
-    known = read_summary(run_dir) or {"resumed_from": []}
-    write_summary(run_dir, **{**known, "exit_reason": f"failed: {failure.message}"})
+    known = read_summary(run) or {"resumed_from": []}
+    write_summary(run, **{**known, "exit_reason": f"failed: {failure.message}"})

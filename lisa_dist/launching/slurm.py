@@ -17,7 +17,7 @@ from pathlib import Path
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, LaunchConfig, UserError
 from lisa_dist.config.overrides import path_override
 from lisa_dist.config.paths import local_path
-from lisa_dist.config.run_directory import check_run_dir_is_free, resolve_run_dir
+from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
 from lisa_dist.launching.sweeps.comparison import EXIT_CODE_FILE, JOBS_FILE, RESUME
 from lisa_dist.launching.sweeps.jobs import list_jobs, read_sweep, unfinished
 
@@ -68,12 +68,12 @@ def run(config: Config, overrides: list[str], config_dir: str | None) -> int:
     """
     config = resolve_run_dir(config)
     check_run_dir_is_free(config)
-    run_dir = Path(str(config.run.dir))
+    run = RunDirectory.of(config)
     kept = [text for text in overrides if not _is_settled(text, SETTLED)]
     script = run_script(config, kept, config_dir)
-    _make_folder(run_dir / "logs")
-    path = local_path(config.launch.script or str(run_dir / "job.sbatch")).resolve()
-    return _hand_over(script, path, config.launch, f"lisa-dist: the run is in {run_dir}")
+    _make_folder(run.logs)
+    path = local_path(config.launch.script or str(run.job_script)).resolve()
+    return _hand_over(script, path, config.launch, f"lisa-dist: the run is in {run.path}")
 
 
 def run_sweep(overrides: list[str], config_dir: str | None) -> int:
@@ -102,11 +102,11 @@ def run_sweep(overrides: list[str], config_dir: str | None) -> int:
 
 def run_script(config: Config, overrides: Sequence[str], config_dir: str | None = None) -> str:
     """Return the job script of one run: ``config.run.dir`` is settled, ``overrides`` are its other settings."""
-    run_dir = Path(str(config.run.dir))
-    header = _header(config, config.run.name or run_dir.name, f"{_literal(run_dir)}/logs/slurm-%j.log")
-    options, program = _program(config, run_dir, config_dir)
-    logs = shlex.quote(f"{_literal(run_dir)}/logs/slurm-%j.n%n.t%t.log")
-    arguments = [*overrides, RESUME, path_override("run.dir", str(run_dir))]
+    run = RunDirectory.of(config)
+    header = _header(config, config.run.name or run.path.name, f"{_literal(run.logs)}/slurm-%j.log")
+    options, program = _program(config, run.path, config_dir)
+    logs = shlex.quote(f"{_literal(run.logs)}/slurm-%j.n%n.t%t.log")
+    arguments = [*overrides, RESUME, path_override("run.dir", str(run.path))]
     return "\n".join(
         [
             *header,

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime import distributed
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class Heartbeat:
         run_dir: notes are kept in ``logs/heartbeat_N.json``.
         timeout: seconds that a collective may take.
         """
-        self.folder = run_dir / "logs"
+        self.folder = RunDirectory(run_dir).logs
         self.folder.mkdir(parents=True, exist_ok=True)
         self.timeout = timeout
         self.step = 0

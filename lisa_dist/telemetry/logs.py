@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.distributed import rank
 from lisa_dist.runtime.redaction import RedactingFormatter
 
@@ -25,11 +26,6 @@ class TerminalHandler(logging.Handler):
             self.handleError(record)
 
 
-def rank_log(run_dir: Path, rank: int) -> Path:
-    """Return the log file of a rank."""
-    return run_dir / "logs" / f"rank_{rank}.log"
-
-
 def setup_logging(run_dir: str | Path | None = None) -> None:
     """Send this process' log to the terminal on rank 0, and on every rank to ``logs/rank_N.log``.
 
@@ -42,7 +38,7 @@ def setup_logging(run_dir: str | Path | None = None) -> None:
         root.removeHandler(handler)
         handler.close()
     root.setLevel(logging.INFO)
-    file = None if run_dir is None else rank_log(Path(run_dir), rank())
+    file = None if run_dir is None else RunDirectory(Path(run_dir)).rank_log(rank())
     redirected = file is not None and _stderr_is(file)
     if rank() == 0 or redirected:
         terminal = TerminalHandler()

@@ -8,17 +8,16 @@ import shlex
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from lisa_dist.config import Config, OutOfMemoryError, UserError
 from lisa_dist.config.checks import check_accumulation, check_combinations, options_without_effect
 from lisa_dist.config.loading import vary
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.redaction import hide_secrets
 from lisa_dist.runtime.units import format_bytes
-from lisa_dist.telemetry.logs import rank_log
 from lisa_dist.telemetry.memory import free_memory_bytes
 
 SMALLEST_LOSS_CHUNK = 64  # tokens: the logits of fewer take no memory worth the time
@@ -51,7 +50,7 @@ def explaining_out_of_memory(config: Config, phase: Callable[[], str]) -> Iterat
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        log = rank_log(Path(str(config.run.dir)), distributed.rank())
+        log = RunDirectory.of(config).rank_log(distributed.rank())
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as file:
             file.write(hide_secrets("".join(traceback.format_exception(error))))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from lisa_dist.config import Config
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.distributed import is_main
 from lisa_dist.telemetry.memory import peak_memory_gib, reset_peak_memory
 from lisa_dist.telemetry.progress import ProgressDisplay
-from lisa_dist.telemetry.records import METRICS_FILE, MetricsRow, MetricsWriter, read_rows, read_summary, write_summary
+from lisa_dist.telemetry.records import MetricsRow, MetricsWriter, read_rows, read_summary, write_summary
 from lisa_dist.telemetry.sinks import build_sink
 
 SPEEDS = ("tokens_per_second", "label_tokens_per_second")
@@ -45,26 +45,26 @@ class Recorder:
             first_step: steps already done, where the run goes on.
             resumed_from: the checkpoint steps that the run went on from.
         """
-        self.run_dir = Path(config.run.dir or ".")
+        self.run = RunDirectory.of(config)
         self.resumed_from = resumed_from or []
         self.started = started
         self.num_blocks = num_blocks
         self.peak_memory_gib = 0.0  # until the step that is under way
         self.speeds: dict[str, list[float]] = {key: [] for key in SPEEDS}  # a figure a step
-        self.writer = MetricsWriter(self.run_dir)
+        self.writer = MetricsWriter(self.run)
         self.figures: dict[str, Any] = {"num_blocks": num_blocks}  # of summary.json
         if first_step and is_main():
-            known = read_summary(self.run_dir) or {}
+            known = read_summary(self.run) or {}
             self.figures |= {key: known[key] for key in OF_THE_FIRST_STEP if key in known}
         self.cut_after(first_step or -1)  # at a fresh start the evaluation of step 0 is repeated too
-        self.sink = build_sink(config, self.run_dir, first_step)
+        self.sink = build_sink(config, self.run, first_step)
         self.display = ProgressDisplay(max_steps, first_step)
 
     def cut_after(self, step: int) -> None:
         """The run goes on from the checkpoint of ``step``: what was recorded past it is dropped."""
         self.writer.cut_after(step)
         if is_main():
-            rows = read_rows(self.run_dir / METRICS_FILE)
+            rows = read_rows(self.run.metrics)
             self.figures |= figures_of(rows)
             self.speeds = {key: [row[key] for row in rows if row.get(key) is not None] for key in SPEEDS}
 
@@ -115,7 +115,7 @@ class Recorder:
             "peak_memory_gib": max(self.peak_memory_gib, peak_memory_gib()),
             **{key: statistics.median(values) for key, values in self.speeds.items() if values},
         }
-        write_summary(self.run_dir, exit_reason=exit_reason, resumed_from=self.resumed_from, **figures)
+        write_summary(self.run, exit_reason=exit_reason, resumed_from=self.resumed_from, **figures)
 
     def _show(self, row: dict[str, Any]) -> None:
         self.sink.log(row)

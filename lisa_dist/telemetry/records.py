@@ -8,13 +8,10 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from lisa_dist.config import UserError
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.distributed import is_main
 from lisa_dist.runtime.files import to_json, write_atomically
 from lisa_dist.runtime.redaction import hide_secrets
-
-METRICS_FILE = "metrics.jsonl"
-LAYERS_FILE = "layers.jsonl"
-SUMMARY_FILE = "summary.json"
 
 MetricsRow = dict[str, Any]
 
@@ -25,12 +22,12 @@ class MetricsWriter:
     On ranks other than 0 nothing is opened or written. Times are in seconds, memory in GiB.
     """
 
-    def __init__(self, run_dir: str | Path) -> None:
-        self.run_dir = Path(run_dir)
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
         self._metrics: TextIO | None = None
         self._layers: TextIO | None = None
         if is_main():
-            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self.run.path.mkdir(parents=True, exist_ok=True)
             self._open()
 
     def write_step(
@@ -109,12 +106,11 @@ class MetricsWriter:
         if self._metrics is None or self._layers is None:
             return
         self.close()
-        for name in (METRICS_FILE, LAYERS_FILE):
-            path = self.run_dir / name
+        for path in (self.run.metrics, self.run.layers):
             try:
                 kept = [row for row in read_rows(path) if row["step"] <= step]
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"run.dir={self.run_dir}: {name} is damaged, fix or move it ({error})") from error
+                raise UserError(f"run.dir={self.run.path}: {path.name} is damaged, fix or move it ({error})") from error
             write_atomically(path, "".join(to_json(row) + "\n" for row in kept))
         self._open()
 
@@ -134,11 +130,11 @@ class MetricsWriter:
         self.close()
 
     def _open(self) -> None:
-        self._metrics = (self.run_dir / METRICS_FILE).open("a", encoding="utf-8")
-        self._layers = (self.run_dir / LAYERS_FILE).open("a", encoding="utf-8")
+        self._metrics = self.run.metrics.open("a", encoding="utf-8")
+        self._layers = self.run.layers.open("a", encoding="utf-8")
 
 
-def write_summary(run_dir: str | Path, *, exit_reason: str, resumed_from: list[int], **figures: Any) -> None:
+def write_summary(run: RunDirectory, *, exit_reason: str, resumed_from: list[int], **figures: Any) -> None:
     """Write summary.json at once or not at all, on rank 0.
 
     Args:
@@ -150,8 +146,8 @@ def write_summary(run_dir: str | Path, *, exit_reason: str, resumed_from: list[i
     if not is_main():
         return
     summary = {"exit_reason": hide_secrets(exit_reason), "resumed_from": resumed_from, **figures}
-    Path(run_dir).mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(run_dir) / SUMMARY_FILE, to_json(summary, indent=2) + "\n")
+    run.path.mkdir(parents=True, exist_ok=True)
+    write_atomically(run.summary, to_json(summary, indent=2) + "\n")
 
 
 def read_rows(path: str | Path) -> list[MetricsRow]:
@@ -178,10 +174,9 @@ def read_rows(path: str | Path) -> list[MetricsRow]:
     return rows
 
 
-def read_summary(run_dir: str | Path) -> MetricsRow | None:
+def read_summary(run: RunDirectory) -> MetricsRow | None:
     """Return summary.json as a dict, or None where there is none."""
-    path = Path(run_dir) / SUMMARY_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return json.loads(run.summary.read_text(encoding="utf-8")) if run.summary.exists() else None
 
 
 def _append(file: TextIO | None, row: MetricsRow) -> None:

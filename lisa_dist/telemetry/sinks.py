@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lisa_dist.config import Config, UserError
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.distributed import is_main
 from lisa_dist.runtime.redaction import hide_secrets_in
 
@@ -35,7 +36,7 @@ class NullSink:
 class WandbSink:
     """Sends rows to Weights & Biases; offline they are kept below the run directory for ``wandb sync``."""
 
-    def __init__(self, config: Config, run_dir: Path) -> None:
+    def __init__(self, config: Config, run: RunDirectory) -> None:
         import wandb  # slow, and of no use to other loggers
 
         options = config.logger.wandb
@@ -45,10 +46,10 @@ class WandbSink:
                 entity=options.entity,
                 tags=options.tags,
                 mode="offline" if options.mode == "offline" else "online",
-                name=config.run.name or run_dir.name,
-                id=_wandb_id(run_dir),
+                name=config.run.name or run.path.name,
+                id=_wandb_id(run.wandb_id),
                 resume="allow" if options.mode == "online" else None,
-                dir=str(run_dir),
+                dir=str(run.path),
                 config=public_config(config),
                 settings=wandb.Settings(console="off", silent=options.mode == "offline"),
             )
@@ -68,7 +69,7 @@ class WandbSink:
 class TensorBoardSink:
     """Writes event files to ``tensorboard/`` in the run directory."""
 
-    def __init__(self, run_dir: Path, first_step: int) -> None:
+    def __init__(self, run: RunDirectory, first_step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -76,7 +77,7 @@ class TensorBoardSink:
                 "logger=tensorboard: needs the package tensorboard, to be installed by "
                 "`pip install lisa-dist[tensorboard]`"
             ) from error
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        self.writer = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1)
 
     def log(self, row: dict[str, Any]) -> None:
         for key, value in numbers_of(row).items():
@@ -86,7 +87,7 @@ class TensorBoardSink:
         self.writer.close()
 
 
-def build_sink(config: Config, run_dir: str | Path, first_step: int = 0) -> Sink:
+def build_sink(config: Config, run: RunDirectory, first_step: int = 0) -> Sink:
     """Return the sink of ``config.logger``; on ranks other than 0 one that takes nothing.
 
     Args:
@@ -99,9 +100,9 @@ def build_sink(config: Config, run_dir: str | Path, first_step: int = 0) -> Sink
         return NullSink()
     match config.logger.name:
         case "wandb":
-            return WandbSink(config, Path(run_dir))
+            return WandbSink(config, run)
         case "tensorboard":
-            return TensorBoardSink(Path(run_dir), first_step)
+            return TensorBoardSink(run, first_step)
     return NullSink()
 
 
@@ -123,9 +124,8 @@ def numbers_of(row: dict[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def _wandb_id(run_dir: Path) -> str:
+def _wandb_id(file: Path) -> str:
     """Return the run's identity there, kept below the run directory so that a resumed run stays one run."""
-    file = run_dir / "wandb" / "run_id.txt"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(uuid.uuid4().hex[:12])

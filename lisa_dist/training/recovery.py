@@ -13,6 +13,7 @@ from pathlib import Path
 from lisa_dist.checkpoint.restore import newest_complete, restore_checkpoint
 from lisa_dist.checkpoint.shards import write_safetensors
 from lisa_dist.config import TrainConfig
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.files import to_json, write_atomically
@@ -54,7 +55,7 @@ def skip_nonfinite_step(run: Run, micro_batches: list[MicroBatch], loss: float, 
 def keep_batch(run: Run, micro_batches: list[MicroBatch], loss: float, grad_norm: float) -> Path:
     """Write this rank's micro-batches, and on rank 0 what is known of the step, below ``run.dir/faults``."""
     step = run.progress.step
-    folder = Path(str(run.config.run.dir)) / "faults" / f"step_{step:08d}"
+    folder = RunDirectory.of(run.config).faults / f"step_{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{index}.{name}": t for index, batch in enumerate(micro_batches) for name, t in batch.items()}
     write_safetensors(tensors, folder / f"rank_{distributed.rank():05d}.safetensors", {})

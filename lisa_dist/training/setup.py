@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lisa_dist.checkpoint.description import was_untied, write_description, write_tokenizer
 from lisa_dist.checkpoint.differences import changed_settings, table_of
-from lisa_dist.checkpoint.manifest import CONFIG, list_checkpoints
+from lisa_dist.checkpoint.manifest import list_checkpoints
 from lisa_dist.checkpoint.protocol import remove_leftovers
 from lisa_dist.checkpoint.restore import newest_complete, restore_checkpoint
 from lisa_dist.checkpoint.save import CheckpointSaver
@@ -23,7 +23,7 @@ from lisa_dist.checkpoint.state import Progress, read_state
 from lisa_dist.config import Config, LaunchConfig, UserError
 from lisa_dist.config.checks import check_global_batch
 from lisa_dist.config.loading import to_yaml
-from lisa_dist.config.run_directory import check_run_dir_is_free, holds_run, resolve_run_dir
+from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
 from lisa_dist.data.batches import GlobalBatches, MicroBatch
 from lisa_dist.data.fingerprint import fingerprint
 from lisa_dist.data.prepare import PreparedData, prepare_data
@@ -83,14 +83,14 @@ def open_run_directory(config: Config) -> Config:
         if restarted:
             settled.checkpoint.resume = "auto"
         check_run_dir_is_free(settled)
-        directory = Path(str(settled.run.dir))
+        run = RunDirectory.of(settled)
         try:
-            checkpoint_directory(settled).mkdir(parents=True, exist_ok=True)
-            remove_leftovers(checkpoint_directory(settled))
-            if not holds_run(directory):  # a run that is there keeps its own until it goes on
-                write_atomically(directory / CONFIG, public_yaml(settled))
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(run.checkpoints)
+            if not run.holds_run():  # a run that is there keeps its own until it goes on
+                write_atomically(run.config, public_yaml(settled))
         except OSError as error:
-            raise UserError(f"run.dir={directory}: can't be written ({error.strerror})") from error
+            raise UserError(f"run.dir={run.path}: can't be written ({error.strerror})") from error
         return settled
 
     return distributed.on_rank_zero(claim)
@@ -98,19 +98,14 @@ def open_run_directory(config: Config) -> Config:
 
 def forget_start(config: Config) -> None:
     """Remove config.yaml where a first start was refused: the next one must not take its settings for a run's."""
-    directory = Path(str(config.run.dir))
-    if distributed.is_main() and not holds_run(directory):
-        (directory / CONFIG).unlink(missing_ok=True)
+    run = RunDirectory.of(config)
+    if distributed.is_main() and not run.holds_run():
+        run.config.unlink(missing_ok=True)
 
 
 def public_yaml(config: Config) -> str:
     """Return what config.yaml holds: no secrets, and not the job script's shell lines, which may hold some."""
     return hide_secrets(to_yaml(replace(config, launch=LaunchConfig())))
-
-
-def checkpoint_directory(config: Config) -> Path:
-    """Return where the run's checkpoints lie."""
-    return Path(str(config.run.dir)) / "checkpoints"
 
 
 def prepare_run(config: Config, dims: ParallelDims) -> Run:
@@ -123,7 +118,7 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
     """
     started = time.monotonic()
     device = distributed.device()
-    directory = checkpoint_directory(config)
+    directory = RunDirectory.of(config).checkpoints
     with distributed.waiting_for_disks(config.parallel.timeout):
         newest = newest_complete(directory) if config.checkpoint.resume == "auto" else None
         if newest is None:
@@ -161,7 +156,7 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
         resumed_from=progress.resumed_from,
     )
     recorder.figures |= rows_of(data)
-    heartbeat = Heartbeat(Path(str(config.run.dir)), config.parallel.timeout)
+    heartbeat = Heartbeat(RunDirectory.of(config).path, config.parallel.timeout)
     return Run(
         config, train_module, tokenizer, batches, validation, max_steps, progress, recorder, checkpoints, heartbeat
     )
@@ -176,7 +171,7 @@ def open_architecture(config: Config) -> PretrainedConfig:
         UserError: a file of the model is damaged, or does not fit the others.
     """
     resumes = config.checkpoint.resume == "auto"
-    if resumes and distributed.on_rank_zero(lambda: bool(list_checkpoints(checkpoint_directory(config)))):
+    if resumes and distributed.on_rank_zero(lambda: bool(list_checkpoints(RunDirectory.of(config).checkpoints))):
         architecture = read_architecture(config.model)
         if distributed.on_rank_zero(lambda: was_untied(config)):
             architecture.tie_word_embeddings = False
@@ -197,7 +192,7 @@ def first_seed(checkpoint: Path) -> int:
 
 def settle_run_directory(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write what the run starts or goes on with, configuration and tokenizer, once nothing of it can be refused."""
-    write_atomically(Path(str(config.run.dir)) / CONFIG, public_yaml(config))
+    write_atomically(RunDirectory.of(config).config, public_yaml(config))
     write_tokenizer(config, tokenizer)
 
 

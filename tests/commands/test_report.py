@@ -6,6 +6,7 @@ import pytest
 
 from lisa_dist.commands import report
 from lisa_dist.config import Config, RunConfig, UserError
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.telemetry.records import MetricsWriter, write_summary
 
 CONFIG = "method: lisa\nmodel:\n  path: /models/tiny\nlaunch:\n  setup: [export HF_TOKEN=hidden]\n"
@@ -13,7 +14,7 @@ CONFIG = "method: lisa\nmodel:\n  path: /models/tiny\nlaunch:\n  setup: [export 
 
 def make_run(run_dir, steps=100, eval_every=25, more=None, **summary):
     more = more or {}
-    with MetricsWriter(run_dir) as writer:
+    with MetricsWriter(RunDirectory(run_dir)) as writer:
         for step in range(1, steps + 1):
             active = [step // 20]
             if step % 20 == 1:
@@ -26,7 +27,7 @@ def make_run(run_dir, steps=100, eval_every=25, more=None, **summary):
             if eval_every and step % eval_every == 0:
                 writer.write_eval(step=step, eval_loss=3.25 - step / 100)
     if summary:
-        write_summary(run_dir, **summary)
+        write_summary(RunDirectory(run_dir), **summary)
     return run_dir
 
 
@@ -106,7 +107,7 @@ def test_a_failed_run_tells_why(tmp_path):
 
 
 def test_a_run_that_failed_before_its_first_step(tmp_path):
-    write_summary(tmp_path / "run", exit_reason="failed: no memory", resumed_from=[])
+    write_summary(RunDirectory(tmp_path / "run"), exit_reason="failed: no memory", resumed_from=[])
     page = page_of(tmp_path / "run")
     assert "failed: no memory" in page and page.count("nothing recorded") == 6 and "no period recorded" in page
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lisa_dist.config import Config, RunConfig, UserError
-from lisa_dist.config.run_directory import check_run_dir_is_free, resolve_run_dir
+from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
 
 
 def test_default_lies_in_runs_under_name_or_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,6 +19,26 @@ def test_default_lies_in_runs_under_name_or_time(tmp_path: Path, monkeypatch: py
     assert settled.run.dir == str(tmp_path / "out")
     assert resolve_run_dir(settled) == settled
     assert not any(tmp_path.iterdir())  # nothing is created
+
+
+def test_its_files_have_the_names_that_other_programs_rely_on(tmp_path: Path) -> None:
+    run = RunDirectory.of(Config(run=RunConfig(dir=str(tmp_path))))
+    files = [run.config, run.metrics, run.layers, run.summary, run.checkpoints, run.rank_log(0), run.report]
+    names = "config.yaml metrics.jsonl layers.jsonl summary.json checkpoints logs/rank_0.log report.html"
+    assert [str(file.relative_to(tmp_path)) for file in files] == names.split()
+    assert not any(tmp_path.iterdir()), "nothing is created by asking"
+
+
+def test_what_holds_a_run(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.checkpoints.mkdir()
+    run.metrics.touch()
+    assert not run.holds_run() and not RunDirectory(tmp_path / "absent").holds_run()
+    run.metrics.write_text("{}\n")
+    assert run.holds_run()
+    run.metrics.unlink()
+    (run.checkpoints / "step_00000001").mkdir()
+    assert run.holds_run()
 
 
 def test_a_run_is_not_written_over(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from lisa_dist.config import Config, DataConfig, UserError
 from lisa_dist.config.loading import load
 from lisa_dist.config.overrides import all_keys
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.prepare import prepare_data
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.telemetry.records import MetricsWriter, read_rows
@@ -103,7 +104,7 @@ def test_any_data_set(suffix: str, content: bytes, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["layers.jsonl", "metrics.jsonl"])
 def test_any_history_of_layers(name: str, content: list[str], tmp_path: Path) -> None:
     (tmp_path / name).write_text("\n".join(content))
-    with MetricsWriter(tmp_path) as writer:
+    with MetricsWriter(RunDirectory(tmp_path)) as writer:
         try:
             writer.cut_after(1)
         except UserError as error:

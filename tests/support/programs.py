@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, UserError
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.signals import stop_requested
 from lisa_dist.telemetry.out_of_memory import explaining_out_of_memory
 from lisa_dist.telemetry.records import write_summary
@@ -32,7 +33,7 @@ def fail(config: Config) -> int:
         _wait_for_rank_0(config)
         raise ValueError("the first failure")
     _wait_for_the_end_of_rank_1(config)
-    write_summary(config.run.dir or "", exit_reason="failed: a connection was lost", resumed_from=[3])
+    write_summary(RunDirectory.of(config), exit_reason="failed: a connection was lost", resumed_from=[3])
     raise RuntimeError("a connection was lost")
 
 

@@ -3,6 +3,7 @@ import math
 
 import pytest
 
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.telemetry import records
 from lisa_dist.telemetry.records import MetricsWriter, read_rows, read_summary, write_summary
 
@@ -13,7 +14,7 @@ STEP = {
 
 
 def test_a_row_is_on_disk_when_the_call_returns(tmp_path):
-    writer = MetricsWriter(tmp_path / "run")
+    writer = MetricsWriter(RunDirectory(tmp_path / "run"))
     writer.write_step(step=1, **STEP)
     writer.write_eval(step=1, eval_loss=2.25)
     writer.write_period(period=0, step=1, active_layers=[1, 3], num_blocks=4)
@@ -31,19 +32,19 @@ def test_a_row_is_on_disk_when_the_call_returns(tmp_path):
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):
-    with MetricsWriter(tmp_path) as writer:
+    with MetricsWriter(RunDirectory(tmp_path)) as writer:
         writer.write_step(step=1, **{**STEP, "loss": math.nan, "grad_norm": math.inf}, parts={"forward": -math.inf})
-    write_summary(tmp_path, exit_reason="finished", resumed_from=[], final_loss=math.nan)
+    write_summary(RunDirectory(tmp_path), exit_reason="finished", resumed_from=[], final_loss=math.nan)
 
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
     row = json.loads(text)
     assert (row["loss"], row["grad_norm"], row["parts"]) == (None, None, {"forward": None})
-    assert read_summary(tmp_path) == {"exit_reason": "finished", "resumed_from": [], "final_loss": None}
+    assert read_summary(RunDirectory(tmp_path)) == {"exit_reason": "finished", "resumed_from": [], "final_loss": None}
 
 
 def test_resume_cuts_rows_past_the_checkpoint_and_a_torn_last_line(tmp_path):
-    with MetricsWriter(tmp_path) as writer:
+    with MetricsWriter(RunDirectory(tmp_path)) as writer:
         for step in range(1, 8):
             writer.write_step(step=step, **STEP)
         writer.write_eval(step=4, eval_loss=1.0)
@@ -52,7 +53,7 @@ def test_resume_cuts_rows_past_the_checkpoint_and_a_torn_last_line(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')
 
-    with MetricsWriter(tmp_path) as writer:
+    with MetricsWriter(RunDirectory(tmp_path)) as writer:
         writer.cut_after(4)
         writer.write_step(step=5, **STEP)
         writer.write_period(period=1, step=5, active_layers=[2], num_blocks=4)
@@ -71,17 +72,22 @@ def test_a_broken_line_in_the_middle_is_reported(tmp_path):
 
 
 def test_summary_replaces_the_old_one_whole(tmp_path):
-    write_summary(tmp_path, exit_reason="signal", resumed_from=[])
-    write_summary(tmp_path, exit_reason="finished", resumed_from=[100], trained_parameters=7)
-    assert read_summary(tmp_path) == {"exit_reason": "finished", "resumed_from": [100], "trained_parameters": 7}
+    run = RunDirectory(tmp_path)
+    write_summary(run, exit_reason="signal", resumed_from=[])
+    write_summary(run, exit_reason="finished", resumed_from=[100], trained_parameters=7)
+    assert read_summary(run) == {
+        "exit_reason": "finished",
+        "resumed_from": [100],
+        "trained_parameters": 7,
+    }
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "is_main", lambda: False)
-    with MetricsWriter(tmp_path / "run") as writer:
+    with MetricsWriter(RunDirectory(tmp_path / "run")) as writer:
         assert writer.write_step(step=1, **STEP)["step"] == 1
         writer.write_period(period=0, step=1, active_layers=[], num_blocks=4)
         writer.cut_after(0)
-    write_summary(tmp_path / "run", exit_reason="finished", resumed_from=[])
+    write_summary(RunDirectory(tmp_path / "run"), exit_reason="finished", resumed_from=[])
     assert not (tmp_path / "run").exists()

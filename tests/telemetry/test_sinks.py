@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from lisa_dist.config import Config, LaunchConfig, LoggerConfig, RunConfig, UserError
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.config.running import WandbConfig
 from lisa_dist.telemetry import sinks
 from lisa_dist.telemetry.sinks import NullSink, build_sink, numbers_of, public_config
@@ -21,9 +22,9 @@ def test_only_numbers_are_sent():
 
 
 def test_no_logger_and_other_ranks_send_nothing(tmp_path, monkeypatch):
-    assert isinstance(build_sink(config_with("none"), tmp_path), NullSink)
+    assert isinstance(build_sink(config_with("none"), RunDirectory(tmp_path)), NullSink)
     monkeypatch.setattr(sinks, "is_main", lambda: False)
-    assert isinstance(build_sink(config_with("wandb"), tmp_path), NullSink)
+    assert isinstance(build_sink(config_with("wandb"), RunDirectory(tmp_path)), NullSink)
 
 
 def test_shell_lines_are_not_sent():
@@ -37,7 +38,7 @@ def test_wandb_offline_needs_no_account(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
     config = config_with("wandb", wandb=WandbConfig(mode="offline", project="tests", tags=["a"]))
-    sink = build_sink(config, tmp_path)
+    sink = build_sink(config, RunDirectory(tmp_path))
     sink.log(ROW)
     sink.log({"step": 3, "eval_loss": 2.25})
     sink.log({"step": 4, "loss": math.nan})
@@ -53,11 +54,11 @@ def test_tensorboard_hides_what_a_resume_does_again(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    sink = build_sink(config_with("tensorboard"), tmp_path)
+    sink = build_sink(config_with("tensorboard"), RunDirectory(tmp_path))
     for step in (1, 2, 3):
         sink.log({"step": step, "loss": float(step)})
     sink.close()
-    sink = build_sink(config_with("tensorboard"), tmp_path, first_step=2)
+    sink = build_sink(config_with("tensorboard"), RunDirectory(tmp_path), first_step=2)
     sink.log({"step": 3, "loss": 30.0})
     sink.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -69,4 +70,4 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(UserError, match=r"logger=tensorboard: needs the package tensorboard"):
-        build_sink(config_with("tensorboard"), tmp_path)
+        build_sink(config_with("tensorboard"), RunDirectory(tmp_path))

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, UserError
 from lisa_dist.telemetry.reports.page import Card, render_page, table
 from lisa_dist.telemetry.reports.plots import Series, line_chart, moving_average
-from lisa_dist.telemetry.records import METRICS_FILE, MetricsRow, read_rows, read_summary
+from lisa_dist.telemetry.records import MetricsRow, read_rows, read_summary
 from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.units import format_count
 
@@ -121,8 +122,8 @@ def _read_job(sweep_dir: Path, number: int, line: str) -> JobRecord:
             overrides,
             run_dir,
             int(code.read_text()) if code.is_file() else None,
-            read_summary(run_dir) or {},
-            read_rows(run_dir / METRICS_FILE),
+            read_summary(RunDirectory(run_dir)) or {},
+            read_rows(RunDirectory(run_dir).metrics),
         )
     except (ValueError, OSError) as error:
         raise UserError(f"{run_dir}: the record of this job is damaged: {error}") from None
@@ -140,7 +141,7 @@ def best_job(jobs: list[JobRecord]) -> JobRecord | None:
 
 def last_words(run_dir: Path) -> str:
     """Return the program's last message in the logs of a job that could not write a summary."""
-    logs = [run_dir / LOG_FILE, *sorted((run_dir / "logs").glob("slurm-*.log"))]
+    logs = [run_dir / LOG_FILE, *sorted(RunDirectory(run_dir).logs.glob("slurm-*.log"))]
     lines = [line for log in logs if log.is_file() for line in log.read_text(errors="replace").splitlines()]
     said = [line.removeprefix("lisa-dist: ") for line in lines if line.startswith("lisa-dist: ")]
     return said[-1] if said else f"ended without a message, its logs are in {run_dir}"

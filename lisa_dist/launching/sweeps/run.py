@@ -19,13 +19,14 @@ from types import FrameType
 
 import torch
 
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Config
 from lisa_dist.config.overrides import path_override
 from lisa_dist.launching.sweeps.optuna_search import OptunaSearch
 from lisa_dist.launching.sweeps.jobs import list_jobs, read_sweep, unfinished
 from lisa_dist.runtime.signals import STOP_SIGNALS, die_with
 from lisa_dist.launching.sweeps.comparison import EXIT_CODE_FILE, LOG_FILE, RESUME, JobRecord, last_words, write_comparison
-from lisa_dist.telemetry.records import SUMMARY_FILE, read_summary, write_summary
+from lisa_dist.telemetry.records import read_summary, write_summary
 from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.units import format_duration
 
@@ -129,10 +130,10 @@ def _finish(job: RunningJob, total: int, *, stopping: bool) -> None:
         return  # asked to stop before it had begun: it counts as not run
     code = 128 - code if code < 0 else code  # as a shell reports a signal
     if code not in (EXIT_DONE, EXIT_STOPPED):
-        summary = run_dir / SUMMARY_FILE
-        if not (summary.exists() and summary.stat().st_mtime >= job.started):
-            known = read_summary(run_dir) or {"resumed_from": []}
-            write_summary(run_dir, **{**known, "exit_reason": f"failed: {last_words(run_dir)}"})
+        run = RunDirectory(run_dir)
+        if not (run.summary.exists() and run.summary.stat().st_mtime >= job.started):
+            known = read_summary(run) or {"resumed_from": []}
+            write_summary(run, **{**known, "exit_reason": f"failed: {last_words(run_dir)}"})
     write_atomically(run_dir / EXIT_CODE_FILE, f"{code}\n")
     jobs = write_comparison(run_dir.parent)
     record = jobs[job.record.number]
