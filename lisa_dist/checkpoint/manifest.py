@@ -124,6 +124,7 @@ def _read_manifest(directory: Path) -> tuple[dict[str, Any], list[str]]:
 def _is_inside(name: str) -> bool:
     """Whether ``name`` is a path that cannot lead out of the directory it is relative to."""
     path = Path(name)
+    # A path with a NUL raises in every question about it.
     return "\0" not in name and not path.is_absolute() and ".." not in path.parts
 
 

@@ -79,6 +79,7 @@ def restore_checkpoint(
     train_module.active.period = state["period"]
     restore_weights(train_module, checkpoint, state)
     add_trained_params(train_module)
+    # State that waits in host memory for a frozen block (optimizer.state_on_freeze=offload) is in the checkpoint too.
     waiting = state["optimizer_steps"].keys() - train_module.optimizer.parameters.keys()
     train_module.optimizer.allocate_offloaded({name: train_module.store.like_master(name) for name in sorted(waiting)})
     moments = train_module.optimizer.moment_tensors()

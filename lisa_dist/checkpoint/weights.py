@@ -57,6 +57,7 @@ class ShardedTensors:
             for name in opened.keys():  # noqa: SIM118  a safetensors file is no mapping
                 if wanted is None or name in wanted:
                     shape = opened.get_slice(name).get_shape()
+                    # A file without offsets holds whole tensors.
                     start = offsets.get(name, {}).get(SAVED_OFFSETS_KEY, [0] * len(shape))
                     self.pieces.setdefault(name, []).append(StoredPiece(file, start, shape))
 
@@ -71,7 +72,7 @@ class ShardedTensors:
     def read(self, name: str) -> torch.Tensor:
         """Return the whole tensor of that name, in the dtype it was stored in."""
         pieces = self.pieces[name]
-        if len(pieces) == 1:
+        if len(pieces) == 1:  # whole in one file: no second copy
             return self._files[pieces[0].file].get_tensor(name)
         whole: torch.Tensor | None = None
         for piece in pieces:
