@@ -107,7 +107,7 @@ class Command:
         return (self.function.__doc__ or "").rstrip(".")
 
 
-SECONDS_FOR_RANK_0 = 60  # to find the same mistake, on a busy machine
+SECONDS_FOR_RANK_0 = 20  # to find the same mistake; well below srun --wait=60, which ends a rank that waits longer
 TRAINING = ("train", "plan", "bench", "launch")  # whose configuration is one to train with
 TRAINING_KEYS = (
     "model data sampler update always_active optimizer scheduler train parallel precision checkpoint logger run"
