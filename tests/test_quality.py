@@ -15,6 +15,7 @@ import yaml
 
 from lisa_dist.config import Config
 from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS
+from lisa_dist.config.optimization import OPTIMIZER_CONFIGS
 from lisa_dist.config.running import WandbConfig
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +102,6 @@ def test_every_key_is_read_somewhere(tmp_path: Path) -> None:
 
 
 def schemas() -> set[type[Any]]:
-    """The dataclass of every group, and of every sampler and update."""
+    """The dataclass of every group, and of every sampler, update and optimizer."""
     groups = [type(getattr(Config(), field.name)) for field in dataclasses.fields(Config) if field.name != "method"]
-    return {*groups, WandbConfig, *SAMPLER_CONFIGS.values(), *UPDATE_CONFIGS.values()}
+    return {*groups, WandbConfig, *SAMPLER_CONFIGS.values(), *UPDATE_CONFIGS.values(), *OPTIMIZER_CONFIGS.values()}

@@ -20,7 +20,7 @@ from lisa_dist.config.data import DataConfig
 from lisa_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, OutOfMemoryError, UserError
 from lisa_dist.config.method import AlwaysActiveConfig, SamplerConfig, UpdateConfig
 from lisa_dist.config.model import ModelConfig
-from lisa_dist.config.optimization import OptimizerConfig, SchedulerConfig, TrainConfig
+from lisa_dist.config.optimization import AdamWConfig, OptimizerConfig, SchedulerConfig, TrainConfig
 from lisa_dist.config.placement import ParallelConfig, PrecisionConfig
 from lisa_dist.config.running import CheckpointConfig, LoggerConfig, RunConfig
 
@@ -65,7 +65,7 @@ class Config:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     always_active: AlwaysActiveConfig = field(default_factory=AlwaysActiveConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=AdamWConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -5,11 +5,13 @@ A pair of options either works together, is refused here, or one of them has no 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 from lisa_dist.config import Config
 from lisa_dist.config.errors import UserError
 from lisa_dist.config.method import PROBE_KINDS
+from lisa_dist.config.optimization import PARTS
 
 
 def check_combinations(config: Config) -> None:
@@ -19,6 +21,7 @@ def check_combinations(config: Config) -> None:
         UserError: two of them can't be had together.
     """
     check_probe(config)
+    check_packages(config)
     check_quantization(config)
     check_optimizer_shard(config)
     check_step_in_backward(config)
@@ -30,6 +33,16 @@ def check_probe(config: Config) -> None:
     if probe is not None and probe.kind not in PROBE_KINDS:
         raise UserError(
             f"sampler={config.sampler.name}: asks for the probe {probe.kind}, and there are {', '.join(PROBE_KINDS)}"
+        )
+
+
+def check_packages(config: Config) -> None:
+    """Raise :class:`UserError` where a package is missing that the optimizer needs."""
+    package = config.optimizer.needs_package
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"optimizer={config.optimizer.name}: needs the package {package}; run "
+            f'pip install "lisa-dist[{package}]", or choose optimizer=adamw'
         )
 
 
@@ -146,6 +159,14 @@ def _of_optimization(config: Config, has_validation: bool) -> Iterator[IdleOptio
         optimizer.decay_norms_and_biases and optimizer.weight_decay == 0,
         "optimizer.weight_decay is 0",
     )
+    for part in optimizer.part_lr:
+        frozen = not getattr(config.always_active, part, True)
+        yield f"optimizer.part_lr.{part}", frozen, f"always_active.{part} is false"
+    yield (
+        "optimizer.lr",
+        _chosen(config, "optimizer.lr") and len(optimizer.part_lr) == len(PARTS),
+        "optimizer.part_lr has a learning rate for every part",
+    )
     yield (
         "optimizer.state_on_freeze",
         optimizer.state_on_freeze == "offload" and config.sampler.draws_once,
@@ -245,7 +266,7 @@ def _chosen(config: Config, key: str) -> bool:
 def _value(config: Config, key: str) -> object:
     found: object = config
     for name in key.split("."):
-        found = getattr(found, name)
+        found = found[name] if isinstance(found, dict) else getattr(found, name)
     return found
 
 

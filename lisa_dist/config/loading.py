@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from lisa_dist.config import Config
 from lisa_dist.config.errors import UserError, check_choice, nearest
+from lisa_dist.config.optimization import OptimizerConfig
 from lisa_dist.config.overrides import SCHEMAS, KeyOverride, all_keys, apply_override, describe_type, parse_overrides
 from lisa_dist.config.run_directory import RunDirectory
 
@@ -27,16 +28,22 @@ VARIED = {
     "method": ("method", "sampler", "update", "always_active"),
     "sampler": ("sampler",),
     "update": ("update",),
+    "optimizer": ("optimizer",),
 }  # the groups that vary() may choose anew, and the keys that each of them settles
+KEPT = {
+    "sampler": ("active_layers", "period", "seed"),
+    "optimizer": tuple(field.name for field in fields(OptimizerConfig) if field.name != "name"),
+}  # what vary() keeps of a group chosen anew, where it was set
 GROUPS = ("model", "data", "method", "sampler", "update", "optimizer", "scheduler", "logger", "experiment")
 
 
 @dataclass
 class _Schema(Config):
-    """The configuration while it is composed: the types of the chosen sampler and update stand, not of all."""
+    """The configuration while it is composed: the types of what is chosen of SCHEMAS stand, not of all."""
 
     sampler: Any = MISSING
     update: Any = MISSING
+    optimizer: Any = MISSING
 
 
 def conf_dir() -> Path:
@@ -106,7 +113,11 @@ def _compose(choices: dict[str, str | None], config_dir: str | None) -> DictConf
         address = f"file://{Path(config_dir).resolve()}".replace("\\", "\\\\").replace("'", "\\'")
         overrides.append(f"hydra.searchpath=['{address}']")
     with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-        return compose("config", overrides)
+        composed = compose("config", overrides)
+    for group in SCHEMAS:
+        if OmegaConf.get_type(composed, group) is dict:  # a user's own YAML file without its schema
+            composed[group] = OmegaConf.merge(_schema_of(group, composed[group], group), composed[group])
+    return composed
 
 
 @functools.cache
@@ -229,10 +240,10 @@ def _name_of(part: Any) -> str | None:
 
 
 def vary(config: Config, overrides: list[str]) -> Config:
-    """Return ``config`` with further overrides: single keys, and ``method``, ``sampler`` or ``update`` chosen anew.
+    """Return ``config`` with further overrides: single keys, and groups of VARIED chosen anew.
 
     A sampler that is chosen anew keeps the number of active blocks, the period and the seed where they are not those
-    that ``config`` would have by its method and sampler alone.
+    that ``config`` would have by its method and sampler alone; an optimizer likewise keeps all that optimizers share.
 
     Raises:
         UserError: an override is wrong, or chooses another group.
@@ -245,11 +256,13 @@ def vary(config: Config, overrides: list[str]) -> Config:
         if override.key not in VARIED:
             raise UserError(f"{override.text}: only {', '.join(VARIED)} can be varied among the groups, or single keys")
         changes |= {name: getattr(fresh, name) for name in VARIED[override.key]}
-    if "sampler" in changes and changes["sampler"].active_layers is not None:
-        usual = load(["model=custom", f"method={config.method}", f"sampler={config.sampler.name}"]).sampler
-        now = {name: getattr(config.sampler, name) for name in ("active_layers", "period", "seed")}
-        kept = {name: value for name, value in now.items() if value != getattr(usual, name)}
-        changes["sampler"] = replace(changes["sampler"], **kept)
+    for group, names in KEPT.items():
+        # Of sampler=all the active blocks are no choice of the user's, and no other sampler's to keep.
+        if group in changes and getattr(changes[group], "active_layers", 0) is not None:
+            part = getattr(config, group)
+            usual = getattr(load(["model=custom", f"method={config.method}", f"{group}={part.name}"]), group)
+            kept = {name: getattr(part, name) for name in names if getattr(part, name) != getattr(usual, name)}
+            changes[group] = replace(changes[group], **kept)
     varied = OmegaConf.structured(replace(config, **changes))
     for override in parsed:
         if override.key not in GROUPS:
@@ -265,8 +278,13 @@ def _read(path: Path) -> DictConfig:
     if not isinstance(content, DictConfig):
         raise UserError(f"{path}: must hold a configuration, as the config.yaml of a run does")
     config = OmegaConf.structured(_Schema)
-    for group, classes in SCHEMAS.items():
-        name = (content.get(group) or {}).get("name", getattr(Config(), group).name)
-        check_choice(f"{path}: {group}.name", name, classes)
-        config[group] = OmegaConf.structured(classes[name])
+    for group in SCHEMAS:
+        config[group] = _schema_of(group, content.get(group) or {}, f"{path}: {group}")
     return _one_sentence(lambda: OmegaConf.merge(config, content))  # type: ignore[return-value]
+
+
+def _schema_of(group: str, content: Mapping[str, Any], key: str) -> DictConfig:
+    """Return the defaults of what ``content`` names of a group of SCHEMAS; ``key`` is the group's in messages."""
+    name = content.get("name", getattr(Config(), group).name)
+    check_choice(f"{key}.name", name, SCHEMAS[group])
+    return OmegaConf.structured(SCHEMAS[group][name])

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from lisa_dist.config.errors import UserError, check_at_least, check_choice, check_fraction
+
+PARTS = ("blocks", "embeddings", "norm", "head")  # of a model, for learning rates of their own
 
 
 @dataclass
 class OptimizerConfig:
-    name: str = "adamw"  # adamw, adamw8bit
+    """What every optimizer shares, and what it needs; an optimizer's own keys are in its subclass."""
+
+    needs_package: ClassVar[str | None] = None  # beyond those that lisa-dist installs
+
+    name: str = "adamw"  # the optimizer; optimizer=NAME sets it together with what belongs to it
     lr: float = 2e-5  # the learning rate after the warm-up
+    part_lr: dict[str, float] = field(default_factory=dict)  # in place of lr for blocks, embeddings, norm or head
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decay of the two moments
-    eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.0  # of every trained parameter that is no norm's and no bias
     decay_norms_and_biases: bool = False  # of these too; transformers' Trainer leaves them out
     grad_clip: float = 1.0  # largest global gradient norm; 0 turns clipping off
@@ -20,14 +27,63 @@ class OptimizerConfig:
     state_on_freeze: str = "discard"  # discard (LISA) or offload: keep moments in host memory until the block returns
 
     def __post_init__(self) -> None:
-        check_choice("optimizer.name", self.name, ["adamw", "adamw8bit"])
         check_choice("optimizer.state_on_freeze", self.state_on_freeze, ["discard", "offload"])
         check_at_least("optimizer.lr", self.lr, 0)
-        check_at_least("optimizer.eps", self.eps, 0)
+        for part, lr in self.part_lr.items():
+            check_choice("optimizer.part_lr", part, PARTS)
+            check_at_least(f"optimizer.part_lr.{part}", lr, 0)
         check_at_least("optimizer.weight_decay", self.weight_decay, 0)
         check_at_least("optimizer.grad_clip", self.grad_clip, 0)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optimizer.betas={self.betas}: must be two numbers from 0 up to, but not, 1")
+
+    def lr_of(self, part: str) -> float:
+        """Return the learning rate after the warm-up of one of ``PARTS``."""
+        return self.part_lr.get(part, self.lr)
+
+    def check_tied(self, tied: bool) -> None:
+        """Raise :class:`UserError` where tied weights would have two learning rates; theirs is the embeddings'."""
+        if tied and "head" in self.part_lr and self.part_lr["head"] != self.lr_of("embeddings"):
+            raise UserError(
+                f"optimizer.part_lr.head={self.part_lr['head']}: this model ties its head to its embeddings, whose "
+                f"learning rate is {self.lr_of('embeddings')}; set optimizer.part_lr.embeddings, it holds for both"
+            )
+
+
+@dataclass
+class AdamWConfig(OptimizerConfig):
+    """AdamW: two moments, in the dtype of the masters."""
+
+    name: str = "adamw"
+    eps: float = 1e-8  # added to the root of the second moment
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("optimizer.eps", self.eps, 0)
+
+
+@dataclass
+class AdamW8bitConfig(AdamWConfig):
+    """AdamW with both moments in 8 bits, by torchao."""
+
+    needs_package: ClassVar[str | None] = "torchao"
+
+    name: str = "adamw8bit"
+
+
+@dataclass
+class LionConfig(OptimizerConfig):
+    """Lion: one moment, and steps that are the signs of a mean of it and the gradient."""
+
+    name: str = "lion"
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])  # share of the moment in a step, and its decay
+
+
+OPTIMIZER_CONFIGS: dict[str, type[OptimizerConfig]] = {
+    "adamw": AdamWConfig,
+    "adamw8bit": AdamW8bitConfig,
+    "lion": LionConfig,
+}
 
 
 @dataclass

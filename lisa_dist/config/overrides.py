@@ -15,10 +15,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lisa_dist.config.errors import UserError, nearest
 from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS
+from lisa_dist.config.optimization import OPTIMIZER_CONFIGS
 from lisa_dist.config.paths import local_path, path_exists
 
 # The groups whose dataclass depends on the name that is chosen.
-SCHEMAS: dict[str, dict[str, type[Any]]] = {"sampler": {**SAMPLER_CONFIGS}, "update": {**UPDATE_CONFIGS}}
+SCHEMAS: dict[str, dict[str, type[Any]]] = {
+    "sampler": {**SAMPLER_CONFIGS},
+    "update": {**UPDATE_CONFIGS},
+    "optimizer": {**OPTIMIZER_CONFIGS},
+}
 TYPE_DESCRIPTIONS = {
     bool: "true or false",
     int: "a whole number",
@@ -96,7 +101,8 @@ def _parse(text: str) -> KeyOverride:
         raise UserError(f"{text}: Hydra's own keys cannot be set, run.dir says where a run is")
     if override.is_sweep_override():
         raise UserError(f"{text}: several values need --multirun, a list is written {key}=[A,B]")
-    return KeyOverride(key, override.value(), text)
+    # optimizer.name is a key like those beside it, but another optimizer has other keys and defaults: it is the group.
+    return KeyOverride("optimizer" if key == "optimizer.name" else key, override.value(), text)
 
 
 def apply_override(config: DictConfig, override: KeyOverride) -> None:
@@ -160,7 +166,8 @@ def describe_type(node: Node | None) -> str:
             f"a list such as [A,B], each entry {TYPE_DESCRIPTIONS.get(node._metadata.element_type, 'a value')}{or_null}"
         )
     if isinstance(node, DictConfig):
-        return f"a mapping such as {{A:B}}{or_null}"
+        value = TYPE_DESCRIPTIONS.get(node._metadata.element_type, "a value")
+        return f"a mapping such as {{A:B}}, each value {value}{or_null}"
     return TYPE_DESCRIPTIONS.get(node._metadata.ref_type, "a value") + or_null
 
 

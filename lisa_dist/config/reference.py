@@ -64,13 +64,17 @@ def page() -> str:
 
 
 def _shared_keys(group: str) -> list[Key]:
-    return list(_keys(getattr(Config(), group), f"{group}."))
+    """Return the keys of a group; of one with a dataclass for each name, those that all of them have."""
+    keys = list(_keys(getattr(Config(), group), f"{group}."))
+    others = [{key.name for key in _keys(schema(), f"{group}.")} for schema in SCHEMAS.get(group, {}).values()]
+    return [key for key in keys if all(key.name in names for names in others)]
 
 
 def _own_keys(group: str, name: str) -> list[Key]:
-    """Return the keys that only one sampler or update has."""
-    shared = {key.name for key in _shared_keys(group)}
-    return [key for key in _keys(SCHEMAS[group][name](), f"{group}.") if key.name not in shared]
+    """Return the keys that not all of a group have, or whose default or meaning is another."""
+    shared = _shared_keys(group)
+    keys = _keys(SCHEMAS[group][name](), f"{group}.")
+    return [key for key in keys if key not in shared and key.name != f"{group}.name"]
 
 
 def _keys(part: object, prefix: str) -> Iterator[Key]:

@@ -15,8 +15,9 @@ from lisa_dist.config.checks import check_combinations
 from lisa_dist.config.method import ProbeRequest
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.method import probes
+from lisa_dist.method.optim import optimizer_spec
 from lisa_dist.method.optim.active_optimizer import ActiveOptimizer
-from lisa_dist.method.optim.weight_decay import norms_and_biases
+from lisa_dist.method.optim.parameter_groups import ParameterGroups, norms_and_biases
 from lisa_dist.method.sampling import build_sampler
 from lisa_dist.method.switch import (
     ActiveSet,
@@ -84,6 +85,7 @@ def build_train_module(config: Config, architecture: PretrainedConfig | None = N
     module = build_meta_model(config.model, architecture)
     update = build_update(config.update)
     layers = find_layers(module, config.model.blocks)
+    config.optimizer.check_tied(layers.tied)
     separation = separate_packed_samples(config, module, layers)
     update.prepare_model(module, layers)
     sampler = RankSynchronizedSampler(build_sampler(config.sampler, len(layers.blocks), config.train.seed))
@@ -95,14 +97,16 @@ def build_train_module(config: Config, architecture: PretrainedConfig | None = N
     model = config.model
     install_loss_head(module, layers, model.loss_chunk, model.router_aux_loss, model.loss_kernel)
     install_position_handling(module, separation)
-    checkpointing = CheckpointingPolicy(config, lambda: build_update(config.update))
+    state_bytes = optimizer_spec(config.optimizer).state_bytes
+    checkpointing = CheckpointingPolicy(config, lambda: build_update(config.update), state_bytes)
     checkpointing.measure(module)
     if config.parallel.compile:
         compile_blocks(layers.blocks)
     dims = ParallelDims.of(config.parallel)
     store = build_store(module, layers, dims.mesh, config.parallel, config.precision, update.keeps_precision)
     active = ActiveSet(always_active_parameters(store, config.always_active))
-    optimizer = ActiveOptimizer(config.optimizer, update, undecayed, store.masters_to_params)
+    groups = ParameterGroups(layers.part_of, undecayed)
+    optimizer = ActiveOptimizer(config.optimizer, update, groups, store.masters_to_params)
     return TrainModule(config, dims, store, update, optimizer, sampler, active, checkpointing)
 
 
@@ -239,6 +243,5 @@ def count_trained_parameters(train_module: TrainModule) -> dict[str, int]:
     """Count the parameters, of all ranks together, that train now, by part: blocks, embeddings, norm, head."""
     counts = {"blocks": 0, "embeddings": 0, "norm": 0, "head": 0}
     for name, parameter in train_module.optimizer.parameters.items():
-        part = train_module.store.layers.group_of(name)
-        counts["blocks" if part.startswith("block:") else part] += parameter.numel()
+        counts[train_module.store.layers.part_of(name)] += parameter.numel()
     return counts

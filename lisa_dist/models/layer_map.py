@@ -47,6 +47,11 @@ class LayerMap:
             return EMBEDDINGS if self.tied and parameter_name == f"{self.head_name}.weight" else HEAD
         return NORM
 
+    def part_of(self, parameter_name: str) -> str:
+        """Return ``blocks``, ``embeddings``, ``norm`` or ``head``: the group without the number of the block."""
+        group = self.group_of(parameter_name)
+        return "blocks" if group.startswith("block:") else group
+
     def path_in_block(self, parameter_name: str) -> str:
         """Return a parameter's name without its block's: the same for all blocks."""
         return parameter_name.removeprefix(f"{self.blocks_path}.").partition(".")[2]

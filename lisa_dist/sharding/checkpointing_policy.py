@@ -43,6 +43,7 @@ class CheckpointingPolicy:
 
     config: Config
     new_update: Callable[[], PreparesBlocks]  # one that has seen no model
+    state_bytes: Callable[[torch.Tensor], int]  # of the optimizer, for a shard that it steps
     costs: dict[bool, dict[str, Cost]] = field(default_factory=dict)  # by whether the block is active, and kind
 
     def measure(self, model: nn.Module) -> None:
@@ -68,7 +69,10 @@ class CheckpointingPolicy:
                 trains: measure_costs(self.config, store.module, self.new_update, trains) for trains in (True, False)
             }
         budget = activation_budget(
-            self.config, store, max(self.costs[True]["none"].bytes, self.costs[False]["none"].bytes)
+            self.config,
+            store,
+            max(self.costs[True]["none"].bytes, self.costs[False]["none"].bytes),
+            self.state_bytes,
         )
         kinds = choose(self.costs, {True: len(active), False: len(frozen)}, budget)
         for index in range(lowest):
@@ -86,7 +90,9 @@ class CheckpointingPolicy:
         )
 
 
-def activation_budget(config: Config, store: ParameterStore, working_bytes: int) -> float:
+def activation_budget(
+    config: Config, store: ParameterStore, working_bytes: int, state_bytes: Callable[[torch.Tensor], int]
+) -> float:
     """Return the bytes that activations may take on this rank; infinite on a CPU without ``parallel.memory_limit``.
 
     From the device's memory go what is set aside, the persistent bytes, the gradients still to come, and what
@@ -97,8 +103,9 @@ def activation_budget(config: Config, store: ParameterStore, working_bytes: int)
         return EVERYTHING
     counted = persistent_bytes(store)
     masters = [store.master(name) for name in store.names if store.parameter(name).requires_grad]
-    optimized = sum(local_shard(master.detach()).numel() for master in masters)
-    state = 8 * optimized
+    shards = [local_shard(master.detach()) for master in masters]
+    optimized = sum(shard.numel() for shard in shards)
+    state = sum(state_bytes(shard) for shard in shards)
     gradients = dtype_of(config.precision.active).itemsize * optimized
     held = sum(counted.values()) - counted["gradients"] + gradients + state
     held -= {"none": 0, "frozen": counted["frozen_parameters"], "all": held}[config.parallel.offload]

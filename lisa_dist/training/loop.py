@@ -26,7 +26,7 @@ from lisa_dist.method.module import (
     observed_blocks,
 )
 from lisa_dist.method.optim.clipping import normalize_and_clip
-from lisa_dist.method.optim.schedule import learning_rate
+from lisa_dist.method.optim.schedule import learning_rates
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import now
 from lisa_dist.runtime.signals import ignore_stop_signals, stop_requested
@@ -104,7 +104,7 @@ def train_step(
     local_loss, local_tokens = accumulate_gradients(train_module, micro_batches, stopwatch)
     with stopwatch("reduction of the loss"):
         loss_sum, tokens, stops = train_module.dims.all_reduce_sum([local_loss, local_tokens, float(stop_requested)])
-    lr = learning_rate(config.scheduler, config.optimizer.lr, step, max_steps)
+    rates = learning_rates(config.scheduler, config.optimizer, step, max_steps)
     with stopwatch("optimizer"):
         gradients, observed = train_module.optimizer.gradients(), observed_blocks(train_module)
         parts = [[gradients[name] for name in names if name in gradients] for names in observed.values()]
@@ -112,11 +112,11 @@ def train_step(
         norm, *of_blocks = norms.tolist()
         finite = math.isfinite(loss_sum) and math.isfinite(norm)
         if finite:
-            train_module.optimizer.step(lr)
+            train_module.optimizer.step(rates)
             observe_step(train_module, {block: value**2 for block, value in zip(observed, of_blocks)})
         else:
             train_module.optimizer.drop_gradients()
-    return StepResult(loss_sum / max(tokens, 1), norm, int(tokens), lr, stops > 0, skipped=not finite)
+    return StepResult(loss_sum / max(tokens, 1), norm, int(tokens), rates["blocks"], stops > 0, skipped=not finite)
 
 
 def step_in_backward(
@@ -134,8 +134,8 @@ def step_in_backward(
     """
     assert len(micro_batches) == 1, "gradients that are used at once can't be accumulated"
     tokens, stops = train_module.dims.all_reduce_sum([float(label_tokens(micro_batches[0])), float(stop_requested)])
-    lr = learning_rate(train_module.config.scheduler, train_module.config.optimizer.lr, step, max_steps)
-    with train_module.optimizer.stepping_in_backward(lr, max(tokens, 1)) as made:
+    rates = learning_rates(train_module.config.scheduler, train_module.config.optimizer, step, max_steps)
+    with train_module.optimizer.stepping_in_backward(rates, max(tokens, 1)) as made:
         local_loss, _ = accumulate_gradients(train_module, micro_batches, stopwatch)
     with stopwatch("optimizer"):
         observed, squares = observed_blocks(train_module), made.squares
@@ -148,7 +148,7 @@ def step_in_backward(
     finite = math.isfinite(loss_sum) and math.isfinite(norm)
     if finite:
         observe_step(train_module, dict(zip(observed, of_blocks)))
-    return StepResult(loss_sum / max(tokens, 1), norm, int(tokens), lr, stops > 0, skipped=not finite)
+    return StepResult(loss_sum / max(tokens, 1), norm, int(tokens), rates["blocks"], stops > 0, skipped=not finite)
 
 
 def dry_run_batch(train_module: TrainModule, micro_batch: MicroBatch) -> dict[str, int]:

@@ -28,7 +28,7 @@ def test_every_key_has_a_meaning(group: str) -> None:
 
 
 def test_defaults_and_meanings_are_those_of_the_source() -> None:
-    keys = {key.name: key for group in GROUPS for key in keys_of(group)}
+    keys = {key.name: key for group in GROUPS for key in reversed(keys_of(group))}
     assert keys["train.max_steps"].type == "int or null"
     assert (keys["sampler.period"].default, keys["sampler.period"].meaning) == (
         "20",

@@ -10,6 +10,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from lisa_dist.config.optimization import PARTS
 from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding import fsdp2
@@ -47,8 +48,7 @@ def explained_storages(train_module: TrainModule) -> dict[str, dict[int, int]]:
     for tensor in train_module.optimizer.moment_tensors().values():
         memory = tensor.to_local().untyped_storage()
         kinds["moments"][memory.data_ptr()] = memory.nbytes()
-    assert train_module.optimizer._adamw is not None
-    for state in train_module.optimizer._adamw.state.values():
+    for state in train_module.optimizer._stepper.state.values():
         kinds["steps"][state["step"].untyped_storage().data_ptr()] = 4
     ranks = train_module.store.mesh.mesh
     kinds["mesh"] = {ranks.untyped_storage().data_ptr(): ranks.nbytes}
@@ -101,7 +101,7 @@ def ten_periods() -> list[dict[str, Any]]:
         train_step(train_module, batches, 2 * period, 20)
         accumulate_gradients(train_module, batches)
         seen.append({"switched": switched, "accumulated": account(train_module, before)})
-        train_module.optimizer.step(1e-3)
+        train_module.optimizer.step(dict.fromkeys(PARTS, 1e-3))
     assert isinstance(train_module.store.module, FSDPModule)
     return seen
 

@@ -20,6 +20,7 @@ from torch import nn
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.checks import check_combinations
 from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS
+from lisa_dist.config.optimization import OPTIMIZER_CONFIGS
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.method.optim.schedule import learning_rate
 from lisa_dist.models.quantization import dequantize
@@ -37,7 +38,7 @@ RANK, ALPHA, ADAPTED = 3, 5.0, ["q_proj", "down_proj"]
 FACTORS: dict[str, list[Any]] = {
     "update": ["lora", "lora_fa", "full_rank", "low_rank"],
     "sampler": ["uniform", "all", "bandit", "gradient", "importance", "outlier", "weighted"],
-    "optimizer": ["adamw", *(["adamw8bit"] if importlib.util.find_spec("torchao") else [])],
+    "optimizer": ["adamw", "lion", *(["adamw8bit"] if importlib.util.find_spec("torchao") else [])],
     "optimizer_shard": ["replica", "world"],
     "in_backward": [False, True],
     "offload": ["none", "frozen", "all"],
@@ -106,9 +107,8 @@ def make_row(row: dict[str, Any], ranks: int = 2) -> Config:
     )
     config.update = dataclasses.replace(UPDATE_CONFIGS[update](), **SETTINGS.get(update, {}))
     config.optimizer = dataclasses.replace(
-        config.optimizer,
-        name=row["optimizer"],
-        lr=1e-2,
+        OPTIMIZER_CONFIGS[row["optimizer"]](weight_decay=config.optimizer.weight_decay),
+        lr=1e-3 if row["optimizer"] == "lion" else 1e-2,
         in_backward=row["in_backward"],
         state_on_freeze=row["state_on_freeze"],
         grad_clip=0.0 if row["in_backward"] else 0.5,
@@ -176,7 +176,8 @@ def train_plainly(
 
     rates = [learning_rate(config.scheduler, config.optimizer.lr, step, STEPS) for step in range(STEPS)]
     decay, clip = config.optimizer.weight_decay, config.optimizer.grad_clip or float("inf")
-    losses = train_by_hand(model, lambda step: trained[step], batches, rates, decay, clip, direction, keeps)
+    lion = config.optimizer.name == "lion"
+    losses = train_by_hand(model, lambda step: trained[step], batches, rates, decay, clip, direction, keeps, lion)
     return model, losses
 
 

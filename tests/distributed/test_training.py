@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lisa_dist.config import Config
 from lisa_dist.config.method import UniformSamplerConfig
+from lisa_dist.config.optimization import PARTS
 from lisa_dist.method.module import (
     TrainModule,
     begin_period,
@@ -235,7 +236,7 @@ def storage_over_periods(config: Config) -> list[dict[str, Any]]:
                 "counts": train_module.optimizer.step_counts(),
             }
         )
-        train_module.optimizer.step(1e-3)
+        train_module.optimizer.step(dict.fromkeys(PARTS, 1e-3))
         fsdp2.reshard_all(train_module.store.module)
         seen[-1]["frozen_bits_kept"] = all(
             torch.equal(before[name], p.to_local()) for name, p in parameters.items() if name not in trained

@@ -32,14 +32,14 @@ STEP = [
     Mutation(
         "the optimizer makes no step",
         "method/optim/active_optimizer.py",
-        "self._adamw.step()",
+        "self._stepper.step()",
         "pass",
         f"{TRAINING}::test_every_family_trains_two_periods[llama]",
     ),
     Mutation(
         "no optimizer step, seen with every sampler",
         "method/optim/active_optimizer.py",
-        "self._adamw.step()",
+        "self._stepper.step()",
         "pass",
         f"{METHODS}::test_every_sampler_goes_with_every_update[full_rank]",
     ),
@@ -81,8 +81,8 @@ STEP = [
     Mutation(
         "the learning rate is that of the next step",
         "training/loop.py",
-        "lr = learning_rate(config.scheduler, config.optimizer.lr, step, max_steps)",
-        "lr = learning_rate(config.scheduler, config.optimizer.lr, step + 1, max_steps)",
+        "    rates = learning_rates(config.scheduler, config.optimizer, step, max_steps)",
+        "    rates = learning_rates(config.scheduler, config.optimizer, step + 1, max_steps)",
         f"{THREE_PERIODS}[False-1]",
     ),
     Mutation(
@@ -126,7 +126,7 @@ SWITCH = [
     Mutation(
         "the state of a frozen block is not released",
         "method/optim/active_optimizer.py",
-        "self._adamw.state.pop(entry.stepped, None)",
+        "self._stepper.state.pop(entry.stepped, None)",
         "pass",
         "distributed/test_memory_law.py::test_every_byte_is_explained_and_nothing_grows_over_ten_periods",
     ),

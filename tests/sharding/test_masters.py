@@ -13,6 +13,7 @@ import torch
 from lisa_dist.config import UserError
 from lisa_dist.config.checks import check_combinations
 from lisa_dist.config.loading import load
+from lisa_dist.config.optimization import PARTS
 from lisa_dist.method.module import (
     TrainModule,
     begin_period,
@@ -65,7 +66,7 @@ def count_over_periods(parallel: dict[str, Any], state_on_freeze: str) -> list[d
         accumulate_gradients(train_module, micro_batches[distributed.rank() :: RANKS])
         assert all(p.grad is None for p in train_module.store.module.parameters())
         seen.append({"bytes": count_persistent_bytes(train_module), **count_elements(train_module)})
-        train_module.optimizer.step(1e-3)
+        train_module.optimizer.step(dict.fromkeys(PARTS, 1e-3))
         assert shards_are_rounded_masters(train_module)
     return seen
 

@@ -31,8 +31,18 @@ class PlainAdamW:
         return (first / (1 - BETAS[0] ** step)) / ((second / (1 - BETAS[1] ** step)).sqrt() + EPS)
 
 
+class PlainLion(PlainAdamW):
+    """Lion (arXiv 2302.06675, Algorithm 2) on one tensor at a time."""
+
+    def direction(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """The signs of a step along a gradient; to be multiplied by minus the learning rate."""
+        step, moment = self.state.setdefault(name, [0, torch.zeros_like(gradient)])
+        self.state[name] = [step + 1, 0.99 * moment + (1 - 0.99) * gradient]
+        return torch.sign(0.9 * moment + (1 - 0.9) * gradient)
+
+
 class PlainGaLore:
-    """GaLore (arXiv 2403.03507, Algorithm 2): AdamW in the space of the first singular vectors of the gradient.
+    """GaLore (arXiv 2403.03507, Algorithm 2): AdamW, or Lion, in the space of the gradient's first singular vectors.
 
     Moments are carried over into a new basis; of three dimensions the first counts experts.
     """
@@ -59,11 +69,11 @@ class PlainGaLore:
 
     @staticmethod
     def carry(state: list[Any], overlap: torch.Tensor, tall: bool) -> None:
-        """Express the moments, [step, first, second], in the new basis; ``overlap`` is P_old^T P_new."""
-        first, second = (moment if tall else moment.mT for moment in state[1:])
+        """Express the moments, [step, first] or [step, first, second], in the new basis, by P_old^T P_new."""
+        first, *rest = (moment if tall else moment.mT for moment in state[1:])
         shares = overlap**2
-        second = second @ shares + second * (1 - shares.sum(-2, keepdim=True))
-        state[1:] = [moment if tall else moment.mT for moment in (first @ overlap, second)]
+        rest = [second @ shares + second * (1 - shares.sum(-2, keepdim=True)) for second in rest]
+        state[1:] = [moment if tall else moment.mT for moment in (first @ overlap, *rest)]
 
 
 def train_by_hand(
@@ -75,6 +85,7 @@ def train_by_hand(
     grad_clip: float,
     direction: Callable[[PlainAdamW, str, torch.Tensor], torch.Tensor],
     keeps_state: bool = False,
+    lion: bool = False,
 ) -> list[float]:
     """Train ``model`` in place and return the losses.
 
@@ -82,8 +93,9 @@ def train_by_hand(
         trained: the names of the parameters that train in a step.
         direction: the step of a parameter along its (clipped) gradient.
         keeps_state: of parameters that do not train; else it is forgotten.
+        lion: instead of AdamW.
     """
-    adam = PlainAdamW(weight_decay)
+    adam = PlainLion(weight_decay) if lion else PlainAdamW(weight_decay)
     parameters = dict(model.named_parameters())
     losses = []
     for step, lr in enumerate(learning_rates):

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from lisa_dist.config import Config, UserError
 from lisa_dist.data.batches import GlobalBatches, MicroBatch
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
+from lisa_dist.method.optim import optimizer_spec
 from lisa_dist.method.sampling import build_sampler
 from lisa_dist.method.switch import RankSynchronizedSampler
 from lisa_dist.models.architecture import build_meta_model
@@ -75,7 +76,8 @@ class MethodTarget:
 
 
 class FsdpBaseline:
-    """FSDP2 as its tutorial has it, over the same model: the blocks and the root wrapped, torch's AdamW and clipping,
+    """FSDP2 as its tutorial has it, over the same model: the blocks and the root wrapped, the optimizer of the
+    configuration, torch's clipping,
     the model's own loss. It trains the parameters that the method trains in its first period, and no others ever.
 
     Collective to build: every rank.
@@ -123,17 +125,10 @@ class FsdpBaseline:
             initialize_random(self.model, config.train.seed)
         else:
             load_pretrained(self.model, str(config.model.path))
-        optimizer = config.optimizer
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         # One group for all, decayed alike: it changes no step's time.
-        self.optimizer = torch.optim.AdamW(
-            self.trained,
-            lr=optimizer.lr,
-            betas=(optimizer.betas[0], optimizer.betas[1]),
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
-        )
+        group = {"params": self.trained, "weight_decay": config.optimizer.weight_decay}
+        self.optimizer = optimizer_spec(config.optimizer).build([group])
 
     def dry_run_batch(self, micro_batch: MicroBatch) -> None:
         self._loss(micro_batch).backward()

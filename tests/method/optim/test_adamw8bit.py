@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from lisa_dist.config import UserError
+from lisa_dist.config.checks import check_combinations
+from lisa_dist.config.optimization import OPTIMIZER_CONFIGS
 from lisa_dist.method.module import begin_period, build_train_module, count_persistent_bytes, load_initial_weights
-from lisa_dist.method.optim.active_optimizer import ActiveOptimizer
-from lisa_dist.method.updates import build_update
+from lisa_dist.method.optim import optimizer_spec
 from lisa_dist.planning.simulation import simulate
 from lisa_dist.runtime import distributed
 from lisa_dist.training.loop import train_step
@@ -22,16 +23,19 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, 
 
 
 def config_of(name: str) -> Any:
-    config = make_config(optimizer={"name": name}, sampler={"period": 2, "active_layers": 1})
+    config = make_config(sampler={"period": 2, "active_layers": 1})
+    config.optimizer = OPTIMIZER_CONFIGS[name](lr=1e-3, weight_decay=0.1, grad_clip=0.5)
     config.model.architecture |= {**SIZES, "vocab_size": 128}
     return config
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    monkeypatch.setitem(sys.modules, "torchao", None)
     config = config_of("adamw8bit")
     with pytest.raises(UserError, match=r'optimizer=adamw8bit: .*pip install "lisa-dist\[torchao\]"'):
-        ActiveOptimizer(config.optimizer, build_update(config.update))
+        check_combinations(config)
+    with pytest.raises(UserError, match="optimizer=adamw8bit: torchao can't be imported"):
+        optimizer_spec(config.optimizer)
 
 
 def train(name: str) -> dict[str, Any]:
@@ -66,6 +70,8 @@ def test_training_follows_adamw_with_less_state() -> None:
     assert in_8_bits and in_fp32
     assert small["sizes"][0] == sum(2 * (n + 4 * n // 256 + 4 * 256) for n in in_8_bits) + sum(8 * n for n in in_fp32)
     assert plain["sizes"][0] == 8 * sum(plain["elements"])
+    state_bytes = optimizer_spec(config_of("adamw8bit").optimizer).state_bytes
+    assert small["sizes"][0] == sum(state_bytes(torch.empty(n)) for n in small["elements"])
     assert small["error"] < 0.02 and plain["error"] == 0
 
 
