@@ -1,9 +1,10 @@
 """Which rank lags, and where: what gloo's and NCCL's time-outs do not say.
 
-Each rank notes what it does in a small file of the run directory, which others can read when this rank, or the
-one that serves the process group's store, stands still. A thread notes that the process lives, so that one that
-was stopped or whose machine is gone differs from one that waits; and it watches for standstill, because NCCL ends
-the process from a thread of its own, and Python's main thread gets no exception.
+Each rank keeps in memory what it does, and a thread writes that every few seconds, with a sign of life, to a small
+file of the run directory: others can read it when this rank, or the one that serves the process group's store, stands
+still, and one that was stopped or whose machine is gone differs from one that waits. The training thread itself
+touches no file, which may lie on a slow file system. The thread also watches for standstill, because NCCL ends the
+process from a thread of its own, and Python's main thread gets no exception.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,9 +30,21 @@ from lisa_dist.runtime import distributed
 logger = logging.getLogger(__name__)
 
 RECORD_BYTES = 256  # a record is written over the last one, padded, in one system call
-WATCH_SHARE = 0.9  # of the time-out, after which a standstill is explained in the log
-TICK_SHARE = 0.05  # of the time-out: how often a rank that waits shows that it lives
+WATCH_SHARE = 0.8  # of the time-out, after which a standstill is explained in the log: reading all notes takes time
+TICK_SHARE = 0.05  # of the time-out: how often a rank writes its note
+LONGEST_TICK = 2.0  # seconds: so old may the note be of a rank that lives
 STILL_SHARE = 0.25  # of the time-out, without a sign of life, after which a rank stands still
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a rank works on. A new one takes the place of the old in one assignment, which any thread may read."""
+
+    step: int
+    part: str
+    order: int  # counts the notes: of two ranks in one run, the smaller one is behind
+    noted: float  # when this began, by the clock that others have too
+    beat: float  # the same by this process' own
 
 
 class LostRankError(RuntimeError):
@@ -48,21 +62,18 @@ class Heartbeat:
         self.folder = RunDirectory(run_dir).logs
         self.folder.mkdir(parents=True, exist_ok=True)
         self.timeout = timeout
-        self.step = 0
-        self.part = "start"
-        self.beat = time.monotonic()
+        self.tick = min(TICK_SHARE * timeout, LONGEST_TICK)  # seconds
+        self.note = Note(0, "start", 0, time.time(), time.monotonic())
         self.watched = True
-        self.noted = time.time()
-        self.order = 0  # counts the notes: of two ranks in one run, the smaller one is behind
         self._file = os.open(self.folder / f"heartbeat_{distributed.rank()}.json", os.O_WRONLY | os.O_CREAT, 0o666)
         self._writing = threading.Lock()
         self._stop = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
-    def begin_step(self, step: int) -> None:
-        """Note that optimizer step ``step`` (counted from 1) begins."""
-        self.step = step
-        self._note("between steps")
+    def begin_step(self, step: int, *, may_take_long: bool = False) -> None:
+        """Note that optimizer step ``step`` (counted from 1) begins; a first one may compile, and so take long."""
+        self._begin("between steps", step)
+        self.watched = not may_take_long
 
     @contextmanager
     def phase(self, part: str, *, may_take_long: bool = False) -> Iterator[None]:
@@ -71,40 +82,44 @@ class Heartbeat:
         Args:
             may_take_long: longer than one collective may, so that no standstill is suspected.
         """
-        outer, watched = self.part, self.watched
-        self._note(part)
-        self.watched = not may_take_long  # after the note, for the watcher measures from it
+        outer, watched = self.note.part, self.watched
+        self._begin(part, self.note.step)
+        self.watched = watched and not may_take_long  # after the note, for the watcher measures from it
         yield  # where the body raises, the note stays: it says where
-        self._note(outer)
+        self._begin(outer, self.note.step)
         self.watched = watched
 
-    def _note(self, part: str) -> None:
-        self.part, self.beat = part, time.monotonic()
-        self.noted = time.time()
-        self.order += 1
-        self._write()
+    def _begin(self, part: str, step: int) -> None:
+        self.note = Note(step, part, self.note.order + 1, time.time(), time.monotonic())
 
     def _write(self) -> None:
         with self._writing:  # the last of two writers has seen what the other has
+            note = self.note
             record = {
-                "step": self.step,
-                "order": self.order,
-                "part": self.part,
+                "step": note.step,
+                "order": note.order,
+                "part": note.part,
                 "host": socket.gethostname(),
-                "noted": self.noted,
+                "noted": note.noted,
                 "alive": time.time(),
             }
             os.pwrite(self._file, json.dumps(record).encode().ljust(RECORD_BYTES - 1) + b"\n", 0)
 
     def place(self) -> str:
         """Return what this rank works on: ``forward of step 3``."""
-        return f"{self.part} of step {self.step}" if self.step else f"{self.part} before the first step"
+        note = self.note
+        return f"{note.part} of step {note.step}" if note.step else f"{note.part} before the first step"
 
     def explain(self) -> str:
-        """Return where this rank waits, and which ranks are behind it or stand still, by the notes of all."""
-        notes = {rank: self._read(rank) for rank in range(distributed.world_size())}
+        """Return where this rank waits, and which ranks are behind it or stand still, by the notes of all.
+
+        Takes two ticks at most: so long every rank that lives has to write where it is now.
+        """
+        self._write()
+        notes = self._fresh_notes()
         most = max((note["order"] for note in notes.values() if note is not None), default=0)
-        found = [f"rank {distributed.rank()} waited in {self.part} of step {self.step}"]
+        own = self.note
+        found = [f"rank {distributed.rank()} waited in {own.part} of step {own.step}"]
         for rank, note in notes.items():
             if note is None:
                 found.append(f"rank {rank} left no note")
@@ -125,6 +140,17 @@ class Heartbeat:
             return LostRankError(f"{self.explain()} ({text.splitlines()[0]})")
         return error
 
+    def _fresh_notes(self) -> dict[int, dict[str, Any] | None]:
+        """Return every rank's note: one that was written since, by every rank that still writes."""
+        before = {rank: self._read(rank) for rank in range(distributed.world_size())}
+        notes, end = dict(before), time.monotonic() + 2 * self.tick
+        waited_for = set(notes) - {distributed.rank()}
+        while waited_for and time.monotonic() < end:
+            time.sleep(self.tick / 20)
+            notes |= {rank: self._read(rank) for rank in waited_for}
+            waited_for = {rank for rank in waited_for if notes[rank] is None or notes[rank] == before[rank]}
+        return notes
+
     def _read(self, rank: int) -> dict[str, Any] | None:
         try:
             note = json.loads((self.folder / f"heartbeat_{rank}.json").read_text())
@@ -134,14 +160,17 @@ class Heartbeat:
 
     def _watch(self) -> None:
         """Show that this rank lives, and explain a standstill before the collective's own time-out ends the process."""
-        while not self._stop.wait(TICK_SHARE * self.timeout):
+        explained: Note | None = None
+        while not self._stop.wait(self.tick):
             self._write()
-            if self.watched and time.monotonic() - self.beat > WATCH_SHARE * self.timeout:
-                logger.warning("no progress for %.0f s: %s", time.monotonic() - self.beat, self.explain())
-                self.beat = time.monotonic()
+            note, still = self.note, time.monotonic() - self.note.beat
+            if self.watched and note is not explained and still > WATCH_SHARE * self.timeout:
+                logger.warning("no progress for %.0f s: %s", still, self.explain())
+                explained = note
 
     def __enter__(self) -> Heartbeat:
-        self._note("start")
+        self._begin("start", 0)
+        self._write()
         self._watcher.start()
         return self
 
@@ -150,4 +179,5 @@ class Heartbeat:
     ) -> None:
         self._stop.set()
         self._watcher.join()
+        self._write()  # where this rank ended, for those that explain what they waited for
         os.close(self._file)

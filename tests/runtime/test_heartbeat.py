@@ -6,6 +6,8 @@ import json
 import logging
 import time
 from pathlib import Path
+from threading import Timer
+from unittest import mock
 
 import pytest
 
@@ -26,9 +28,10 @@ def note(run_dir: Path, rank: int, order: int, part: str, alive: float = 0) -> N
 
 def test_ranks_behind_are_named(three_ranks: None, tmp_path: Path) -> None:
     with Heartbeat(tmp_path, timeout=100) as heartbeat:
+        heartbeat.tick = 0.01  # nobody else writes
         heartbeat.begin_step(7)
         with heartbeat.phase("forward"), heartbeat.phase("backward"):
-            order = json.loads((tmp_path / "logs" / "heartbeat_0.json").read_text())["order"]
+            order = heartbeat.note.order
             note(tmp_path, 1, order, "backward")
             note(tmp_path, 2, order - 1, "forward")
             explained = heartbeat.explain()
@@ -44,7 +47,36 @@ def test_ranks_behind_are_named(three_ranks: None, tmp_path: Path) -> None:
             assert heartbeat.explain() == f"rank 0 waited in backward of step 7; {stands}"
             note(tmp_path, 1, order, "backward")
             assert heartbeat.explain().endswith("no rank is known to be behind it")
-        assert heartbeat.part == "between steps"
+        assert heartbeat.note.part == "between steps"
+
+
+def test_a_rank_that_lives_is_asked_where_it_is_now(three_ranks: None, tmp_path: Path) -> None:
+    """Its note on disk may be a tick old, so whoever explains a standstill waits for the next one."""
+    with Heartbeat(tmp_path, timeout=100) as heartbeat:
+        heartbeat.begin_step(7)
+        order = heartbeat.note.order
+        note(tmp_path, 1, order - 5, "forward")
+        note(tmp_path, 2, order - 5, "forward")
+        written = [
+            Timer(0.05, note, (tmp_path, 1, order, "between steps")),
+            Timer(0.1, note, (tmp_path, 2, 1, "backward")),
+        ]
+        for timer in written:
+            timer.start()
+        assert heartbeat.explain().endswith("of step 7; rank 2 on node2 is behind, for 40 s in backward of step 7")
+
+
+def test_steps_and_phases_touch_no_file(tmp_path: Path) -> None:
+    with Heartbeat(tmp_path, timeout=100) as heartbeat:
+        file = tmp_path / "logs" / "heartbeat_0.json"
+        before = file.read_text()
+        with mock.patch.object(heartbeat, "_write", side_effect=AssertionError("written")):
+            for step in range(1, 4):
+                heartbeat.begin_step(step)
+                with heartbeat.phase("forward"), heartbeat.phase("backward"):
+                    pass
+            assert file.read_text() == before
+    assert json.loads(file.read_text())["step"] == 3, "the last note is written at the end"
 
 
 def test_errors_of_collectives_alone_are_explained(tmp_path: Path) -> None:
