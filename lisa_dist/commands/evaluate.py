@@ -51,9 +51,10 @@ def run(config: Config) -> int:
 def held_out_loss(config: Config, opened: OpenedModel) -> dict[str, Any]:
     """Return the mean loss over the label tokens and its exponential. Collective: every rank."""
     name, sequences = held_out_sequences(config, opened)
-    dims = opened.train_module.dims
+    train_module = opened.train_module
+    dims = train_module.dims
     batches = make_batches(config, dims, sequences, int(opened.tokenizer.pad_token_id or 0))
-    loss = mean_loss(opened.train_module.store.module, dims, batches.validation_batches())
+    loss = mean_loss(train_module.store.module, train_module.objective, dims, batches.validation_batches())
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return {"data": name, "sequences": len(sequences), "eval_loss": loss, "perplexity": perplexity}
 

@@ -107,6 +107,7 @@ class TrainConfig:
     seed: int = 0  # of the data order, of random weights and of dropout
     eval_every: int = 0  # steps between validations; 0: none
     eval_batches: int | None = None  # micro-batches a rank of a validation; null: all
+    log_every: int = 1  # steps between rows of metrics.jsonl; a step that ends in a checkpoint has one anyhow
     on_nonfinite: str = "stop"  # a loss or gradient that is not finite: stop, or skip the step
     nonfinite_limit: int = 20  # steps that may be skipped for it in a run
     spike_factor: float = 0.0  # a loss so many times the recent median: back to the last checkpoint; 0: off
@@ -121,6 +122,7 @@ class TrainConfig:
         check_at_least("train.global_batch_size", self.global_batch_size, 1)
         check_at_least("train.micro_batch_size", self.micro_batch_size, 1)
         check_at_least("train.eval_every", self.eval_every, 0)
+        check_at_least("train.log_every", self.log_every, 1)
         check_at_least("train.eval_batches", self.eval_batches, 1)
         check_at_least("train.sample_prompts", self.sample_prompts, 0)
         check_choice("train.on_nonfinite", self.on_nonfinite, ["stop", "skip"])

@@ -20,7 +20,7 @@ class ParallelConfig:
     compile: bool = False  # torch.compile, block by block
     defer_reduction: bool = False  # reduce gradients once an optimizer step instead of once a micro-batch
     optimizer_shard: str = "replica"  # where masters and moments are sharded: replica, world (over all replicas too)
-    timeout: int = 600  # seconds for a collective
+    timeout: int = 600  # seconds for a collective; longer while loading, saving and in the first step
     cpu_threads: str = "auto"  # threads a rank on CPU; auto: cores / local ranks
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 
 from lisa_dist.data.encode import UNTRAINED
 from lisa_dist.data.sequences import Sequences, TokenSequence
+from lisa_dist.runtime import distributed
 
 MicroBatch = dict[str, torch.Tensor]  # input_ids, labels, position_ids: int64, [sequences, tokens]
 PlaceOf = Callable[[int], int]  # number of a sequence, as the run sees them -> its place in the stream
@@ -32,6 +33,11 @@ STEPS_AHEAD = 2  # global batches that are made ready in the background
 def label_tokens(micro_batch: MicroBatch) -> int:
     """Number of tokens that are predicted with a loss; the label at position 0 is nobody's prediction."""
     return int((micro_batch["labels"][:, 1:] != UNTRAINED).sum())
+
+
+def on_device(micro_batch: MicroBatch) -> MicroBatch:
+    """Return the micro-batch on this rank's device; the host does not wait for the copy."""
+    return {key: tensor.to(distributed.device(), non_blocking=True) for key, tensor in micro_batch.items()}
 
 
 class GlobalBatches:
@@ -118,7 +124,7 @@ class GlobalBatches:
         rounds = math.ceil(len(parts) / self.num_ranks)
         return [self._own_part(parts, turn) for turn in range(rounds)]
 
-    def iterate(self, seen: int, steps: int, place_of: PlaceOf = int) -> Iterator[list[MicroBatch]]:
+    def iterate(self, seen: int, steps: int, place_of: PlaceOf = int) -> Generator[list[MicroBatch]]:
         """Yield :meth:`micro_batches` of the next ``steps`` steps, made in the background."""
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
             ahead: deque[Future[list[MicroBatch]]] = deque()

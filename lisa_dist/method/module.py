@@ -34,7 +34,8 @@ from lisa_dist.models.loading import initialize_random, load_pretrained, restore
 from lisa_dist.models.masking import Separation, install_position_handling
 from lisa_dist.models.packing_check import find_separation
 from lisa_dist.models.quantization import quantize_linears
-from lisa_dist.objectives.chunked_head import install_loss_head
+from lisa_dist.objectives import Objective
+from lisa_dist.objectives.supervised import prepare_supervised
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.units import format_count
 from lisa_dist.sharding import build_store
@@ -60,6 +61,7 @@ class TrainModule:
     sampler: RankSynchronizedSampler
     active: ActiveSet
     checkpointing: CheckpointingPolicy
+    objective: Objective
 
     @property
     def period_length(self) -> int:
@@ -94,8 +96,7 @@ def build_train_module(config: Config, architecture: PretrainedConfig | None = N
         if not quantize_linears(layers.blocks, config.model.quantization):
             raise UserError(f"model.quantization={config.model.quantization}: this model has no layers for it")
     undecayed = frozenset() if config.optimizer.decay_norms_and_biases else norms_and_biases(module)
-    model = config.model
-    install_loss_head(module, layers, model.loss_chunk, model.router_aux_loss, model.loss_kernel)
+    objective = prepare_supervised(module, layers, config.model)
     install_position_handling(module, separation)
     state_bytes = optimizer_spec(config.optimizer).state_bytes
     checkpointing = CheckpointingPolicy(config, lambda: build_update(config.update), state_bytes)
@@ -107,7 +108,7 @@ def build_train_module(config: Config, architecture: PretrainedConfig | None = N
     active = ActiveSet(always_active_parameters(store, config.always_active))
     groups = ParameterGroups(layers.part_of, undecayed)
     optimizer = ActiveOptimizer(config.optimizer, update, groups, store.masters_to_params)
-    return TrainModule(config, dims, store, update, optimizer, sampler, active, checkpointing)
+    return TrainModule(config, dims, store, update, optimizer, sampler, active, checkpointing, objective)
 
 
 def separate_packed_samples(config: Config, module: nn.Module, layers: LayerMap) -> Separation | None:
@@ -204,7 +205,8 @@ def probe(train_module: TrainModule, request: ProbeRequest, coming: ComingBatche
     if request.batches and coming is None:
         raise UserError(f"sampler={train_module.config.sampler.name}: needs calibration data, and there is none")
     micro_batches = [] if coming is None else coming(request.batches)
-    return probes.measure(request, train_module.store, train_module.update, train_module.dims, micro_batches)
+    store, objective, update, dims = train_module.store, train_module.objective, train_module.update, train_module.dims
+    return probes.measure(request, store, objective, update, dims, micro_batches)
 
 
 def observed_blocks(train_module: TrainModule) -> dict[int, list[str]]:

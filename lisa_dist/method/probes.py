@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from lisa_dist.config.method import ProbeRequest
-from lisa_dist.data.batches import MicroBatch, label_tokens
+from lisa_dist.data.batches import MicroBatch
 from lisa_dist.method.updates import Update
 from lisa_dist.method.updates.sharded import own_rows
 from lisa_dist.models.matrix_inputs import InputSquares, input_dim
+from lisa_dist.objectives import Objective
 from lisa_dist.objectives.chunked_head import IGNORED
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import local_shard
@@ -29,14 +30,19 @@ logger = logging.getLogger(__name__)
 
 
 def measure(
-    request: ProbeRequest, store: ParameterStore, update: Update, dims: ParallelDims, micro_batches: list[MicroBatch]
+    request: ProbeRequest,
+    store: ParameterStore,
+    objective: Objective,
+    update: Update,
+    dims: ParallelDims,
+    micro_batches: list[MicroBatch],
 ) -> list[float]:
     """Return what a sampler asked for. Collective: every rank, with the same request and equally many micro-batches."""
-    return PROBES[request.kind](store, update, dims, micro_batches, **request.settings)
+    return PROBES[request.kind](store, objective, update, dims, micro_batches, **request.settings)
 
 
 def gradient_norms(
-    store: ParameterStore, update: Update, dims: ParallelDims, micro_batches: list[MicroBatch]
+    store: ParameterStore, objective: Objective, update: Update, dims: ParallelDims, micro_batches: list[MicroBatch]
 ) -> list[float]:
     """Return for each block the mean over batches of sqrt(||g||^2 / N) (GRASS, arXiv 2604.07808).
 
@@ -65,12 +71,13 @@ def gradient_norms(
         ]
         for micro_batch in micro_batches:
             squares.zero_()
-            store.module(**_on_device(micro_batch)).backward()
+            loss_sum, divisor = objective(store.module, micro_batch)
+            loss_sum.backward()
             for parameter in store.module.parameters():
                 parameter.grad = None
-            reduced = dims.all_reduce_sum([float(label_tokens(micro_batch)), *squares.tolist()])
-            tokens, norms = max(reduced[0], 1.0), [math.sqrt(value / dims.replicate) for value in reduced[1:]]
-            sums = [total + norm / tokens for total, norm in zip(sums, norms)]
+            reduced = dims.all_reduce_sum([float(divisor), *squares.tolist()])
+            whole, norms = max(reduced[0], 1.0), [math.sqrt(value / dims.replicate) for value in reduced[1:]]
+            sums = [total + norm / whole for total, norm in zip(sums, norms)]
             batches += 1
         for hook in hooks:
             hook.remove()
@@ -79,7 +86,7 @@ def gradient_norms(
 
 
 def weight_norms(
-    store: ParameterStore, update: Update, dims: ParallelDims, micro_batches: list[MicroBatch]
+    store: ParameterStore, objective: Objective, update: Update, dims: ParallelDims, micro_batches: list[MicroBatch]
 ) -> list[float]:
     """Return for each block the l2 norm of all its parameters taken together. Collective: every rank."""
     squares = []
@@ -91,7 +98,12 @@ def weight_norms(
 
 @torch.no_grad()
 def outlier_shares(
-    store: ParameterStore, update: Update, dims: ParallelDims, micro_batches: list[MicroBatch], threshold: float
+    store: ParameterStore,
+    objective: Objective,
+    update: Update,
+    dims: ParallelDims,
+    micro_batches: list[MicroBatch],
+    threshold: float,
 ) -> list[float]:
     """Return for each block the share of entries of A_ij = ||X_j||_2 |W_ij| above ``threshold`` times their mean.
 
@@ -99,7 +111,7 @@ def outlier_shares(
     taken together, X_j their j-th inputs over the tokens of all micro-batches, up to each sequence's last label; of a
     fused expert over the tokens that are routed to it. Collective: every rank, equally many micro-batches.
     """
-    norms = _input_norms(store, dims, micro_batches)
+    norms = _input_norms(store, objective, dims, micro_batches)
     shares = []
     for block in range(len(store.layers.blocks)):
         names = [name for name in store.block_parameters(block) if name in norms]
@@ -115,6 +127,7 @@ def outlier_shares(
 
 def suppressed_losses(
     store: ParameterStore,
+    objective: Objective,
     update: Update,
     dims: ParallelDims,
     micro_batches: list[MicroBatch],
@@ -131,7 +144,7 @@ def suppressed_losses(
         with ExitStack() as stack:
             for block in blocks:
                 stack.enter_context(update.suppressed(store.layers.blocks[block], factor))
-            losses.append(mean_loss(store.module, dims, micro_batches))
+            losses.append(mean_loss(store.module, objective, dims, micro_batches))
     return losses
 
 
@@ -145,18 +158,23 @@ PROBES: dict[str, Callable[..., list[float]]] = {
 
 
 @torch.no_grad()
-def mean_loss(module: nn.Module, dims: ParallelDims, micro_batches: Iterable[MicroBatch]) -> float:
-    """Return the mean loss over all label tokens of all ranks. Collective: every rank, equally many micro-batches."""
-    loss_sum, tokens = torch.zeros((), device=distributed.device()), 0
+def mean_loss(
+    module: nn.Module, objective: Objective, dims: ParallelDims, micro_batches: Iterable[MicroBatch]
+) -> float:
+    """Return the objective's mean loss over all ranks. Collective: every rank, equally many micro-batches."""
+    loss_sum, divisor = torch.zeros((), device=distributed.device()), 0
     with _evaluating(module):
         for micro_batch in micro_batches:
-            tokens += label_tokens(micro_batch)
-            loss_sum += module(**_on_device(micro_batch))
-    total, counted = dims.all_reduce_sum([loss_sum.item(), float(tokens)])
-    return total / max(counted, 1)
+            loss, counted = objective(module, micro_batch)
+            loss_sum += loss
+            divisor += counted
+    total, whole = dims.all_reduce_sum([loss_sum.item(), float(divisor)])
+    return total / max(whole, 1)
 
 
-def _input_norms(store: ParameterStore, dims: ParallelDims, micro_batches: Iterable[MicroBatch]) -> dict[str, Tensor]:
+def _input_norms(
+    store: ParameterStore, objective: Objective, dims: ParallelDims, micro_batches: Iterable[MicroBatch]
+) -> dict[str, Tensor]:
     """Return for each weight matrix the l2 norm of each of its inputs over all tokens of all ranks.
 
     By the parameter's name: [inputs], of fused experts [experts, inputs].
@@ -164,9 +182,8 @@ def _input_norms(store: ParameterStore, dims: ParallelDims, micro_batches: Itera
     seen = InputSquares(store.layers, distributed.device())
     with _evaluating(store.module), seen.watching():
         for micro_batch in micro_batches:
-            inputs = _on_device(micro_batch)
-            seen.kept = _up_to_last_label(inputs["labels"])
-            store.module(**inputs)
+            seen.kept = _up_to_last_label(micro_batch["labels"]).to(distributed.device())
+            objective(store.module, micro_batch)
     if seen.unseen and distributed.is_main():
         left_out = ", ".join(sorted(seen.unseen))
         logger.warning("sampler=outlier: the inputs of %s can't be seen, so they are left out", left_out)
@@ -190,10 +207,6 @@ def _scaled_entries(store: ParameterStore, name: str, norms: Tensor) -> Tensor:
     factors = norms[..., :, None] if input_dim(module) == -2 else norms[..., None, :]
     factors = factors.expand(weight.shape)
     return rows * own_rows(weight, factors).to(rows.device)
-
-
-def _on_device(micro_batch: MicroBatch) -> dict[str, Tensor]:
-    return {key: tensor.to(distributed.device(), non_blocking=True) for key, tensor in micro_batch.items()}
 
 
 @contextmanager

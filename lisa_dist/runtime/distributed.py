@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lisa_dist.config import ParallelConfig, UserError
@@ -27,7 +28,7 @@ from lisa_dist.runtime.rendezvous import meet
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-DISK_TIMEOUT = datetime.timedelta(hours=1)  # for a collective that waits for a disk: loading
+LONGER_TIMEOUT = datetime.timedelta(hours=1)  # for a collective that waits for a disk, or for a first step
 ASK_EVERY = 0.25  # seconds: well below any time-out
 
 
@@ -224,17 +225,25 @@ def gather_outcomes(action: Callable[[], T], group: dist.ProcessGroup | None = N
 
 
 @contextmanager
-def waiting_for_disks(timeout: int) -> Iterator[None]:
-    """Give collectives the time that a disk may take, and ``timeout`` seconds again afterwards. No communication."""
-    usual = datetime.timedelta(seconds=timeout)
-    if world_size() > 1:
-        # Private, and the only way to change it (https://github.com/pytorch/pytorch/pull/115141).
-        dist.distributed_c10d._set_pg_timeout(max(usual, DISK_TIMEOUT))
+def longer_timeout(usual: int, mesh: DeviceMesh | None = None) -> Iterator[None]:
+    """Give collectives the time that disks and compilers may take, and ``usual`` seconds afterwards. No communication.
+
+    Args:
+        usual: ``parallel.timeout``.
+        mesh: whose groups are meant too. By itself torch gives those of a mesh with several axes a time-out of its own.
+    """
+    groups = [] if world_size() == 1 else [None, *([] if mesh is None else mesh.get_all_groups())]
+
+    def allow(timeout: datetime.timedelta) -> None:
+        for group in groups:
+            # Private, and the only way to change it (https://github.com/pytorch/pytorch/pull/115141).
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+    allow(max(datetime.timedelta(seconds=usual), LONGER_TIMEOUT))
     try:
         yield
     finally:
-        if world_size() > 1:
-            dist.distributed_c10d._set_pg_timeout(usual)
+        allow(datetime.timedelta(seconds=usual))
 
 
 def now() -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -84,6 +85,13 @@ class ParallelDims:
     def all_reduce_sum(self, values: list[float]) -> list[float]:
         """Return the element-wise sum over ``loss_group``, in float64. Collective: every rank."""
         return values if distributed.is_alone() else distributed.all_reduce_sum(values, self.loss_group)
+
+    def sum_on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the same of a tensor, where that is: no host waits for its device. Collective: every rank."""
+        total = tensor.double()
+        if not distributed.is_alone():
+            dist.all_reduce(total, group=self.loss_group)
+        return total
 
     def __str__(self) -> str:
         """As ``2 replicate x 4 shard``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +21,20 @@ OF_THE_FIRST_STEP = (
     "trained_parameters",
     "persistent_bytes",
 )  # kept by a resume that has nothing to do
+
+
+@dataclass
+class Counted:
+    """What the steps since the last row of metrics.jsonl add up to."""
+
+    steps: int = 0
+    tokens: int = 0
+    label_tokens: int = 0
+    step_seconds: float = 0.0
+    data_seconds: float = 0.0
+    switch_seconds: float | None = None  # None: no period began
+    flops: float | None = None  # None: not known
+    peak_memory_gib: float = 0.0
 
 
 class Recorder:
@@ -50,7 +65,8 @@ class Recorder:
         self.started = started
         self.num_blocks = num_blocks
         self.peak_memory_gib = 0.0  # until the step that is under way
-        self.speeds: dict[str, list[float]] = {key: [] for key in SPEEDS}  # a figure a step
+        self.speeds: dict[str, list[float]] = {key: [] for key in SPEEDS}  # a figure a row
+        self.counted = Counted()
         self.writer = MetricsWriter(self.run)
         self.figures: dict[str, Any] = {"num_blocks": num_blocks}  # of summary.json
         if first_step and is_main():
@@ -63,6 +79,7 @@ class Recorder:
     def cut_after(self, step: int) -> None:
         """The run goes on from the checkpoint of ``step``: what was recorded past it is dropped."""
         self.writer.cut_after(step)
+        self.counted = Counted()
         if is_main():
             rows = read_rows(self.run.metrics)
             self.figures |= figures_of(rows)
@@ -80,22 +97,58 @@ class Recorder:
             self.peak_memory_gib = max(self.peak_memory_gib, peak_memory_gib())
             reset_peak_memory()
 
-    def record_step(self, *, step: int, loss: float, tokens: int, label_tokens: int, **figures: Any) -> None:
-        """An optimizer step was made; see :meth:`MetricsWriter.write_step`."""
+    def count_step(
+        self,
+        *,
+        tokens: int,
+        label_tokens: int,
+        step_seconds: float,
+        data_seconds: float,
+        switch_seconds: float | None = None,
+        flops: float | None = None,
+    ) -> None:
+        """An optimizer step was made: add it to what the next row holds; see :meth:`MetricsWriter.write_step`."""
+        counted = self.counted
+        counted.steps += 1
+        counted.tokens += tokens
+        counted.label_tokens += label_tokens
+        counted.step_seconds += step_seconds
+        counted.data_seconds += data_seconds
+        if switch_seconds is not None:
+            counted.switch_seconds = (counted.switch_seconds or 0.0) + switch_seconds
+        if flops is not None:
+            counted.flops = (counted.flops or 0.0) + flops
+        counted.peak_memory_gib = max(counted.peak_memory_gib, peak_memory_gib())
+        self.figures["tokens_seen"] = self.figures.get("tokens_seen", 0) + tokens
+        self.figures["label_tokens_seen"] = self.figures.get("label_tokens_seen", 0) + label_tokens
+
+    def record_step(self, *, step: int, loss: float, peak_flops: float | None = None, **figures: Any) -> None:
+        """Write the row of the last step that was counted; the others since the row before have none.
+
+        Args:
+            step, loss, figures: of this step, see :meth:`MetricsWriter.write_step`.
+            peak_flops: what all ranks together could do in a second; None: not known.
+        """
+        counted, self.counted = self.counted, Counted()
+        if counted.switch_seconds is not None:
+            figures["switch_seconds"] = counted.switch_seconds
+        if counted.flops is not None and peak_flops is not None:
+            figures["mfu"] = counted.flops / counted.step_seconds / peak_flops
         row = self.writer.write_step(
             step=step,
             loss=loss,
-            tokens=tokens,
-            label_tokens=label_tokens,
-            peak_memory_gib=peak_memory_gib(),
+            tokens=counted.tokens,
+            label_tokens=counted.label_tokens,
+            step_seconds=counted.step_seconds / counted.steps,
+            data_seconds=counted.data_seconds / counted.steps,
+            peak_memory_gib=counted.peak_memory_gib,
+            steps=counted.steps,
             **figures,
         )
         self._show(row)
         for key in SPEEDS:
             self.speeds[key].append(row[key])
         self.figures |= {"final_step": step, "final_loss": loss}
-        self.figures["tokens_seen"] = self.figures.get("tokens_seen", 0) + tokens
-        self.figures["label_tokens_seen"] = self.figures.get("label_tokens_seen", 0) + label_tokens
 
     def record_evaluation(self, step: int, eval_loss: float) -> None:
         """The validation set was run through the model."""

@@ -45,17 +45,19 @@ class MetricsWriter:
         step_seconds: float,
         data_seconds: float,
         peak_memory_gib: float,
+        steps: int = 1,
         **more: Any,
     ) -> MetricsRow:
-        """Write and return the row of one optimizer step.
+        """Write and return the row of one optimizer step, and of those since the row before it.
 
         Args:
             step, epoch, period, active_layers, loss, lr, grad_norm: of the step.
-            tokens: of the global batch, padding left out.
+            tokens: of the global batches of all these steps, padding left out.
             label_tokens: those of them that carry loss.
-            step_seconds: from the wait for the data to the optimizer's step.
+            step_seconds: of a step in the mean, from the wait for the data to the optimizer's step.
             data_seconds: of these, waiting for the data.
-            peak_memory_gib: the most that rank 0 held at a time in this step.
+            peak_memory_gib: the most that rank 0 held at a time in these steps.
+            steps: how many they are.
             more: further keys, such as ``mfu``.
         """
         row = {
@@ -68,8 +70,8 @@ class MetricsWriter:
             "grad_norm": grad_norm,
             "tokens": tokens,
             "label_tokens": label_tokens,
-            "tokens_per_second": tokens / step_seconds,
-            "label_tokens_per_second": label_tokens / step_seconds,
+            "tokens_per_second": tokens / (steps * step_seconds),
+            "label_tokens_per_second": label_tokens / (steps * step_seconds),
             "step_seconds": step_seconds,
             "data_seconds": data_seconds,
             "peak_memory_gib": peak_memory_gib,

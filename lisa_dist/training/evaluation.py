@@ -22,8 +22,9 @@ def evaluate(run: Run) -> None:
     """Record the mean loss of the validation set, where there is one. Collective: every rank."""
     if run.validation is not None:
         batches = run.validation.validation_batches(run.config.train.eval_batches)
+        train_module = run.train_module
         with run.heartbeat.phase("the evaluation", may_take_long=True):
-            loss = mean_loss(run.train_module.store.module, run.train_module.dims, batches)
+            loss = mean_loss(train_module.store.module, train_module.objective, train_module.dims, batches)
             run.recorder.record_evaluation(run.progress.step, loss)
 
 

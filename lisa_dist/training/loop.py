@@ -6,16 +6,17 @@ checkpoint on schedule or on a signal.
 
 from __future__ import annotations
 
-import logging
+import gc
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from time import perf_counter
 
 import torch
+from torch import Tensor
 
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, UserError
-from lisa_dist.config.checks import check_accumulation, options_without_effect
+from lisa_dist.config.checks import check_accumulation
 from lisa_dist.data.batches import MicroBatch, label_tokens
 from lisa_dist.method.module import (
     TrainModule,
@@ -25,144 +26,28 @@ from lisa_dist.method.module import (
     observe_step,
     observed_blocks,
 )
-from lisa_dist.method.optim.clipping import normalize_and_clip
+from lisa_dist.method.optim.clipping import normalize_and_clip, norms_of_squares
 from lisa_dist.method.optim.schedule import learning_rates
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import now
+from lisa_dist.runtime.garbage import garbage_collected_when_asked
 from lisa_dist.runtime.signals import ignore_stop_signals, stop_requested
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.telemetry.logs import setup_logging
 from lisa_dist.telemetry.out_of_memory import PREPARATION, explaining_out_of_memory
 from lisa_dist.training.evaluation import evaluate, show_answers
-from lisa_dist.training.flops import peak_rate, step_flops
+from lisa_dist.training.record import StepResult, announce_trained, record
 from lisa_dist.training.recovery import is_spike, remember_loss, roll_back, skip_nonfinite_step
-from lisa_dist.training.setup import Run, announce_trained, forget_start, open_run_directory, prepare_run
+from lisa_dist.training.setup import Run, forget_start, open_run_directory, prepare_run
 
-logger = logging.getLogger(__name__)
+COLLECT_EVERY = 50  # steps
 
 PhaseTimer = Callable[[str], AbstractContextManager[None]]  # names the part of a step that its body is
-
-
-@dataclass
-class StepResult:
-    """What one optimizer step found, equal on every rank."""
-
-    loss: float  # mean over the label tokens of the global batch
-    grad_norm: float  # before clipping
-    tokens: int  # label tokens of the global batch
-    lr: float
-    stop_requested: bool  # a rank was asked to stop
-    skipped: bool = False  # the loss or the gradient was not finite
 
 
 def no_timer(part: str) -> AbstractContextManager[None]:
     """Measure nothing."""
     return nullcontext()
-
-
-def accumulate_gradients(
-    train_module: TrainModule, micro_batches: list[MicroBatch], stopwatch: PhaseTimer = no_timer
-) -> tuple[float, int]:
-    """Add up the gradients of a global batch. Collective: every rank, with equally many micro-batches.
-
-    Returns:
-        This rank's loss, summed over its label tokens, and their number.
-    """
-    module = train_module.store.module
-    loss_sum = torch.zeros((), device=distributed.device())
-    tokens = 0
-    for index, micro_batch in enumerate(micro_batches):
-        if train_module.config.parallel.defer_reduction:
-            train_module.store.defer_reduction(index < len(micro_batches) - 1)
-        tokens += label_tokens(micro_batch)
-        inputs = {key: tensor.to(loss_sum.device, non_blocking=True) for key, tensor in micro_batch.items()}
-        with stopwatch("forward"):
-            loss = module(**inputs)
-        with stopwatch("backward"):
-            loss.backward()
-        loss_sum += loss.detach()
-    return loss_sum.item(), tokens
-
-
-def train_step(
-    train_module: TrainModule,
-    micro_batches: list[MicroBatch],
-    step: int,
-    max_steps: int,
-    stop_requested: bool = False,
-    stopwatch: PhaseTimer = no_timer,
-) -> StepResult:
-    """Make optimizer step ``step`` (counted from 0). Collective: every rank.
-
-    Where the loss or the gradient is not finite, parameters stay as they are and the result says ``skipped``.
-    """
-    config = train_module.config
-    # Dropout depends on the step and the rank alone, so a resumed run draws the same.
-    torch.manual_seed(hash((config.train.seed, step, train_module.dims.data_rank)) % 2**63)
-    if config.optimizer.in_backward:
-        return step_in_backward(train_module, micro_batches, step, max_steps, stop_requested, stopwatch)
-    local_loss, local_tokens = accumulate_gradients(train_module, micro_batches, stopwatch)
-    with stopwatch("reduction of the loss"):
-        loss_sum, tokens, stops = train_module.dims.all_reduce_sum([local_loss, local_tokens, float(stop_requested)])
-    rates = learning_rates(config.scheduler, config.optimizer, step, max_steps)
-    with stopwatch("optimizer"):
-        gradients, observed = train_module.optimizer.gradients(), observed_blocks(train_module)
-        parts = [[gradients[name] for name in names if name in gradients] for names in observed.values()]
-        norms = normalize_and_clip(list(gradients.values()), max(tokens, 1), config.optimizer.grad_clip, parts)
-        norm, *of_blocks = norms.tolist()
-        finite = math.isfinite(loss_sum) and math.isfinite(norm)
-        if finite:
-            train_module.optimizer.step(rates)
-            observe_step(train_module, {block: value**2 for block, value in zip(observed, of_blocks)})
-        else:
-            train_module.optimizer.drop_gradients()
-    return StepResult(loss_sum / max(tokens, 1), norm, int(tokens), rates["blocks"], stops > 0, skipped=not finite)
-
-
-def step_in_backward(
-    train_module: TrainModule,
-    micro_batches: list[MicroBatch],
-    step: int,
-    max_steps: int,
-    stop_requested: bool,
-    stopwatch: PhaseTimer,
-) -> StepResult:
-    """Make an optimizer step whose gradients die as soon as they are used. Collective: every rank.
-
-    The parameters change before the loss is known to be finite: the result says ``skipped`` where it is not, but
-    nothing is left out. The norm is that of unclipped gradients.
-    """
-    assert len(micro_batches) == 1, "gradients that are used at once can't be accumulated"
-    tokens, stops = train_module.dims.all_reduce_sum([float(label_tokens(micro_batches[0])), float(stop_requested)])
-    rates = learning_rates(train_module.config.scheduler, train_module.config.optimizer, step, max_steps)
-    with train_module.optimizer.stepping_in_backward(rates, max(tokens, 1)) as made:
-        local_loss, _ = accumulate_gradients(train_module, micro_batches, stopwatch)
-    with stopwatch("optimizer"):
-        observed, squares = observed_blocks(train_module), made.squares
-        sums = [
-            float(sum(squares[name] for name in names if name in squares)) for names in (squares, *observed.values())
-        ]
-        loss_sum, *reduced = train_module.dims.all_reduce_sum([local_loss, *sums])
-    square_sum, *of_blocks = (value / train_module.dims.replicate for value in reduced)  # replicas hold the same
-    norm = math.sqrt(square_sum)
-    finite = math.isfinite(loss_sum) and math.isfinite(norm)
-    if finite:
-        observe_step(train_module, dict(zip(observed, of_blocks)))
-    return StepResult(loss_sum / max(tokens, 1), norm, int(tokens), rates["blocks"], stops > 0, skipped=not finite)
-
-
-def dry_run_batch(train_module: TrainModule, micro_batch: MicroBatch) -> dict[str, int]:
-    """Run the longest micro-batch once, so that a run that does not fit fails in its first minute.
-
-    Nothing is updated. Collective: every rank.
-
-    Returns:
-        This rank's persistent bytes by kind, counted while gradients are there.
-    """
-    accumulate_gradients(train_module, [micro_batch])
-    counted = count_persistent_bytes(train_module)
-    train_module.optimizer.drop_gradients()
-    return counted
 
 
 def train(config: Config) -> int:
@@ -182,12 +67,9 @@ def train(config: Config) -> int:
     except UserError:
         forget_start(config)
         raise
-    for sentence in options_without_effect(config, dims.data_ranks, run.validation is not None):
-        if distributed.is_main():
-            logger.warning(sentence)
     with run.recorder as recorder, run.heartbeat:
         try:
-            with explaining_out_of_memory(config, run.heartbeat.place):
+            with explaining_out_of_memory(config, run.heartbeat.place), garbage_collected_when_asked():
                 stopped = train_steps(run)
         except BaseException as error:
             failure = run.heartbeat.explained(error)
@@ -202,64 +84,187 @@ def train(config: Config) -> int:
 
 def train_steps(run: Run) -> bool:
     """Train to the end, or until a rank is asked to stop; return whether it was. Collective: every rank."""
-    config, train_module, progress, heartbeat = run.config, run.train_module, run.progress, run.heartbeat
-    first_step = progress.step
-    if first_step == 0:
-        evaluate(run)
-        show_answers(run, "answers before training")
-        if config.train.spike_factor > 0:
-            save(run)  # what a first spike goes back to
-    for step, micro_batches, data_seconds in coming_steps(run):
-        heartbeat.begin_step(step + 1)
-        figures = {"data_seconds": data_seconds}
-        if step % train_module.period_length == 0:
-            with heartbeat.phase("the draw and switch of active blocks"):
-                figures["switch_seconds"] = switch(run, step)
-        if step == first_step:
-            with heartbeat.phase("the dry run of the longest micro-batch"):
-                log_first_period(run)
-        stop = stop_requested() or run.checkpoints.must_stop()
-        run.recorder.begin_step()
-        started = now()
-        result = train_step(train_module, micro_batches, step, run.max_steps, stop, heartbeat.phase)
-        figures["step_seconds"] = data_seconds + now() - started
-        if is_spike(config.train, progress.recent_losses, result.loss):
-            roll_back(run, step, result.loss)
-            continue
-        progress.step += 1
-        progress.sequences += run.batches.global_batch_size
-        record(run, result, figures)
-        if result.skipped:
-            skip_nonfinite_step(run, micro_batches, result.loss, result.grad_norm)
-        last = progress.step == run.max_steps or result.stop_requested
-        if progress.step == run.max_steps or is_due(config.train.eval_every, progress.step):
+    config, first_step = run.config, run.progress.step
+    with ExitStack() as start_up:
+        start_up.enter_context(distributed.longer_timeout(config.parallel.timeout, run.train_module.dims.mesh))
+        if first_step == 0:
             evaluate(run)
-        if last or is_due(config.checkpoint.every, progress.step):
-            save(run)
-        if result.stop_requested:
-            break
+            show_answers(run, "answers before training")
+            if config.train.spike_factor > 0:
+                save_checkpoint(run)  # what a first spike goes back to
+        while (loss := train_until_spike(run, first_step, start_up)) is not None:
+            roll_back(run, loss)
     run.checkpoints.finish(stop_on_error=True)
-    stopped = progress.step < run.max_steps
+    stopped = run.progress.step < run.max_steps
     if not stopped:
         show_answers(run, "answers after training")
     return stopped
 
 
-def coming_steps(run: Run) -> Iterator[tuple[int, list[MicroBatch], float]]:
-    """Yield each step to be made, this rank's micro-batches, and the seconds it waited for them.
+def train_until_spike(run: Run, first_step: int, start_up: ExitStack) -> float | None:
+    """Train until the last step, a stop, or a loss that spikes, which is returned. Collective: every rank.
 
-    After a roll-back, from the checkpoint's step on.
+    Goes on from ``run.progress``, which a step that spiked leaves as it was. ``first_step`` is that of this start,
+    before which the longest micro-batch is tried and with which ``start_up`` ends.
     """
-    progress = run.progress
-    while progress.step < run.max_steps:
-        first = progress.step
-        batches = run.batches.iterate(progress.sequences, run.max_steps - first, progress.place_of)
-        for step in range(first, run.max_steps):
-            if step != progress.step:
+    config, progress, heartbeat = run.config, run.progress, run.heartbeat
+    global_batches = run.batches.iterate(progress.sequences, run.max_steps - progress.step, progress.place_of)
+    with closing(global_batches):
+        for step in range(progress.step, run.max_steps):
+            heartbeat.begin_step(step + 1, may_take_long=step == first_step)
+            seconds = {}
+            if step % run.train_module.period_length == 0:
+                with heartbeat.phase("the draw and switch of active blocks"):
+                    seconds["switch_seconds"] = switch(run, step)
+            if step == first_step:
+                with heartbeat.phase("the dry run of the longest micro-batch"):
+                    log_first_period(run)
+            if is_due(COLLECT_EVERY, step):
+                gc.collect()
+            run.recorder.begin_step()
+            started = perf_counter()
+            with heartbeat.phase("the wait for data"):
+                micro_batches = next(global_batches)
+            seconds["data_seconds"] = perf_counter() - started
+            stop = stop_requested() or run.checkpoints.must_stop()
+            result = train_step(run.train_module, micro_batches, step, run.max_steps, stop, heartbeat.phase)
+            seconds["step_seconds"] = perf_counter() - started
+            start_up.close()  # no later step compiles, connects and allocates as the first does
+            if is_spike(config.train, progress.recent_losses, result.loss):
+                return result.loss
+            progress.step += 1
+            progress.sequences += run.batches.global_batch_size
+            remember_loss(config.train, progress.recent_losses, result.loss)
+            ends = progress.step == run.max_steps
+            saves = ends or result.stop_requested or is_due(config.checkpoint.every, progress.step)
+            # Whatever is saved has a row: a resume finds in the rows what was counted until then.
+            has_row = saves or result.skipped or is_due(config.train.log_every, progress.step)
+            record(run, result, seconds, has_row=has_row)
+            if result.skipped:
+                skip_nonfinite_step(run, micro_batches, result.loss, result.grad_norm)
+            if ends or is_due(config.train.eval_every, progress.step):
+                evaluate(run)
+            if saves:
+                save_checkpoint(run)
+            if result.stop_requested:
                 break
-            started = now()
-            micro_batches = next(batches)
-            yield step, micro_batches, now() - started
+    return None
+
+
+def train_step(
+    train_module: TrainModule,
+    micro_batches: list[MicroBatch],
+    step: int,
+    max_steps: int,
+    stop_requested: bool = False,
+    stopwatch: PhaseTimer = no_timer,
+) -> StepResult:
+    """Make optimizer step ``step`` (counted from 0). Collective: every rank.
+
+    Where the loss or the gradient is not finite, the result says ``skipped`` and parameters stay as they are. Not so
+    with ``optimizer.in_backward``, which changes them before that is known.
+    """
+    config, dims, optimizer = train_module.config, train_module.dims, train_module.optimizer
+    # Dropout depends on the step and the rank alone, so a resumed run draws the same.
+    torch.manual_seed(hash((config.train.seed, step, dims.data_rank)) % 2**63)
+    rates = learning_rates(config.scheduler, config.optimizer, step, max_steps)
+    counts = [float(sum(map(label_tokens, micro_batches))), float(stop_requested)]
+    at_once = config.optimizer.in_backward
+    squares: dict[str, Tensor] = {}
+    if at_once:
+        loss_sum, totals, squares = step_in_backward(train_module, micro_batches, rates, counts, stopwatch)
+    else:
+        loss_sum, own_divisor = accumulate_gradients(train_module, micro_batches, stopwatch)
+        with stopwatch("reduction of the loss"):
+            totals = dims.all_reduce_sum([own_divisor, *counts])
+    divisor, tokens, stops = totals
+    with stopwatch("optimizer"):
+        loss_sum, observed = dims.sum_on_device(loss_sum), observed_blocks(train_module)
+        if at_once:
+            norms = norms_of_squares(squares, list(observed.values()), dims)
+        else:
+            norms = clip_gradients(train_module, max(divisor, 1), observed)
+        # The one place of a step where the host waits for the device.
+        loss, norm, *of_blocks = torch.cat([loss_sum[None].to(norms.device), norms]).tolist()
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            if not at_once:
+                optimizer.step(rates)
+            observe_step(train_module, {block: value**2 for block, value in zip(observed, of_blocks)})
+        else:
+            optimizer.drop_gradients()
+    return StepResult(loss / max(divisor, 1), norm, int(tokens), rates["blocks"], stops > 0, skipped=not finite)
+
+
+def accumulate_gradients(
+    train_module: TrainModule, micro_batches: list[MicroBatch], stopwatch: PhaseTimer = no_timer
+) -> tuple[Tensor, float]:
+    """Add up the gradients of a global batch. Collective: every rank, with equally many micro-batches.
+
+    Returns:
+        The sum of this rank's losses, on its device, and what the objective divides it by.
+    """
+    module = train_module.store.module
+    loss_sum = torch.zeros((), device=distributed.device())
+    divisor = 0.0
+    for index, micro_batch in enumerate(micro_batches):
+        if train_module.config.parallel.defer_reduction:
+            train_module.store.defer_reduction(index < len(micro_batches) - 1)
+        with stopwatch("forward"):
+            loss, counted = train_module.objective(module, micro_batch)
+        with stopwatch("backward"):
+            loss.backward()
+        loss_sum += loss.detach()
+        divisor += counted
+    return loss_sum, divisor
+
+
+def clip_gradients(train_module: TrainModule, divisor: float, observed: dict[int, list[str]]) -> Tensor:
+    """Divide the gradients and clip them to ``optimizer.grad_clip``. Collective: every rank.
+
+    Returns:
+        Their norms before clipping, float32: of all, then of each observed block, [1 + blocks].
+    """
+    gradients = train_module.optimizer.gradients()
+    blocks = [[gradients[name] for name in names if name in gradients] for names in observed.values()]
+    return normalize_and_clip(list(gradients.values()), divisor, train_module.config.optimizer.grad_clip, blocks)
+
+
+def step_in_backward(
+    train_module: TrainModule,
+    micro_batches: list[MicroBatch],
+    rates: dict[str, float],
+    counts: list[float],
+    stopwatch: PhaseTimer,
+) -> tuple[Tensor, list[float], dict[str, Tensor]]:
+    """Step each parameter in the backward pass; its gradient dies at once, unclipped. Collective: every rank.
+
+    Returns:
+        The sum of this rank's losses; over all ranks what the objective divides it by and ``counts``; the sum of
+        squares of this rank's shard of each gradient.
+    """
+    assert len(micro_batches) == 1, "gradients that are used at once can't be accumulated"
+    with stopwatch("forward"):
+        loss, divisor = train_module.objective(train_module.store.module, micro_batches[0])
+    with stopwatch("reduction of the loss"):
+        totals = train_module.dims.all_reduce_sum([divisor, *counts])
+    with stopwatch("backward"), train_module.optimizer.stepping_in_backward(rates, max(totals[0], 1)) as made:
+        loss.backward()
+    return loss.detach(), totals, made.squares
+
+
+def dry_run_batch(train_module: TrainModule, micro_batch: MicroBatch) -> dict[str, int]:
+    """Run the longest micro-batch once, so that a run that does not fit fails in its first minute.
+
+    Nothing is updated. Collective: every rank.
+
+    Returns:
+        This rank's persistent bytes by kind, counted while gradients are there.
+    """
+    accumulate_gradients(train_module, [micro_batch])
+    counted = count_persistent_bytes(train_module)
+    train_module.optimizer.drop_gradients()
+    return counted
 
 
 def switch(run: Run, step: int) -> float:
@@ -280,31 +285,7 @@ def log_first_period(run: Run) -> None:
     run.recorder.figures |= {"persistent_bytes": counted, "trained_parameters": trained}
 
 
-def record(run: Run, result: StepResult, figures: dict[str, float]) -> None:
-    """Record the step that was just made; ``figures`` are its times."""
-    remember_loss(run.config.train, run.progress.recent_losses, result.loss)
-    if not distributed.is_main():
-        return
-    lengths = run.batches.lengths(run.progress.sequences - run.batches.global_batch_size, run.progress.place_of)
-    rate = peak_rate(distributed.device())
-    if rate is not None:
-        achieved = step_flops(run.train_module, lengths) / figures["step_seconds"]
-        figures["mfu"] = achieved / (rate * run.train_module.dims.num_ranks)
-    run.recorder.record_step(
-        step=run.progress.step,
-        epoch=run.batches.epoch(run.progress.sequences),
-        period=run.train_module.active.period,
-        active_layers=run.train_module.active.blocks,
-        loss=result.loss,
-        lr=result.lr,
-        grad_norm=result.grad_norm,
-        tokens=int(lengths.sum()),
-        label_tokens=result.tokens,
-        **figures,
-    )
-
-
-def save(run: Run) -> None:
+def save_checkpoint(run: Run) -> None:
     """Write a checkpoint of this step. Collective: every rank."""
     with run.heartbeat.phase("the checkpoint", may_take_long=True):
         run.checkpoints.save(run.progress)

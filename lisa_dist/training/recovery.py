@@ -86,8 +86,10 @@ def remember_loss(config: TrainConfig, recent: list[float], loss: float) -> None
         del recent[: -config.spike_window]
 
 
-def roll_back(run: Run, step: int, loss: float) -> None:
-    """Go back to the newest checkpoint and leave out the sequences of ``step`` (from 0). Collective: every rank.
+def roll_back(run: Run, loss: float) -> None:
+    """Go back to the newest checkpoint, and leave out the sequences of the step that led to ``loss`` from then on.
+
+    Collective: every rank, before ``run.progress`` counts that step.
 
     Raises:
         LossSpikeError: at the limit of roll-backs.
@@ -95,9 +97,8 @@ def roll_back(run: Run, step: int, loss: float) -> None:
     config, progress = run.config.train, run.progress
     last = progress.sequences + run.batches.global_batch_size - 1
     stretch = [progress.place_of(progress.sequences), progress.place_of(last) + 1]
-    found = (
-        f"step {step + 1}: loss {loss:.4f} is {loss / statistics.median(progress.recent_losses):.1f} times the median"
-    )
+    times = loss / statistics.median(progress.recent_losses)
+    found = f"step {progress.step + 1}: loss {loss:.4f} is {times:.1f} times the median"
     if len(progress.left_out) >= config.spike_limit:
         raise LossSpikeError(f"{found}, after {config.spike_limit} roll-backs (train.spike_limit)")
     run.checkpoints.finish()

@@ -21,7 +21,7 @@ from lisa_dist.checkpoint.restore import newest_complete, restore_checkpoint
 from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.checkpoint.state import Progress, read_state
 from lisa_dist.config import Config, LaunchConfig, UserError
-from lisa_dist.config.checks import check_global_batch
+from lisa_dist.config.checks import check_global_batch, options_without_effect
 from lisa_dist.config.loading import to_yaml
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
 from lisa_dist.data.batches import GlobalBatches, MicroBatch
@@ -30,7 +30,7 @@ from lisa_dist.data.prepare import PreparedData, prepare_data
 from lisa_dist.data.preview import show_preview
 from lisa_dist.data.sequences import Sequences
 from lisa_dist.data.tokenizer import load_tokenizer
-from lisa_dist.method.module import TrainModule, build_train_module, count_trained_parameters, load_initial_weights
+from lisa_dist.method.module import TrainModule, build_train_module, load_initial_weights
 from lisa_dist.models.architecture import read_architecture
 from lisa_dist.models.inspection import pretrained_architecture
 from lisa_dist.runtime import distributed
@@ -38,9 +38,8 @@ from lisa_dist.runtime.environment import restart_count
 from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.heartbeat import Heartbeat
 from lisa_dist.runtime.redaction import hide_secrets
-from lisa_dist.runtime.units import format_bytes, format_count
+from lisa_dist.runtime.units import format_count
 from lisa_dist.sharding.dimensions import ParallelDims
-from lisa_dist.telemetry.memory import free_memory_bytes, memory_kind, peak_memory_gib
 from lisa_dist.telemetry.progress import announce
 from lisa_dist.telemetry.recorder import Recorder
 
@@ -119,16 +118,16 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
     started = time.monotonic()
     device = distributed.device()
     directory = RunDirectory.of(config).checkpoints
-    with distributed.waiting_for_disks(config.parallel.timeout):
+    with distributed.longer_timeout(config.parallel.timeout):
         newest = newest_complete(directory) if config.checkpoint.resume == "auto" else None
         if newest is None:
             check_global_batch(config, dims.data_ranks)
         architecture = open_architecture(config)
     tokenizer = open_tokenizer(config)
-    with distributed.waiting_for_disks(config.parallel.timeout):
+    with distributed.longer_timeout(config.parallel.timeout):
         order_seed = config.train.seed if newest is None else first_seed(newest)
     data = prepare_data(config.data, tokenizer, order_seed)  # waits by itself, as long as it takes
-    with distributed.waiting_for_disks(config.parallel.timeout):
+    with distributed.longer_timeout(config.parallel.timeout):
         described = distributed.on_rank_zero(lambda: fingerprint(config.data, data, tokenizer))
     warn_of_positions(config, architecture)
     show_preview(config.data, data, tokenizer)
@@ -138,7 +137,7 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
     train_module = build_train_module(config, architecture)
     checkpoints = CheckpointSaver(train_module, directory, public_yaml(config))
     progress = Progress(order_seed=order_seed, data=described)
-    with distributed.waiting_for_disks(config.parallel.timeout):
+    with distributed.longer_timeout(config.parallel.timeout):
         if newest is None:
             distributed.on_rank_zero(lambda: settle_run_directory(config, tokenizer))
             load_initial_weights(train_module, device)
@@ -147,6 +146,9 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
             distributed.on_rank_zero(lambda: settle_run_directory(config, tokenizer))
     max_steps = planned_steps(config, batches, progress)
     announce_run(config, train_module, data, batches, max_steps, progress)
+    if distributed.is_main():
+        for sentence in options_without_effect(config, dims.data_ranks, validation is not None):
+            logger.warning(sentence)
     recorder = Recorder(
         config,
         max_steps,
@@ -322,33 +324,3 @@ def announce_run(
     coverage = train_module.update.describe_coverage(parameters, store.layers)
     if coverage is not None:
         logger.info("update=%s: %s", config.update.name, coverage)
-
-
-def announce_trained(train_module: TrainModule, counted: dict[str, int]) -> None:
-    """Print what trains in the first period, what it holds and what is free, and the size of a checkpoint.
-
-    Collective: every rank.
-
-    Args:
-        train_module: in its first period, the longest micro-batch just tried.
-        counted: this rank's persistent bytes by kind.
-    """
-    parts = count_trained_parameters(train_module)
-    # Masters that lie apart are written in place of the parameters, and no replica holds the same ones.
-    apart = {"masters", "optimizer_state"} if "masters" in counted else set()
-    own = sum(counted[kind] for kind in apart)
-    held = sum(size for kind, size in counted.items() if kind not in ("gradients", *apart))
-    held -= counted["active_parameters"] if apart else 0
-    checkpoint = distributed.all_reduce_sum([own + held / train_module.dims.replicate])[0]
-    free = free_memory_bytes()
-    announce(
-        {
-            "trained parameters": f"{format_count(sum(parts.values()))}: "
-            + ", ".join(f"{format_count(count)} in {part}" for part, count in parts.items() if count),
-            "persistent bytes a rank": f"{format_bytes(sum(counted.values()))}: "
-            + ", ".join(f"{format_bytes(size)} {kind.replace('_', ' ')}" for kind, size in counted.items()),
-            "memory": f"{peak_memory_gib():.2f} GiB at the peak of the longest micro-batch ({memory_kind()})"
-            + ("" if free is None else f", {format_bytes(free)} free"),
-            "a checkpoint": format_bytes(checkpoint),
-        }
-    )

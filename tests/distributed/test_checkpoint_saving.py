@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.device_mesh import init_device_mesh
 
 from lisa_dist.checkpoint.background import CheckpointError
 from lisa_dist.checkpoint.manifest import checkpoint_name, list_checkpoints, verify
@@ -305,17 +306,18 @@ def test_training_goes_on_while_it_writes(frozen: str, plain: Path, tmp_path: Pa
         assert all(torch.equal(found[name], whole[name]) for name in whole)
 
 
-def wait_for_a_slow_rank() -> int:
-    """Meet a rank that is later than the group's time-out of one second; the time-out, in seconds, afterwards."""
-    with distributed.waiting_for_disks(1):
+def wait_for_a_slow_rank() -> list[float]:
+    """Meet a rank that is later than the usual second; the time-outs of all groups, in seconds, afterwards."""
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    with distributed.longer_timeout(1, mesh):
         if distributed.rank() == 1:
             time.sleep(2)
         distributed.barrier()
-    backend = dist.group.WORLD._get_backend(torch.device("cpu"))
-    after = backend.options._timeout.total_seconds()
+    groups = [dist.group.WORLD, *mesh.get_all_groups()]
+    after = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
     dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=120))  # as the pool had it
     return after
 
 
-def test_collectives_wait_for_disks() -> None:
-    assert run_on_ranks(2, wait_for_a_slow_rank) == [1, 1]
+def test_collectives_wait_for_disks_and_compilers_and_then_no_longer_than_the_key_says() -> None:
+    assert run_on_ranks(2, wait_for_a_slow_rank) == [[1, 1, 1]] * 2

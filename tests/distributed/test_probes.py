@@ -66,7 +66,7 @@ def global_batches() -> list[list[dict[str, torch.Tensor]]]:
 def probe_on_rank(config: Config) -> dict[str, Any]:
     """All probes, and what they leave behind. Runs on every rank."""
     train_module = learner_between_periods(config)
-    store, update = train_module.store, train_module.update
+    store, objective, update = train_module.store, train_module.objective, train_module.update
     before = full_parameters(train_module)
     rank, ranks = distributed.rank(), distributed.world_size()
     # One probe batch is one micro-batch of each rank: on one rank, the two are put side by side beforehand.
@@ -80,7 +80,7 @@ def probe_on_rank(config: Config) -> dict[str, Any]:
         return distributed.local_shard(tensor)
 
     def measure(request: ProbeRequest) -> list[float]:
-        return probes.measure(request, store, update, train_module.dims, mine)
+        return probes.measure(request, store, objective, update, train_module.dims, mine)
 
     with mock.patch.object(probes, "local_shard", counting):
         gradients = measure(ProbeRequest("gradient_norms"))
@@ -90,7 +90,7 @@ def probe_on_rank(config: Config) -> dict[str, Any]:
         "weight_norms": measure(ProbeRequest("weight_norms")),
         "outliers": measure(ProbeRequest("outlier_shares", settings={"threshold": THRESHOLD})),
         "suppression": measure(ProbeRequest("suppressed_losses", settings={"sets": SETS, "factor": FACTOR})),
-        "loss": probes.mean_loss(store.module, train_module.dims, mine),
+        "loss": probes.mean_loss(store.module, objective, train_module.dims, mine),
     }
     after = full_parameters(train_module)
     assert trained == set(train_module.optimizer.parameters)

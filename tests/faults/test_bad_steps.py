@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import Config, TrainConfig
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime import distributed
 from lisa_dist.telemetry.records import read_summary
 from lisa_dist.training import loop
@@ -55,13 +56,13 @@ def train_with_bad_batches(config: Config, kind: str, bad: list[int], kill: Kill
         current[0] = seen[key]
         return ordinary(train_module, micro_batches, number, *rest, **more)
 
-    def gradients(train_module: Any, micro_batches: Any, *rest: Any) -> tuple[float, int]:
+    def gradients(train_module: Any, micro_batches: Any, *rest: Any) -> tuple[torch.Tensor, float]:
         loss, tokens = accumulate(train_module, micro_batches, *rest)
         if current[0] in bad and distributed.rank() == distributed.world_size() - 1:
             if kind == "gradient":
                 gradient = next(iter(train_module.optimizer.parameters.values())).grad
                 distributed.local_shard(gradient).view(-1)[0] = math.inf
-            loss = {"gradient": loss, "loss": math.nan, "spike": 10 * loss + 100 * tokens}[kind]
+            loss = {"gradient": loss, "loss": math.nan * loss, "spike": 10 * loss + 100 * tokens}[kind]
         return loss, tokens
 
     current = [0]
@@ -81,7 +82,7 @@ def test_bad_steps_are_left_out_and_kept(kind: str, tmp_path: Path) -> None:
     measured = "grad_norm" if kind == "gradient" else "loss"
     assert [row["step"] for row in rows if row[measured] is None] == [3, 5]
     assert all(row["loss"] is not None for row in rows if row["step"] not in (3, 5)), "the parameters stayed finite"
-    assert read_summary(tmp_path)["skipped_steps"] == 2
+    assert read_summary(RunDirectory(tmp_path))["skipped_steps"] == 2
     assert final_state(tmp_path)["progress"]["skipped_steps"] == 2
     folder = tmp_path / "faults" / "step_00000003"
     facts = json.loads((folder / "step.json").read_text())
@@ -102,9 +103,11 @@ def test_a_left_out_step_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_stop_and_the_limit_name_the_step(tmp_path: Path) -> None:
-    for message in run_on_ranks(2, train_with_bad_batches, make_config(tmp_path / "a"), "gradient", [4]):
+    unrecorded = ("train.log_every=100", "checkpoint.every=0")
+    for message in run_on_ranks(2, train_with_bad_batches, make_config(tmp_path / "a", *unrecorded), "gradient", [4]):
         assert message.startswith("step 4: loss ") and "faults/step_00000004" in message
-    assert read_summary(tmp_path / "a")["exit_reason"].startswith("failed: NonFiniteError: step 4")
+    assert [row["step"] for row in metrics(tmp_path / "a") if "loss" in row] == [4], "no other step has a row"
+    assert read_summary(RunDirectory(tmp_path / "a"))["exit_reason"].startswith("failed: NonFiniteError: step 4")
     config = make_config(tmp_path / "b", "train.on_nonfinite=skip", "train.nonfinite_limit=1")
     for message in run_on_ranks(2, train_with_bad_batches, config, "loss", [2, 5]):
         assert message.startswith("step 5: loss nan") and "1 steps were left out before" in message
@@ -129,7 +132,7 @@ def test_a_spike_takes_the_run_back_without_its_batch(tmp_path: Path) -> None:
 
 
 def test_spikes_end_a_run_at_their_limit(tmp_path: Path) -> None:
-    config = make_config(tmp_path, *SPIKES, "train.spike_limit=0")
+    config = make_config(tmp_path, *SPIKES, "train.spike_limit=0", "train.log_every=100")
     for message in run_on_ranks(2, train_with_bad_batches, config, "spike", [6]):
         assert message.startswith("step 6: loss ") and "train.spike_limit" in message
 

@@ -67,8 +67,8 @@ STEP = [
     Mutation(
         "the loss is divided by a rank's own label tokens",
         "training/loop.py",
-        "max(tokens, 1), config.optimizer.grad_clip",
-        "max(local_tokens * distributed.world_size(), 1), config.optimizer.grad_clip",
+        "clip_gradients(train_module, max(divisor, 1), observed)",
+        "clip_gradients(train_module, max(own_divisor * dims.num_ranks, 1), observed)",
         f"{THREE_PERIODS}[False-2]",
     ),
     Mutation(
@@ -102,7 +102,7 @@ STEP = [
     Mutation(
         "dropout is not seeded anew at each step",
         "training/loop.py",
-        "torch.manual_seed(hash((config.train.seed, step, train_module.dims.data_rank)) % 2**63)",
+        "torch.manual_seed(hash((config.train.seed, step, dims.data_rank)) % 2**63)",
         "pass",
         RESUMED,
     ),
@@ -219,8 +219,8 @@ SWITCH = [
     Mutation(
         "the outlier probe counts padding",
         "method/probes.py",
-        'seen.kept = _up_to_last_label(inputs["labels"])',
-        'seen.kept = torch.ones_like(inputs["labels"])',
+        '_up_to_last_label(micro_batch["labels"])',
+        'torch.ones_like(micro_batch["labels"])',
         "distributed/test_probes.py::test_probes_equal_plain_computation[1-1-None]",
     ),
 ]

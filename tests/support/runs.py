@@ -18,6 +18,7 @@ from lisa_dist.checkpoint.shards import Piece, WrittenFile, write_pieces
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config
 from lisa_dist.config.loading import load
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.telemetry.records import read_rows, read_summary
 from lisa_dist.training import loop
 from tests.support.ranks import run_on_ranks
@@ -167,7 +168,7 @@ def assert_same_run(run_dir: Path, reference: Path) -> None:
     assert read_rows(run_dir / "layers.jsonl") == read_rows(reference / "layers.jsonl")
     assert final_state(run_dir) == final_state(reference)
     for figure in ("exit_reason", "final_step", "final_loss", "best_eval_loss", "tokens_seen", "label_tokens_seen"):
-        assert read_summary(run_dir)[figure] == read_summary(reference)[figure], figure
+        assert read_summary(RunDirectory(run_dir))[figure] == read_summary(RunDirectory(reference))[figure], figure
     found, expected = final_tensors(run_dir), final_tensors(reference)
     assert found.keys() == expected.keys()
     different = [name for name in expected if not torch.equal(found[name], expected[name])]

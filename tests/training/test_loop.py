@@ -13,13 +13,14 @@ import pytest
 
 from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.config import Config
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.batches import GlobalBatches
 from lisa_dist.data.prepare import prepare_data
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.telemetry.records import read_rows, read_summary
-from lisa_dist.training import loop
+from lisa_dist.training import loop, record
 from tests.support.ranks import run_on_ranks
-from tests.support.runs import make_config, resuming, train_here
+from tests.support.runs import Kill, assert_same_run, make_config, metrics, resuming, train, train_here
 
 SECONDS = {"train_step": 1.0, "begin_period": 10.0, "dry_run_batch": 100.0, "evaluate": 1000.0}
 WAIT, SAVE, RATE = 0.25, 10_000.0, 2e9
@@ -53,9 +54,9 @@ def train_by_a_clock_of_its_own(config: Config) -> None:
             stack.enter_context(mock.patch.object(loop, name, taking(seconds, getattr(loop, name))))
         stack.enter_context(mock.patch.object(CheckpointSaver, "save", taking(SAVE, CheckpointSaver.save)))
         stack.enter_context(mock.patch.object(GlobalBatches, "iterate", iterate))
-        stack.enter_context(mock.patch.object(loop, "now", lambda: clock[0]))
-        stack.enter_context(mock.patch.object(loop, "peak_rate", lambda device: RATE))
-        stack.enter_context(mock.patch.object(loop, "step_flops", lambda train_module, lengths: 10.0 * lengths.sum()))
+        stack.enter_context(mock.patch.multiple(loop, now=lambda: clock[0], perf_counter=lambda: clock[0]))
+        stack.enter_context(mock.patch.object(record, "peak_rate", lambda device: RATE))
+        stack.enter_context(mock.patch.object(record, "step_flops", lambda train_module, lengths: 10.0 * lengths.sum()))
         train_here(config)
 
 
@@ -83,6 +84,29 @@ def test_the_keys_of_a_row(rows: list[dict[str, Any]]) -> None:
     assert set(rows[1]) == set(keys)
 
 
+def test_a_row_is_of_all_steps_since_the_row_before(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    config = config_of(tmp_path, "train.log_every=3", "checkpoint.every=0")
+    run_on_ranks(1, train_by_a_clock_of_its_own, config)
+    third, last = (row for row in read_rows(tmp_path / "metrics.jsonl") if "loss" in row)
+    assert (third["step"], last["step"]) == (3, 4), "the last step has a row though none is due"
+    for key in ("tokens", "label_tokens"):
+        assert third[key] == sum(row[key] for row in rows[:3]) and last[key] == rows[3][key]
+    for key in ("loss", "grad_norm", "lr", "epoch", "period", "active_layers"):
+        assert (third[key], last[key]) == (rows[2][key], rows[3][key]), "of this very step"
+    assert (third["step_seconds"], third["data_seconds"]) == (1 + WAIT, WAIT), "of one step"
+    assert third["switch_seconds"] == 20.0 and "switch_seconds" not in last, "two periods began"
+    assert third["tokens_per_second"] == pytest.approx(third["tokens"] / 3 / (1 + WAIT))
+    assert third["mfu"] == pytest.approx(10 * third["tokens"] / 3 / (1 + WAIT) / RATE)
+
+
+def test_a_resume_counts_the_tokens_of_steps_without_a_row(tmp_path: Path) -> None:
+    settings = ("train.log_every=3", "checkpoint.every=2")
+    train(1, config_of(tmp_path / "whole", *settings))
+    train(1, config_of(tmp_path / "killed", *settings), Kill("before", 4))
+    assert [row["step"] for row in metrics(tmp_path / "whole") if "loss" in row] == [2, 3, 4]
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
 def test_tokens_are_counted_without_padding_and_speeds_are_medians(tmp_path: Path) -> None:
     config = config_of(tmp_path, "train.epochs=1", "train.micro_batch_size=4")
     data = prepare_data(config.data, load_tokenizer("builtin:demo"), seed=0)
@@ -93,7 +117,7 @@ def test_tokens_are_counted_without_padding_and_speeds_are_medians(tmp_path: Pat
     rows = [row for row in read_rows(tmp_path / "metrics.jsonl") if "loss" in row]
     assert (sum(row["tokens"] for row in rows), sum(row["label_tokens"] for row in rows)) == (expected, labels)
     assert all("mfu" not in row for row in rows), "nobody knows what a CPU could do"
-    summary = read_summary(tmp_path)
+    summary = read_summary(RunDirectory(tmp_path))
     assert (summary["tokens_seen"], summary["label_tokens_seen"], summary["num_blocks"]) == (expected, labels, 5)
     assert all(row["num_blocks"] == 5 for row in read_rows(tmp_path / "layers.jsonl"))
     for key in ("tokens_per_second", "label_tokens_per_second"):
@@ -102,6 +126,6 @@ def test_tokens_are_counted_without_padding_and_speeds_are_medians(tmp_path: Pat
     assert summary["wall_seconds"] > sum(row["step_seconds"] for row in rows)
     # A resume that finds nothing to do says the same of the run.
     assert run_on_ranks(2, train_here, resuming(config)) == [0, 0]
-    again = read_summary(tmp_path)
+    again = read_summary(RunDirectory(tmp_path))
     for key in ("tokens_per_second", "tokens_seen", "num_blocks", "trained_parameters", "persistent_bytes"):
         assert again[key] == summary[key]

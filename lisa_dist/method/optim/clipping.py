@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import local_shard
+from lisa_dist.sharding.dimensions import ParallelDims
 
 
 @torch.no_grad()
@@ -42,6 +44,22 @@ def normalize_and_clip(
         factor = torch.clamp(max_norm / (norms[0] + 1e-6), max=1.0)
         torch._foreach_mul_(shards, factor)
     return norms
+
+
+def norms_of_squares(
+    squares: Mapping[str, torch.Tensor], parts: Sequence[list[str]], dims: ParallelDims
+) -> torch.Tensor:
+    """Return the norms that :func:`normalize_and_clip` does, of gradients that are gone. Collective: every rank.
+
+    Args:
+        squares: by parameter name the sum of squares of this rank's shard of its gradient.
+        parts: of these names, lists whose own norms are wanted too.
+        dims: which ranks hold which shard.
+    """
+    zero = torch.zeros((), device=distributed.device())
+    wanted = [list(squares), *([name for name in part if name in squares] for part in parts)]
+    sums = torch.stack([sum((squares[name] for name in names), zero) for names in wanted])
+    return (dims.sum_on_device(sums) / dims.replicate).sqrt()
 
 
 def _over_ranks(norms: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,31 @@
+"""Supervised fine-tuning: the cross-entropy of each token that has a label, summed, and divided by their number."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lisa_dist.config import ModelConfig
+from lisa_dist.data.batches import MicroBatch, label_tokens, on_device
+from lisa_dist.models.layer_map import LayerMap
+from lisa_dist.objectives import Objective
+from lisa_dist.objectives.chunked_head import install_loss_head
+
+
+def prepare_supervised(model: nn.Module, layers: LayerMap, config: ModelConfig) -> Objective:
+    """Let the model compute its loss in chunks, and return the objective. Call it before the model is sharded.
+
+    Args:
+        model: whose head and root are changed, see :func:`install_loss_head`.
+        layers: where its head is.
+        config: ``model.loss_chunk``, ``.loss_kernel`` and ``.router_aux_loss``.
+
+    Raises:
+        UserError: as :func:`install_loss_head`.
+    """
+    install_loss_head(model, layers, config.loss_chunk, config.router_aux_loss, config.loss_kernel)
+    return supervised
+
+
+def supervised(model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, int]:
+    """Return the summed loss over the label tokens and their number, as an :class:`Objective` does."""
+    return model(**on_device(micro_batch)), label_tokens(micro_batch)

@@ -1,0 +1,84 @@
+"""What a run says of its steps: what trains in the first, and the rows of the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lisa_dist.method.module import TrainModule, count_trained_parameters
+from lisa_dist.runtime import distributed
+from lisa_dist.runtime.units import format_bytes, format_count
+from lisa_dist.telemetry.memory import free_memory_bytes, memory_kind, peak_memory_gib
+from lisa_dist.telemetry.progress import announce
+from lisa_dist.training.flops import peak_rate, step_flops
+from lisa_dist.training.setup import Run
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step found, equal on every rank."""
+
+    loss: float  # of the global batch: the sum over what the objective divides it by
+    grad_norm: float  # before clipping
+    label_tokens: int  # of the global batch
+    lr: float
+    stop_requested: bool  # a rank was asked to stop
+    skipped: bool = False  # the loss or the gradient was not finite
+
+
+def record(run: Run, result: StepResult, seconds: dict[str, float], *, has_row: bool) -> None:
+    """Count the step that was just made, and write the row of it and of those since the row before, where it has one.
+
+    Args:
+        run: after that step.
+        result: of the step.
+        seconds: its times by name, see :meth:`Recorder.count_step`.
+        has_row: whether it has one.
+    """
+    if not distributed.is_main():
+        return
+    batches, progress, train_module = run.batches, run.progress, run.train_module
+    lengths = batches.lengths(progress.sequences - batches.global_batch_size, progress.place_of)
+    rate = peak_rate(distributed.device())
+    flops = None if rate is None else step_flops(train_module, lengths)
+    run.recorder.count_step(tokens=int(lengths.sum()), label_tokens=result.label_tokens, flops=flops, **seconds)
+    if has_row:
+        run.recorder.record_step(
+            step=progress.step,
+            epoch=batches.epoch(progress.sequences),
+            period=train_module.active.period,
+            active_layers=train_module.active.blocks,
+            loss=result.loss,
+            lr=result.lr,
+            grad_norm=result.grad_norm,
+            peak_flops=None if rate is None else rate * train_module.dims.num_ranks,
+        )
+
+
+def announce_trained(train_module: TrainModule, counted: dict[str, int]) -> None:
+    """Print what trains in the first period, what it holds and what is free, and the size of a checkpoint.
+
+    Collective: every rank.
+
+    Args:
+        train_module: in its first period, the longest micro-batch just tried.
+        counted: this rank's persistent bytes by kind.
+    """
+    parts = count_trained_parameters(train_module)
+    # Masters that lie apart are written in place of the parameters, and no replica holds the same ones.
+    apart = {"masters", "optimizer_state"} if "masters" in counted else set()
+    own = sum(counted[kind] for kind in apart)
+    held = sum(size for kind, size in counted.items() if kind not in ("gradients", *apart))
+    held -= counted["active_parameters"] if apart else 0
+    checkpoint = distributed.all_reduce_sum([own + held / train_module.dims.replicate])[0]
+    free = free_memory_bytes()
+    announce(
+        {
+            "trained parameters": f"{format_count(sum(parts.values()))}: "
+            + ", ".join(f"{format_count(count)} in {part}" for part, count in parts.items() if count),
+            "persistent bytes a rank": f"{format_bytes(sum(counted.values()))}: "
+            + ", ".join(f"{format_bytes(size)} {kind.replace('_', ' ')}" for kind, size in counted.items()),
+            "memory": f"{peak_memory_gib():.2f} GiB at the peak of the longest micro-batch ({memory_kind()})"
+            + ("" if free is None else f", {format_bytes(free)} free"),
+            "a checkpoint": format_bytes(checkpoint),
+        }
+    )
