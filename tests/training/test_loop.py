@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -10,6 +11,8 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.config import Config
@@ -105,6 +108,27 @@ def test_a_resume_counts_the_tokens_of_steps_without_a_row(tmp_path: Path) -> No
     train(1, config_of(tmp_path / "killed", *settings), Kill("before", 4))
     assert [row["step"] for row in metrics(tmp_path / "whole") if "loss" in row] == [2, 3, 4]
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def timeouts_of_steps(config: Config) -> list[float]:
+    """Train, and note for each step the seconds that a collective may take. Runs on every rank."""
+    seen = []
+    train_step = loop.train_step
+
+    def step(*arguments: Any, **named: Any) -> Any:
+        assert dist.group.WORLD is not None
+        seen.append(dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+        return train_step(*arguments, **named)
+
+    with mock.patch.object(loop, "train_step", step):
+        train_here(config)
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=120))  # as the pool had it
+    return seen
+
+
+def test_the_first_step_of_a_start_may_take_longer_than_the_others(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "parallel.timeout=77", "train.eval_every=0")
+    assert run_on_ranks(2, timeouts_of_steps, config) == [[3600.0, 77.0, 77.0, 77.0]] * 2
 
 
 def test_tokens_are_counted_without_padding_and_speeds_are_medians(tmp_path: Path) -> None:
