@@ -49,7 +49,7 @@ class ParameterStore(Protocol):
     def master(self, name: str) -> nn.Parameter:
         """Return what the optimizer steps and a checkpoint holds: the exact value, and the gradient after a backward.
 
-        It is the parameter itself where nothing lies beside it, and as long as it is frozen.
+        It is the parameter itself where nothing lies beside it.
         """
         ...
 
