@@ -12,7 +12,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from lisa_dist.models.layer_map import LayerMap
 from lisa_dist.runtime.distributed import local_shard
@@ -27,11 +26,10 @@ class ParameterStore(Protocol):
 
     module: nn.Module  # forward and backward passes are collective where weights are sharded
     layers: LayerMap
-    mesh: DeviceMesh  # the ranks
 
     @property
     def names(self) -> Collection[str]:
-        """The names of all parameters in the model's order, tied ones once."""
+        """The names of all parameters, tied ones once."""
         ...
 
     def parameters_of(self, part: str) -> list[str]:

@@ -73,11 +73,12 @@ def drive(kind: str, method: str, precision: dict[str, str], tied: bool, directo
 
 @pytest.mark.parametrize(
     ("method", "precision", "tied"),
-    [("lisa", {}, False), ("grass", BF16, True), ("owlore", BF16, False), ("lora", BF16, False)],
+    [("lisa", {}, True), ("grass", BF16, False), ("owlore", BF16, False), ("lora", BF16, False)],
 )
 def test_a_store_without_fsdp2_makes_the_same_numbers_and_checkpoints_go_both_ways(
     method: str, precision: dict[str, str], tied: bool, tmp_path: Path
 ) -> None:
+    # Tied weights in bf16 would differ: their two gradients meet in bf16 under FSDP2, here in the masters' dtype.
     one, other = tmp_path / "sharded", tmp_path / "resident"
     sharded = run_on_ranks(1, drive, "sharded", method, precision, tied, one, None)[0]
     resident = run_on_ranks(1, drive, "resident", method, precision, tied, other, one)[0]

@@ -33,7 +33,7 @@ class ResidentStore(ParameterStore):
         keeps_precision: Callable[[str], bool] = lambda name: False,
     ) -> None:
         assert mesh.size() == 1
-        self.module, self.layers, self.mesh, self.precision = module, layers, mesh, precision
+        self.module, self.layers, self.precision = module, layers, precision
         self.keeps_precision = keeps_precision
         self._parameters = dict(module.named_parameters())
         self._owners: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in self._parameters}
