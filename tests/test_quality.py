@@ -105,3 +105,10 @@ def schemas() -> set[type[Any]]:
     """The dataclass of every group, and of every sampler, update and optimizer."""
     groups = [type(getattr(Config(), field.name)) for field in dataclasses.fields(Config) if field.name != "method"]
     return {*groups, WandbConfig, *SAMPLER_CONFIGS.values(), *UPDATE_CONFIGS.values(), *OPTIMIZER_CONFIGS.values()}
+
+
+def test_what_tests_share_lies_in_support() -> None:
+    shared = re.compile(
+        r"^from tests(?:\.\w+)*\.test_\w+ import|^from tests\.(?!support|mutations|golden)", re.MULTILINE
+    )
+    assert [str(file) for file in (ROOT / "tests").rglob("*.py") if shared.search(file.read_text())] == []

@@ -14,35 +14,14 @@ from transformers import AutoModelForCausalLM
 from lisa_dist.checkpoint.export import export_checkpoint, find_checkpoint
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config, UserError
-from lisa_dist.config.loading import load
 from lisa_dist.method.updates import build_update
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.quantization import quantize_linears
 from tests.support.families import tiny_config
-from tests.support.runs import train
+from tests.support.runs import make_run, train
 
 IDS = torch.arange(3, 30)[None]
-
-
-def make_run(directory: Path, base: Path, *overrides: str) -> Config:
-    """A run of two steps from a tiny model on disk."""
-    return load(
-        [
-            f"model.path={base}",
-            "model.tokenizer=builtin:demo",
-            "data=demo",
-            "data.limit=8",
-            "train.max_steps=2",
-            "train.global_batch_size=4",
-            "precision.frozen=float32",
-            "precision.compute=float32",
-            "parallel.cpu_threads=1",
-            "checkpoint.every=2",
-            f"run.dir={directory}",
-            *overrides,
-        ]
-    )
 
 
 def make_base(directory: Path, family: str) -> Path:

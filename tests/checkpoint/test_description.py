@@ -29,9 +29,8 @@ from lisa_dist.models.inspection import pretrained_architecture
 from lisa_dist.planning.simulation import architecture_of
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.training import setup as preparation
-from tests.checkpoint.test_adapters import make_run
 from tests.support.families import tiny_config
-from tests.support.runs import Kill, train
+from tests.support.runs import Kill, make_run, train
 
 CONFIGURATION = "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
 MODELING = """

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from lisa_dist.config import Config, UserError
-from lisa_dist.telemetry.records import read_summary
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import STEPS, Kill, make_config, metrics, resuming, train, train_here
+from tests.support.tiny import read_summary
 
 LAST_SAVED = 5
 

@@ -27,10 +27,11 @@ from lisa_dist.checkpoint.shards import Piece, WrittenFile, write_pieces
 from lisa_dist.checkpoint.weights import ShardedTensors
 from lisa_dist.config import Config, UserError
 from lisa_dist.runtime import distributed
-from lisa_dist.telemetry.records import read_rows, read_summary
+from lisa_dist.telemetry.records import read_rows
 from tests.support import runs
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import Kill, assert_same_run, resuming, step_written, tensors_of, train, train_here
+from tests.support.tiny import read_summary
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 

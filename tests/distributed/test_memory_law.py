@@ -15,8 +15,8 @@ from lisa_dist.method.module import TrainModule, begin_period, build_train_modul
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding import fsdp2
 from lisa_dist.training.loop import accumulate_gradients, train_step
-from tests.distributed.test_training import make_config, make_global_batches
 from tests.support.ranks import run_on_ranks
+from tests.support.small_training import make_config, make_global_batches
 
 BF16 = {"frozen": "bfloat16", "compute": "bfloat16"}
 

@@ -11,7 +11,6 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from lisa_dist.config import Config
 from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS, AlwaysActiveConfig
@@ -20,16 +19,16 @@ from lisa_dist.method.optim.schedule import learning_rate
 from lisa_dist.models.quantization import dequantize
 from lisa_dist.runtime import distributed
 from lisa_dist.training.loop import train_step
-from tests.distributed.test_training import (
+from tests.support.families import tiny_config
+from tests.support.plain_methods import PlainGaLore, adam, plain_model, train_by_hand
+from tests.support.ranks import run_on_ranks
+from tests.support.small_training import (
     changed_by_step,
     full_parameters,
     make_config,
     make_global_batches,
     to_be_trained,
 )
-from tests.support.families import tiny_config
-from tests.support.plain_methods import PlainGaLore, train_by_hand
-from tests.support.ranks import run_on_ranks
 
 STEPS, BLOCKS, RANK = 6, 3, 5
 NONE_ALWAYS = AlwaysActiveConfig(embeddings=False, norm=False, head=False)
@@ -75,11 +74,6 @@ def train_on_rank(config: Config) -> dict[str, Any]:
     }
 
 
-def plain_model(config: Config) -> nn.Module:
-    fields = dict(config.model.architecture)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
-
-
 def compare(result: dict[str, Any], model: nn.Module, config: Config, direction: Any, tolerance: float = 1e-3) -> None:
     """Train ``model`` by hand from the same weights, on the same parameters, and compare losses and results."""
     missing, unexpected = model.load_state_dict(result["initial"], strict=False)
@@ -104,10 +98,6 @@ def compare(result: dict[str, Any], model: nn.Module, config: Config, direction:
         difference = (result["final"][name] - reference[name]).norm()
         assert difference <= tolerance * moved + 1e-7, f"{name}: {difference} of {moved}"
     assert all(not torch.equal(result["final"][name], result["initial"][name]) for name in result["trained"][-1])
-
-
-def adam(optimizer: Any, name: str, gradient: torch.Tensor) -> torch.Tensor:
-    return optimizer.direction(name, gradient)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

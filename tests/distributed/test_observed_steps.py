@@ -12,11 +12,10 @@ from lisa_dist.config.method import BanditSamplerConfig, LowRankUpdateConfig
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.runtime import distributed
 from lisa_dist.training.loop import train_step
-from tests.distributed.test_methods import plain_model
-from tests.distributed.test_training import full_parameters, make_config, make_global_batches
 from tests.support import runs
-from tests.support.plain_methods import mean_loss
+from tests.support.plain_methods import mean_loss, plain_model
 from tests.support.ranks import run_on_ranks
+from tests.support.small_training import full_parameters, make_config, make_global_batches
 
 RANKS = 4
 STEPS = [step[:RANKS] for step in make_global_batches(4)]  # one sequence a rank

@@ -26,10 +26,9 @@ from lisa_dist.method.optim.schedule import learning_rate
 from lisa_dist.models.quantization import dequantize
 from lisa_dist.runtime import distributed
 from lisa_dist.training.loop import train_step
-from tests.distributed.test_methods import adam, plain_model
-from tests.distributed.test_training import full_parameters, make_config, make_global_batches
-from tests.support.plain_methods import Batch, PlainAdamW, PlainGaLore, train_by_hand
+from tests.support.plain_methods import Batch, PlainAdamW, PlainGaLore, adam, plain_model, train_by_hand
 from tests.support.ranks import run_on_ranks
+from tests.support.small_training import full_parameters, make_config, make_global_batches
 
 BLOCKS, STEPS, PERIOD = 2, 6, 2
 RANK, ALPHA, ADAPTED = 3, 5.0, ["q_proj", "down_proj"]

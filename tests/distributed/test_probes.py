@@ -18,10 +18,10 @@ from lisa_dist.config.method import PROBE_KINDS, SAMPLER_CONFIGS, UPDATE_CONFIGS
 from lisa_dist.method import probes
 from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
 from lisa_dist.runtime import distributed
-from tests.distributed.test_training import full_parameters, make_config, make_global_batches
 from tests.support.families import tiny_config
 from tests.support.plain_methods import mean_loss
 from tests.support.ranks import run_on_ranks
+from tests.support.small_training import full_parameters, make_config, make_global_batches
 
 BLOCKS, BATCHES, THRESHOLD, FACTOR = 3, 2, 2.0, 0.25
 SETS = [[0, 2], [1]]

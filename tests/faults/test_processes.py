@@ -15,9 +15,9 @@ import pytest
 
 from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from lisa_dist.config.loading import load
-from lisa_dist.telemetry.records import read_summary
 from tests.support.processes import OVERRIDES, PATIENCE, Launched, last_step, wait_until
 from tests.support.runs import assert_same_run, train
+from tests.support.tiny import read_summary
 
 RESUME = "checkpoint.resume=auto"
 KILLS, SEED = 100, 7  # of the soak

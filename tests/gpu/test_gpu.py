@@ -23,7 +23,7 @@ from lisa_dist.objectives.chunked_head import ChunkedCrossEntropy, LogitTransfor
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding import fsdp2
 from lisa_dist.training.loop import accumulate_gradients, train_step
-from tests.distributed.test_training import (
+from tests.support.small_training import (
     PERIOD,
     STEPS,
     full_parameters,

@@ -16,8 +16,8 @@ from lisa_dist.config import ModelConfig, UserError
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.inspection import pretrained_architecture, ties_differ
 from lisa_dist.models.loading import load_pretrained
-from tests.models.test_loading import allocated
 from tests.support.families import FAMILIES, tiny_config
+from tests.support.loaded import allocated
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 1234567\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from lisa_dist.config import UserError
 from lisa_dist.models.conversion import export_conversion
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
 from tests.support.families import FAMILIES, tiny_config
+from tests.support.loaded import allocated
 
 transformers_logging.disable_progress_bar()
 
@@ -32,17 +32,6 @@ GEMMA3_ROPES = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
 }
-
-
-def allocated(config: Any) -> nn.Module:
-    """A model on the CPU whose every tensor is NaN."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.to_empty(device="cpu")
-    model.tie_weights()
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.detach().fill_(float("nan") if tensor.is_floating_point() else 0)
-    return model
 
 
 def saved(directory: Path, family: str = "llama") -> dict[str, torch.Tensor]:

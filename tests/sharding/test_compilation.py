@@ -12,8 +12,8 @@ from torch._dynamo.utils import counters
 
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.training.loop import train_step
-from tests.distributed.test_training import make_config
 from tests.support.ranks import run_on_ranks
+from tests.support.small_training import make_config
 
 
 def train(compiled: bool) -> dict[str, Any]:

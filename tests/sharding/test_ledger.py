@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lisa_dist.planning.simulation import simulate
 from lisa_dist.sharding.ledger import Ledger
-from tests.planning.test_truth import make_config
+from tests.support.planned import make_config
 
 
 def test_a_storage_is_worth_its_bytes_as_long_as_it_lives() -> None:

@@ -27,10 +27,9 @@ from lisa_dist.planning.simulation import simulate
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import local_shard
 from lisa_dist.training.loop import accumulate_gradients
-from tests.distributed.test_training import make_config, make_global_batches, train_on_rank
-from tests.planning import test_truth
-from tests.support import runs
+from tests.support import planned, runs
 from tests.support.ranks import run_on_ranks
+from tests.support.small_training import make_config, make_global_batches, train_on_rank
 
 RANKS, REPLICAS = 4, 2
 BF16 = {"frozen": "bfloat16", "compute": "bfloat16"}
@@ -107,20 +106,20 @@ def test_bytes_obey_the_law(parallel: dict[str, Any]) -> None:
 
 
 def test_a_plan_knows_the_bytes_and_the_gather() -> None:
-    config = test_truth.make_config("llama", "full, two micro-batches")
+    config = planned.make_config("llama", "full, two micro-batches")
     config.parallel = dataclasses.replace(config.parallel, nproc_per_node=str(RANKS), replicate=REPLICAS)
     config.train.global_batch_size = 2 * RANKS
     plain = simulate(config)
     config.parallel.optimizer_shard = "world"
-    counted, peak = run_on_ranks(RANKS, test_truth.measure, config)[0]
-    planned = simulate(config)
-    assert planned.persistent_bytes == counted
-    assert planned.peak_bytes == pytest.approx(peak, rel=0.1)
+    counted, peak = run_on_ranks(RANKS, planned.measure, config)[0]
+    foretold = simulate(config)
+    assert foretold.persistent_bytes == counted
+    assert foretold.peak_bytes == pytest.approx(peak, rel=0.1)
     # Of the sums of gradients none is left from the groups before: the embeddings' backward comes last.
-    saved = sum(plain.persistent_bytes.values()) - sum(planned.persistent_bytes.values())
-    assert plain.peaks["backward of embeddings"] - planned.peaks["backward of embeddings"] > 0.8 * saved
-    gathered = planned.work.sent["all_gather"] - plain.work.sent["all_gather"]
-    slices = planned.persistent_bytes["masters"] // 2  # in bf16
+    saved = sum(plain.persistent_bytes.values()) - sum(foretold.persistent_bytes.values())
+    assert plain.peaks["backward of embeddings"] - foretold.peaks["backward of embeddings"] > 0.8 * saved
+    gathered = foretold.work.sent["all_gather"] - plain.work.sent["all_gather"]
+    slices = foretold.persistent_bytes["masters"] // 2  # in bf16
     assert gathered == pytest.approx(slices * (REPLICAS - 1), rel=0.01)  # padding of rows that do not divide
 
 

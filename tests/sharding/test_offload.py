@@ -9,9 +9,9 @@ import torch
 
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.planning.simulation import simulate
-from tests.distributed.test_training import make_config, train_on_rank
-from tests.planning.test_truth import make_config as make_planned_config
+from tests.support.planned import make_config as make_planned_config
 from tests.support.ranks import run_on_ranks
+from tests.support.small_training import make_config, train_on_rank
 
 
 def places_after_switches() -> list[bool]:

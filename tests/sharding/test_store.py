@@ -25,9 +25,9 @@ from lisa_dist.method.module import (
 from lisa_dist.runtime.distributed import local_shard
 from lisa_dist.sharding import build_store
 from lisa_dist.training.loop import accumulate_gradients, train_step
-from tests.distributed.test_training import make_config, make_global_batches
 from tests.support.ranks import run_on_ranks
 from tests.support.resident_store import ResidentStore
+from tests.support.small_training import make_config, make_global_batches
 
 CPU = torch.device("cpu")
 PERIOD, STEPS, SAVED = 2, 6, 3

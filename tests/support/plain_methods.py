@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lisa_dist.config import Config
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 Batch = dict[str, torch.Tensor]
@@ -124,3 +127,12 @@ def mean_loss(model: nn.Module, micro_batches: list[Batch]) -> torch.Tensor:
             logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), reduction="sum"
         )
     return total / sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches)
+
+
+def plain_model(config: Config) -> nn.Module:
+    fields = dict(config.model.architecture)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+
+
+def adam(optimizer: Any, name: str, gradient: torch.Tensor) -> torch.Tensor:
+    return optimizer.direction(name, gradient)

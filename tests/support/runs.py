@@ -173,3 +173,23 @@ def assert_same_run(run_dir: Path, reference: Path) -> None:
     assert found.keys() == expected.keys()
     different = [name for name in expected if not torch.equal(found[name], expected[name])]
     assert not different, f"{len(different)} of {len(expected)} tensors differ: {different[:5]}"
+
+
+def make_run(directory: Path, base: Path, *overrides: str) -> Config:
+    """A run of two steps from a tiny model on disk."""
+    return load(
+        [
+            f"model.path={base}",
+            "model.tokenizer=builtin:demo",
+            "data=demo",
+            "data.limit=8",
+            "train.max_steps=2",
+            "train.global_batch_size=4",
+            "precision.frozen=float32",
+            "precision.compute=float32",
+            "parallel.cpu_threads=1",
+            "checkpoint.every=2",
+            f"run.dir={directory}",
+            *overrides,
+        ]
+    )

@@ -20,10 +20,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from lisa_dist.config import Config, OutOfMemoryError, RunConfig
 from lisa_dist.config.loading import load, vary
 from lisa_dist.telemetry.out_of_memory import PREPARATION, advice, amounts, is_out_of_memory
-from lisa_dist.telemetry.records import read_summary
 from lisa_dist.training import loop
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import make_config
+from tests.support.tiny import read_summary
 
 TOO_MUCH = 2**50  # bytes: 1 PiB
 CUDA = (

@@ -16,8 +16,8 @@ from lisa_dist.method.optim import optimizer_spec
 from lisa_dist.planning.simulation import simulate
 from lisa_dist.runtime import distributed
 from lisa_dist.training.loop import train_step
-from tests.distributed.test_training import make_config, make_global_batches
 from tests.support.ranks import run_on_ranks
+from tests.support.small_training import make_config, make_global_batches
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
 

@@ -20,11 +20,10 @@ from lisa_dist.planning.simulation import simulate
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding.checkpointing_policy import activation_budget
 from lisa_dist.training.loop import train_step
-from tests.distributed.test_methods import plain_model
-from tests.distributed.test_training import full_parameters, make_config, make_global_batches
 from tests.support import runs
-from tests.support.plain_methods import PlainAdamW, PlainGaLore, train_by_hand
+from tests.support.plain_methods import PlainAdamW, PlainGaLore, plain_model, train_by_hand
 from tests.support.ranks import run_on_ranks
+from tests.support.small_training import full_parameters, make_config, make_global_batches
 
 STEPS, PERIOD, RANK = 6, 3, 3
 

@@ -21,11 +21,10 @@ from lisa_dist.method.optim.schedule import learning_rate
 from lisa_dist.method.updates import build_update
 from lisa_dist.runtime import distributed
 from lisa_dist.training.loop import train_step
-from tests.distributed.test_methods import plain_model
-from tests.distributed.test_training import full_parameters, make_config, make_global_batches
 from tests.support.families import FAMILIES, tiny_config
-from tests.support.plain_methods import mean_loss
+from tests.support.plain_methods import mean_loss, plain_model
 from tests.support.ranks import run_on_ranks
+from tests.support.small_training import full_parameters, make_config, make_global_batches
 
 
 @pytest.mark.parametrize("family", FAMILIES)
