@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Iterator
@@ -20,12 +21,14 @@ from lisa_dist.models.architecture import CONFIG_FILE, build_meta_model, read_ar
 from lisa_dist.models.conversion import export_conversion
 from lisa_dist.runtime.files import new_folder, read_json_object, write_json_object
 
+logger = logging.getLogger(__name__)
+
 INDEX = "model.safetensors.index.json"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def find_checkpoint(directory: Path, step: int | None, key: str = "export.step") -> Path:
-    """Return the checkpoint of ``step``, or the newest complete one.
+    """Return the checkpoint of ``step``, or the newest complete one; later ones that are damaged are named in the log.
 
     Args:
         directory: where the checkpoints of a run lie.
@@ -48,8 +51,10 @@ def find_checkpoint(directory: Path, step: int | None, key: str = "export.step")
         return chosen
     for candidate in found:
         check_format(candidate)
-        if verify(candidate) is None:
+        wrong = verify(candidate)
+        if wrong is None:
             return candidate
+        logger.warning("checkpoint %s is passed over: %s", candidate, wrong)
     raise UserError(f"run.dir={directory.parent}: has no complete checkpoint (steps found: {steps})")
 
 

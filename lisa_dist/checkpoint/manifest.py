@@ -1,7 +1,8 @@
 """What makes a checkpoint complete: a manifest of every file with its size and checksum, written last.
 
 An incremental checkpoint depends on the earlier ones that hold its unchanged weights: it is complete only while theirs
-are, and they are kept as long as it is.
+are, and they are kept as long as it is. Its manifest has the checksum of each of their manifests: a run that was taken
+back may write one of them anew, with weights of another history.
 """
 
 from __future__ import annotations
@@ -40,9 +41,13 @@ def write_manifest(directory: Path, files: dict[str, WrittenFile], depends_on: l
         directory: of the checkpoint.
         files: every file by its path inside the checkpoint.
         depends_on: names of the earlier checkpoints beside it that hold the rest of its weights.
+
+    Raises:
+        OSError: it can't be written, or one of the earlier ones is gone.
     """
     described = {name: asdict(file) for name, file in sorted(files.items())}
-    content = {"format": FORMAT, "files": described, "depends_on": depends_on}
+    checksums = {base: _checksum_of_manifest(directory.parent / base) for base in depends_on}
+    content = {"format": FORMAT, "files": described, "depends_on": checksums}
     write_atomically(directory / MANIFEST, json.dumps(content, indent=1))
 
 
@@ -64,14 +69,18 @@ def verify(directory: Path, part: int = 0, parts: int = 1) -> str | None:
         if not {STATE, CONFIG} <= files.keys():
             return f"{MANIFEST} does not list {STATE} and {CONFIG}"
         checked = [(directory, name, expected) for name, expected in files.items()]
-        for base in depends_on:
+        for base, checksum in depends_on.items():
             files_of_base, _ = _read_manifest(directory.parent / base)
+            if _checksum_of_manifest(directory.parent / base) != checksum:
+                return f"{directory.name} depends on {base}, which has been written anew since"
             weights = [name for name in files_of_base if name.startswith(f"{WEIGHTS}/")]
             checked += [(directory.parent / base, name, files_of_base[name]) for name in weights]
         found = (_verify_file(*file) for file in checked[part::parts])
         return next((wrong for wrong in found if wrong is not None), None)
     except _ManifestError as error:
         return str(error)
+    except OSError as error:
+        return f"{directory.name}: {error.filename} can't be read ({error.strerror})"
 
 
 def check_format(directory: Path) -> None:
@@ -95,20 +104,36 @@ def check_format(directory: Path) -> None:
 def read_dependencies(directory: Path) -> list[str]:
     """Return the names of the earlier checkpoints that this one depends on, [] where its manifest is none."""
     try:
-        return _read_manifest(directory)[1]
+        return list(_read_manifest(directory)[1])
     except _ManifestError:
         return []
+
+
+def replaced_base(directory: Path) -> str | None:
+    """Return the name of an earlier checkpoint that was written anew after this one, which depends on it, or None."""
+    try:
+        depends_on = _read_manifest(directory)[1]
+        written_anew = (
+            base for base, checksum in depends_on.items() if _checksum_of_manifest(directory.parent / base) != checksum
+        )
+        return next(written_anew, None)
+    except (_ManifestError, OSError):  # what can't be read was not written anew, but is damaged
+        return None
+
+
+def _checksum_of_manifest(directory: Path) -> str:
+    return describe_file(directory / MANIFEST).sha256
 
 
 class _ManifestError(Exception):
     """A manifest is missing or is not one."""
 
 
-def _read_manifest(directory: Path) -> tuple[dict[str, Any], list[str]]:
+def _read_manifest(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     name = f"{directory.name}/{MANIFEST}"
     try:
         content = json.loads((directory / MANIFEST).read_text())
-        files, depends_on = dict(content["files"]), list(content["depends_on"])
+        files, depends_on = dict(content["files"]), dict(content["depends_on"])
     except FileNotFoundError:
         if not directory.is_dir():
             raise _ManifestError(f"{directory.name} is missing, which holds a part of its weights") from None

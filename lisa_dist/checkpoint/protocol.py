@@ -21,6 +21,7 @@ from lisa_dist.checkpoint.manifest import (
     describe_file,
     list_checkpoints,
     read_dependencies,
+    replaced_base,
     step_of,
     write_manifest,
 )
@@ -97,12 +98,13 @@ def remove_old(directory: Path, newest: Path, keep: int) -> None:
     """Remove all but the ``keep`` newest checkpoints (0: keep all) up to ``newest``, and those that they depend on.
 
     Later ones, of a run that was taken back to an earlier step, are left alone: they may be damaged, and must not
-    push out a good one.
+    push out a good one. Earlier ones whose base was written anew since can't be read any more and are not counted.
     """
     if keep > 0:
         found = [path for path in list_checkpoints(directory) if (step_of(path) or 0) <= (step_of(newest) or 0)]
-        needed = {name for kept in found[:keep] for name in read_dependencies(kept)}
-        for old in found[keep:]:
+        kept = [path for path in found if replaced_base(path) is None][:keep]
+        needed = {name for path in kept for name in read_dependencies(path)}
+        for old in [path for path in found if path not in kept]:
             if old.name not in needed:
                 shutil.rmtree(old, ignore_errors=True)
 

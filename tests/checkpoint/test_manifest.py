@@ -11,7 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lisa_dist.checkpoint.export import find_checkpoint
 from lisa_dist.checkpoint.manifest import MANIFEST, checkpoint_name, verify
+from lisa_dist.checkpoint.restore import newest_complete
+from lisa_dist.config import UserError
 from tests.support.checkpoints import make_checkpoint
 
 
@@ -28,7 +31,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "state": (lambda c: flip_byte(c / "state.json"), "another checksum"),
     "unfinished": (lambda c: (c / MANIFEST).unlink(), "was never finished"),
     "torn manifest": (lambda c: (c / MANIFEST).write_text((c / MANIFEST).read_text()[:40]), "is not readable"),
-    "empty manifest": (lambda c: (c / MANIFEST).write_text('{"files": {}, "depends_on": []}'), "does not list"),
+    "empty manifest": (lambda c: (c / MANIFEST).write_text('{"files": {}, "depends_on": {}}'), "does not list"),
 }
 
 
@@ -49,6 +52,27 @@ def test_a_damaged_base_damages_what_builds_on_it(kind: str, tmp_path: Path) -> 
     assert "step_00000010" in str(verify(later))
     shutil.rmtree(base)
     assert "step_00000010 is missing" in str(verify(later))
+
+
+def test_a_base_that_was_written_anew_is_another(tmp_path: Path) -> None:
+    """Step 5 is damaged, the run goes back to 4, writes another 5, and is killed before it writes another 6."""
+    make_checkpoint(tmp_path, 4)
+    base, later = make_checkpoint(tmp_path, 5), make_checkpoint(tmp_path, 6, depends_on=[4, 5])
+    last = make_checkpoint(tmp_path, 7, depends_on=[6])
+    flip_byte(base / "weights/rank_00000.safetensors")
+    assert "step_00000005/weights" in str(verify(later))
+    shutil.rmtree(base)
+    make_checkpoint(tmp_path, 5)
+    assert verify(later) is None and verify(last) is None, "the same bytes once more"
+    shutil.rmtree(base)
+    make_checkpoint(tmp_path, 5, words="other data")
+    assert verify(base) is None
+    assert verify(later) == "step_00000006 depends on step_00000005, which has been written anew since"
+    assert find_checkpoint(tmp_path, None) == last, "which has its weights in 6 and in its own files alone"
+    (last / "state.json").unlink()
+    assert find_checkpoint(tmp_path, None) == newest_complete(tmp_path) == base
+    with pytest.raises(UserError, match=r"export\.step=6: .* written anew since"):
+        find_checkpoint(tmp_path, 6)
 
 
 def test_a_base_counts_by_its_weights_alone(tmp_path: Path) -> None:
@@ -87,7 +111,8 @@ manifests = st.fixed_dictionaries(
             max_size=4,
         )
         | json_values,
-        "depends_on": st.lists(st.just("step_00000010") | st.text(max_size=20), max_size=3) | json_values,
+        "depends_on": st.dictionaries(st.just("step_00000010") | st.text(max_size=20), json_values, max_size=3)
+        | json_values,
     },
 )
 

@@ -82,6 +82,22 @@ def test_leftovers_go_and_what_was_to_be_replaced_returns(tmp_path: Path) -> Non
     assert verify(tmp_path / checkpoint_name(1)) is None and (newer / "state.json").read_text() == "newer"
 
 
+def test_retention_does_not_count_what_lost_its_base(tmp_path: Path) -> None:
+    """After a run was taken back to 4 and has other checkpoints from 5 on, but none of step 6."""
+    make_checkpoint(tmp_path, 4)
+    make_checkpoint(tmp_path, 5, words="of the old history, of step")
+    make_checkpoint(tmp_path, 6, depends_on=[4, 5])
+    assert write(tmp_path, snapshot(5)) is None
+    assert write(tmp_path, snapshot(7, base=5), keep=2) is None
+    assert names(tmp_path) == [checkpoint_name(5), checkpoint_name(7)]
+    assert verify(tmp_path / checkpoint_name(7)) is None
+
+
+def test_a_base_that_is_gone_is_told(tmp_path: Path) -> None:
+    assert "could not be written: rank 0: No such file" in str(write(tmp_path, snapshot(2, base=1)))
+    assert names(tmp_path) == []
+
+
 def test_retention_keeps_bases_and_later_checkpoints(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, 10)
     make_checkpoint(tmp_path, 20, depends_on=[10])
