@@ -25,7 +25,7 @@ class LastSampler(Sampler):
         return list(range(self.num_blocks - self.num_active, self.num_blocks))
 """,
     "conf/sampler/last.yaml": "defaults: [schema_last]\n",
-    "lisa_dist/config/method.py": (
+    "lisa_dist/config/sampling.py": (
         "SAMPLER_CONFIGS: dict[str, type[SamplerConfig]] = {",
         """
 @dataclass
@@ -92,7 +92,7 @@ class Norms(Update):
         return [name for name in names if "norm" in name]
 """,
     "conf/update/norms.yaml": "defaults: [schema_norms]\n",
-    "lisa_dist/config/method.py": (
+    "lisa_dist/config/updates.py": (
         "UPDATE_CONFIGS: dict[str, type[UpdateConfig]] = {",
         """
 @dataclass

@@ -14,9 +14,10 @@ import pytest
 import yaml
 
 from lisa_dist.config import Config
-from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS
 from lisa_dist.config.optimization import OPTIMIZER_CONFIGS
 from lisa_dist.config.running import WandbConfig
+from lisa_dist.config.sampling import SAMPLER_CONFIGS
+from lisa_dist.config.updates import UPDATE_CONFIGS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]

@@ -13,8 +13,9 @@ from lisa_dist.checkpoint.manifest import step_of
 from lisa_dist.checkpoint.restore import restore_weights
 from lisa_dist.checkpoint.state import read_state
 from lisa_dist.config import AlwaysActiveConfig, Config, UserError
-from lisa_dist.config.method import FullRankUpdateConfig, UniformSamplerConfig
 from lisa_dist.config.run_directory import RunDirectory
+from lisa_dist.config.sampling import UniformSamplerConfig
+from lisa_dist.config.updates import FullRankUpdateConfig
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.method.module import TrainModule, allocate, build_train_module
 from lisa_dist.models.architecture import read_architecture

@@ -18,11 +18,12 @@ from lisa_dist.config.commands import (
 )
 from lisa_dist.config.data import DataConfig
 from lisa_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, OutOfMemoryError, UserError
-from lisa_dist.config.method import AlwaysActiveConfig, SamplerConfig, UpdateConfig
 from lisa_dist.config.model import ModelConfig
 from lisa_dist.config.optimization import AdamWConfig, OptimizerConfig, SchedulerConfig, TrainConfig
 from lisa_dist.config.placement import ParallelConfig, PrecisionConfig
 from lisa_dist.config.running import CheckpointConfig, LoggerConfig, RunConfig
+from lisa_dist.config.sampling import SamplerConfig
+from lisa_dist.config.updates import AlwaysActiveConfig, UpdateConfig
 
 __all__ = [
     "EXIT_DONE",

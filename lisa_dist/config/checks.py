@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 from lisa_dist.config import Config
 from lisa_dist.config.errors import UserError
-from lisa_dist.config.method import PROBE_KINDS
 from lisa_dist.config.optimization import PARTS
+from lisa_dist.config.sampling import PROBE_KINDS
 
 
 def check_combinations(config: Config) -> None:

@@ -14,9 +14,10 @@ from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lisa_dist.config.errors import UserError, nearest
-from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS
 from lisa_dist.config.optimization import OPTIMIZER_CONFIGS
 from lisa_dist.config.paths import local_path, path_exists
+from lisa_dist.config.sampling import SAMPLER_CONFIGS
+from lisa_dist.config.updates import UPDATE_CONFIGS
 
 # The groups whose dataclass depends on the name that is chosen.
 SCHEMAS: dict[str, dict[str, type[Any]]] = {

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lisa_dist.config import AlwaysActiveConfig, SamplerConfig, UserError
-from lisa_dist.config.method import UniformSamplerConfig
+from lisa_dist.config.sampling import UniformSamplerConfig
 from lisa_dist.method.sampling import build_sampler
 from lisa_dist.method.switch import RankSynchronizedSampler
 from lisa_dist.models.layer_map import LayerMap, find_layers

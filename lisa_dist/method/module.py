@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.checks import check_combinations
-from lisa_dist.config.method import ProbeRequest
+from lisa_dist.config.sampling import ProbeRequest
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.method import probes
 from lisa_dist.method.optim import optimizer_spec

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from lisa_dist.config.method import ProbeRequest
+from lisa_dist.config.sampling import ProbeRequest
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.method.updates import Update
 from lisa_dist.method.updates.sharded import own_rows

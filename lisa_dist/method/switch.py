@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lisa_dist.config import AlwaysActiveConfig
-from lisa_dist.config.method import ProbeRequest
+from lisa_dist.config.sampling import ProbeRequest
 from lisa_dist.method.optim.active_optimizer import ActiveOptimizer
 from lisa_dist.method.sampling import Sampler
 from lisa_dist.method.updates import Update

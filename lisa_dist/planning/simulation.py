@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.checks import check_accumulation, check_combinations
-from lisa_dist.config.method import FixedSamplerConfig
+from lisa_dist.config.sampling import FixedSamplerConfig
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.method.module import (
     TrainModule,

@@ -18,7 +18,8 @@ from lisa_dist.config.checks import (
     options_without_effect,
 )
 from lisa_dist.config.loading import load
-from lisa_dist.config.method import ProbeRequest, SamplerConfig, UpdateConfig
+from lisa_dist.config.sampling import ProbeRequest, SamplerConfig
+from lisa_dist.config.updates import UpdateConfig
 
 MODEL = ["model.path=a/model", "data.path=rows.json"]
 

@@ -22,8 +22,8 @@ from lisa_dist.config.loading import (
     to_yaml,
     vary,
 )
-from lisa_dist.config.method import SAMPLER_CONFIGS, AllSamplerConfig, FixedSamplerConfig, UniformSamplerConfig
 from lisa_dist.config.overrides import PATH_KEYS, all_keys, parse_overrides
+from lisa_dist.config.sampling import SAMPLER_CONFIGS, AllSamplerConfig, FixedSamplerConfig, UniformSamplerConfig
 from lisa_dist.config.sweeps import read_space
 
 # An override, and what its sentence must name beside the override itself.

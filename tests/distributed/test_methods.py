@@ -13,7 +13,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lisa_dist.config import Config
-from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS, AlwaysActiveConfig
+from lisa_dist.config.sampling import SAMPLER_CONFIGS
+from lisa_dist.config.updates import UPDATE_CONFIGS, AlwaysActiveConfig
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.method.optim.schedule import learning_rate
 from lisa_dist.models.quantization import dequantize

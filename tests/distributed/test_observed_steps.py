@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lisa_dist.config import Config
-from lisa_dist.config.method import BanditSamplerConfig, LowRankUpdateConfig
+from lisa_dist.config.sampling import BanditSamplerConfig
+from lisa_dist.config.updates import LowRankUpdateConfig
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.runtime import distributed
 from lisa_dist.training.loop import train_step

@@ -19,8 +19,9 @@ from torch import nn
 
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.checks import check_combinations
-from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS
 from lisa_dist.config.optimization import OPTIMIZER_CONFIGS
+from lisa_dist.config.sampling import SAMPLER_CONFIGS
+from lisa_dist.config.updates import UPDATE_CONFIGS
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.method.optim.schedule import learning_rate
 from lisa_dist.models.quantization import dequantize

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lisa_dist.config import Config, UserError
-from lisa_dist.config.method import PROBE_KINDS, SAMPLER_CONFIGS, UPDATE_CONFIGS, ProbeRequest
+from lisa_dist.config.sampling import PROBE_KINDS, SAMPLER_CONFIGS, ProbeRequest
+from lisa_dist.config.updates import UPDATE_CONFIGS
 from lisa_dist.method import probes
 from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
 from lisa_dist.runtime import distributed

@@ -9,8 +9,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from lisa_dist.config import Config
-from lisa_dist.config.method import UniformSamplerConfig
 from lisa_dist.config.optimization import PARTS
+from lisa_dist.config.sampling import UniformSamplerConfig
 from lisa_dist.method.module import (
     begin_period,
     build_train_module,

@@ -13,7 +13,12 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lisa_dist.config import AlwaysActiveConfig, SamplerConfig, UserError
-from lisa_dist.config.method import BanditSamplerConfig, OutlierSamplerConfig, SweepSamplerConfig, UniformSamplerConfig
+from lisa_dist.config.sampling import (
+    BanditSamplerConfig,
+    OutlierSamplerConfig,
+    SweepSamplerConfig,
+    UniformSamplerConfig,
+)
 from lisa_dist.integrations.transformers import RECORD, LisaCallback
 from lisa_dist.method.sampling import build_sampler
 from lisa_dist.runtime import distributed

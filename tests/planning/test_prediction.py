@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lisa_dist.config import Config, UserError
-from lisa_dist.config.method import AllSamplerConfig, UniformSamplerConfig
+from lisa_dist.config.sampling import AllSamplerConfig, UniformSamplerConfig
 from lisa_dist.planning import prediction
 from lisa_dist.planning.prediction import has_equal_blocks, predict
 from lisa_dist.planning.simulation import simulate

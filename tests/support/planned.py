@@ -10,7 +10,7 @@ import torch
 
 from lisa_dist.commands.bench.stopwatch import PeakMemory
 from lisa_dist.config import Config
-from lisa_dist.config.method import AllSamplerConfig, FixedSamplerConfig
+from lisa_dist.config.sampling import AllSamplerConfig, FixedSamplerConfig
 from lisa_dist.method.module import (
     add_trained_params,
     allocate,

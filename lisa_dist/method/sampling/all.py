@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lisa_dist.config.method import AllSamplerConfig
+from lisa_dist.config.sampling import AllSamplerConfig
 from lisa_dist.method.sampling.base import Sampler
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lisa_dist.config.method import BanditSamplerConfig
+from lisa_dist.config.sampling import BanditSamplerConfig
 from lisa_dist.method.sampling.base import Sampler
 from lisa_dist.method.sampling.draws import draw_uniformly, draw_without_replacement
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lisa_dist.config import UserError
-from lisa_dist.config.method import ProbeRequest, SamplerConfig
+from lisa_dist.config.sampling import ProbeRequest, SamplerConfig
 
 
 class Sampler(ABC):

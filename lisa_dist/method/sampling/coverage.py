@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from lisa_dist.config import UserError
-from lisa_dist.config.method import CoverageSamplerConfig
+from lisa_dist.config.sampling import CoverageSamplerConfig
 from lisa_dist.method.sampling.base import Sampler
 from lisa_dist.method.sampling.draws import draw_uniformly
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lisa_dist.config import UserError
-from lisa_dist.config.method import FixedSamplerConfig
+from lisa_dist.config.sampling import FixedSamplerConfig
 from lisa_dist.method.sampling.base import Sampler
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from lisa_dist.config import UserError
-from lisa_dist.config.method import ImportanceSamplerConfig, ProbeRequest
+from lisa_dist.config.sampling import ImportanceSamplerConfig, ProbeRequest
 from lisa_dist.method.sampling.base import Sampler
 from lisa_dist.method.sampling.draws import draw_without_replacement, sigmoid
 

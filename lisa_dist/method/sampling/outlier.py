@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lisa_dist.config.method import OutlierSamplerConfig
+from lisa_dist.config.sampling import OutlierSamplerConfig
 from lisa_dist.method.sampling.base import Sampler
 from lisa_dist.method.sampling.draws import draw_without_replacement
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lisa_dist.config import UserError
-from lisa_dist.config.method import SweepSamplerConfig
+from lisa_dist.config.sampling import SweepSamplerConfig
 from lisa_dist.method.sampling.base import Sampler
 from lisa_dist.method.sampling.draws import draw_uniformly
 

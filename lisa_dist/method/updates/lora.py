@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import nearest
-from lisa_dist.config.method import LoraUpdateConfig
+from lisa_dist.config.updates import LoraUpdateConfig
 from lisa_dist.method.updates.base import OptimizedParam, Update
 from lisa_dist.method.updates.sharded import fill, keyed_generator, whole
 from lisa_dist.models.layer_map import NORM, LayerMap, linear_layers

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from lisa_dist.config import UserError
-from lisa_dist.config.method import LowRankUpdateConfig
+from lisa_dist.config.updates import LowRankUpdateConfig
 from lisa_dist.method.updates import projection
 from lisa_dist.method.updates.base import OptimizedParam, Update
 from lisa_dist.method.updates.projection import is_tall

@@ -11,8 +11,8 @@ import torch
 
 from lisa_dist.config import Config
 from lisa_dist.config.loading import load, vary
-from lisa_dist.config.method import LowRankUpdateConfig
 from lisa_dist.config.optimization import OPTIMIZER_CONFIGS
+from lisa_dist.config.updates import LowRankUpdateConfig
 from lisa_dist.method.module import begin_period, build_train_module, count_persistent_bytes, load_initial_weights
 from lisa_dist.method.optim import optimizer_spec
 from lisa_dist.method.optim.schedule import learning_rate

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, Trainer
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.checks import options_without_effect
 from lisa_dist.config.loading import load
-from lisa_dist.config.method import SAMPLER_CONFIGS, UPDATE_CONFIGS
 from lisa_dist.config.optimization import OPTIMIZER_CONFIGS, PARTS
+from lisa_dist.config.sampling import SAMPLER_CONFIGS
+from lisa_dist.config.updates import UPDATE_CONFIGS
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.method.optim.active_optimizer import ActiveOptimizer
 from lisa_dist.method.optim.parameter_groups import ParameterGroups, norms_and_biases

@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 
-from lisa_dist.config.method import BanditSamplerConfig
+from lisa_dist.config.sampling import BanditSamplerConfig
 from lisa_dist.method.sampling import build_sampler
 
 DEPTHS = [22, 32, 48, 80]

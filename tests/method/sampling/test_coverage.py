@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 
 from lisa_dist.config import UserError
-from lisa_dist.config.method import CoverageSamplerConfig
+from lisa_dist.config.sampling import CoverageSamplerConfig
 from lisa_dist.method.sampling import build_sampler
 from tests.support.sampler_checks import chi_square, chi_square_limit
 

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from lisa_dist.config import UserError
-from lisa_dist.config.method import GradientSamplerConfig
+from lisa_dist.config.sampling import GradientSamplerConfig
 from lisa_dist.method.sampling import build_sampler
 from tests.support.sampler_checks import chi_square, chi_square_limit
 

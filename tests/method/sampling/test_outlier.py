@@ -1,6 +1,6 @@
 import pytest
 
-from lisa_dist.config.method import OutlierSamplerConfig, ProbeRequest
+from lisa_dist.config.sampling import OutlierSamplerConfig, ProbeRequest
 from lisa_dist.method.sampling import build_sampler
 from tests.support.sampler_checks import chi_square, chi_square_limit
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from lisa_dist.config.loading import conf_dir, load
-from lisa_dist.config.method import SAMPLER_CONFIGS
+from lisa_dist.config.sampling import SAMPLER_CONFIGS
 from lisa_dist.method.sampling import SAMPLERS, build_sampler
 
 NUM_BLOCKS = 9

@@ -1,7 +1,7 @@
 import pytest
 
 from lisa_dist.config import UserError
-from lisa_dist.config.method import SweepSamplerConfig
+from lisa_dist.config.sampling import SweepSamplerConfig
 from lisa_dist.method.sampling import build_sampler
 
 

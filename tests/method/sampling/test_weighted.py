@@ -3,7 +3,7 @@ from itertools import permutations
 import pytest
 
 from lisa_dist.config import UserError
-from lisa_dist.config.method import ProbeRequest, WeightedSamplerConfig
+from lisa_dist.config.sampling import ProbeRequest, WeightedSamplerConfig
 from lisa_dist.method.sampling import build_sampler
 from tests.support.sampler_checks import chi_square, chi_square_limit
 

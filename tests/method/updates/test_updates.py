@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lisa_dist.config import UpdateConfig, UserError
 from lisa_dist.config.loading import load
-from lisa_dist.config.method import UPDATE_CONFIGS, LoraUpdateConfig, LowRankUpdateConfig
+from lisa_dist.config.updates import UPDATE_CONFIGS, LoraUpdateConfig, LowRankUpdateConfig
 from lisa_dist.method.updates import Update, build_update
 from lisa_dist.method.updates.low_rank import LowRank
 from lisa_dist.models.layer_map import find_layers
