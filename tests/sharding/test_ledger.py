@@ -66,6 +66,7 @@ def test_inferred_shapes_would_count_the_unsharded_state(monkeypatch: pytest.Mon
         naive = simulate(config)
     honest = simulate(config)
     trained = sum(honest.persistent_bytes[kind] for kind in ("active_parameters", "gradients", "optimizer_state"))
-    # A rank of two holds half of it; shapes are inferred with the whole.
-    assert naive.peaks["optimizer"] - honest.peaks["optimizer"] > 1.9 * trained
+    # A rank of two holds half of it; shapes are inferred with the whole, one of the optimizer's groups (blocks,
+    # embeddings, norm, head) at a time: here with all of the blocks that train, two thirds of what does.
+    assert naive.peaks["optimizer"] - honest.peaks["optimizer"] > 2 * 0.6 * trained
     assert honest.peaks["optimizer"] < 1.1 * sum(honest.persistent_bytes.values())
