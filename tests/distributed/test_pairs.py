@@ -197,7 +197,7 @@ def check_row(row: dict[str, Any], ranks: int) -> None:
     for name in set(result["initial"]) - trained:
         assert torch.equal(result["final"][name], result["initial"][name]), name
     if row["sampler"] not in ("uniform", "all"):
-        chosen = (row[key] for key in ("update", "sampler", "quantization", "in_backward"))
+        chosen = (row[key] for key in ("update", "sampler", "optimizer", "quantization", "in_backward"))
         draws, scores = first_draws(ranks, *chosen)
         assert result["draws"][: len(draws)] == draws
         for found, expected in zip(result["scores"], scores):
@@ -205,9 +205,11 @@ def check_row(row: dict[str, Any], ranks: int) -> None:
 
 
 @functools.cache
-def first_draws(ranks: int, update: str, sampler: str, quantization: str, unclipped: bool) -> tuple[Any, Any]:
+def first_draws(
+    ranks: int, update: str, sampler: str, optimizer: str, quantization: str, unclipped: bool
+) -> tuple[Any, Any]:
     """The draws and scores of the first two periods with all other options at their defaults."""
-    row = DEFAULTS | {"update": update, "sampler": sampler, "quantization": quantization}
+    row = DEFAULTS | {"update": update, "sampler": sampler, "optimizer": optimizer, "quantization": quantization}
     config = make_row(row, ranks)
     if unclipped:
         config.optimizer.grad_clip = 0.0
