@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallb
 
 from lisa_dist.config import Config
 from lisa_dist.data.batches import MicroBatch
-from lisa_dist.method.module import begin_period, build_learner, load_initial_weights
+from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.runtime import distributed
 from lisa_dist.training.loop import train_step
 
@@ -73,16 +73,16 @@ def own_sizes() -> list[int]:
     config.model.architecture, config.model.init = ARCHITECTURE, "random"
     config.sampler.active_layers = ACTIVE
     distributed.initialize(config.parallel)
-    learner = build_learner(config)
-    load_initial_weights(learner, torch.device("cpu"))
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, torch.device("cpu"))
     ids = torch.arange(TOKENS)[None]
     batch: MicroBatch = {"input_ids": ids, "labels": ids, "position_ids": ids}
     sizes = []
     for period in range(PERIODS):
-        begin_period(learner, period)
+        begin_period(train_module, period)
         for step in range(STEPS_A_PERIOD):
-            train_step(learner, [batch], period * STEPS_A_PERIOD + step, PERIODS * STEPS_A_PERIOD)
-        sizes.append(learner.optimizer.state_bytes())
+            train_step(train_module, [batch], period * STEPS_A_PERIOD + step, PERIODS * STEPS_A_PERIOD)
+        sizes.append(train_module.optimizer.state_bytes())
     distributed.shutdown()
     return sizes
 

@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -54,12 +53,12 @@ class LostRankError(RuntimeError):
 class Heartbeat:
     """This rank's note of its step and of the part of it that it works on, and the reading of everybody's."""
 
-    def __init__(self, run_dir: Path, timeout: float) -> None:
+    def __init__(self, run: RunDirectory, timeout: float) -> None:
         """Args:
-        run_dir: notes are kept in ``logs/heartbeat_N.json``.
+        run: notes are kept in its ``logs/heartbeat_N.json``.
         timeout: seconds that a collective may take.
         """
-        self.folder = RunDirectory(run_dir).logs
+        self.folder = run.logs
         self.folder.mkdir(parents=True, exist_ok=True)
         self.timeout = timeout
         self.tick = min(TICK_SHARE * timeout, LONGEST_TICK)  # seconds

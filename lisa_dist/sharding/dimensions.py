@@ -18,7 +18,7 @@ from lisa_dist.runtime import distributed
 class ParallelDims:
     """The ranks as a grid: ``replicate`` copies of the model, each sharded over ``shard`` neighbouring ranks.
 
-    Every rank has micro-batches of its own. Ranks that part one sequence among them would be a third axis,
+    Every rank has micro-batches of its own. Ranks that split one sequence among them would be a third axis,
     ``context``: a field here and in ``axes``, and a divisor in ``data_rank``; the loss is theirs together too.
     """
 
@@ -46,7 +46,7 @@ class ParallelDims:
             num_ranks: of a cluster that is not here; None: those of the process group.
 
         Raises:
-            UserError: so many ranks can't be parted like this.
+            UserError: so many ranks can't be split like this.
         """
         ranks = distributed.world_size() if num_ranks is None else num_ranks
         shard = ranks // config.replicate if config.shard == "auto" else int(config.shard)

@@ -19,7 +19,7 @@ from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import local_shard
 from lisa_dist.sharding import fsdp2
 from lisa_dist.sharding.rounding import convert, dtype_of, rounding_seed
-from lisa_dist.sharding.store import ParameterStore
+from lisa_dist.sharding.store import ParameterStore, allocate_buffers
 from lisa_dist.sharding.wrapping_policy import storage_dtype, wrap
 
 
@@ -78,10 +78,7 @@ class ShardedStore(ParameterStore):
             dtype = self._storage_dtype(name, is_active) if old.is_floating_point() else old.dtype
             place = "cpu" if self._offloads_frozen and not is_active else device
             self._put(name, torch.empty(self.handles[name][0].sharded_size, dtype=dtype, device=place), is_active)
-        for module in self.module.modules():
-            for key, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_meta:
-                    module._buffers[key] = torch.empty_like(buffer, device=device)
+        allocate_buffers(self.module, device)
         self._refresh_groups(self.names)
 
     def make_masters(self, trained: Iterable[str]) -> None:

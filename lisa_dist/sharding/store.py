@@ -123,6 +123,14 @@ class ParameterStore(Protocol):
         ...
 
 
+def allocate_buffers(model: nn.Module, device: torch.device) -> None:
+    """Allocate every buffer that is still on ``meta``, uninitialised: no store shards or moves them."""
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[key] = torch.empty_like(buffer, device=device)
+
+
 def persistent_bytes(store: ParameterStore) -> dict[str, int]:
     """Count this rank's bytes of parameters and gradients, by kind, as they lie in memory (padding left out).
 

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.heartbeat import Heartbeat, LostRankError
 
@@ -27,7 +28,7 @@ def note(run_dir: Path, rank: int, order: int, part: str, alive: float = 0) -> N
 
 
 def test_ranks_behind_are_named(three_ranks: None, tmp_path: Path) -> None:
-    with Heartbeat(tmp_path, timeout=100) as heartbeat:
+    with Heartbeat(RunDirectory(tmp_path), timeout=100) as heartbeat:
         heartbeat.tick = 0.01  # nobody else writes
         heartbeat.begin_step(7)
         with heartbeat.phase("forward"), heartbeat.phase("backward"):
@@ -52,7 +53,7 @@ def test_ranks_behind_are_named(three_ranks: None, tmp_path: Path) -> None:
 
 def test_a_rank_that_lives_is_asked_where_it_is_now(three_ranks: None, tmp_path: Path) -> None:
     """Its note on disk may be a tick old, so whoever explains a standstill waits for the next one."""
-    with Heartbeat(tmp_path, timeout=100) as heartbeat:
+    with Heartbeat(RunDirectory(tmp_path), timeout=100) as heartbeat:
         heartbeat.begin_step(7)
         order = heartbeat.note.order
         note(tmp_path, 1, order - 5, "forward")
@@ -67,7 +68,7 @@ def test_a_rank_that_lives_is_asked_where_it_is_now(three_ranks: None, tmp_path:
 
 
 def test_steps_and_phases_touch_no_file(tmp_path: Path) -> None:
-    with Heartbeat(tmp_path, timeout=100) as heartbeat:
+    with Heartbeat(RunDirectory(tmp_path), timeout=100) as heartbeat:
         file = tmp_path / "logs" / "heartbeat_0.json"
         before = file.read_text()
         with mock.patch.object(heartbeat, "_write", side_effect=AssertionError("written")):
@@ -80,7 +81,7 @@ def test_steps_and_phases_touch_no_file(tmp_path: Path) -> None:
 
 
 def test_errors_of_collectives_alone_are_explained(tmp_path: Path) -> None:
-    with Heartbeat(tmp_path, timeout=100) as heartbeat:
+    with Heartbeat(RunDirectory(tmp_path), timeout=100) as heartbeat:
         lost = heartbeat.explained(RuntimeError("[gloo/transport/tcp] Connection closed by peer\nand more"))
         assert isinstance(lost, LostRankError) and "Connection closed by peer" in str(lost)
         for error in (RuntimeError("shapes do not match"), ValueError("gloo"), KeyboardInterrupt()):
@@ -91,7 +92,7 @@ def test_the_watcher_speaks_once_where_nothing_moves(
     three_ranks: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    with Heartbeat(tmp_path, timeout=0.5) as heartbeat:
+    with Heartbeat(RunDirectory(tmp_path), timeout=0.5) as heartbeat:
         with heartbeat.phase("checkpoint", may_take_long=True):
             time.sleep(0.8)
         assert not caplog.records

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lisa_dist.config import ParallelConfig, PrecisionConfig
 from lisa_dist.models.layer_map import LayerMap
 from lisa_dist.sharding.rounding import convert, dtype_of, rounding_seed
-from lisa_dist.sharding.store import ParameterStore
+from lisa_dist.sharding.store import ParameterStore, allocate_buffers
 from lisa_dist.sharding.wrapping_policy import storage_dtype
 
 
@@ -62,10 +62,7 @@ class ResidentStore(ParameterStore):
             self._put(
                 name, torch.empty(old.shape, dtype=self._dtype(name, name in active), device=device), name in active
             )
-        for owner in self.module.modules():
-            for key, buffer in owner._buffers.items():
-                if buffer is not None and buffer.is_meta:
-                    owner._buffers[key] = torch.empty_like(buffer, device=device)
+        allocate_buffers(self.module, device)
 
     def make_masters(self, trained: Iterable[str]) -> None:
         for name, parameter in list(self._parameters.items()):

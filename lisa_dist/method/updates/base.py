@@ -20,8 +20,8 @@ class OptimizedParam:
     parameter: nn.Parameter  # the store's master; its gradient is the mean over the global batch, clipped
     stepped: nn.Parameter  # what the optimizer steps: the parameter itself, or a stand-in
     extra: dict[str, Tensor] = field(default_factory=dict)  # sharded state beside the optimizer's moments, by kind
-    step: int = 0  # optimizer steps since it was adopted
-    # Where the target's gradient is in another basis than before: brings a moment (the second where True) into it.
+    step: int = 0  # optimizer steps since it was added
+    # Where the gradient of what is stepped has another basis than before: brings a moment (the second where True) there.
     turn_moment: Callable[[Tensor, bool], Tensor] | None = None
 
 
