@@ -21,7 +21,7 @@ class OptimizedParam:
     stepped: nn.Parameter  # what the optimizer steps: the parameter itself, or a stand-in
     extra: dict[str, Tensor] = field(default_factory=dict)  # sharded state beside the optimizer's moments, by kind
     step: int = 0  # optimizer steps since it was added
-    # Where the gradient of what is stepped has another basis than before: brings a moment (the second where True) there.
+    # Where the gradient of what is stepped has another basis than before: brings a moment there, the second where True.
     turn_moment: Callable[[Tensor, bool], Tensor] | None = None
 
 
