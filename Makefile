@@ -1,19 +1,20 @@
 # make demo       set up .venv and train the demonstration on two CPU ranks
 # make check      format, lint, types, the import contract and unit tests: before each commit
 # make test       set up .venv and run the tests
-# make soak       the long tests: many kills, many switches, errors put into the code
+# make soak       the long tests: many kills, many switches, errors put into the code, the oldest torch and transformers
 # make gpu-check  the tests that need a GPU, and the standing benchmark, on one GPU
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH_FOR_CPU := https://download.pytorch.org/whl/cpu
+CONSTRAINTS := constraints.txt
 RUN_DIR ?= runs/demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 
 # The first Python of at least 3.11 that can make virtual environments; PYTHON=... chooses another.
 PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13 python3.14 python; do \
 	$$name -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
 
-.PHONY: demo check test soak gpu-check install
+.PHONY: demo check test soak oldest gpu-check install
 
 demo: $(INSTALLED)
 	$(BIN)/lisa-dist train parallel.nproc_per_node=2 run.dir=$(RUN_DIR)
@@ -26,11 +27,21 @@ check: $(INSTALLED)
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -m "not soak" tests/config tests/data tests/method/optim tests/method/sampling tests/runtime
 
+# Two files of tests at a time, each test and rank on one thread: more threads than cores wait for each other.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not soak"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" --numprocesses 2 --dist loadfile
 
 soak: $(INSTALLED)
 	$(BIN)/python -m pytest -m soak --timeout=0
+	$(MAKE) oldest
+
+# Numbers, storage and resume with the oldest versions that are supported.
+oldest:
+	sed -e 's/^torch==.*/torch==2.11.0/' -e 's/^transformers==.*/transformers==5.17.0/' \
+		-e 's/^huggingface_hub==.*/huggingface_hub<2/' constraints.txt > .oldest.txt
+	$(MAKE) install VENV=.venv-oldest CONSTRAINTS=.oldest.txt
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -m "not soak" --numprocesses 2 --dist loadfile \
+		tests/golden tests/sharding tests/distributed/test_training.py tests/distributed/test_resume.py
 
 gpu-check: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no GPU, gpu-check needs one")'
@@ -41,11 +52,11 @@ gpu-check: $(INSTALLED)
 install: $(INSTALLED)
 
 # On a machine without an NVIDIA driver torch comes without CUDA, which saves gigabytes, where its index can be reached.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later with its venv module is needed (Debian: python3-venv)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@if ! command -v nvidia-smi >/dev/null && $(BIN)/python -c \
 		'import urllib.request as web; web.urlopen("$(TORCH_FOR_CPU)/torch/", timeout=5)' 2>/dev/null; \
-	then $(BIN)/pip install --quiet --no-deps -c constraints.txt --index-url $(TORCH_FOR_CPU) torch; fi
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	then $(BIN)/pip install --quiet --no-deps -c $(CONSTRAINTS) --index-url $(TORCH_FOR_CPU) torch; fi
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[test]'
 	@touch $@

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from lisa_dist.checkpoint.manifest import list_checkpoints
 from lisa_dist.cli import main
 from lisa_dist.launching import local
 from lisa_dist.telemetry.records import read_rows
+from tests.support.forkserver import FORKSERVER
 from tests.support.runs import ARCHITECTURE
 
 T = TypeVar("T")
@@ -41,18 +41,6 @@ OVERRIDES = [
     f"model.architecture={ARCHITECTURE.replace('DROPOUT', '0.1')}",
 ]
 PATIENCE = 600  # seconds for what hangs
-
-
-# Modules that a run needs. One server imports them once and forks each launcher, which forks its ranks: a launcher
-# and two ranks would import for 12 s of computing. test_local.py and test_torchrun.py start theirs as a user does.
-NEEDED = [
-    "lisa_dist.cli",
-    "lisa_dist.launching.local",
-    "lisa_dist.training.loop",
-    "transformers.models.llama.modeling_llama",
-]
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["__main__", *NEEDED])
 
 
 def _fork_ranks(**settings: Any) -> LaunchConfig:

@@ -8,7 +8,6 @@ rank's traceback, and the group is started afresh for the next test.
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import os
 import tempfile
 import traceback
@@ -16,6 +15,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from tests.support.forkserver import FORKSERVER
 
 TIMEOUT = 600  # seconds for one call
 
@@ -26,15 +27,14 @@ class RankPool:
     """``world_size`` processes in one process group."""
 
     def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
         handle, store = tempfile.mkstemp(prefix="ranks-store-")
         os.close(handle)
         Path(store).unlink()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, store, theirs), daemon=True)
+            ours, theirs = FORKSERVER.Pipe()
+            process = FORKSERVER.Process(target=_serve, args=(rank, world_size, store, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
