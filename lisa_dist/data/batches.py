@@ -1,7 +1,7 @@
 """Global batches: which sequences make up an optimizer step, and this rank's part of them.
 
 Nothing here has state. Epoch e is a permutation drawn from (seed, e), the epochs follow one another in one
-stream, and the global batch after n sequences is ``stream[n : n + G]``, parted into micro-batches in one way at any
+stream, and the global batch after n sequences is ``stream[n : n + G]``, split into micro-batches in one way at any
 number of ranks. So the place in the data is the number of sequences seen, and a run goes on exactly on any number of
 ranks, and at the next sequence with any G.
 """
@@ -13,6 +13,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ def on_device(micro_batch: MicroBatch) -> MicroBatch:
     return {key: tensor.to(distributed.device(), non_blocking=True) for key, tensor in micro_batch.items()}
 
 
+@dataclass(kw_only=True)
 class GlobalBatches:
     """The global batches of a run, by the sequences seen before them, and one rank's micro-batches of each.
 
@@ -47,40 +49,17 @@ class GlobalBatches:
     ``place_of`` some of the stream are left out.
     """
 
-    def __init__(
-        self,
-        sequences: Sequences,
-        *,
-        global_batch_size: int,
-        micro_batch_size: int,
-        sequence_length: int,
-        seed: int,
-        rank: int,
-        num_ranks: int,
-        pad_token_id: int,
-        fixed_length: bool = False,
-    ) -> None:
-        """See the global batches from one rank.
+    sequences: Sequences
+    global_batch_size: int  # sequences of an optimizer step, over all ranks
+    micro_batch_size: int  # sequences of one forward pass of one rank
+    sequence_length: int  # the longest a sequence may be
+    seed: int  # of the order
+    rank: int  # whose part
+    num_ranks: int  # that take different micro-batches
+    pad_token_id: int  # any token id; padding has no label
+    fixed_length: bool = False  # pad to sequence_length, not to a little above the micro-batch's longest sequence
 
-        Args:
-            sequences: what is trained on.
-            global_batch_size: sequences of an optimizer step, over all ranks.
-            micro_batch_size: sequences of one forward pass of one rank.
-            sequence_length: the longest a sequence may be.
-            seed: of the order.
-            rank, num_ranks: whose part, of how many that take different micro-batches.
-            pad_token_id: any token id; padding has no label.
-            fixed_length: pad to ``sequence_length`` instead of to a little above the micro-batch's longest sequence.
-        """
-        self.sequences = sequences
-        self.global_batch_size = global_batch_size
-        self.micro_batch_size = micro_batch_size
-        self.sequence_length = sequence_length
-        self.seed = seed
-        self.rank = rank
-        self.num_ranks = num_ranks
-        self.pad_token_id = pad_token_id
-        self.fixed_length = fixed_length
+    def __post_init__(self) -> None:
         self._permutation = functools.lru_cache(maxsize=2)(self._draw_permutation)  # a batch may span two epochs
 
     @property

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from lisa_dist.config import DataConfig, UserError
-from lisa_dist.data.counts import DataCounts
 from lisa_dist.data.encode import Encoded, Encoder
 from lisa_dist.data.formats import BadRowError, Conversation, Message, RowFormat, Sample, choose_format
 from lisa_dist.data.readers import BrokenRow, Row
@@ -30,7 +30,61 @@ logger = logging.getLogger(__name__)
 ROWS_A_CHUNK = 250
 CHUNKS_BEFORE_WORKERS = 8  # a small data set starts none
 BAD_ROWS_SHOWN = 3
+LEAST_TRAINED_SHARE = 0.01  # below this a warning
+REASONS = 20  # counted apart
+OTHER_REASONS = "for other reasons"
 ANSWER_KEYS = ("content", "tool_calls", "reasoning_content", "reasoning", "thinking")
+
+
+@dataclass
+class DataCounts:
+    """What became of the rows of one file or split."""
+
+    read: int = 0
+    used: int = 0  # rows with a trained token
+    cut: int = 0  # rows that are used, but cut at the right to data.sequence_length
+    left_out: dict[str, int] = field(default_factory=dict)  # rows that are not used, by reason
+    tokens: int = 0
+    trained_tokens: int = 0
+    empty_answers: int = 0
+    unread_columns: list[str] = field(default_factory=list)  # columns with content that the format does not read
+    not_rendered: list[str] = field(default_factory=list)  # what the chat template leaves out, a sentence each
+
+    @property
+    def trained_share(self) -> float:
+        """Trained tokens as a share of all."""
+        return self.trained_tokens / self.tokens if self.tokens else 0.0
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """``rows`` of summary.json."""
+        return {"read": self.read, "used": self.used, "cut": self.cut, "left_out": self.left_out}
+
+    def leave_out(self, reason: str) -> None:
+        """Count a row that is not used."""
+        if reason not in self.left_out and len(self.left_out) >= REASONS:
+            reason = OTHER_REASONS
+        self.left_out[reason] = self.left_out.get(reason, 0) + 1
+
+    def describe(self) -> str:
+        """Return in words what became of the rows."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
+        left_out = f", {sum(self.left_out.values())} left out ({reasons})" if reasons else ""
+        return f"{self.read} read, {self.used} used, {self.cut} of them cut{left_out}"
+
+    def warnings(self) -> list[str]:
+        """Return what is likely not meant, a sentence each."""
+        found = []
+        if self.left_out or self.cut:
+            found.append(f"rows: {self.describe()}")
+        if self.unread_columns:
+            found.append(f"nothing reads column{'s' * (len(self.unread_columns) > 1)} {', '.join(self.unread_columns)}")
+        found += self.not_rendered
+        if self.empty_answers:
+            found.append(f"empty answers: {self.empty_answers}, of which only the end is trained")
+        if self.trained_share < LEAST_TRAINED_SHARE:
+            found.append(f"only {self.trained_share:.2%} of the tokens are trained ({self.trained_tokens})")
+        return found
 
 
 @dataclass
@@ -63,9 +117,10 @@ class RowReader:
         self.format: RowFormat | None = None
         self.counts = DataCounts()
         self.rendered: dict[str, str] = {}
+        self.failure: UserError | None = None  # of reading, to be raised when all that came before is counted
 
-    def encoded(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[Encoded]:
-        """Yield every row that has a trained token, as tokens.
+    def encoded(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Encoded]]:
+        """Yield the rows that have a trained token, as tokens, a chunk at a time.
 
         Raises:
             UserError: a row is bad and ``data.on_bad_row=error``, or a file is broken as a whole.
@@ -82,17 +137,32 @@ class RowReader:
             return encode_chunk(chunk, chosen, tokenizer, self.config)
 
         num_proc = self.config.num_processes
-        mapped = map_in_order(encode, _chunks(chain([first], rows)), num_proc, CHUNKS_BEFORE_WORKERS)
+        mapped = map_in_order(encode, self._chunks(chain([first], rows)), num_proc, CHUNKS_BEFORE_WORKERS)
         try:
             with closing(mapped), row_progress(self.source.name, self._total()) as advance:
                 for chunk in mapped:
                     for name, sentence in chunk.rendered.items():
                         self.rendered.setdefault(name, sentence)
-                    yield from (row.encoded for row in chunk.rows if self._count(row) and row.encoded is not None)
+                    yield [row.encoded for row in chunk.rows if self._count(row) and row.encoded is not None]
                     advance(len(chunk.rows))
         except WorkerDiedError as error:
             raise UserError(f"data.num_proc={num_proc}: while tokenizing {error}; set it lower") from error
+        if self.failure is not None:
+            raise self.failure
         self.counts.not_rendered = [sentence for sentence in self.rendered.values() if sentence]
+
+    def _chunks(self, rows: Iterator[Row | BrokenRow]) -> Iterator[list[Row | BrokenRow]]:
+        chunk: list[Row | BrokenRow] = []
+        try:
+            for row in rows:
+                chunk.append(row)
+                if len(chunk) == ROWS_A_CHUNK:
+                    yield chunk
+                    chunk = []
+        except UserError as error:
+            self.failure = error
+        if chunk:
+            yield chunk
 
     def _total(self) -> int | None:
         total = self.source.count_rows()
@@ -167,21 +237,3 @@ def _empty_answers(sample: Sample) -> int:
 def _is_empty(answer: Message) -> bool:
     """Whether an answer says nothing: no text, no call, no thought."""
     return not any(str(answer.get(key) or "").strip() for key in ANSWER_KEYS)
-
-
-def _chunks(rows: Iterator[Row | BrokenRow]) -> Iterator[list[Row | BrokenRow]]:
-    """Yield the rows in chunks; where reading raises, those before come first."""
-    chunk: list[Row | BrokenRow] = []
-    failure: UserError | None = None
-    try:
-        for row in rows:
-            chunk.append(row)
-            if len(chunk) == ROWS_A_CHUNK:
-                yield chunk
-                chunk = []
-    except UserError as error:
-        failure = error
-    if chunk:
-        yield chunk
-    if failure is not None:
-        raise failure

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lisa_dist.config import DataConfig, UserError
-from lisa_dist.data.counts import DataCounts
+from lisa_dist.data.encode_rows import DataCounts
 from lisa_dist.data.sequences import Sequences
 from lisa_dist.data.sources import has_split, has_subset, is_local
 from lisa_dist.data.tokenized import TokenizedRows, tokenize

@@ -17,9 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lisa_dist.config import DataConfig, UserError
 from lisa_dist.config.paths import local_path
-from lisa_dist.data.counts import DataCounts
-from lisa_dist.data.encode import Encoded
-from lisa_dist.data.encode_rows import RowReader
+from lisa_dist.data.encode_rows import DataCounts, RowReader
 from lisa_dist.data.sources import Source, find_source
 from lisa_dist.data.tokenizer import FALLBACK_TEMPLATE, ensure_chat_template
 from lisa_dist.runtime.distributed import on_local_rank_zero
@@ -27,7 +25,8 @@ from lisa_dist.runtime.distributed import on_local_rank_zero
 logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 3  # to be raised when the same rows give other tokens
-ROWS_A_BATCH = 1000
+TOKENS = pa.list_(pa.int32())
+SCHEMA = pa.schema({"input_ids": TOKENS, "labels": TOKENS, "length": pa.int32()})
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,11 @@ def _tokenize_into(
     except OSError as error:
         raise UserError(f"data.cache_dir={folder.parent}: can't be written ({error}), name another") from error
     try:
-        _write_tokens(scratch / "tokens.arrow", reader, tokenizer)
+        with pa.OSFile(str(scratch / "tokens.arrow"), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+            for rows in reader.encoded(tokenizer):
+                ids, labels = ([getattr(row, name) for row in rows] for name in ("input_ids", "labels"))
+                columns = [pa.array(ids, TOKENS), pa.array(labels, TOKENS), pa.array(map(len, ids), pa.int32())]
+                writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
         _refuse_unusable(reader.counts, source, config, key)
         chosen = reader.format.name if reader.format is not None else ""
         (scratch / "counts.json").write_text(json.dumps({"format": chosen, **dataclasses.asdict(reader.counts)}))
@@ -136,30 +139,6 @@ def _tokenize_into(
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _write_tokens(file: Path, reader: RowReader, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the rows that are used, as Arrow, a batch at a time."""
-    tokens = pa.list_(pa.int32())
-    schema = pa.schema({"input_ids": tokens, "labels": tokens, "length": pa.int32()})
-    batch: list[Encoded] = []
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-
-        def flush() -> None:
-            columns = [
-                pa.array([row.input_ids for row in batch], tokens),
-                pa.array([row.labels for row in batch], tokens),
-                pa.array([len(row.input_ids) for row in batch], pa.int32()),
-            ]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
-            batch.clear()
-
-        for encoded in reader.encoded(tokenizer):
-            batch.append(encoded)
-            if len(batch) == ROWS_A_BATCH:
-                flush()
-        if batch:
-            flush()
 
 
 def _refuse_unusable(counts: DataCounts, source: Source, config: DataConfig, key: str) -> None:

@@ -6,21 +6,22 @@ function must use neither torch nor a process group.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkProcess
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing import get_context
 from typing import Any, TypeVar
 
 from lisa_dist.runtime.signals import STOP_SIGNALS, die_with
 
 Chunk = TypeVar("Chunk")
 Result = TypeVar("Result")
+
+_function: Callable[[Any], Any]  # of this process, where it is a worker
 
 
 class WorkerDiedError(Exception):
@@ -34,97 +35,39 @@ def map_in_order(
 
     Args:
         function: may be a closure; chunks and results are pickled.
-        chunks: are read as processes become free. Where reading raises, the results of earlier chunks come first.
+        chunks: are read as processes become free.
         num_proc: how many processes; with 1 the function is called here.
         first_here: how many chunks are worked on here before processes start.
 
     Raises:
         WorkerDiedError: a process was killed.
-        RuntimeError: the function raised; its traceback is the message.
     """
-    processes: list[ForkProcess] = []
-    at_work: deque[Connection] = deque()  # each has one chunk, so neither side waits for the other to read
-    failure: Exception | None = None
     source = iter(chunks)
-    done = 0
+    yield from map(function, source if num_proc == 1 else islice(source, first_here))
+    # A forked process has none of tokenizers' threads, and would wait for them for ever.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    pool = ProcessPoolExecutor(num_proc, get_context("fork"), _start, (function, os.getpid()))
+    at_work: deque[Future[Result]] = deque()
     try:
-        while True:
-            try:
-                chunk = next(source)
-            except StopIteration:
-                break
-            except Exception as error:
-                failure = error
-                break
-            if num_proc == 1 or done < first_here:
-                done += 1
-                yield function(chunk)
-            elif len(processes) < num_proc:
-                process, pipe = _start(function)
-                processes.append(process)
-                pipe.send(chunk)
-                at_work.append(pipe)
-            else:
-                pipe = at_work.popleft()
-                result: Result = _receive(pipe)
-                pipe.send(chunk)
-                at_work.append(pipe)
-                yield result
-        for pipe in at_work:
-            yield _receive(pipe)
-        if failure is not None:
-            raise failure
+        for chunk in source:
+            at_work.append(pool.submit(_call, chunk))
+            if len(at_work) > num_proc:
+                yield at_work.popleft().result()
+        while at_work:
+            yield at_work.popleft().result()
+    except BrokenProcessPool as error:
+        raise WorkerDiedError("a process was killed, as the system does when memory runs out") from error
     finally:
-        for process in processes:
-            process.kill()
-            process.join()
+        pool.shutdown(cancel_futures=True)
 
 
-def _start(function: Callable[[Chunk], Result]) -> tuple[ForkProcess, Connection]:
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(
-        target=_serve, args=(function, theirs, os.getpid()), daemon=True
-    )
-    with _single_threaded_tokenizers():
-        process.start()
-    theirs.close()
-    return process, ours
-
-
-@contextmanager
-def _single_threaded_tokenizers() -> Iterator[None]:
-    """Fork with tokenizers' threads off: a child has none of them, and would wait for them for ever."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-def _serve(function: Callable[[Chunk], Result], pipe: Connection, parent: int) -> None:
-    """Answer chunks until the parent kills this process, or dies."""
+def _start(function: Callable[[Any], Any], parent: int) -> None:
+    global _function
+    _function = function
     for number in STOP_SIGNALS:  # they reach the whole process group; the parent alone decides what they mean
         signal.signal(number, signal.SIG_IGN)
     die_with(parent)
-    while True:
-        chunk = pipe.recv()
-        try:
-            result, trace = function(chunk), ""
-        except Exception:
-            result, trace = None, traceback.format_exc()
-        pipe.send((result, trace))
 
 
-def _receive(pipe: Connection) -> Any:
-    try:
-        result, trace = pipe.recv()
-    except (EOFError, ConnectionResetError) as error:
-        raise WorkerDiedError("a process was killed, as the system does when memory runs out") from error
-    if trace:
-        raise RuntimeError(trace)
-    return result
+def _call(chunk: Any) -> Any:
+    return _function(chunk)

@@ -248,7 +248,7 @@ def make_batches(
 ) -> GlobalBatches:
     """Return this rank's view of the global batches over ``sequences``, ordered by ``seed`` or ``train.seed``."""
     return GlobalBatches(
-        sequences,
+        sequences=sequences,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         sequence_length=config.data.sequence_length,

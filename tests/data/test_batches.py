@@ -28,7 +28,7 @@ def batches(sequences: Sequences, **changes) -> GlobalBatches:
         "num_ranks": 1,
         "pad_token_id": 0,
     }
-    return GlobalBatches(sequences, **{**options, **changes})
+    return GlobalBatches(sequences=sequences, **{**options, **changes})
 
 
 def rows_in(micro_batch) -> list[int]:

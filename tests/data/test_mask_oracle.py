@@ -11,10 +11,9 @@ import trl
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from lisa_dist.data import load_tokenizer
 from lisa_dist.data.encode import Encoder
 from lisa_dist.data.formats import BadRowError, Conversation
-from lisa_dist.data.tokenizer import render
+from lisa_dist.data.tokenizer import load_tokenizer, render
 from tests.support.conversations import CONVERSATIONS, in_parts
 from tests.support.templates import trained_runs
 

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lisa_dist.data.batches import GlobalBatches, label_tokens
-from lisa_dist.data.packing import pack
-from lisa_dist.data.sequences import Sequences
+from lisa_dist.data.sequences import Sequences, pack
 from tests.support.rows import make_rows
 
 
@@ -59,8 +58,8 @@ def test_no_token_of_a_packed_sequence_sees_another_sample():
         "num_ranks": 1,
         "pad_token_id": 0,
     }
-    packed_batches = GlobalBatches(packed, **options, fixed_length=True)
-    alone_batches = GlobalBatches(alone, **options)
+    packed_batches = GlobalBatches(sequences=packed, **options, fixed_length=True)
+    alone_batches = GlobalBatches(sequences=alone, **options)
     labels_packed = labels_alone = 0
     with torch.no_grad():
         for index, members in enumerate(packed.packing):

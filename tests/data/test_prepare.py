@@ -9,7 +9,7 @@ import pytest
 
 from lisa_dist.config import DataConfig, UserError
 from lisa_dist.data import encode_rows, fingerprint, tokenized
-from lisa_dist.data.counts import DataCounts
+from lisa_dist.data.encode_rows import DataCounts
 from lisa_dist.data.prepare import prepare_data, validation_split
 from lisa_dist.data.tokenized import tokenize
 from lisa_dist.data.tokenizer import load_tokenizer
@@ -94,8 +94,8 @@ def test_bad_rows(tmp_path, broken, message):
 def test_cache_is_used_again_and_follows_what_changes_tokens(tmp_path, monkeypatch):
     first = prepare(tmp_path)
     made = []
-    write_tokens = tokenized._write_tokens
-    monkeypatch.setattr(tokenized, "_write_tokens", lambda *args: made.append(1) or write_tokens(*args))
+    tokenize_into = tokenized._tokenize_into
+    monkeypatch.setattr(tokenized, "_tokenize_into", lambda *args: made.append(1) or tokenize_into(*args))
     again = prepare(tmp_path, packing=True, preview=2)  # neither changes a token
     assert not made
     assert again.counts == first.counts
@@ -183,8 +183,8 @@ def test_fallback_template_comes_with_a_cached_result_too(tmp_path):
 def prepare_on_rank(folder: str, path: str) -> tuple:
     """What a rank gets: its tokens, or the error's text; and how often it tokenized itself."""
     made = []
-    write_tokens = tokenized._write_tokens
-    tokenized._write_tokens = lambda *args: made.append(1) or write_tokens(*args)
+    tokenize_into = tokenized._tokenize_into
+    tokenized._tokenize_into = lambda *args: made.append(1) or tokenize_into(*args)
     try:
         config = DataConfig(path=path, cache_dir=folder)
         rows = tokenize(config, path, "train", load_tokenizer("builtin:demo"))
@@ -192,7 +192,7 @@ def prepare_on_rank(folder: str, path: str) -> tuple:
     except UserError as error:
         return str(error), None, len(made)
     finally:
-        tokenized._write_tokens = write_tokens
+        tokenized._tokenize_into = tokenize_into
 
 
 def test_one_rank_tokenizes_and_all_agree(tmp_path):

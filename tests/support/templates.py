@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from lisa_dist.data import load_tokenizer
+from lisa_dist.data.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
