@@ -21,13 +21,13 @@ from transformers.utils import logging as transformers_logging
 
 from lisa_dist.checkpoint.code_files import GENERATE, copy_code
 from lisa_dist.config import Config, ModelConfig, UserError
+from lisa_dist.config.paths import model_directory
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.models.architecture import (
     CONFIG_FILE,
     build_meta_model,
     from_fields,
-    local_directory,
     read_architecture,
 )
 from lisa_dist.runtime.files import new_folder, read_json_object, write_json_object
@@ -114,7 +114,7 @@ def write_tokenizer(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def model_source(model: ModelConfig) -> str | None:
     """Return the directory or the hub id that holds the model's files, None where its fields are in the preset."""
-    directory = local_directory(model.path) if model.path else None
+    directory = model_directory(model.path) if model.path else None
     if directory is not None:
         return str(directory)
     return None if model.architecture and (model.path is None or model.initialization == "random") else model.path

@@ -13,11 +13,10 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from lisa_dist.commands.inference import open_model
 from lisa_dist.config import EXIT_DONE, Config, UserError
-from lisa_dist.config.paths import local_path
+from lisa_dist.config.paths import local_path, model_directory
 from lisa_dist.data.formats import BadRowError, Conversation
 from lisa_dist.data.spans import AnswerFinder
 from lisa_dist.data.tokenizer import encode_prompt
-from lisa_dist.models.architecture import local_directory
 from lisa_dist.runtime import distributed
 from lisa_dist.telemetry.logs import setup_logging
 from lisa_dist.training.evaluation import answer
@@ -41,7 +40,7 @@ def run(config: Config) -> int:
     distributed.on_rank_zero(lambda: _check_output(output))
     opened = open_model(config, choice.path, choice.step, "generate")
     generator = torch.Generator().manual_seed(config.train.seed)
-    stops = stop_ids(opened.tokenizer, local_directory(str(choice.path or config.model.path)))
+    stops = stop_ids(opened.tokenizer, model_directory(str(choice.path or config.model.path)))
     for prompt in prompts:
         ids = prompt_ids(opened.tokenizer, prompt)
         found = answer(

@@ -25,6 +25,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
+def in_one_line(error: object) -> str:
+    """Return what an exception of a library says, on one line and not too long, for the middle of a sentence."""
+    return " ".join(str(error).split())[:300]
+
+
 def check_choice(key: str, value: str | None, allowed: Iterable[str]) -> None:
     """Raise :class:`UserError` unless ``value`` is one of ``allowed``."""
     allowed = list(allowed)

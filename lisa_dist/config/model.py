@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lisa_dist.config.errors import UserError, check_choice
-
-BUILTIN_PREFIX = "builtin:"
+from lisa_dist.config.paths import BUILTIN_PREFIX
 
 
 @dataclass

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lisa_dist.config.errors import UserError, nearest
+
+BUILTIN_PREFIX = "builtin:"
+MODELS = Path(__file__).parents[1] / "models"  # bundled model directories lie here, one a name
+
 
 def local_path(text: str) -> Path:
     """Return the path that ``text`` names: as it is where that exists, else with ``~`` for a home directory."""
@@ -22,3 +27,35 @@ def path_exists(path: Path) -> bool:
         return path.exists()
     except OSError:
         return False
+
+
+def builtin_directory(path: str, key: str, root: Path, file: str) -> Path:
+    """Return the folder in ``root`` that ``builtin:NAME`` names; there is one where it holds a ``file``.
+
+    Raises:
+        UserError: there is none; ``key`` is what named it.
+    """
+    known = [f"{BUILTIN_PREFIX}{found.parent.name}" for found in sorted(root.glob(f"*/{file}"))]
+    if path not in known:
+        raise UserError(f"{key}={path}: bundled are {', '.join(known)}{nearest(path, known)}")
+    return root / path.removeprefix(BUILTIN_PREFIX)
+
+
+def model_directory(path: str, key: str = "model.path") -> Path | None:
+    """Return the directory that ``path`` names, ``builtin:NAME`` one of this package; None where it is a hub id.
+
+    Raises:
+        UserError: ``path`` can only be a directory, and there is none.
+    """
+    if path.startswith(BUILTIN_PREFIX):
+        return builtin_directory(path, key, MODELS, "config.json")
+    directory = local_path(path)
+    if directory.is_dir():
+        return directory
+    if directory.is_file():
+        raise UserError(f"{key}={path}: must be a directory or a hub id, not a file; did you mean {directory.parent}?")
+    if directory.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
+        parent = directory.absolute().parent
+        hint = nearest(directory.name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else ""
+        raise UserError(f"{key}={path}: no such directory{hint}")
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import hashlib
 import re
@@ -12,17 +13,14 @@ from pathlib import Path
 import datasets
 
 from lisa_dist.config import UserError
-from lisa_dist.config.errors import nearest
-from lisa_dist.config.paths import local_path, path_exists
+from lisa_dist.config.errors import in_one_line, nearest
+from lisa_dist.config.paths import BUILTIN_PREFIX, builtin_directory, local_path, path_exists
 from lisa_dist.data.folders import find_files, find_split, subsets_of
 from lisa_dist.data.readers import READERS, BrokenRow, Row, count_rows, kind_of, read_rows
 from lisa_dist.runtime.hub import stay_offline_where_unreachable
 
-BUILTIN_PREFIX = "builtin:"
-SUFFIXES = list(READERS)
-HUB_ID = re.compile(
-    r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$"
-)  # owner/name, and after a colon a subset of the data set
+# owner/name, and after a colon a subset of the data set
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$")
 
 
 @dataclass(frozen=True)
@@ -87,11 +85,10 @@ def find_source(path: str, split: str = "train", key: str = "data.path", subset:
     """
     if not path.strip():
         raise UserError(f"{key}={path}: must name a file, a glob, a directory, a hub id, or builtin:demo")
-    if path.startswith(BUILTIN_PREFIX):
-        return _find_directory(builtin_directory(path, key), path, split, key, subset)
+    folder = _folder(path, key)
+    if folder is not None:
+        return _find_directory(folder, path, split, key, subset)
     here = local_path(path)
-    if path_exists(here) and here.is_dir():
-        return _find_directory(here, path, split, key, subset)
     if path_exists(here) or glob.has_magic(path):
         if split != "train":
             raise UserError(f"{key}={path}: a file has no splits, so split {split} can't be chosen; name its own file")
@@ -124,10 +121,10 @@ def is_local(path: str) -> bool:
     return path.startswith(BUILTIN_PREFIX) or path_exists(local_path(path)) or glob.has_magic(path)
 
 
-def _folder(path: str) -> Path | None:
-    """Return the directory that ``path`` stands for, or None."""
+def _folder(path: str, key: str = "data.path") -> Path | None:
+    """Return the directory that ``path`` names, ``builtin:NAME`` one of this package; None where it is no directory."""
     if path.startswith(BUILTIN_PREFIX):
-        return builtin_directory(path)
+        return builtin_directory(path, key, Path(__file__).parent, "train.jsonl")
     here = local_path(path)
     return here if path_exists(here) and here.is_dir() else None
 
@@ -149,28 +146,17 @@ def has_subset(path: str, subset: str | None) -> bool:
     return folder is not None and subset in subsets_of(folder)
 
 
-def builtin_directory(path: str, key: str = "data.path") -> Path:
-    """Return the directory of bundled data named ``builtin:NAME``."""
-    root = Path(__file__).parent
-    names = sorted(folder.name for folder in root.iterdir() if (folder / "train.jsonl").is_file())
-    name = path.removeprefix(BUILTIN_PREFIX)
-    if name not in names:
-        raise UserError(f"{key}={path}: bundled data are {', '.join(BUILTIN_PREFIX + known for known in names)}")
-    return root / name
-
-
 def _nearest_path(path: Path) -> str:
     folder = path.absolute().parent
     while not folder.is_dir():
         path, folder = folder, folder.parent
-    names = {entry.name: str(entry) for entry in folder.iterdir()}
-    hint = nearest(path.name, names)
-    return hint.replace(hint[len("; did you mean ") : -1], names[hint[len("; did you mean ") : -1]]) if hint else ""
+    close = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=1, cutoff=0.5)
+    return f"; did you mean {folder / close[0]}?" if close else ""
 
 
 def _checked(file: Path, key: str) -> Path:
     if not kind_of(file):
-        raise UserError(f"{key}={file}: the name must end in one of {', '.join(SUFFIXES)}")
+        raise UserError(f"{key}={file}: the name must end in one of {', '.join(READERS)}")
     return file
 
 
@@ -187,8 +173,7 @@ def _open_saved(folder: Path, path: str, split: str, key: str) -> Source:
     try:
         opened = datasets.load_from_disk(str(folder))
     except Exception as error:  # datasets raises many kinds; all mean that this is no whole data set
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{key}={path}: can't be opened as what save_to_disk writes ({reason})") from error
+        raise UserError(f"{key}={path}: can't be opened as what save_to_disk writes ({in_one_line(error)})") from error
     if isinstance(opened, datasets.DatasetDict):
         name = find_split(opened, split)
         if name is None:
@@ -209,10 +194,9 @@ def _find_on_hub(path: str, split: str, key: str, subset: str | None) -> Source:
     try:
         dataset = datasets.load_dataset(name, subset or named or None, split=split)
     except Exception as error:  # the client raises a dozen kinds; all mean that the data cannot be had
-        reason = " ".join(str(error).split())[:200]
         where = Path(path).absolute()
         raise UserError(
             f"{key}={path}: no such file or directory, looked at {where}{_nearest_path(where)}; "
-            f"and as a data set of the hub, split {split}, it cannot be had ({reason})"
+            f"and as a data set of the hub, split {split}, it cannot be had ({in_one_line(error)})"
         ) from error
     return Source(path, dataset=dataset, fingerprint=dataset._fingerprint)

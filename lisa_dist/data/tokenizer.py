@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,12 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lisa_dist.config import UserError
-from lisa_dist.config.errors import nearest
-from lisa_dist.config.paths import local_path
+from lisa_dist.config.errors import in_one_line
+from lisa_dist.config.paths import model_directory
 from lisa_dist.runtime.files import check_is_whole
 from lisa_dist.runtime.hub import stay_offline_where_unreachable
 
 logger = logging.getLogger(__name__)
-
-BUILTIN_PREFIX = "builtin:"
-MODELS = Path(__file__).parents[1] / "models"  # bundled model directories lie here, one a name
 
 # The files that a tokenizer may be made of.
 FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
@@ -53,16 +51,18 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, key: str = "model
     Raises:
         UserError: nothing is there, it can't be loaded, or it has no end-of-text token.
     """
-    where = _locate(path, key)
+    directory = model_directory(path, key)
+    if directory is None:
+        stay_offline_where_unreachable()
+    folder = directory or Path(path)  # of a hub id no file is here
     for name in FILES:
-        if (Path(where) / name).is_file():
-            check_is_whole(Path(where) / name, f"{key}={path}")
+        if (folder / name).is_file():
+            check_is_whole(folder / name, f"{key}={path}")
     try:
-        tokenizer = _load(where, trust_remote_code)
+        tokenizer = _load(folder, trust_remote_code)
     except Exception as error:  # transformers raises many kinds; all mean that this is no usable tokenizer
-        reason = " ".join(str(error).split())[:300]
-        absent = "" if Path(where).is_dir() else "is no directory here, and from the hub "
-        raise UserError(f"{key}={path}: {absent}no tokenizer could be loaded ({reason})") from error
+        absent = "is no directory here, and from the hub " if directory is None else ""
+        raise UserError(f"{key}={path}: {absent}no tokenizer could be loaded ({in_one_line(error)})") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up where it finds no file
         raise UserError(f"{key}={path}: no tokenizer found, needed is tokenizer.json or tokenizer.model")
     if tokenizer.eos_token_id is None:
@@ -75,41 +75,19 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, key: str = "model
     return tokenizer
 
 
-def _locate(path: str, key: str) -> str:
-    if path.startswith(BUILTIN_PREFIX):
-        names = sorted(folder.name for folder in MODELS.iterdir() if (folder / "config.json").is_file())
-        name = path.removeprefix(BUILTIN_PREFIX)
-        if name not in names:
-            raise UserError(f"{key}={path}: bundled are {', '.join(BUILTIN_PREFIX + known for known in names)}")
-        return str(MODELS / name)
-    here = local_path(path)
-    if here.is_file():
-        raise UserError(f"{key}={path}: must be a directory, did you mean {here.parent}?")
-    if here.is_dir():
-        return str(here)
-    if here.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
-        parent = here.absolute().parent
-        hint = nearest(here.name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else ""
-        raise UserError(f"{key}={path}: no such directory{hint}")
-    stay_offline_where_unreachable()
-    return path
-
-
-def _load(where: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    folder = Path(where)
-    configured = (folder / "tokenizer_config.json").is_file()
-    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file() and not configured:
+def _load(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    bare = not (folder / "tokenizer_config.json").is_file()
+    if not bare or not (folder / "tokenizer.json").is_file():
         # Models that come with a bare SentencePiece file were trained with BOS before every text.
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, add_bos_token=True)
-    if configured or not (folder / "tokenizer.json").is_file():
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+        options = {"add_bos_token": True} if bare and (folder / "tokenizer.model").is_file() else {}
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, **options)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     known = tokenizer.get_vocab()
     for name, usual in (("eos_token", USUAL_EOS), ("bos_token", USUAL_BOS)):
         token = next((token for token in usual if token in known), None)
         if token is not None:
             setattr(tokenizer, name, token)
-            logger.info("%s has no tokenizer_config.json: taking %s for its %s", where, token, name)
+            logger.info("%s has no tokenizer_config.json: taking %s for its %s", folder, token, name)
     return tokenizer
 
 
@@ -152,32 +130,24 @@ def render(
     Raises:
         jinja2.TemplateError: the template refuses these messages.
     """
+
+    def write(messages: list[dict[str, Any]]) -> str:
+        try:
+            text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+        except (TypeError, ValueError, LookupError, AttributeError) as error:  # templates add and compare what they get
+            raise TemplateError(str(error) or type(error).__name__) from error
+        if not isinstance(text, str):
+            raise TemplateError(f"the chat template gave {type(text).__name__}, not text")
+        return text
+
     try:
-        return _render(tokenizer, messages, tools, prompt)
+        return write(messages)
     except TemplateError:
         with_text = _with_arguments_as_text(messages)
-        if with_text is None:
-            raise
-        try:
-            return _render(tokenizer, with_text, tools, prompt)
-        except TemplateError:
-            pass
+        if with_text is not None:
+            with suppress(TemplateError):
+                return write(with_text)
         raise
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, Any]],
-    tools: list[dict[str, Any]] | None,
-    prompt: bool,
-) -> str:
-    try:
-        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
-    except (TypeError, ValueError, LookupError, AttributeError) as error:  # templates add and compare what they find
-        raise TemplateError(str(error) or type(error).__name__) from error
-    if not isinstance(text, str):
-        raise TemplateError(f"the chat template gave {type(text).__name__}, not text")
-    return text
 
 
 def _with_arguments_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:

@@ -31,8 +31,7 @@ from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.inspection import pretrained_architecture
 from lisa_dist.models.layer_map import LayerMap, find_layers
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
-from lisa_dist.models.masking import Separation, install_position_handling
-from lisa_dist.models.packing_check import find_separation
+from lisa_dist.models.masking import Separation, find_separation, install_position_handling
 from lisa_dist.models.quantization import quantize_linears
 from lisa_dist.objectives import Objective
 from lisa_dist.objectives.supervised import prepare_supervised

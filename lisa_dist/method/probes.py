@@ -18,7 +18,7 @@ from lisa_dist.config.sampling import ProbeRequest
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.method.updates import Update
 from lisa_dist.method.updates.sharded import own_rows
-from lisa_dist.models.matrix_inputs import InputSquares, input_dim
+from lisa_dist.models.matrices import InputSquares, input_dim
 from lisa_dist.objectives import Objective
 from lisa_dist.objectives.chunked_head import IGNORED
 from lisa_dist.runtime import distributed

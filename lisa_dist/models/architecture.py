@@ -15,9 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from lisa_dist.config import ModelConfig, UserError
-from lisa_dist.config.errors import nearest
-from lisa_dist.config.model import BUILTIN_PREFIX
-from lisa_dist.config.paths import local_path
+from lisa_dist.config.errors import in_one_line, nearest
+from lisa_dist.config.paths import model_directory
 from lisa_dist.models.model_kinds import check_is_decoder
 from lisa_dist.runtime.files import read_json_object
 from lisa_dist.runtime.hub import stay_offline_where_unreachable
@@ -26,32 +25,6 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 _OTHER_MODALITY = re.compile("vision|visual|image|img|audio|speech|video")
-
-
-def local_directory(path: str) -> Path | None:
-    """Return the directory that ``path`` names, or None where it is a hub id.
-
-    ``builtin:NAME`` is a directory of this package.
-
-    Raises:
-        UserError: ``path`` can only be a directory and there is none.
-    """
-    if path.startswith(BUILTIN_PREFIX):
-        directory = Path(__file__).parent / path.removeprefix(BUILTIN_PREFIX)
-        if not (directory / CONFIG_FILE).is_file():
-            known = sorted(
-                f"{BUILTIN_PREFIX}{found.parent.name}" for found in Path(__file__).parent.glob("*/config.json")
-            )
-            raise UserError(f"model.path={path}: the built-in models are {', '.join(known)}{nearest(path, known)}")
-        return directory
-    directory = local_path(path)
-    if directory.is_dir():
-        return directory
-    if directory.is_file():
-        raise UserError(f"model.path={path}: must be a directory with a config.json, or a hub id, but is a file")
-    if directory.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
-        raise UserError(f"model.path={path}: no such directory")
-    return None
 
 
 def read_architecture(config: ModelConfig, *, without_weights: bool = False) -> PretrainedConfig:
@@ -64,14 +37,12 @@ def read_architecture(config: ModelConfig, *, without_weights: bool = False) -> 
         UserError: no architecture is to be found, its type is unknown, it needs code that comes with the model, its
             weights are quantised, it is the language model of several modalities, or no decoder.
     """
-    directory = None if config.path is None else local_directory(config.path)
+    directory = None if config.path is None else model_directory(config.path)
     weightless = without_weights or config.initialization == "random"
-    if directory is not None:
-        architecture = _read_directory(config, directory)
-    elif config.architecture and (config.path is None or weightless):
+    if directory is None and config.architecture and (config.path is None or weightless):
         architecture = from_fields(config.architecture)
     elif config.path is not None:
-        architecture = _read_hub(config, config.path)
+        architecture = _read(config, directory)
     else:
         raise UserError("model.path=null: name a Hugging Face directory, a hub id or builtin:demo, or choose a preset")
     whole, architecture = architecture, _text_alone(config, architecture)
@@ -141,33 +112,29 @@ def meta_replica(model: nn.Module) -> Any:
     return replica
 
 
-def _read_directory(config: ModelConfig, directory: Path) -> PretrainedConfig:
-    file = directory / CONFIG_FILE
-    if not file.is_file():
-        raise UserError(f"model.path={config.path}: the directory has no {CONFIG_FILE}, so it is no Hugging Face model")
-    fields = read_json_object(file, f"model.path={config.path}")
+def _read(config: ModelConfig, directory: Path | None) -> PretrainedConfig:
+    """Read the config.json of a directory, or of the hub id ``model.path``."""
+    if directory is not None:
+        file = directory / CONFIG_FILE
+        if not file.is_file():
+            raise UserError(
+                f"model.path={config.path}: the directory has no {CONFIG_FILE}, so it is no Hugging Face model"
+            )
+        fields = read_json_object(file, f"model.path={config.path}")
+    else:
+        stay_offline_where_unreachable()
+        try:
+            fields, _ = PretrainedConfig.get_config_dict(config.path)
+        except OSError as error:
+            raise UserError(
+                f"model.path={config.path}: no such directory, and the hub's {CONFIG_FILE} can't be read "
+                f"({_first_line(error)})"
+            ) from error
     _check_fields(config, fields)
-    return _load_config(config, str(directory))
-
-
-def _read_hub(config: ModelConfig, hub_id: str) -> PretrainedConfig:
-    stay_offline_where_unreachable()
     try:
-        fields, _ = PretrainedConfig.get_config_dict(hub_id)
-    except OSError as error:
-        raise UserError(
-            f"model.path={hub_id}: no such directory, and the hub's {CONFIG_FILE} can't be read ({_first_line(error)})"
-        ) from error
-    _check_fields(config, fields)
-    return _load_config(config, hub_id)
-
-
-def _load_config(config: ModelConfig, path: str) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        return AutoConfig.from_pretrained(str(directory or config.path), trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises many kinds, and code that comes with a model any
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model.path={config.path}: {CONFIG_FILE} can't be used ({reason})") from error
+        raise UserError(f"model.path={config.path}: {CONFIG_FILE} can't be used ({in_one_line(error)})") from error
 
 
 def _text_alone(config: ModelConfig, architecture: PretrainedConfig) -> PretrainedConfig:
@@ -198,12 +165,13 @@ def from_fields(fields: dict[str, Any]) -> PretrainedConfig:
     try:
         return AutoConfig.for_model(model_type, **fields)
     except Exception as error:  # each configuration checks its fields in its own way
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model.architecture: model_type={model_type} can't have these fields ({reason})") from error
+        raise UserError(
+            f"model.architecture: model_type={model_type} can't have these fields ({in_one_line(error)})"
+        ) from error
 
 
 def _check_fields(config: ModelConfig, fields: dict[str, Any]) -> None:
-    """Refuse weights that are stored quantised, and code that was not allowed."""
+    """Refuse weights that are stored quantised, and code that comes with the model unless it may run."""
     quantized = fields.get("quantization_config") or fields.get("compression_config")
     if quantized:
         method = quantized.get("quant_method", "unnamed") if isinstance(quantized, dict) else quantized
@@ -212,25 +180,18 @@ def _check_fields(config: ModelConfig, fields: dict[str, Any]) -> None:
             f"{method}), which can't be trained here; choose the model's unquantised weights, which "
             "model.quantization=nf4 or int8 quantises for adapters"
         )
-    _check_code(config, fields)
-
-
-def _check_code(config: ModelConfig, fields: dict[str, Any]) -> None:
-    """Refuse code that comes with the model unless ``model.trust_remote_code`` is set; warn where it is."""
-    model_type = fields.get("model_type")
-    if config.trust_remote_code:
-        if "auto_map" in fields:
-            logger.warning(
-                "model.trust_remote_code=true: Python code that comes with %s RUNS ON THIS MACHINE, with your rights",
-                config.path,
-            )
-        return
-    if "auto_map" in fields and model_type not in CONFIG_MAPPING_NAMES:
+    if config.trust_remote_code and "auto_map" in fields:
+        logger.warning(
+            "model.trust_remote_code=true: Python code that comes with %s RUNS ON THIS MACHINE, with your rights",
+            config.path,
+        )
+    elif "auto_map" in fields and fields.get("model_type") not in CONFIG_MAPPING_NAMES:
         raise UserError(
             f"model.path={config.path}: this model needs Python code of its own, which is run only with "
             "model.trust_remote_code=true, after you have read it"
         )
-    _check_type(f"model.path={config.path}: model_type of {CONFIG_FILE}", model_type)
+    if not config.trust_remote_code:
+        _check_type(f"model.path={config.path}: model_type of {CONFIG_FILE}", fields.get("model_type"))
 
 
 def _check_type(key: str, model_type: str | None) -> None:

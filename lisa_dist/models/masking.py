@@ -1,4 +1,4 @@
-"""The attention masks of transformers: narrowed to each packed sample, and under fake tensors."""
+"""Packed samples kept apart, by positions or by transformers' attention masks; found by trying on a tiny copy."""
 
 from __future__ import annotations
 
@@ -8,12 +8,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import masking_utils
+
+from lisa_dist.config import UserError
+from lisa_dist.config.errors import in_one_line
+from lisa_dist.models.tiny_copy import FIRST_PLAIN_TOKEN, VOCABULARY, NoTinyCopyError, tiny_copy
+from lisa_dist.runtime import distributed
 
 Separation = Literal["positions", "mask"]  # what keeps packed samples apart
 
 PACKED_MASKS = ("eager", "sdpa", "flex_attention")  # kernels whose masks can tell samples apart
+SAMPLE_TOKENS = (21, 13)  # longer than the tiny copy's windows, and no multiple of them
+PADDING = 6
+# Differences in standard deviations of the logits: rounding gives up to 1e-4 in float32 and 0.1 in bfloat16, a sample
+# in sight 0.3 to 6.
+SAME = {torch.float32: 2e-3, torch.bfloat16: 0.2}
+SEEN = 0.2
 
 
 @contextmanager
@@ -97,3 +109,89 @@ def _samples_apart(position_ids: Tensor) -> Iterator[None]:
     finally:
         for name, build in replaced.items():
             builders[name] = build
+
+
+def find_separation(model: Any, blocks_path: str) -> Separation:
+    """Return what keeps packed samples apart in ``model``: its position ids alone, or only a dense mask beside them.
+
+    Two samples are packed behind one another through a tiny copy of the architecture, in both orders; each must get
+    the numbers that it gets alone. The copy has the model's attention kernel and runs on the CPU; with one of the flash
+    kernels, which need it, on this rank's device and in bfloat16. Random states stay as they were.
+
+    Args:
+        model: a causal language model as transformers builds it, on meta or elsewhere, without adapters.
+        blocks_path: dotted path of its stack of blocks.
+
+    Raises:
+        UserError: neither keeps them apart, or that can't be tried.
+    """
+    name, remedy = type(model).__name__, "use data.packing=false"
+    untried = f"data.packing=true: whether {name} keeps packed samples apart can't be tried"
+    try:
+        small = tiny_copy(model, blocks_path)
+    except NoTinyCopyError as error:
+        raise UserError(f"{untried}, since no tiny copy of it can be built ({error}); {remedy}") from error
+    kernel = str(small.config._attn_implementation)
+    if kernel not in ("eager", "sdpa"):
+        small.to(distributed.device())  # type: ignore[arg-type]
+    if "flash" in kernel:
+        small.to(torch.bfloat16)  # type: ignore[arg-type]
+    found: dict[Separation, float | str] = {}
+    tried: tuple[Separation, ...] = ("positions", "mask")
+    for separation in tried:
+        install_position_handling(small, separation)
+        found[separation] = difference = _tried(small)
+        if isinstance(difference, float) and difference < SAME[small.dtype]:
+            return separation
+    reasons = [reason if isinstance(reason, str) else f"a difference of {reason:.2g}" for reason in found.values()]
+    if all(isinstance(reason, str) for reason in found.values()):
+        raise UserError(f"{untried}: a tiny copy of it gives {reasons[1]}; {remedy}")
+    raise UserError(
+        f"data.packing=true: {name} does not keep packed samples apart: in a tiny copy of it a sample packed behind "
+        f"another gets other numbers than alone ({reasons[0]}; with an explicit mask {reasons[1]}); {remedy}"
+    )
+
+
+def _tried(small: Any) -> float | str:
+    """Return the largest difference between packed and alone, or in words why there is none to be trusted."""
+    try:
+        difference, joined = packed_difference(small), packed_difference(small, joined=True)
+    except Exception as error:  # whatever a foreign forward pass raises
+        return f"{type(error).__name__}: {in_one_line(error)}"
+    if not difference < float("inf"):
+        return "no finite numbers"
+    if joined < SEEN:
+        return "a tiny copy in which no token sees another"
+    return difference
+
+
+@torch.no_grad()
+def packed_difference(model: Any, *, joined: bool = False) -> float:
+    """Return by how much the logits of packed samples differ from those alone, at most, in standard deviations.
+
+    Args:
+        model: takes tokens below ``VOCABULARY``.
+        joined: give positions as if all samples of a row were one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    samples = [torch.randint(FIRST_PLAIN_TOKEN, VOCABULARY, (size,), generator=generator) for size in SAMPLE_TOKENS]
+    alone = [_logits(model, sample[None])[0] for sample in samples]
+    orders = [[0, 1], [1, 0]]
+    rows = [torch.cat([*(samples[index] for index in order), samples[0][:PADDING]]) for order in orders]
+    lengths = [[len(samples[order[0]]), len(samples[order[1]]) + PADDING] for order in orders]
+    positions = [torch.cat([torch.arange(size) for size in sizes]) for sizes in lengths]
+    if joined:
+        positions = [torch.arange(len(row)) for row in rows]
+    packed = _logits(model, torch.stack(rows), torch.stack(positions))
+    largest = 0.0
+    for row, order in zip(packed, orders):
+        expected = torch.cat([alone[index] for index in order])
+        difference = (row[: len(expected)] - expected).abs().max() / expected.std()
+        largest = max(largest, difference.item()) if difference.isfinite() else float("inf")
+    return largest
+
+
+def _logits(model: Any, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    given = {"input_ids": input_ids} if position_ids is None else {"input_ids": input_ids, "position_ids": position_ids}
+    inputs = {name: tensor.to(model.device) for name, tensor in given.items()}
+    return model(**inputs, use_cache=False).logits.float().cpu()

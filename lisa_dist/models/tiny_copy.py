@@ -19,6 +19,7 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lisa_dist.config.errors import in_one_line
 from lisa_dist.models.architecture import original_class
 
 VOCABULARY = 128
@@ -96,7 +97,7 @@ def tiny_copy(model: Any, blocks_path: str) -> PreTrainedModel:
                     continue
                 return _with_random_weights(model, config)
             except Exception as error:  # whatever a foreign configuration or model raises on unusual sizes
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                reason = in_one_line(error) or type(error).__name__
     finally:
         transformers.logging.set_verbosity(verbosity)
     raise NoTinyCopyError(reason)

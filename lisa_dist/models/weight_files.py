@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lisa_dist.config import UserError
-from lisa_dist.models.architecture import local_directory
+from lisa_dist.config.paths import model_directory
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.files import check_is_whole, read_json_object
 
@@ -154,7 +154,7 @@ class SafetensorsDirectory:
 
 def weights_directory(path: str) -> Path:
     """Return the directory with the weights of ``path``, downloaded first if it is a hub id. Collective: every rank."""
-    directory = local_directory(path)
+    directory = model_directory(path)
     if directory is not None:
         return directory
 

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.checks import check_accumulation, check_combinations
+from lisa_dist.config.paths import model_directory
 from lisa_dist.config.sampling import FixedSamplerConfig
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.method.module import (
@@ -29,7 +30,7 @@ from lisa_dist.method.module import (
     count_persistent_bytes,
 )
 from lisa_dist.method.sampling import build_sampler
-from lisa_dist.models.architecture import CONFIG_FILE, local_directory, read_architecture, set_depth
+from lisa_dist.models.architecture import CONFIG_FILE, read_architecture, set_depth
 from lisa_dist.models.inspection import ties_differ
 from lisa_dist.models.masking import mask_as_in_training
 from lisa_dist.runtime import distributed
@@ -90,7 +91,7 @@ def micro_batches_per_step(config: Config) -> int:
 def architecture_of(config: Config) -> PretrainedConfig:
     """Return the architecture that ``model.*`` names; of weights that are there, only ties are looked at."""
     architecture = read_architecture(config.model, without_weights=True)
-    directory = local_directory(str(config.model.path)) if config.model.path else None
+    directory = model_directory(str(config.model.path)) if config.model.path else None
     is_tied = getattr(architecture, "tie_word_embeddings", False) and config.model.initialization == "pretrained"
     if is_tied and directory is not None and any(directory.glob("*.safetensors")):
         try:

@@ -170,7 +170,7 @@ def test_missing_paths_name_the_nearest(tmp_path):
         find_source("nowhere/rows.jsonl")
     with pytest.raises(UserError, match=r"no file matches"):
         find_source(f"{tmp_path}/*.jsonl")
-    with pytest.raises(UserError, match=r"data.validation=builtin:dmo: bundled data are builtin:demo"):
+    with pytest.raises(UserError, match=r"data.validation=builtin:dmo: bundled are builtin:demo"):
         find_source("builtin:dmo", key="data.validation")
     with pytest.raises(UserError, match=r"holds no file that ends in one of"):
         find_source(str(Path(__file__).parent))

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoConfig
 
 from lisa_dist.config import ModelConfig, UserError
-from lisa_dist.models.architecture import build_meta_model, local_directory, meta_replica, read_architecture, set_depth
+from lisa_dist.config.paths import model_directory
+from lisa_dist.models.architecture import build_meta_model, meta_replica, read_architecture, set_depth
 from tests.support.families import tiny_config
 
 TINY = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16}
@@ -38,10 +39,10 @@ def test_fields_stand_in_for_a_hub_id_where_no_weights_are_read() -> None:
 
 
 def test_built_in_model_is_in_the_package() -> None:
-    directory = local_directory("builtin:demo")
+    directory = model_directory("builtin:demo")
     assert directory is not None and (directory / "config.json").is_file()
     with pytest.raises(UserError, match="builtin:demo"):
-        local_directory("builtin:dmeo")
+        model_directory("builtin:dmeo")
 
 
 def test_model_is_on_meta_in_float32(tmp_path: Path) -> None:

@@ -21,8 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lisa_dist.config import ModelConfig, UserError
 from lisa_dist.models.architecture import build_meta_model, read_architecture
 from lisa_dist.models.layer_map import find_layers
-from lisa_dist.models.masking import install_position_handling
-from lisa_dist.models.packing_check import find_separation
+from lisa_dist.models.masking import find_separation, install_position_handling
 from lisa_dist.models.tiny_copy import FIRST_PLAIN_TOKEN, VOCABULARY, NoTinyCopyError, tiny_copy
 from lisa_dist.objectives.chunked_head import install_loss_head, plain_loss
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lisa_dist.models.layer_map import find_layers
-from lisa_dist.models.matrix_inputs import InputSquares
+from lisa_dist.models.matrices import InputSquares
 from lisa_dist.models.tiny_copy import tiny_copy
 from tests.support.every_architecture import FIELDS
 

@@ -11,11 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lisa_dist.config import Config, DataConfig, ModelConfig, UserError
 from lisa_dist.method.module import separate_packed_samples
-from lisa_dist.models import packing_check
+from lisa_dist.models import masking
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
-from lisa_dist.models.masking import install_position_handling
-from lisa_dist.models.packing_check import find_separation
+from lisa_dist.models.masking import find_separation, install_position_handling
 from lisa_dist.models.tiny_copy import NoTinyCopyError, tiny_copy
 from lisa_dist.objectives.chunked_head import install_loss_head
 from tests.support.families import FAMILIES, tiny_config
@@ -84,7 +83,7 @@ def test_what_can_not_be_tried_is_refused_with_the_reason(monkeypatch: pytest.Mo
     def fail(*_: Any) -> None:
         raise NoTinyCopyError("it would have 7,000,000,000 parameters")
 
-    monkeypatch.setattr(packing_check, "tiny_copy", fail)
+    monkeypatch.setattr(masking, "tiny_copy", fail)
     with pytest.raises(UserError, match=r"LlamaForCausalLM .* can't be tried.*7,000,000,000.*data\.packing=false"):
         _separation(build_meta_model(ModelConfig(), tiny_config("llama")))
 
@@ -97,7 +96,7 @@ def test_a_copy_in_which_no_token_sees_another_shows_nothing(monkeypatch: pytest
                 torch.nn.init.zeros_(parameter)
         return copy
 
-    monkeypatch.setattr(packing_check, "tiny_copy", blind)
+    monkeypatch.setattr(masking, "tiny_copy", blind)
     with pytest.raises(UserError, match="no token sees another"):
         _separation(build_meta_model(ModelConfig(), tiny_config("llama")))
 
