@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,9 +11,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lisa_dist.checkpoint.description import described_model
-from lisa_dist.checkpoint.shards import write_safetensors
-from lisa_dist.checkpoint.weights import ShardedTensors
+from lisa_dist.checkpoint.shards import ShardedTensors, write_safetensors
+from lisa_dist.checkpoint.state import open_weights
 from lisa_dist.config import Config, UserError
+from lisa_dist.config.run_directory import RunDirectory
+from lisa_dist.config.updates import LoraUpdateConfig
 from lisa_dist.method.updates.lora import ADAPTER, adapter_config, merge, scaling_of
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
@@ -21,37 +24,32 @@ from lisa_dist.models.quantization import dequantize
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
-def merged_tensors(tensors: ShardedTensors, config: Config, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every weight under the name it has without adapters, those that carry one merged, one at a time.
+def merged_tensors(
+    tensors: ShardedTensors, adapters: LoraUpdateConfig | None, quantization: str, model: nn.Module
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every weight of a checkpoint under the name it has without adapters, those with one merged, one at a time.
 
-    Quantised weights are turned into the numbers they stand for, which are those that the adapters were trained on.
-
-    Args:
-        tensors: of the checkpoint.
-        config: of the run.
-        model: the model without adapters, on ``meta``.
+    Weights that ``model.quantization`` changed are turned into the numbers they stand for, which are those that the
+    adapters were trained on. ``model`` is the model without adapters, on ``meta``.
     """
-    adapters = config.update.adapters
+
+    def plain(name: str) -> torch.Tensor:
+        scale = f"{name}_scale"
+        if scale not in tensors.pieces:
+            return tensors.read(name)
+        return dequantize(tensors.read(name), tensors.read(scale), quantization, torch.float32)
+
     for name in tensors:
         if ".lora_" in name or name.endswith(".weight_scale"):
             continue
         if adapters is None or not name.endswith(".base_layer.weight"):
-            yield name.replace(".base_layer.", "."), _plain(tensors, name, config)
+            yield name.replace(".base_layer.", "."), plain(name)
             continue
         layer = name.removesuffix(".base_layer.weight")
         a, b = (tensors.read(f"{layer}.lora_{kind}.{ADAPTER}.weight") for kind in "AB")
         magnitude = tensors.read(f"{layer}.lora_magnitude_vector.{ADAPTER}.weight") if adapters.dora else None
         transposed = isinstance(model.get_submodule(layer), Conv1D)
-        scaling = scaling_of(adapters, a.shape[0])
-        yield f"{layer}.weight", merge(_plain(tensors, name, config), a, b, scaling, magnitude, transposed)
-
-
-def _plain(tensors: ShardedTensors, name: str, config: Config) -> torch.Tensor:
-    """Return a weight that is not quantised, or no longer."""
-    scale = f"{name}_scale"
-    if scale not in tensors.pieces:
-        return tensors.read(name)
-    return dequantize(tensors.read(name), tensors.read(scale), config.model.quantization, torch.float32)
+        yield f"{layer}.weight", merge(plain(name), a, b, scaling_of(adapters, a.shape[0]), magnitude, transposed)
 
 
 def write_adapter(config: Config, checkpoint: Path, directory: Path) -> list[str]:
@@ -62,18 +60,18 @@ def write_adapter(config: Config, checkpoint: Path, directory: Path) -> list[str
     """
     if config.update.adapters is None:
         raise UserError(f"export.adapter=true: this run has no adapters, its update is {config.update.name}")
-    ends = [end for end in ("embeddings", "norm", "head") if getattr(config.always_active, end)]
-    if ends:
+    trained = [part for part, trains in asdict(config.always_active).items() if trains]
+    if trained:
         raise UserError(
-            f"export.adapter=true: trained were also the {', '.join(ends)}; leave the key out to export all, merged"
+            f"export.adapter=true: trained were also the {', '.join(trained)}; leave the key out to export all, merged"
         )
     dtype = getattr(torch, config.export.dtype or "float32")
-    with ShardedTensors.of_weights(checkpoint) as tensors:
-        names = [name for name in tensors if ".lora_" in name]
-        described = {_peft_name(name): torch.empty(tensors.shape(name), dtype=dtype, device="meta") for name in names}
-        contents = (tensors.read(name).to(dtype) for name in names)
-        write_safetensors(described, directory / WEIGHTS_FILE, {"format": "pt"}, contents)
-    layers = find_layers(build_meta_model(described_model(config)), config.model.blocks)
+    tensors = open_weights(checkpoint)
+    names = [name for name in tensors if ".lora_" in name]
+    described = {_peft_name(name): torch.empty(tensors.shape(name), dtype=dtype, device="meta") for name in names}
+    contents = (tensors.read(name).to(dtype) for name in names)
+    write_safetensors(described, directory / WEIGHTS_FILE, {"format": "pt"}, contents)
+    layers = find_layers(build_meta_model(described_model(RunDirectory.of(config), config.model)), config.model.blocks)
     written = adapter_config(config.update.adapters, layers)
     written.base_model_name_or_path = config.model.path
     written.inference_mode = True

@@ -20,7 +20,8 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from lisa_dist.checkpoint.code_files import GENERATE, copy_code
-from lisa_dist.config import Config, ModelConfig, UserError
+from lisa_dist.config import ModelConfig, UserError
+from lisa_dist.config.errors import in_one_line
 from lisa_dist.config.paths import model_directory
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.tokenizer import load_tokenizer
@@ -41,78 +42,76 @@ _MODES = ["do_sample", "num_beams", "use_cache", "return_dict_in_generate", "sup
 _PROBE = "Two words,\n  \tnumbers 12345, naïve 日本語 🙂 <s> </s> <|endoftext|> <|im_end|>"
 
 
-def described_model(config: Config) -> ModelConfig:
+def described_model(run: RunDirectory, model: ModelConfig) -> ModelConfig:
     """Return the keys ``model.*`` of a run with its own description in the place of what it started from.
 
     Raises:
         UserError: the run directory has none.
     """
-    folder = RunDirectory.of(config).model
-    if not (folder / CONFIG_FILE).is_file():
-        raise UserError(
-            f"run.dir={config.run.dir}: has no {folder.name}/{CONFIG_FILE}, which a run writes when it starts"
-        )
-    return replace(config.model, path=str(folder), init=config.model.initialization, architecture={})
+    if not (run.model / CONFIG_FILE).is_file():
+        raise UserError(f"run.dir={run.path}: has no {run.model.name}/{CONFIG_FILE}, which a run writes when it starts")
+    return replace(model, path=str(run.model), init=model.initialization, architecture={})
 
 
-def was_untied(config: Config) -> bool:
+def was_untied(run: RunDirectory) -> bool:
     """Whether the run was started with a head of its own where config.json ties it to the embeddings."""
-    file = RunDirectory.of(config).model / CONFIG_FILE
-    return file.is_file() and read_json_object(file, f"run.dir={config.run.dir}").get("tie_word_embeddings") is False
+    file = run.model / CONFIG_FILE
+    return file.is_file() and read_json_object(file, f"run.dir={run.path}").get("tie_word_embeddings") is False
 
 
-def write_description(config: Config, architecture: PretrainedConfig) -> None:
+def write_description(run: RunDirectory, model: ModelConfig, architecture: PretrainedConfig) -> None:
     """Write config.json, generation_config.json and the code that comes with the model to the run directory.
 
-    The folder is there when all is written; then it is read again.
-
-    Args:
-        config: of the run.
-        architecture: as the model is built; its dtype is that of the weights.
+    The folder is there when all is written; then it is read again, as transformers would; the model is built too, where
+    its code was copied. ``architecture`` is that which is trained; its dtype is that of the weights.
 
     Raises:
         UserError: a file of the model is damaged, or can't be written.
     """
-    folder = RunDirectory.of(config).model
-    shutil.rmtree(folder, ignore_errors=True)  # of a start that failed before its first step
+    shutil.rmtree(run.model, ignore_errors=True)  # of a start that failed before its first step
+    source = _model_source(model)
     try:
-        with new_folder(folder) as unfinished:
-            source = model_source(config.model)
-            fields = _config_fields(config.model, architecture, source)
+        with new_folder(run.model) as unfinished:
+            fields = _config_fields(model, architecture, source)
             if source is not None:
-                copy_code(partial(source_file, source), fields, unfinished, GENERATE)
+                copy_code(partial(_source_file, source), fields, unfinished, GENERATE)
             write_json_object(fields, unfinished / CONFIG_FILE)
-            generation = _generation_fields(config.model, architecture, source, fields)
+            generation = _generation_fields(model, architecture, source, fields)
             write_json_object(generation, unfinished / GENERATION_FILE)
     except OSError as error:
-        raise UserError(f"run.dir={config.run.dir}: {folder} can't be written ({error.strerror or error})") from error
-    _read_again(config, "auto_map" in fields)
+        raise UserError(f"run.dir={run.path}: {run.model} can't be written ({error.strerror or error})") from error
+    described = described_model(run, model)
+    try:
+        again = read_architecture(described)
+        if "auto_map" in fields:
+            build_meta_model(described, again)
+    except UserError as error:
+        raise UserError(f"model.path={model.path}: what an export would hold of it can't be used: {error}") from error
 
 
-def write_tokenizer(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the tokenizer, its chat template and the code that comes with it to the run directory; read it again.
+def write_tokenizer(folder: Path, model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the tokenizer, its chat template and the code that comes with it to a folder; read it again.
 
     Raises:
         UserError: it can't be saved, or not be read again.
     """
-    folder = RunDirectory.of(config).tokenizer
-    key = f"model.tokenizer={config.model.tokenizer or config.model.path}"
+    key = f"model.tokenizer={model.tokenizer or model.path}"
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # transformers raises many kinds, and code that comes with a tokenizer any
-        raise UserError(f"{key}: can't be saved for an export ({' '.join(str(error).split())[:300]})") from error
+        raise UserError(f"{key}: can't be saved for an export ({in_one_line(error)})") from error
     settings = folder / "tokenizer_config.json"
-    source = model_source(replace(config.model, path=config.model.tokenizer or config.model.path, architecture={}))
+    source = _model_source(replace(model, path=model.tokenizer or model.path, architecture={}))
     fields = read_json_object(settings, key)
     if source is not None and "auto_map" in fields:
-        copy_code(partial(source_file, source), fields, folder)
+        copy_code(partial(_source_file, source), fields, folder)
         write_json_object(fields, settings)
-    again = load_tokenizer(str(folder), config.model.trust_remote_code)
+    again = load_tokenizer(str(folder), model.trust_remote_code)
     if again(_PROBE).input_ids != tokenizer(_PROBE).input_ids or again.chat_template != tokenizer.chat_template:
         logger.warning("%s: once saved and read again, it encodes otherwise; an export will hold it as saved", key)
 
 
-def model_source(model: ModelConfig) -> str | None:
+def _model_source(model: ModelConfig) -> str | None:
     """Return the directory or the hub id that holds the model's files, None where its fields are in the preset."""
     directory = model_directory(model.path) if model.path else None
     if directory is not None:
@@ -120,11 +119,8 @@ def model_source(model: ModelConfig) -> str | None:
     return None if model.architecture and (model.path is None or model.initialization == "random") else model.path
 
 
-def source_file(source: str, name: str) -> Path | None:
+def _source_file(source: str, name: str) -> Path | None:
     """Return a file of a directory or hub id, downloaded where it must be, or None where there is none."""
-    if Path(source).is_dir():
-        file = Path(source) / name
-        return file if file.is_file() else None
     found = cached_file(
         source,
         name,
@@ -135,25 +131,12 @@ def source_file(source: str, name: str) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _read_again(config: Config, with_code: bool) -> None:
-    """Try what was written as transformers would; the model too, where its code was copied."""
-    described = described_model(config)
-    try:
-        architecture = read_architecture(described)
-        if with_code:
-            build_meta_model(described, architecture)
-    except UserError as error:
-        raise UserError(
-            f"model.path={config.model.path}: what an export would hold of it can't be used: {error}"
-        ) from error
-
-
 def _config_fields(model: ModelConfig, architecture: PretrainedConfig, source: str | None) -> dict[str, Any]:
     """Return the source's own fields, less what training sets, with the dtype and the ties of the weights."""
     if source is None:
         fields = json.loads(from_fields(model.architecture).to_json_string(use_diff=True))
     else:
-        file = source_file(source, CONFIG_FILE)
+        file = _source_file(source, CONFIG_FILE)
         if file is None:
             raise UserError(f"model.path={model.path}: its {CONFIG_FILE} can't be read again")
         fields = read_json_object(file, f"model.path={model.path}")
@@ -172,20 +155,24 @@ def set_dtype(fields: dict[str, Any], dtype: torch.dtype) -> None:
 def _generation_fields(
     model: ModelConfig, architecture: PretrainedConfig, source: str | None, fields: dict[str, Any]
 ) -> dict[str, Any]:
-    file = None if source is None else source_file(source, GENERATION_FILE)
-    if file is None:
-        return repaired(generation_fields({**architecture.to_dict(), "use_cache": None, **fields}), CONFIG_FILE)
-    return repaired(read_json_object(file, f"model.path={model.path}"), GENERATION_FILE)
+    """Return the settings of the model's own file for them, or those that its config.json holds."""
+    file = None if source is None else _source_file(source, GENERATION_FILE)
+    if file is not None:
+        return repaired(read_json_object(file, f"model.path={model.path}"), GENERATION_FILE)
+    return repaired(generation_fields({**architecture.to_dict(), "use_cache": None, **fields}), CONFIG_FILE)
+
+
+def generation_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of generation that a config.json holds."""
+    known = GenerationConfig().to_dict().keys() - {"transformers_version"}
+    return {name: value for name, value in fields.items() if name in known and value is not None}
 
 
 def repaired(fields: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Return the settings that are valid together, in their order; what is left out is said.
+    """Return the settings of generation that are valid together, in their order; what is left out is said.
 
     A sampling parameter beside ``do_sample=false`` has no effect on the answers, and leaving it out has none either.
-
-    Args:
-        fields: of generation_config.json.
-        origin: the file they come from, for the message.
+    ``origin`` is the file they come from, for the message.
     """
     if _problem(fields) is None:
         return fields
@@ -200,12 +187,6 @@ def repaired(fields: dict[str, Any], origin: str) -> dict[str, Any]:
                 *(origin, name, fields[name], problem),
             )
     return {name: fields[name] for name in fields if name in kept}
-
-
-def generation_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of generation that a config.json holds, where a model has no file of its own for them."""
-    known = GenerationConfig().to_dict().keys() - {"transformers_version"}
-    return {name: value for name, value in fields.items() if name in known and value is not None}
 
 
 def _problem(fields: dict[str, Any]) -> str | None:

@@ -14,7 +14,7 @@ from lisa_dist.checkpoint.adapters import merged_tensors, write_adapter
 from lisa_dist.checkpoint.description import described_model, set_dtype
 from lisa_dist.checkpoint.manifest import check_format, checkpoint_name, list_checkpoints, step_of, verify
 from lisa_dist.checkpoint.shards import write_safetensors
-from lisa_dist.checkpoint.weights import ShardedTensors
+from lisa_dist.checkpoint.state import open_weights
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.models.architecture import CONFIG_FILE, build_meta_model, read_architecture
@@ -91,18 +91,17 @@ def export_checkpoint(config: Config, checkpoint: Path, target: Path) -> list[st
 
 def write_model(config: Config, checkpoint: Path, directory: Path) -> list[str]:
     """Write weights, adapters merged into them, and what the run noted of its model; return the files of weights."""
-    described = described_model(config)
+    described = described_model(RunDirectory.of(config), config.model)
     model = build_meta_model(described, read_architecture(described))
     shutil.copytree(str(described.path), directory, dirs_exist_ok=True)
     fields = read_json_object(directory / CONFIG_FILE, f"run.dir={config.run.dir}")
     if config.export.dtype is not None:
         set_dtype(fields, getattr(torch, config.export.dtype))
     dtype = getattr(torch, fields.get("dtype") or fields["torch_dtype"])
-    with ShardedTensors.of_weights(checkpoint) as tensors:
-        to_checkpoint = export_conversion(model)
-        merged = merged_tensors(tensors, config, model)
-        stream = (pair for name, tensor in merged for pair in to_checkpoint(name, tensor.to(dtype)))
-        files = write_files(stream, directory, parse_size(config.export.max_shard_size))
+    to_checkpoint = export_conversion(model)
+    merged = merged_tensors(open_weights(checkpoint), config.update.adapters, config.model.quantization, model)
+    stream = (pair for name, tensor in merged for pair in to_checkpoint(name, tensor.to(dtype)))
+    files = write_files(stream, directory, parse_size(config.export.max_shard_size))
     fields["architectures"] = [type(model).__name__]
     write_json_object(fields, directory / CONFIG_FILE)
     return files

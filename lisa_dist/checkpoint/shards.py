@@ -9,29 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 from torch.distributed.tensor import DTensor, Replicate
 
+from lisa_dist.models.weight_files import DTYPES
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.files import replacing_file
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -117,7 +109,7 @@ def _header(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes
     for name, tensor in tensors.items():
         stop = start + tensor.nbytes
         entries[name] = {
-            "dtype": DTYPES[tensor.dtype],
+            "dtype": TYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, stop],
         }
@@ -125,3 +117,61 @@ def _header(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    """The part of a tensor that one file holds: from ``offsets`` on, of shape ``shape``."""
+
+    file: Path
+    offsets: list[int]
+    shape: list[int]
+
+
+class ShardedTensors:
+    """The tensors of a directory of safetensors files, one a rank, in DCP's layout, memory-mapped."""
+
+    def __init__(self, directory: Path, external: dict[Path, list[str]] | None = None) -> None:
+        """Open every file.
+
+        Args:
+            directory: of the files.
+            external: further directories, with the names of the tensors that are taken from each.
+        """
+        self._files: dict[Path, Any] = {}
+        self.pieces: dict[str, list[StoredPiece]] = {}
+        self._open(directory, None)
+        for other, names in (external or {}).items():
+            self._open(other, set(names))
+
+    def _open(self, directory: Path, wanted: set[str] | None) -> None:
+        for file in sorted(directory.glob("*.safetensors")):
+            opened = self._files[file] = safe_open(file, framework="pt")
+            offsets = json.loads((opened.metadata() or {}).get(CUSTOM_METADATA_KEY, "{}"))
+            for name in opened.keys():  # noqa: SIM118  a safetensors file is no mapping
+                if wanted is None or name in wanted:
+                    shape = opened.get_slice(name).get_shape()
+                    # A file without offsets holds whole tensors.
+                    start = offsets.get(name, {}).get(SAVED_OFFSETS_KEY, [0] * len(shape))
+                    self.pieces.setdefault(name, []).append(StoredPiece(file, start, shape))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.pieces))
+
+    def shape(self, name: str) -> list[int]:
+        """Return the shape of the whole tensor of that name."""
+        pieces = self.pieces[name]
+        return [max(p.offsets[axis] + p.shape[axis] for p in pieces) for axis in range(len(pieces[0].shape))]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return the whole tensor of that name, in the dtype it was stored in."""
+        pieces = self.pieces[name]
+        if len(pieces) == 1:  # whole in one file: no second copy
+            return self._files[pieces[0].file].get_tensor(name)
+        whole: torch.Tensor | None = None
+        for piece in pieces:
+            part = self._files[piece.file].get_tensor(name)
+            whole = torch.empty(self.shape(name), dtype=part.dtype) if whole is None else whole
+            whole[tuple(slice(start, start + length) for start, length in zip(piece.offsets, piece.shape))] = part
+        assert whole is not None
+        return whole

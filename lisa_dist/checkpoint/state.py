@@ -18,7 +18,8 @@ import torch
 import transformers
 
 from lisa_dist import __version__
-from lisa_dist.checkpoint.manifest import STATE, check_format
+from lisa_dist.checkpoint.manifest import STATE, WEIGHTS, check_format
+from lisa_dist.checkpoint.shards import ShardedTensors
 from lisa_dist.config import UserError
 from lisa_dist.method.module import TrainModule
 from lisa_dist.runtime import distributed
@@ -97,6 +98,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     check_format(checkpoint)
     return json.loads((checkpoint / STATE).read_text())
+
+
+def open_weights(checkpoint: Path) -> ShardedTensors:
+    """Open all weights of a checkpoint, those too that an earlier one holds."""
+    external = read_state(checkpoint)["external"].items()
+    others = {checkpoint.parent / base / WEIGHTS: names for base, names in external}
+    return ShardedTensors(checkpoint / WEIGHTS, others)
 
 
 def check_identity(train_module: TrainModule, checkpoint: Path, written: dict[str, Any]) -> None:

@@ -79,7 +79,6 @@ def inspect_weights(config: ModelConfig, architecture: PretrainedConfig, directo
         _check_source(directory, target, source, state[target], weights)
     stored = _stored_dtypes(weights, sources)
     _say_dtypes(directory, stored, getattr(torch, frozen))
-    weights.close()
     return Findings(bool(pairs), max(stored, key=lambda dtype: stored[dtype]))
 
 
@@ -87,9 +86,7 @@ def ties_differ(config: ModelConfig, architecture: PretrainedConfig, directory: 
     """Whether a directory's weights hold a head of its own where ``architecture`` ties it to the embeddings."""
     weights = SafetensorsDirectory(directory)
     replica = build_meta_model(config, architecture)
-    differ = bool(_different_pairs(replica, find_sources(replica, weights.file_of)[0], weights))
-    weights.close()
-    return differ
+    return bool(_different_pairs(replica, find_sources(replica, weights.file_of)[0], weights))
 
 
 def named_state(model: nn.Module) -> dict[str, Tensor]:

@@ -46,7 +46,6 @@ def load_pretrained(model: nn.Module, path: str | Path) -> list[str]:
     for target, source in sources.items():
         filled |= _fill(target, source, weights, replica, tensors)
         tensors.settle()
-    weights.close()
     check_names(weights.directory, sorted(set(tensors) - filled), unexpected)
     return added
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,10 @@ logger = logging.getLogger(__name__)
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_FILES = ["*.safetensors", INDEX_FILE, "config.json"]
-# safetensors' names of the floating-point types that are converted
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+DTYPES = {  # by safetensors' names
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+}
 
 
 class SafetensorsDirectory:
@@ -38,7 +39,6 @@ class SafetensorsDirectory:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._stack = ExitStack()
         self._files: dict[str, Any] = {}
         self.indexed = (directory / INDEX_FILE).is_file() and not (directory / SINGLE_FILE).is_file()
         self.file_of: dict[str, str] = self._read_index() if self.indexed else self._read_headers()
@@ -122,7 +122,7 @@ class SafetensorsDirectory:
                 raise UserError(f"{self._key}: {INDEX_FILE} names {file}, which is not there; copy or download it")
             check_is_whole(path, self._key)
             try:
-                self._files[file] = self._stack.enter_context(safe_open(path, framework="pt"))
+                self._files[file] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise UserError(
                     f"{self._key}: {file} ({path.stat().st_size} bytes) is cut short or no safetensors file ({error}); "
@@ -135,7 +135,7 @@ class SafetensorsDirectory:
         return tuple(self._open(self.file_of[name]).get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of a tensor; uint8 stands for any that is no ordinary floating-point type."""
+        """Return the dtype of a tensor; uint8 stands for any that torch has no plain type for."""
         return DTYPES.get(self.stored_type(name), torch.uint8)
 
     def stored_type(self, name: str) -> str:
@@ -146,10 +146,6 @@ class SafetensorsDirectory:
         """Return a tensor, or a region of it, in the file's dtype."""
         file = self._open(self.file_of[name])
         return file.get_slice(name)[region] if region else file.get_tensor(name)
-
-    def close(self) -> None:
-        """Close the files."""
-        self._stack.close()
 
 
 def weights_directory(path: str) -> Path:

@@ -175,11 +175,11 @@ def open_architecture(config: Config) -> PretrainedConfig:
     resumes = config.checkpoint.resume == "auto"
     if resumes and distributed.on_rank_zero(lambda: bool(list_checkpoints(RunDirectory.of(config).checkpoints))):
         architecture = read_architecture(config.model)
-        if distributed.on_rank_zero(lambda: was_untied(config)):
+        if distributed.on_rank_zero(lambda: was_untied(RunDirectory.of(config))):
             architecture.tie_word_embeddings = False
         return architecture
     architecture = pretrained_architecture(config.model, config.precision.frozen)
-    distributed.on_rank_zero(lambda: write_description(config, architecture))
+    distributed.on_rank_zero(lambda: write_description(RunDirectory.of(config), config.model, architecture))
     return architecture
 
 
@@ -194,8 +194,9 @@ def first_seed(checkpoint: Path) -> int:
 
 def settle_run_directory(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write what the run starts or goes on with, configuration and tokenizer, once nothing of it can be refused."""
-    write_atomically(RunDirectory.of(config).config, public_yaml(config))
-    write_tokenizer(config, tokenizer)
+    run = RunDirectory.of(config)
+    write_atomically(run.config, public_yaml(config))
+    write_tokenizer(run.tokenizer, config.model, tokenizer)
 
 
 def planned_steps(config: Config, batches: GlobalBatches, progress: Progress) -> int:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lisa_dist.checkpoint.export import export_checkpoint, find_checkpoint
-from lisa_dist.checkpoint.weights import ShardedTensors
+from lisa_dist.checkpoint.state import open_weights
 from lisa_dist.config import Config, UserError
 from lisa_dist.method.updates import build_update
 from lisa_dist.models.architecture import build_meta_model
@@ -34,8 +34,8 @@ def make_base(directory: Path, family: str) -> Path:
 def trained_logits(config: Config, checkpoint: Path) -> torch.Tensor:
     """The logits of the model as it was trained, adapters beside their weights, from the checkpoint's tensors."""
     model = build_adapted(config)
-    with ShardedTensors.of_weights(checkpoint) as tensors:
-        model.load_state_dict({name: tensors.read(name) for name in tensors}, strict=False, assign=True)
+    tensors = open_weights(checkpoint)
+    model.load_state_dict({name: tensors.read(name) for name in tensors}, strict=False, assign=True)
     model.tie_weights()
     return model(input_ids=IDS).logits
 

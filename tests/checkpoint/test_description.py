@@ -22,7 +22,8 @@ from lisa_dist.checkpoint.description import (
     write_tokenizer,
 )
 from lisa_dist.checkpoint.export import export_checkpoint, find_checkpoint
-from lisa_dist.config import Config, UserError
+from lisa_dist.config import Config, ModelConfig, UserError
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.models.architecture import read_architecture
 from lisa_dist.models.inspection import pretrained_architecture
@@ -70,7 +71,7 @@ def change_json(file: Path, **fields: Any) -> None:
 
 def described(config: Config) -> dict[str, Any]:
     """Write the description of a run that starts now; return the fields of its config.json."""
-    write_description(config, pretrained_architecture(config.model))
+    write_description(RunDirectory.of(config), config.model, pretrained_architecture(config.model))
     return json.loads((Path(str(config.run.dir)) / "model" / "config.json").read_text())
 
 
@@ -81,7 +82,7 @@ def test_fields_are_the_sources_own_and_not_those_of_training(tmp_path: Path) ->
     source = json.loads((tmp_path / "base" / "config.json").read_text())
     config = make_run(tmp_path / "run", tmp_path / "base", "model.attention=eager")
     assert described(config) == {**source, "tie_word_embeddings": False}
-    assert read_architecture(described_model(config)).num_local_experts == 4
+    assert read_architecture(described_model(RunDirectory.of(config), config.model)).num_local_experts == 4
 
 
 def test_the_dtype_is_that_of_the_weights_under_the_name_it_had(tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_weights_are_looked_at_before_the_data(tmp_path: Path, monkeypatch: pyte
 
 def test_a_run_without_a_description_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run\.dir=.* has no model/config\.json, which a run writes when it starts"):
-        described_model(make_run(tmp_path / "run", tmp_path / "base"))
+        described_model(RunDirectory(tmp_path / "run"), ModelConfig(path=str(tmp_path / "base")))
 
 
 def test_a_plan_has_the_head_of_the_weights(tmp_path: Path) -> None:
@@ -165,14 +166,14 @@ def test_a_plan_has_the_head_of_the_weights(tmp_path: Path) -> None:
 def test_tokenizers_are_read_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = make_run(tmp_path / "run", tmp_path)
     tokenizer = load_tokenizer("builtin:demo")
-    write_tokenizer(config, tokenizer)
+    write_tokenizer(RunDirectory.of(config).tokenizer, config.model, tokenizer)
     assert not caplog.text
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "tokenizer").get_vocab() == tokenizer.get_vocab()
     tokenizer.save_pretrained = lambda folder: (_ for _ in ()).throw(ValueError("no vocabulary"))
     with pytest.raises(
         UserError, match=r"model\.tokenizer=builtin:demo: can't be saved for an export \(no vocabulary\)"
     ):
-        write_tokenizer(config, tokenizer)
+        write_tokenizer(RunDirectory.of(config).tokenizer, config.model, tokenizer)
 
 
 def test_a_model_with_code_of_its_own_is_exported_whole(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import load
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.method.module import build_train_module, load_initial_weights
 from lisa_dist.models.architecture import read_architecture
@@ -95,8 +96,8 @@ def peak_while_exporting(folder: str) -> tuple[int, int, int]:
     ]
     config = load([*choices, "export.max_shard_size=16MiB", "export.dtype=float32"])
     config.run.dir = folder
-    write_tokenizer(config, load_tokenizer("builtin:demo"))
-    write_description(config, read_architecture(config.model))
+    write_tokenizer(RunDirectory.of(config).tokenizer, config.model, load_tokenizer("builtin:demo"))
+    write_description(RunDirectory.of(config), config.model, read_architecture(config.model))
     train_module = build_train_module(config)
     load_initial_weights(train_module, torch.device("cpu"))
     saver = CheckpointSaver(train_module, Path(folder), "")

@@ -14,8 +14,7 @@ from lisa_dist.checkpoint import protocol
 from lisa_dist.checkpoint.changes import CheckpointPlan
 from lisa_dist.checkpoint.manifest import checkpoint_name, list_checkpoints, read_dependencies, verify
 from lisa_dist.checkpoint.protocol import Snapshot, remove_leftovers, remove_old, write_checkpoint
-from lisa_dist.checkpoint.shards import Piece
-from lisa_dist.checkpoint.weights import ShardedTensors
+from lisa_dist.checkpoint.shards import Piece, ShardedTensors
 from tests.support.checkpoints import make_checkpoint
 
 
@@ -40,16 +39,15 @@ def test_what_was_written_is_complete_and_names_what_it_depends_on(tmp_path: Pat
     assert names(tmp_path) == ["step_00000001", "step_00000002"], "nothing is left of the writing"
     later = tmp_path / checkpoint_name(2)
     assert verify(later) is None and read_dependencies(later) == [checkpoint_name(1)]
-    with ShardedTensors(later / "weights") as tensors:
-        assert list(tensors) == ["w"] and tensors.read("w").tolist() == [2.0, 2.0]
+    tensors = ShardedTensors(later / "weights")
+    assert list(tensors) == ["w"] and tensors.read("w").tolist() == [2.0, 2.0]
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, 1)
     assert write(tmp_path, snapshot(1)) is None
     assert names(tmp_path) == [checkpoint_name(1)] and verify(tmp_path / checkpoint_name(1)) is None
-    with ShardedTensors(tmp_path / checkpoint_name(1) / "weights") as tensors:
-        assert list(tensors) == ["v", "w"]
+    assert list(ShardedTensors(tmp_path / checkpoint_name(1) / "weights")) == ["v", "w"]
 
 
 @pytest.mark.parametrize("at", ["_make_folders", "write_pieces", "write_manifest"])

@@ -23,8 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from lisa_dist.checkpoint.background import CheckpointError
 from lisa_dist.checkpoint.manifest import checkpoint_name, list_checkpoints, verify
 from lisa_dist.checkpoint.save import CheckpointSaver
-from lisa_dist.checkpoint.shards import Piece, WrittenFile, write_pieces
-from lisa_dist.checkpoint.weights import ShardedTensors
+from lisa_dist.checkpoint.shards import Piece, ShardedTensors, WrittenFile, write_pieces
 from lisa_dist.config import Config, UserError
 from lisa_dist.runtime import distributed
 from lisa_dist.telemetry.records import read_rows
@@ -81,8 +80,8 @@ def checkpoint(run_dir: Path, step: int) -> Path:
 
 def own_weights(directory: Path) -> dict[str, int]:
     """The weights that a checkpoint's own files hold, and their bytes."""
-    with ShardedTensors(directory / "weights") as tensors:
-        return {name: tensors.read(name).nbytes for name in tensors}
+    tensors = ShardedTensors(directory / "weights")
+    return {name: tensors.read(name).nbytes for name in tensors}
 
 
 def test_in_the_background_is_the_same(plain: Path, tmp_path: Path) -> None:

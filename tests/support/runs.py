@@ -14,8 +14,8 @@ from unittest import mock
 import torch
 
 from lisa_dist.checkpoint.manifest import list_checkpoints
-from lisa_dist.checkpoint.shards import Piece, WrittenFile, write_pieces
-from lisa_dist.checkpoint.weights import ShardedTensors
+from lisa_dist.checkpoint.shards import Piece, ShardedTensors, WrittenFile, write_pieces
+from lisa_dist.checkpoint.state import open_weights
 from lisa_dist.config import Config
 from lisa_dist.config.loading import load
 from lisa_dist.config.run_directory import RunDirectory
@@ -150,9 +150,9 @@ def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every weight and moment of a checkpoint, whole."""
-    with ShardedTensors.of_weights(checkpoint) as weights, ShardedTensors(checkpoint / "optimizer") as moments:
-        found = {f"weights/{name}": weights.read(name).clone() for name in weights}
-        return found | {f"optimizer/{name}": moments.read(name).clone() for name in moments}
+    weights, moments = open_weights(checkpoint), ShardedTensors(checkpoint / "optimizer")
+    found = {f"weights/{name}": weights.read(name).clone() for name in weights}
+    return found | {f"optimizer/{name}": moments.read(name).clone() for name in moments}
 
 
 def final_state(run_dir: Path) -> dict[str, Any]:
