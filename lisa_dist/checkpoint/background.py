@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -38,17 +36,13 @@ class CheckpointWriter:
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig, timeout: float) -> None:
-        """Collective: every rank (a group for the agreements).
-
-        Args:
-            directory: where checkpoints lie.
-            config: of the checkpoints.
-            timeout: seconds that a rank waits for another's word.
-        """
+        """Write to ``directory``; a rank waits ``timeout`` seconds for another. Collective: every rank."""
         self.directory = directory
         self.config = config
         self.staging = StagingMemory()
-        self.side_stream = SideStream()
+        device = distributed.device()
+        # A GPU's stream for copies that do not wait for training, nor training for them; None on a CPU.
+        self.side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.copied = threading.Event()  # what training changes is in host memory
         self.copied.set()
         self.group = distributed.thread_group(timeout)
@@ -64,7 +58,8 @@ class CheckpointWriter:
             return
         # Cleared here and not in the thread, which may start after the optimizer has asked.
         self.copied.clear()
-        self.side_stream.follow()
+        if self.side_stream is not None:  # what is copied is what kernels that are launched by now will have written
+            self.side_stream.wait_stream(torch.cuda.current_stream())
         self.thread = threading.Thread(
             target=self._write_in_background, args=(snapshot,), name="checkpoint", daemon=True
         )
@@ -115,7 +110,7 @@ class CheckpointWriter:
 
     def _write_in_background(self, snapshot: Snapshot) -> None:
         try:
-            with self.side_stream.entered():
+            with torch.cuda.stream(self.side_stream):  # does nothing for None
                 self.failure = self._write(snapshot)
         except Exception as error:  # a rank is gone: the main thread learns it in its own collective
             self.failure = f"the checkpoint of step {snapshot.step} could not be written: {error}"
@@ -167,21 +162,3 @@ class StagingMemory:
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT  # rounded up
-
-
-class SideStream:
-    """A GPU's stream for copies that do not wait for training, nor training for them; nothing on a CPU."""
-
-    def __init__(self) -> None:
-        self.stream = torch.cuda.Stream(distributed.device()) if distributed.device().type == "cuda" else None
-
-    def follow(self) -> None:
-        """Let what comes on this stream see what this thread's kernels, launched until now, will have written."""
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream())
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Use the stream in this thread while the context lasts."""
-        with torch.cuda.stream(self.stream):  # nothing for None
-            yield

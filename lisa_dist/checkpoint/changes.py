@@ -40,15 +40,9 @@ class CheckpointPlan:
 def plan_of_checkpoint(
     name: str, weights: Iterable[str], external: Mapping[str, Iterable[str]], since_full: int
 ) -> CheckpointPlan:
-    """Return the plan by which a checkpoint was written.
-
-    Args:
-        name: of the checkpoint.
-        weights: all weights of the model.
-        external, since_full: as its state says.
-    """
-    elsewhere = {weight: base for base, names in external.items() for weight in names}
-    return CheckpointPlan(name, {weight: elsewhere.get(weight, name) for weight in weights}, since_full)
+    """Return the plan by which a checkpoint of all ``weights`` was written, from what its state says of it."""
+    base_of = {weight: base for base, names in external.items() for weight in names}
+    return CheckpointPlan(name, {weight: base_of.get(weight, name) for weight in weights}, since_full)
 
 
 class ChangedWeights:
@@ -60,11 +54,7 @@ class ChangedWeights:
     """
 
     def __init__(self, full_every: int) -> None:
-        """Begin without a checkpoint, so that the next one is full.
-
-        Args:
-            full_every: every n-th checkpoint is full.
-        """
+        """Begin without a checkpoint, so that the next one is full, and every ``full_every``-th from there on."""
         self.full_every = full_every
         self.newest: CheckpointPlan | None = None  # complete
         self.changed: set[str] = set()  # since the newest complete checkpoint was begun
@@ -92,8 +82,7 @@ class ChangedWeights:
         for weight in weights:
             base = newest.base_checkpoint_of.get(weight, name)  # what no checkpoint holds yet is written
             base_checkpoint_of[weight] = name if weight in self.changed | trained else base
-        # A base of this very name is the checkpoint that this one replaces: what it holds is written anew, as all is
-        # whose base is this checkpoint itself.
+        # A base of this very name is the checkpoint that this one replaces: what that one holds is written again.
         return CheckpointPlan(name, base_checkpoint_of, newest.since_full + 1)
 
     def complete(self, plan: CheckpointPlan) -> None:
@@ -102,11 +91,6 @@ class ChangedWeights:
         self.changed = set(self.changed_since_begun)
 
     def continue_from(self, plan: CheckpointPlan, trained: Iterable[str]) -> None:
-        """Build on the checkpoint that a run goes on from.
-
-        Args:
-            plan: of that checkpoint.
-            trained: the weights that train when the run goes on.
-        """
+        """Build on the checkpoint that a run goes on from with these weights being trained."""
         self.changed_since_begun = set(trained)
         self.complete(plan)

@@ -19,11 +19,11 @@ from lisa_dist.config import Config, UserError
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.models.architecture import CONFIG_FILE, build_meta_model, read_architecture
 from lisa_dist.models.conversion import export_conversion
+from lisa_dist.models.weight_files import INDEX_FILE, SINGLE_FILE
 from lisa_dist.runtime.files import new_folder, read_json_object, write_json_object
 
 logger = logging.getLogger(__name__)
 
-INDEX = "model.safetensors.index.json"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -31,7 +31,7 @@ def find_checkpoint(directory: Path, step: int | None, key: str = "export.step")
     """Return the checkpoint of ``step``, or the newest complete one; later ones that are damaged are named in the log.
 
     Args:
-        directory: where the checkpoints of a run lie.
+        directory: the folder of a run's checkpoints.
         step: optimizer steps done; None: the most.
         key: the configuration key that ``step`` came from, for messages.
 
@@ -59,11 +59,7 @@ def find_checkpoint(directory: Path, step: int | None, key: str = "export.step")
 
 
 def parse_size(text: str) -> int:
-    """Return bytes from ``5GB``, ``500MB`` or a plain number.
-
-    Raises:
-        UserError: the text is no size.
-    """
+    """Return bytes from ``5GB``, ``500MB`` or a plain number; :class:`UserError` for what is no size."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = match[2].upper() if match else ""
     if match is None or (unit and unit not in UNITS):
@@ -109,31 +105,26 @@ def write_model(config: Config, checkpoint: Path, directory: Path) -> list[str]:
 
 def write_files(stream: Iterator[tuple[str, torch.Tensor]], directory: Path, limit: int) -> list[str]:
     """Write tensors to files of at most ``limit`` bytes (one tensor at least) and their index; return the names."""
-    batches: list[list[str]] = []
+    parts: list[list[str]] = []  # the tensors of each file
     held: dict[str, torch.Tensor] = {}
     total = 0
+
+    def flush() -> None:
+        write_safetensors(held, directory / f"part-{len(parts)}", {"format": "pt"})
+        parts.append(list(held))
+        held.clear()
+
     for name, tensor in stream:
         if held and sum(other.nbytes for other in held.values()) + tensor.nbytes > limit:
-            batches.append(_write_part(held, directory, len(batches)))
-            held = {}
+            flush()
         held[name] = tensor.contiguous()
         total += tensor.nbytes
-    batches.append(_write_part(held, directory, len(batches)))
-    if len(batches) == 1:
-        (directory / _part_name(0)).rename(directory / "model.safetensors")
-        return ["model.safetensors"]
-    final = [f"model-{number:05d}-of-{len(batches):05d}.safetensors" for number in range(1, len(batches) + 1)]
-    for number, name in enumerate(final):
-        (directory / _part_name(number)).rename(directory / name)
-    weight_map = {name: file for file, names in zip(final, batches) for name in names}
-    write_json_object({"metadata": {"total_size": total}, "weight_map": weight_map}, directory / INDEX)
-    return final
-
-
-def _part_name(number: int) -> str:
-    return f"part-{number}.safetensors"
-
-
-def _write_part(tensors: dict[str, torch.Tensor], directory: Path, number: int) -> list[str]:
-    write_safetensors(tensors, directory / _part_name(number), {"format": "pt"})
-    return list(tensors)
+    flush()
+    files = [SINGLE_FILE]
+    if len(parts) > 1:
+        files = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+        weight_map = {name: file for file, names in zip(files, parts) for name in names}
+        write_json_object({"metadata": {"total_size": total}, "weight_map": weight_map}, directory / INDEX_FILE)
+    for number, file in enumerate(files):  # whose names say how many there are
+        (directory / f"part-{number}").rename(directory / file)
+    return files

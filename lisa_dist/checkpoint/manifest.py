@@ -1,8 +1,8 @@
 """What makes a checkpoint complete: a manifest of every file with its size and checksum, written last.
 
 An incremental checkpoint depends on the earlier ones that hold its unchanged weights: it is complete only while theirs
-are, and they are kept as long as it is. Its manifest has the checksum of each of their manifests: a run that was taken
-back may write one of them anew, with weights of another history.
+are, and they are kept as long as it is. Its manifest has the checksum of each of their manifests: a run that was set
+back may write one of them again, with weights of another history.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def write_manifest(directory: Path, files: dict[str, WrittenFile], depends_on: l
     Args:
         directory: of the checkpoint.
         files: every file by its path inside the checkpoint.
-        depends_on: names of the earlier checkpoints beside it that hold the rest of its weights.
+        depends_on: names of the earlier checkpoints, in the same folder, that hold the rest of its weights.
 
     Raises:
         OSError: it can't be written, or one of the earlier ones is gone.
@@ -110,15 +110,14 @@ def read_dependencies(directory: Path) -> list[str]:
 
 
 def replaced_base(directory: Path) -> str | None:
-    """Return the name of an earlier checkpoint that was written anew after this one, which depends on it, or None."""
+    """Return the name of an earlier checkpoint that was replaced after this one, which depends on it, or None."""
     try:
-        depends_on = _read_manifest(directory)[1]
-        written_anew = (
-            base for base, checksum in depends_on.items() if _checksum_of_manifest(directory.parent / base) != checksum
-        )
-        return next(written_anew, None)
-    except (_ManifestError, OSError):  # what can't be read was not written anew, but is damaged
-        return None
+        for base, checksum in _read_manifest(directory)[1].items():
+            if _checksum_of_manifest(directory.parent / base) != checksum:
+                return base
+    except (_ManifestError, OSError):  # what can't be read was not replaced, but is damaged
+        pass
+    return None
 
 
 def _checksum_of_manifest(directory: Path) -> str:

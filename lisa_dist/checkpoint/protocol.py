@@ -54,7 +54,7 @@ def write_checkpoint(
 
     Args:
         snapshot: what this rank writes.
-        directory: where checkpoints lie.
+        directory: the folder of all checkpoints.
         keep: how many of them stay, as in :func:`remove_old`.
         group: what the ranks agree through.
         prepare: done first, on every rank.
@@ -97,8 +97,8 @@ def remove_leftovers(directory: Path) -> None:
 def remove_old(directory: Path, newest: Path, keep: int) -> None:
     """Remove all but the ``keep`` newest checkpoints (0: keep all) up to ``newest``, and those that they depend on.
 
-    Later ones, of a run that was taken back to an earlier step, are left alone: they may be damaged, and must not
-    push out a good one. Earlier ones whose base was written anew since can't be read any more and are not counted.
+    Later ones, of a run that was set back to an earlier step, are left alone: they may be damaged, and must not
+    push out a good one. Earlier ones whose base was replaced since can't be read any more and are not counted.
     """
     if keep > 0:
         found = [path for path in list_checkpoints(directory) if (step_of(path) or 0) <= (step_of(newest) or 0)]

@@ -58,12 +58,12 @@ def restore_checkpoint(
 ) -> tuple[Progress, dict[str, Any]]:
     """Allocate the model for the checkpoint's active set and fill it. Collective: every rank.
 
-    The active set comes first: moments exist for it alone, and storage dtypes follow it.
+    The active set comes first: optimizer state exists for it alone, and storage dtypes follow it.
 
     Args:
-        train_module: whose model is on ``meta``, or released.
+        train_module: its model is on ``meta``, or its memory was freed.
         checkpoint: where to read.
-        device: where shards lie.
+        device: where shards are kept.
         data: the fingerprint of the data that the run goes on with.
 
     Returns:
@@ -112,12 +112,9 @@ def place_in_data(progress: Progress, checkpoint: Path, data: Mapping[str, Any],
 
 
 def restore_weights(train_module: TrainModule, checkpoint: Path, state: dict[str, Any]) -> None:
-    """Fill an allocated model with the weights of a checkpoint, in the dtypes it has. Collective: every rank.
+    """Fill an allocated model, not its optimizer, with the weights of a checkpoint. Collective: every rank.
 
-    Args:
-        train_module: whose model is filled; its optimizer is left alone.
-        checkpoint: where to read.
-        state: of the checkpoint; names the earlier ones that hold the rest of its weights.
+    ``state`` is the checkpoint's; it names the earlier ones that hold the rest of its weights.
     """
     weights = train_module.store.tensors()
     for base, names in state["external"].items():

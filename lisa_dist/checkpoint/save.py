@@ -24,13 +24,7 @@ class CheckpointSaver:
     """
 
     def __init__(self, train_module: TrainModule, directory: Path, config_yaml: str) -> None:
-        """Collective: every rank (the writer's group).
-
-        Args:
-            train_module: what is saved.
-            directory: where checkpoints lie.
-            config_yaml: the run's configuration, which each checkpoint repeats.
-        """
+        """Save to ``directory``; each checkpoint repeats the run's configuration. Collective: every rank."""
         config = train_module.config
         self.train_module = train_module
         self.directory = directory
@@ -61,23 +55,13 @@ class CheckpointSaver:
             self.finish()
 
     def finish(self, stop_on_error: bool | None = None) -> None:
-        """Wait for the write in the background and take note of its outcome. No communication by this thread.
-
-        Args:
-            stop_on_error: overrides ``checkpoint.on_error``.
-
-        Raises:
-            CheckpointError: it failed, on every rank alike.
-        """
+        """Wait for the write in the background and remember its outcome; see :meth:`CheckpointWriter.finish`."""
         written = self.writer.finish(stop_on_error)
         if written is not None:
             self.changes.complete(written.plan)
 
     def must_stop(self) -> bool:
-        """Whether a write in the background failed and the run is to stop; the next :meth:`finish` says why.
-
-        Ranks may learn of it a step apart.
-        """
+        """Whether a write in the background failed and the run is to stop, see :meth:`CheckpointWriter.must_stop`."""
         return self.writer.must_stop()
 
     def _take_snapshot(self, progress: Progress) -> Snapshot:
@@ -103,5 +87,5 @@ def frozen_tensors(train_module: TrainModule, names: Iterable[str]) -> set[str]:
     """
     store, trained = train_module.store, train_module.optimizer.parameters
     frozen = {name for name in store.names if name not in trained and store.thaw_replaces(name)}
-    # A moment is named by its parameter and, after a dot, its own kind.
+    # Optimizer state is named by its parameter and, after a dot, its own kind.
     return {name for name in names if name in frozen or name.rpartition(".")[0] in frozen}

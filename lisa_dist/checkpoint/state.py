@@ -31,7 +31,7 @@ class Progress:
 
     step: int = 0  # optimizer steps done, those left out for what was not finite included
     sequences: int = 0  # seen in these steps, of the data that the run goes on with
-    left_out: list[list[int]] = field(default_factory=list)  # stretches of the data [start, stop) that made losses leap
+    left_out: list[list[int]] = field(default_factory=list)  # ranges [start, stop) of the data at which losses spiked
     resumed_from: list[int] = field(default_factory=list)
     skipped_steps: int = 0  # steps left out because the loss or a gradient was not finite
     recent_losses: list[float] = field(default_factory=list)  # what a spike is measured by; empty where none is
@@ -42,7 +42,7 @@ class Progress:
         """Return the place in the stream of data of the ``sequence``-th that the run sees, counted from 0."""
         place, reached = sequence, 0
         for start, stop in sorted(self.left_out):
-            start = max(start, reached)  # a stretch may lie within another
+            start = max(start, reached)  # a range may be within another
             if start <= place:
                 place += max(0, stop - start)
             reached = max(reached, stop)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from lisa_dist.config.sampling import ProbeRequest
 from lisa_dist.data.batches import MicroBatch
+from lisa_dist.data.encode import UNTRAINED
 from lisa_dist.method.updates import Update
 from lisa_dist.method.updates.sharded import own_rows
 from lisa_dist.models.matrices import InputSquares, input_dim
 from lisa_dist.objectives import Objective
-from lisa_dist.objectives.chunked_head import IGNORED
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import local_shard
 from lisa_dist.sharding.dimensions import ParallelDims
@@ -196,7 +196,7 @@ def _input_norms(
 
 def _up_to_last_label(labels: Tensor) -> Tensor:
     """Return 1 for each position up to its row's last label and 0 after it, [rows, tokens]: leaves padding out."""
-    return (labels != IGNORED).long().flip(1).cummax(1).values.flip(1)
+    return (labels != UNTRAINED).long().flip(1).cummax(1).values.flip(1)
 
 
 def _scaled_entries(store: ParameterStore, name: str, norms: Tensor) -> Tensor:

@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lisa_dist.config import UserError
+from lisa_dist.data.encode import UNTRAINED
 from lisa_dist.models.layer_map import LayerMap
 from lisa_dist.runtime import distributed
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # the label of a token that carries no loss
 WEIGHT_SLICES = 8  # the head's gradient is summed in this many slices of the vocabulary: bounds a temporary
 
 
@@ -104,7 +104,7 @@ def liger_cross_entropy(
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss(
-        ignore_index=IGNORED, reduction="sum", softcap=transform.cap, accum_dtype=torch.float32
+        ignore_index=UNTRAINED, reduction="sum", softcap=transform.cap, accum_dtype=torch.float32
     )
     if transform.scale != 1.0:  # which the kernel does not know
         hidden, bias = hidden * transform.scale, None if bias is None else bias * transform.scale
@@ -129,7 +129,7 @@ def _chunk(
     if transform.cap is not None:
         logits = logits.div_(transform.cap).tanh_()  # kept as the hyperbolic tangent for its derivative
     values = logits if transform.cap is None else logits * transform.cap
-    keep = targets != IGNORED
+    keep = targets != UNTRAINED
     index = targets.clamp_min(0)[:, None]
     log_sum = values.logsumexp(-1, keepdim=True)
     loss = ((log_sum - values.gather(1, index))[:, 0] * keep).sum()
@@ -145,13 +145,13 @@ def _chunk(
 
 def shift_labels(labels: Tensor) -> Tensor:
     """Return the target of each position, [b, t]: the next token's label; -100 at the last position."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return F.pad(labels[:, 1:], (0, 1), value=UNTRAINED)
 
 
 def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the float32 sum of the cross-entropy of [b, t, V] logits over unshifted labels [b, t]."""
     targets = shift_labels(labels).flatten()
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=UNTRAINED, reduction="sum")
 
 
 def install_loss_head(
@@ -203,7 +203,7 @@ def install_loss_head(
             outputs = decoder(*args, **kwargs)
             loss = head(outputs.last_hidden_state, labels=labels)
         if balance is not None:
-            loss = loss + balance(outputs.router_logits) * (shift_labels(labels) != IGNORED).sum()
+            loss = loss + balance(outputs.router_logits) * (shift_labels(labels) != UNTRAINED).sum()
         return loss
 
     model.forward = forward  # type: ignore[method-assign]
@@ -245,9 +245,9 @@ def _find_decoder(model: Any, head: Any) -> tuple[Any, LogitTransform | None]:
 
 
 def _probe_transform(model: Any, decoder: Any, head: Any) -> LogitTransform | None:
-    """Find what the root's forward does between the decoder and the logits, by running it around stand-ins.
+    """Find what the root's forward does between the decoder and the logits, by running it around replacements of both.
 
-    The decoder is replaced by known hidden states and the head by known products, so no weight is touched (they
+    The decoder's forward gives known hidden states and the head's known products, so no weight is touched (they
     may be on meta). None where the head is no plain linear layer, where the hidden states reach it changed, or where
     the logits that come out are neither a multiple of the products nor softly capped.
     """
@@ -257,21 +257,21 @@ def _probe_transform(model: Any, decoder: Any, head: Any) -> LogitTransform | No
     products = torch.linspace(-8.0, 8.0, 2 * head.out_features).view(1, 2, -1)
     seen: list[Tensor] = []
 
-    def stand_in_head(states: Tensor) -> Tensor:
+    def known_products(states: Tensor) -> Tensor:
         seen.append(states)
         return products.clone()
 
     try:
         with (
             _replaced_forward(decoder, lambda *args, **kwargs: _DecoderOutput(hidden)),
-            _replaced_forward(head, stand_in_head),
+            _replaced_forward(head, known_products),
         ):
             logits = model.forward(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False).logits
         # Where a part between the two works on meta, what comes out of it has no values to compare.
         unchanged = len(seen) == 1 and torch.equal(seen[0], hidden) and logits.shape == products.shape
         logits = logits.float().cpu()
     except Exception as error:  # whatever a foreign forward raises, its own head still works
-        logger.debug("%s cannot be run around stand-ins: %s", type(model).__name__, error)
+        logger.debug("%s cannot be run around a replaced decoder and head: %s", type(model).__name__, error)
         return None
     if not unchanged:
         return None

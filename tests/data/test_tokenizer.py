@@ -7,9 +7,10 @@ import pytest
 import sentencepiece
 
 from lisa_dist.config import UserError
+from lisa_dist.config.paths import MODELS
 from lisa_dist.data.encode import Encoder
 from lisa_dist.data.formats import Conversation
-from lisa_dist.data.tokenizer import MODELS, encode_prompt, ensure_chat_template, load_tokenizer
+from lisa_dist.data.tokenizer import encode_prompt, ensure_chat_template, load_tokenizer
 from tests.support.templates import trained_runs
 
 DEMO = MODELS / "demo"

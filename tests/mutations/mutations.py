@@ -299,7 +299,7 @@ DATA = [
     Mutation(
         "a token is trained to predict itself",
         "objectives/chunked_head.py",
-        "return F.pad(labels[:, 1:], (0, 1), value=IGNORED)",
+        "return F.pad(labels[:, 1:], (0, 1), value=UNTRAINED)",
         "return labels",
         "distributed/test_loss_head.py::test_loss_and_gradients_equal_one_plain_process[llama]",
     ),
