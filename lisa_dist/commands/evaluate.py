@@ -72,7 +72,7 @@ def held_out_sequences(config: Config, opened: OpenedModel) -> tuple[str, Sequen
         subset = config.data.subset if has_subset(path, config.data.subset) else None
         split = validation_split(path, subset)
         chosen = replace(config.data, path=path, split=split, subset=subset, validation=None, limit=limit)
-        return path, prepare_data(chosen, opened.tokenizer, config.train.seed).train
+        return path, prepare_data(chosen, opened.tokenizer, config.train.seed, key="evaluate.data").train
     held_out = prepare_data(config.data, opened.tokenizer, config.train.seed).validation
     if held_out is None:
         raise UserError("evaluate.data=null: the run held no data out, name a file, a directory or a hub id")

@@ -197,7 +197,7 @@ class RowReader:
     def _bad(self, place: str, reason: str) -> None:
         if self.config.on_bad_row == "error":
             raise UserError(
-                f"{self.key}={self.source.name}: {place}: {reason}; mend the row, or set data.on_bad_row=skip"
+                f"{self.key}={self.source.name}: {place}: {reason}; fix the row, or set data.on_bad_row=skip"
             )
         kind = re.split(r", found | \(|; ", reason)[0]  # what follows is of this row alone
         self.counts.leave_out(f"bad: {kind}")

@@ -36,7 +36,7 @@ def fingerprint(config: DataConfig, data: PreparedData, tokenizer: PreTrainedTok
 
 
 def _kept_hash_of_rows(data: PreparedData) -> str:
-    """Return the hash of the rows trained on, from beside the tokens where an earlier start has left it."""
+    """Return the hash of the rows trained on, from the tokens' folder where an earlier start has left it."""
     try:
         return data.hash_file.read_text()
     except OSError:

@@ -9,7 +9,6 @@ import glob
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,6 @@ CHANGES_READING = (
     *("sep", "delimiter", "header", "names", "column_names", "index_col", "usecols", "encoding", "quotechar"),
     *("escapechar", "skiprows", "nrows", "na_values", "field", "columns", "filters", "sample_by"),
 )  # keys of a subset that datasets hands to its readers
-
-
-@dataclass(frozen=True)
-class FolderFiles:
-    """The files of a split, and what was decided that the user should know."""
-
-    files: list[Path]
-    notes: list[str]
 
 
 def subsets_of(folder: Path) -> dict[str, dict[str, Any]]:
@@ -75,8 +66,8 @@ def _read_card(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def find_files(folder: Path, path: str, split: str, subset: str | None, key: str) -> FolderFiles:
-    """Return the files of ``split`` of a folder.
+def find_files(folder: Path, path: str, split: str, subset: str | None, key: str) -> tuple[list[Path], list[str]]:
+    """Return the files of ``split`` of a folder, and what was decided that the user should know.
 
     Args:
         folder: the directory.
@@ -98,7 +89,7 @@ def find_files(folder: Path, path: str, split: str, subset: str | None, key: str
     else:
         base = folder / str((chosen or {}).get("data_dir") or "")
         every = _list(base, "**")
-        splits = _by_name(base, [file for file in every if _is_data(file)])
+        splits = _by_name(base, [file for file in every if kind_of(file) and not _is_known(file)])
     if not splits:
         raise UserError(f"{key}={path}: the directory holds no file that ends in one of {', '.join(READERS)}")
     name = find_split(splits, split)
@@ -120,7 +111,7 @@ def find_files(folder: Path, path: str, split: str, subset: str | None, key: str
     if unread:
         shown = ", ".join(unread[:5]) + (", ..." if len(unread) > 5 else "")
         notes.append(f"{len(unread)} files of the directory are not read: {shown}")
-    return FolderFiles(read, notes)
+    return read, notes
 
 
 def find_split(splits: dict[str, Any], split: str) -> str | None:
@@ -186,12 +177,8 @@ def _list(folder: Path, pattern: str) -> list[Path]:
     return [folder / name for name in kept if (folder / name).is_file()]
 
 
-def _is_data(file: Path) -> bool:
-    return bool(kind_of(file)) and not _is_known(file)
-
-
 def _is_known(file: Path) -> bool:
-    """Whether a file is one that folders of data have beside the data."""
+    """Whether a file is one that folders of data usually have in addition to the data."""
     stray = STRAY_TEXTS.match(file.name) and kind_of(file) in ("", ".txt")
     return file.name in NOT_DATA or bool(stray) or (file.suffix.lower() in OF_THE_REPOSITORY)
 

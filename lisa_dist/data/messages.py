@@ -1,4 +1,4 @@
-"""One turn of a conversation as chat templates take it: its role, its text, its tool calls; and the tools beside it."""
+"""One turn of a conversation as chat templates take it (role, text, tool calls), and the tools of a row."""
 
 from __future__ import annotations
 
@@ -8,25 +8,15 @@ from typing import Any
 
 Message = dict[str, Any]  # role and content; what else a chat template may use (tool_calls, name) is kept
 
-# Who speaks, in the words of many data sets, and the role that chat templates know.
-SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
+# The role that chat templates know, and who speaks, in the words of many data sets.
+ROLES = {
+    "user": "human user",
+    "assistant": "gpt assistant chatgpt bing bard model function_call tool_call",
     "system": "system",
     "developer": "developer",
-    "tool": "tool",
-    "observation": "tool",
-    "tool_response": "tool",
-    "function_response": "tool",
+    "tool": "tool observation tool_response function_response",
 }
+SPEAKERS = {speaker: role for role, speakers in ROLES.items() for speaker in speakers.split()}
 CALLING = ("function_call", "tool_call")  # speakers whose text is the JSON of calls
 MARKS = ("weight", "train", "training", "loss")  # of a turn: 0 or false leaves it untrained
 PART_MARKS = ("train_detail", "training_detail")  # of parts of a turn
@@ -135,13 +125,13 @@ def _tool_call(call: object) -> dict[str, Any]:
     if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRowError(f"a tool call must be an object with a name, found {describe(call)}")
     if function is call:
-        beside = {key: value for key, value in call.items() if key in ("id", "type", "index")}
-        function = {key: value for key, value in call.items() if key not in beside}
+        outside = {key: value for key, value in call.items() if key in ("id", "type", "index")}
+        function = {key: value for key, value in call.items() if key not in outside}
     else:
-        beside = {key: value for key, value in call.items() if key != "function"}
+        outside = {key: value for key, value in call.items() if key != "function"}
     if "arguments" not in function and "parameters" in function:
         function = {("arguments" if key == "parameters" else key): value for key, value in function.items()}
-    return {"type": "function", **beside, "function": {**function, "arguments": _arguments(function.get("arguments"))}}
+    return {"type": "function", **outside, "function": {**function, "arguments": _arguments(function.get("arguments"))}}
 
 
 def _arguments(value: object) -> dict[str, Any]:

@@ -30,7 +30,9 @@ class PreparedData:
     validation_counts: DataCounts | None  # of a validation file or split; None where a fraction is held out
 
 
-def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreparedData:
+def prepare_data(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, key: str = "data.path"
+) -> PreparedData:
     """Tokenize the data, or find them in the cache. Collective: every rank.
 
     Gives ``tokenizer`` the fallback chat template where it has none and the format needs one.
@@ -39,13 +41,14 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
         config: ``data.*``.
         tokenizer: see :func:`lisa_dist.data.tokenizer.load_tokenizer`.
         seed: ``train.seed``, which the packing follows.
+        key: the configuration key that ``config.path`` came from, for messages.
 
     Raises:
         UserError: there are no data, or rows that can't be used and ``data.on_bad_row=error``.
     """
     if config.path is None:
-        raise UserError("data.path=null: must name a file, a glob, a directory, a hub id, or builtin:demo")
-    train = tokenize(config, config.path, config.split, tokenizer, subset=config.subset, limit=config.limit)
+        raise UserError(f"{key}=null: must name a file, a glob, a directory, a hub id, or builtin:demo")
+    train = tokenize(config, config.path, config.split, tokenizer, key=key, subset=config.subset, limit=config.limit)
     held_out: TokenizedRows | None = None
     validation_rows: datasets.Dataset | None = None
     fraction = config.validation_fraction
@@ -61,18 +64,13 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
             split = validation_split(path, subset)
             held_out = tokenize(config, path, split, tokenizer, key="data.validation", subset=subset)
             validation_rows = held_out.rows
-    sequences = [
-        None
-        if rows is None
-        else Sequences.packed(rows, config.sequence_length, seed)
-        if config.packing
-        else Sequences(rows)
-        for rows in (train_rows, validation_rows)
-    ]
-    assert sequences[0] is not None
+
+    def sequences(rows: datasets.Dataset) -> Sequences:
+        return Sequences.packed(rows, config.sequence_length, seed) if config.packing else Sequences(rows)
+
     return PreparedData(
-        sequences[0],
-        sequences[1],
+        sequences(train_rows),
+        None if validation_rows is None else sequences(validation_rows),
         train.format,
         train.folder / ("all.hash" if fraction is None else f"all_but_{fraction}.hash"),
         train.counts,
@@ -89,7 +87,7 @@ def validation_split(path: str, subset: str | None = None) -> str:
 
 
 def hold_out(rows: datasets.Dataset, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Part ``rows`` into training and validation rows; the same rows are held out whatever the seed of a run."""
+    """Split ``rows`` into training and validation rows; the same rows are held out whatever the seed of a run."""
     count = max(1, round(len(rows) * fraction))
     if count >= len(rows):
         raise UserError(f"data.validation={fraction}: of {len(rows)} rows none would be left to train on")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 from rich.console import Console
@@ -42,7 +43,8 @@ def show_preview(
     """
     if not is_main() or (config.preview is None and config.preview_file is None):
         return
-    samples = first_samples(data.train, config.preview or SAMPLES_IN_FILE)
+    rows = data.train.rows[: min(config.preview or SAMPLES_IN_FILE, len(data.train.rows))]
+    samples = [(ids.tolist(), labels.tolist()) for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)]
     console = console or Console()
     for number, (input_ids, labels) in enumerate(samples, start=1):
         trained = sum(label != UNTRAINED for label in labels)
@@ -64,27 +66,16 @@ def _write(path: str, samples: list[tuple[list[int], list[int]]]) -> None:
         raise UserError(f"data.preview_file={path}: can't be written ({error})") from error
 
 
-def first_samples(sequences: Sequences, count: int) -> list[tuple[list[int], list[int]]]:
-    """Return ``input_ids`` and ``labels`` (unshifted) of the first rows."""
-    rows = sequences.rows[: min(count, len(sequences.rows))]
-    return [(ids.tolist(), labels.tolist()) for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)]
-
-
 def marked_text(
     tokenizer: PreTrainedTokenizerBase, input_ids: list[int], labels: list[int], *, brackets: bool = False
 ) -> Text:
     """Decode a sample with its trained tokens coloured, or with ``brackets`` put between ⟦ and ⟧."""
     text = Text()
     shown = ""
-    start = 0
-    for end in range(1, len(input_ids) + 1):
-        trained = labels[start] != UNTRAINED
-        if end < len(input_ids) and (labels[end] != UNTRAINED) == trained:
-            continue
-        decoded = str(
-            tokenizer.decode(input_ids[:end], skip_special_tokens=False)
-        )  # the whole: pieces lose their spaces
-        piece, shown, start = decoded[len(shown) :], decoded, end
+    for trained, places in groupby(range(len(labels)), key=lambda place: labels[place] != UNTRAINED):
+        end = max(places) + 1
+        decoded = str(tokenizer.decode(input_ids[:end], skip_special_tokens=False))  # the whole: pieces lose spaces
+        piece, shown = decoded[len(shown) :], decoded
         if trained:
             text.append(f"{OPEN}{piece}{CLOSE}" if brackets else piece, style=TRAINED_STYLE)
         else:
@@ -95,7 +86,7 @@ def marked_text(
 def sample_questions(sequences: Sequences, count: int) -> list[Question]:
     """Return the first prompt and answer of up to ``count`` rows, spread evenly over the data.
 
-    Rows without a prompt (plain text) are passed over.
+    Rows without a prompt (plain text) are left out.
     """
     questions: list[Question] = []
     for index in np.linspace(0, len(sequences.rows), num=count, endpoint=False, dtype=int).tolist():

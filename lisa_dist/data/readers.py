@@ -196,7 +196,7 @@ def _read_parquet(file: Path) -> Iterator[Row | BrokenRow]:
 
 
 def _read_text(file: Path) -> Iterator[Row | BrokenRow]:
-    """Read plain text: paragraphs, parted by blank lines, are rows with the one column ``text``."""
+    """Read plain text: paragraphs, with blank lines between them, are rows with the one column ``text``."""
     paragraph: list[str] = []
     start = 1
     try:

@@ -165,8 +165,8 @@ def _find_directory(folder: Path, path: str, split: str, key: str, subset: str |
         if subset is not None:
             raise UserError(f"data.subset={subset}: {path} was saved by save_to_disk, which keeps no subsets")
         return _open_saved(folder, path, split, key)
-    found = find_files(folder, path, split, subset, key)
-    return Source(path, found.files, notes=found.notes)
+    files, notes = find_files(folder, path, split, subset, key)
+    return Source(path, files, notes=notes)
 
 
 def _open_saved(folder: Path, path: str, split: str, key: str) -> Source:

@@ -182,9 +182,8 @@ class _Search:
         if self.whole.startswith(prompt):
             return len(prompt)
         context = self.render_or_none(self.messages[:index]) or ""
-        if self.whole.startswith(
-            context[: self.finder.texts.agreement(context, prompt)]
-        ):  # all but the answer's opening
+        without_opening = context[: self.finder.texts.agreement(context, prompt)]
+        if self.whole.startswith(without_opening):
             return self._past(prompt, 0)
         begin = self._begin_after_mark(index, *self._rests_before(index))
         if begin is None:

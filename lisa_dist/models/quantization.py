@@ -98,13 +98,7 @@ class QuantizedLinear(nn.Linear):
         """Take the place of ``layer``, on ``meta``; values come later (:func:`fill_quantized`)."""
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.kind = layer.in_features, layer.out_features, kind
-        rows, inputs = layer.weight.shape
-        if kind == "int8":
-            codes = torch.empty(rows, inputs, dtype=torch.int8, device="meta")
-            scale = torch.empty(rows, 1, device="meta")
-        else:
-            codes = torch.empty(rows, inputs // 2, dtype=torch.uint8, device="meta")
-            scale = torch.empty(rows, inputs // block_size(inputs), device="meta")
+        codes, scale = quantize(layer.weight.to("meta"), kind)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.bias = layer.bias

@@ -34,7 +34,7 @@ def split_by_us(folder: Path) -> dict[str, list[str]]:
     found = {}
     for split in ("train", "validation", "test", "gen"):
         try:
-            files = find_files(folder, str(folder), split, None, "data.path").files
+            files = find_files(folder, str(folder), split, None, "data.path")[0]
         except UserError as error:
             assert f"no split {split}" in str(error)
         else:
@@ -64,5 +64,5 @@ def test_subsets_are_those_that_datasets_gives(tmp_path, subset):
     )
     files = datasets.load_dataset_builder(str(tmp_path), subset).config.data_files
     for split in files:
-        found = find_files(tmp_path, "x", str(split), subset, "data.path").files
+        found = find_files(tmp_path, "x", str(split), subset, "data.path")[0]
         assert sorted(map(str, found)) == sorted(files[split])

@@ -14,7 +14,7 @@ import pytest
 from lisa_dist.checkpoint.export import find_checkpoint
 from lisa_dist.checkpoint.manifest import list_checkpoints
 from lisa_dist.config import Config, UserError
-from lisa_dist.data.tokenizer import MODELS
+from lisa_dist.config.paths import MODELS
 from lisa_dist.telemetry.records import read_rows
 from lisa_dist.training import loop
 from tests.support.ranks import run_on_ranks
