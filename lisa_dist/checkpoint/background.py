@@ -68,11 +68,8 @@ class CheckpointWriter:
     def finish(self, stop_on_error: bool | None = None) -> Snapshot | None:
         """Wait for the write in the background and return what is now complete. No communication by this thread.
 
-        Args:
-            stop_on_error: overrides ``checkpoint.on_error``.
-
-        Returns:
-            The snapshot that was written since the last call; None where there was none, or it failed.
+        It is None where nothing was written since the last call, or that failed. ``stop_on_error`` overrides
+        ``checkpoint.on_error``.
 
         Raises:
             CheckpointError: it failed, on every rank alike.

@@ -67,12 +67,9 @@ class ChangedWeights:
         self.changed_since_begun |= names
 
     def begin(self, name: str, weights: Iterable[str], trained: Iterable[str]) -> CheckpointPlan:
-        """Return what a checkpoint that is written now holds.
+        """Return what a checkpoint that is written now holds, of all weights.
 
-        Args:
-            name: of the checkpoint.
-            weights: all weights of the model.
-            trained: those that train now, and go on to change while it is written.
+        Those that are trained now go on to change while it is written.
         """
         trained, newest = set(trained), self.newest
         self.changed_since_begun = set(trained)

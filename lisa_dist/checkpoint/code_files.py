@@ -26,7 +26,7 @@ def copy_code(find: Find, fields: dict[str, Any], folder: Path, *names: str) -> 
         find: where the model's files are.
         fields: of config.json or tokenizer_config.json; changed in place.
         folder: where to copy, under the same names.
-        names: further files; those that are not there are passed over.
+        names: further files, where they are there.
     """
     auto_map = fields.get("auto_map")
     files: dict[str, Path] = {}

@@ -37,10 +37,8 @@ def step_of(directory: Path) -> int | None:
 def write_manifest(directory: Path, files: dict[str, WrittenFile], depends_on: list[str]) -> None:
     """Write the manifest, flushed to disk.
 
-    Args:
-        directory: of the checkpoint.
-        files: every file by its path inside the checkpoint.
-        depends_on: names of the earlier checkpoints, in the same folder, that hold the rest of its weights.
+    It has every file by its path inside the checkpoint, and the names of the earlier checkpoints that hold the rest of
+    its weights.
 
     Raises:
         OSError: it can't be written, or one of the earlier ones is gone.
@@ -60,9 +58,7 @@ def describe_file(path: Path) -> WrittenFile:
 def verify(directory: Path, part: int = 0, parts: int = 1) -> str | None:
     """Return what is wrong with a checkpoint, None if it is complete and every checksum holds.
 
-    Args:
-        directory: of the checkpoint.
-        part, parts: look at every ``parts``-th file only, from the ``part``-th on, so that ranks share the reading.
+    Only every ``parts``-th file is looked at, from the ``part``-th on, so that ranks can share the reading.
     """
     try:
         files, depends_on = _read_manifest(directory)

@@ -128,11 +128,7 @@ class GlobalBatches:
         return self.collate(longest.tolist())
 
     def validation_batches(self, limit: int | None = None) -> Iterator[MicroBatch]:
-        """Yield this rank's part of one pass over all sequences in their order: as many on every rank.
-
-        Args:
-            limit: at most this many micro-batches a rank.
-        """
+        """Yield this rank's part of one pass over all sequences in their order: as many, at most ``limit``, on each."""
         parts = _chunks(list(range(self.num_sequences)), self.micro_batch_size)
         rounds = math.ceil(len(parts) / self.num_ranks)
         for turn in range(rounds if limit is None else min(rounds, limit)):

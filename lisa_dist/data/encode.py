@@ -35,12 +35,9 @@ class Encoder:
     """Encodes samples with one tokenizer and one set of options; holds what it found out about the tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int, train_on_prompt: bool = False) -> None:
-        """Prepare to encode.
+        """Encode samples cut at the right to ``sequence_length`` tokens; ``train_on_prompt`` trains every token.
 
-        Args:
-            tokenizer: with a chat template, unless only plain text is encoded.
-            sequence_length: tokens that a sample may have; the rest is cut off at the right.
-            train_on_prompt: train every token.
+        ``tokenizer`` has a chat template, unless only plain text is encoded.
         """
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length

@@ -69,12 +69,7 @@ def _read_card(file: Path) -> dict[str, Any]:
 def find_files(folder: Path, path: str, split: str, subset: str | None, key: str) -> tuple[list[Path], list[str]]:
     """Return the files of ``split`` of a folder, and what was decided that the user should know.
 
-    Args:
-        folder: the directory.
-        path: what the user wrote for it.
-        split: the split.
-        subset: ``data.subset``.
-        key: the configuration key that ``path`` came from, for messages.
+    ``path`` is what the user wrote for the folder, as the value of ``key``.
 
     Raises:
         UserError: there is no such subset or split, several subsets and none chosen, or nothing that can be read.

@@ -40,13 +40,7 @@ class Marks:
     """The marked messages of a conversation, and the characters of its rendering at which the marks come to stand."""
 
     def __init__(self, messages: list[Message], whole: str, render: Render) -> None:
-        """Put the marks in and find them.
-
-        Args:
-            messages: of the conversation.
-            whole: their rendering.
-            render: renders messages in the same way.
-        """
+        """Put the marks in and find them; ``whole`` is what ``render`` made of the messages without marks."""
         self.messages = messages
         # Letters and digits pass through JSON, trimming and the like unchanged.
         stem = next(stem for n in count(1) if (stem := "zq" * n) not in whole)

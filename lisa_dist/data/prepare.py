@@ -35,11 +35,9 @@ def prepare_data(
 ) -> PreparedData:
     """Tokenize the data, or find them in the cache. Collective: every rank.
 
-    Gives ``tokenizer`` the fallback chat template where it has none and the format needs one.
-
     Args:
-        config: ``data.*``.
-        tokenizer: see :func:`lisa_dist.data.tokenizer.load_tokenizer`.
+        config: what to read, and how.
+        tokenizer: given the fallback chat template where it has none and the format needs one.
         seed: ``train.seed``, which the packing follows.
         key: the configuration key that ``config.path`` came from, for messages.
 

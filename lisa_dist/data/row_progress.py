@@ -18,11 +18,9 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @contextmanager
 def row_progress(name: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show how many rows are done, for as long as the body runs; yields the function to call with further ones.
+    """Show how many of ``total`` rows (None: not known) of the data ``name`` are done, for as long as the body runs.
 
-    Args:
-        name: of the data.
-        total: rows that there are; None: not known.
+    Yields the function to call with the number of further ones.
     """
     if not sys.stdout.isatty():
         yield _log_lines(name, total)

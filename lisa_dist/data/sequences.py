@@ -24,12 +24,7 @@ class Sequences:
     """Token rows by sequence. The rows stay memory-mapped; only lengths and the packing plan are held."""
 
     def __init__(self, rows: datasets.Dataset, packing: list[list[int]] | None = None) -> None:
-        """Lay rows out as sequences.
-
-        Args:
-            rows: with ``input_ids``, ``labels`` and ``length``.
-            packing: for each sequence its rows; None: each row is a sequence.
-        """
+        """Make sequences of ``rows`` as they are tokenized: each one, or those that ``packing`` lists for each."""
         self.rows = rows.with_format("numpy", columns=["input_ids", "labels"])
         self.packing = packing
         row_lengths = np.asarray(rows.with_format("numpy", columns=["length"])["length"][:], dtype=np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from contextlib import suppress
@@ -152,23 +153,12 @@ def render(
 
 def _with_arguments_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
     """Return the messages with the arguments of calls as JSON text, which some templates want; None without any."""
-    if not any(isinstance(_arguments(call), dict) for message in messages for call in message.get("tool_calls") or []):
-        return None
-    changed = []
-    for message in messages:
-        calls = [
-            {**call, "function": {**call["function"], "arguments": json.dumps(_arguments(call), ensure_ascii=False)}}
-            if isinstance(_arguments(call), dict)
-            else call
-            for call in message.get("tool_calls") or []
-        ]
-        changed.append({**message, "tool_calls": calls} if calls else message)
-    return changed
-
-
-def _arguments(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    return function.get("arguments") if isinstance(function, dict) else None
+    changed = copy.deepcopy(messages)
+    functions = [call.get("function") or {} for message in changed for call in message.get("tool_calls") or []]
+    with_objects = [function for function in functions if isinstance(function.get("arguments"), dict)]
+    for function in with_objects:
+        function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    return changed if with_objects else None
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:

@@ -58,7 +58,7 @@ def read_architecture(config: ModelConfig, *, without_weights: bool = False) -> 
 def build_meta_model(config: ModelConfig, architecture: PretrainedConfig | None = None) -> nn.Module:
     """Build the causal language model on the meta device, every parameter float32.
 
-    Non-persistent buffers (rotary frequencies) are on meta too; ``loading.materialize`` recomputes them.
+    Non-persistent buffers (rotary frequencies) are on meta too; ``loading.restore_buffers`` computes them.
 
     Raises:
         UserError: as ``read_architecture``; or the architecture has no causal language model, or lacks the

@@ -60,11 +60,8 @@ class WeightSource:
 def find_sources(replica: Any, checkpoint_names: Iterable[str]) -> tuple[dict[str, WeightSource], list[str]]:
     """Map each name of the model to its source; also return the checkpoint's names that the model has no place for.
 
-    Args:
-        replica: the unsharded model on meta; its names and shapes decide.
-        checkpoint_names: all tensors of the checkpoint.
-
-    A source with a conversion to several parameters stands under the first one's name.
+    ``replica`` is the unsharded model on meta; its names and shapes decide. A source with a conversion to several
+    parameters is found under the first one's name.
     """
     transforms = get_model_conversion_mapping(replica)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]

@@ -34,12 +34,9 @@ class Findings:
 def pretrained_architecture(config: ModelConfig, frozen: str = "float32") -> PretrainedConfig:
     """Return the architecture that ``model.*`` names, as its weights have it: its dtype is theirs, and so are its ties.
 
-    All is checked that can be without reading the weights, so that what is wrong with them is said at once. With
-    ``model.init=random`` nothing is looked at. Collective: every rank; the first rank looks, a hub id is downloaded.
-
-    Args:
-        config: the keys ``model.*``.
-        frozen: dtype in which weights are kept; where that rounds them, it is said.
+    All is checked that can be without reading the weights, so that what is wrong with them is said first. With
+    ``model.init=random`` nothing is looked at. ``frozen`` is the dtype in which weights are kept; where that rounds
+    them, it is said. Collective: every rank; the first rank looks, a hub id is downloaded.
 
     Raises:
         UserError: a file is damaged, or tensors are missing, unexpected, of the wrong shape or kind.
@@ -56,11 +53,7 @@ def pretrained_architecture(config: ModelConfig, frozen: str = "float32") -> Pre
 
 
 def inspect_weights(config: ModelConfig, architecture: PretrainedConfig, directory: Path, frozen: str) -> Findings:
-    """Check the weights of a directory against an architecture, and say what differs; see ``pretrained_architecture``.
-
-    Raises:
-        UserError: as there.
-    """
+    """Check the weights of a directory against an architecture, as :func:`pretrained_architecture` says."""
     weights = SafetensorsDirectory(directory)
     weights.check_files()
     replica: Any = build_meta_model(config, architecture)

@@ -56,10 +56,8 @@ def install_position_handling(model: nn.Module, separation: Separation | None) -
     (RoBERTa from 2, others not at all), and that is what its weights know. Call it before ``fully_shard`` and after
     :func:`~lisa_dist.objectives.chunked_head.install_loss_head`.
 
-    Args:
-        model: a causal language model.
-        separation: what keeps packed samples apart; None: nothing is packed. ``mask`` also narrows every mask that the
-            model builds to pairs of tokens of one sample, [b, 1, t, t].
+    ``separation`` is what keeps packed samples apart; None: nothing is packed. ``mask`` also narrows every mask that
+    the model builds to pairs of tokens of one sample, [b, 1, t, t].
     """
     original = model.forward
     passes_positions = separation is not None and takes_positions(model)
@@ -84,10 +82,8 @@ def _samples_apart(position_ids: Tensor) -> Iterator[None]:
 
     The masks stay the model's own (causal, windows, the kernel's dtype and polarity); transformers' table of mask
     builders lets one user replace entries of it
-    (https://huggingface.co/docs/transformers/main/en/attention_interface#attention-mask-interface).
-
-    Args:
-        position_ids: [b, t], a sample begins wherever they do not count on.
+    (https://huggingface.co/docs/transformers/main/en/attention_interface#attention-mask-interface). A sample begins
+    wherever the positions, [b, t], do not count on.
     """
     starts = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
     same_sample = masking_utils.packed_sequence_mask_function(starts.cumsum(-1))
@@ -169,9 +165,7 @@ def _tried(small: Any) -> float | str:
 def packed_difference(model: Any, *, joined: bool = False) -> float:
     """Return by how much the logits of packed samples differ from those alone, at most, in standard deviations.
 
-    Args:
-        model: takes tokens below ``VOCABULARY``.
-        joined: give positions as if all samples of a row were one.
+    With ``joined``, positions are given as if all samples of a row were one.
     """
     generator = torch.Generator().manual_seed(0)
     samples = [torch.randint(FIRST_PLAIN_TOKEN, VOCABULARY, (size,), generator=generator) for size in SAMPLE_TOKENS]

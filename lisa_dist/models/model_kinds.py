@@ -7,7 +7,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from lisa_dist.config import UserError
 
-# Models that transformers lends a causal head to, though by default every token sees all others: the field and the
+# Models that transformers gives a causal head, though by default every token sees all others: the field and the
 # value that make them causal. Encoders not named here have is_decoder. None: nothing does.
 _CAUSAL_BY: dict[str, tuple[str, object] | None] = {
     "bert-generation": ("is_decoder", True),
@@ -35,9 +35,7 @@ _KINDS = (  # the first table that holds a model names it
 def check_is_decoder(path: str | None, architecture: PretrainedConfig) -> None:
     """Refuse what is no causal language model by the name of what it is.
 
-    Args:
-        path: ``model.path``, for the message.
-        architecture: as the model's config.json says, whole.
+    ``architecture`` is what the config.json of ``model.path`` says, whole.
 
     Raises:
         UserError: it is an encoder, an encoder-decoder, or a model of no text.
@@ -47,16 +45,11 @@ def check_is_decoder(path: str | None, architecture: PretrainedConfig) -> None:
     only = "only causal language models (decoders) can be trained"
     if architecture.is_encoder_decoder:
         raise UserError(f"{key} an encoder-decoder; {only}")
-    default = (
-        ("is_decoder", True) if model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES else ("model_type", model_type)
-    )
-    field = _CAUSAL_BY.get(model_type, default)
-    if field is None or getattr(architecture, field[0], field[1]) != field[1]:
-        decoder = (
-            ""
-            if field is None
-            else f" (a decoder of this type says {field[0]}={str(field[1]).lower()} in its config.json)"
-        )
+    masked = model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    field = _CAUSAL_BY.get(model_type, ("is_decoder", True) if masked else ("model_type", model_type))
+    name, value = field or ("", None)
+    if field is None or getattr(architecture, name, value) != value:
+        decoder = f" (a decoder of this type says {name}={str(value).lower()} in its config.json)" if field else ""
         raise UserError(f"{key} an encoder, or like one, in which tokens see those after them; {only}{decoder}")
     if model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in _own_code(architecture):
         return

@@ -68,22 +68,21 @@ class Scale:
 def tiny_copy(model: Any, blocks_path: str) -> PreTrainedModel:
     """Return a tiny copy of ``model``'s architecture in float32 on the CPU, in eval mode, with random weights.
 
-    It has as many blocks as are needed for every kind that ``model`` has. Random states stay as they were.
-
-    Args:
-        model: a causal language model as transformers builds it, on any device.
-        blocks_path: dotted path of its stack of blocks.
+    It has as many blocks as are needed for every kind that ``model`` has, a causal language model as transformers
+    builds it, on any device. Random states stay as they were.
 
     Raises:
         NoTinyCopyError: no smaller model with all kinds of blocks can be built.
     """
     kinds = _kinds_of_blocks(model, blocks_path)
     old_depth = sum(kinds.values())
+    depths = [2**n for n in range(1, old_depth.bit_length()) if 2**n < old_depth]
+    depths.append(old_depth)  # consistent with whatever is derived from the depth
     reason = ""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # small sizes and odd token ids are meant
     try:
-        for depth in _depths(old_depth):
+        for depth in depths:
             try:
                 config = shrink(model.config, old_depth, depth)
                 with torch.device("meta"):
@@ -101,14 +100,6 @@ def tiny_copy(model: Any, blocks_path: str) -> PreTrainedModel:
     finally:
         transformers.logging.set_verbosity(verbosity)
     raise NoTinyCopyError(reason)
-
-
-def _depths(old_depth: int) -> Iterator[int]:
-    depth = 2
-    while depth < old_depth:
-        yield depth
-        depth *= 2
-    yield old_depth  # consistent with whatever is derived from the depth
 
 
 def shrink(config: PretrainedConfig, old_depth: int, depth: int) -> PretrainedConfig:

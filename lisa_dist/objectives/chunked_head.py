@@ -165,9 +165,9 @@ def install_loss_head(
 
     Call it before ``fully_shard``, on any device, but outside ``FakeTensorMode``: it looks at a few values. Labels
     are unshifted [b, t], -100 where there is no loss; the result is a float32 scalar, the sum over label tokens. With
-    ``labels=None`` the model answers as before.
-    With ``router_aux_loss`` the router's loss times its coefficient is added for each label token. ``kernel`` is
-    ``chunked`` or ``liger``; in a simulated world, which has no GPU, the first stands for the second.
+    ``labels=None`` the model answers as before. With ``router_aux_loss`` the router's loss times its coefficient is
+    added for each label token. ``kernel`` is ``chunked`` or ``liger``; in a simulated world, which has no GPU, the
+    first takes the place of the second.
 
     Returns what the model does to the head's product; None where it does something else (or has a head of its own
     kind), in which case the model's own head and the plain float32 loss are used, and that is logged.

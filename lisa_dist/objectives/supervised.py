@@ -14,13 +14,7 @@ from lisa_dist.objectives.chunked_head import install_loss_head
 def prepare_supervised(model: nn.Module, layers: LayerMap, config: ModelConfig) -> Objective:
     """Let the model compute its loss in chunks, and return the objective. Call it before the model is sharded.
 
-    Args:
-        model: whose head and root are changed, see :func:`install_loss_head`.
-        layers: where its head is.
-        config: ``model.loss_chunk``, ``.loss_kernel`` and ``.router_aux_loss``.
-
-    Raises:
-        UserError: as :func:`install_loss_head`.
+    See :func:`install_loss_head`, which does the first.
     """
     install_loss_head(model, layers, config.loss_chunk, config.router_aux_loss, config.loss_kernel)
     return supervised
