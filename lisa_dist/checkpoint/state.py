@@ -36,7 +36,7 @@ class Progress:
     skipped_steps: int = 0  # steps left out because the loss or a gradient was not finite
     recent_losses: list[float] = field(default_factory=list)  # what a spike is measured by; empty where none is
     order_seed: int = 0  # train.seed at the run's first start, by which the data are ordered and packed
-    data: dict[str, Any] = field(default_factory=dict)  # what the data are, see lisa_dist.data.fingerprint
+    data: dict[str, Any] = field(default_factory=dict)  # what the data are, see data.prepare.fingerprint
 
     def place_of(self, sequence: int) -> int:
         """Return the place in the stream of data of the ``sequence``-th that the run sees, counted from 0."""

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lisa_dist.config import DataConfig, UserError
 from lisa_dist.data.encode import Encoded, Encoder
-from lisa_dist.data.formats import BadRowError, Conversation, Message, RowFormat, Sample, choose_format
+from lisa_dist.data.formats import BadRowError, Conversation, RowFormat, Sample, choose_format
 from lisa_dist.data.readers import BrokenRow, Row
 from lisa_dist.data.row_progress import row_progress
 from lisa_dist.data.sources import Source
@@ -98,14 +98,6 @@ class EncodedRow:
     empty_answers: int = 0
 
 
-@dataclass
-class EncodedChunk:
-    """What became of the rows of one chunk, and what the encoder noted of the chat template."""
-
-    rows: list[EncodedRow]
-    rendered: dict[str, str]  # see AnswerFinder
-
-
 class RowReader:
     """Goes through a source's rows once, finds their format, and counts what becomes of them."""
 
@@ -133,18 +125,17 @@ class RowReader:
         if chosen.name != "text":
             ensure_chat_template(tokenizer)
 
-        def encode(chunk: list[Row | BrokenRow]) -> EncodedChunk:
+        def encode(chunk: list[Row | BrokenRow]) -> tuple[list[EncodedRow], dict[str, str]]:
             return encode_chunk(chunk, chosen, tokenizer, self.config)
 
         num_proc = self.config.num_processes
         mapped = map_in_order(encode, self._chunks(chain([first], rows)), num_proc, CHUNKS_BEFORE_WORKERS)
         try:
             with closing(mapped), row_progress(self.source.name, self._total()) as advance:
-                for chunk in mapped:
-                    for name, sentence in chunk.rendered.items():
-                        self.rendered.setdefault(name, sentence)
-                    yield [row.encoded for row in chunk.rows if self._count(row) and row.encoded is not None]
-                    advance(len(chunk.rows))
+                for done, rendered in mapped:
+                    self.rendered |= {name: said for name, said in rendered.items() if name not in self.rendered}
+                    yield [row.encoded for row in done if self._count(row) and row.encoded is not None]
+                    advance(len(done))
         except WorkerDiedError as error:
             raise UserError(f"data.num_proc={num_proc}: while tokenizing {error}; set it lower") from error
         if self.failure is not None:
@@ -207,11 +198,10 @@ class RowReader:
 
 def encode_chunk(
     chunk: list[Row | BrokenRow], chosen: RowFormat, tokenizer: PreTrainedTokenizerBase, config: DataConfig
-) -> EncodedChunk:
-    """Encode the rows of a chunk; what is remembered of the chat template on the way is of this chunk alone."""
+) -> tuple[list[EncodedRow], dict[str, str]]:
+    """Return what became of a chunk's rows, and what its own encoder found out of the chat template (AnswerFinder)."""
     encoder = Encoder(tokenizer, config.sequence_length, config.train_on_prompt)
-    rows = [_encode_row(row, chosen, encoder) for row in chunk]
-    return EncodedChunk(rows, encoder.rendered)
+    return [_encode_row(row, chosen, encoder) for row in chunk], encoder.rendered
 
 
 def _encode_row(row: Row | BrokenRow, chosen: RowFormat, encoder: Encoder) -> EncodedRow:
@@ -226,14 +216,12 @@ def _encode_row(row: Row | BrokenRow, chosen: RowFormat, encoder: Encoder) -> En
 
 
 def _empty_answers(sample: Sample) -> int:
+    """Count the trained answers that say nothing: no text, no call, no thought."""
     if not isinstance(sample, Conversation):
         return 0
     return sum(
-        message["role"] == "assistant" and index not in sample.untrained and _is_empty(message)
+        message["role"] == "assistant"
+        and index not in sample.untrained
+        and not any(str(message.get(key) or "").strip() for key in ANSWER_KEYS)
         for index, message in enumerate(sample.messages)
     )
-
-
-def _is_empty(answer: Message) -> bool:
-    """Whether an answer says nothing: no text, no call, no thought."""
-    return not any(str(answer.get(key) or "").strip() for key in ANSWER_KEYS)

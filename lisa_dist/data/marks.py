@@ -140,6 +140,4 @@ def _with_name_mark(call: dict[str, Any], new: Callable[[Place], str]) -> dict[s
     function = call.get("function")
     if isinstance(function, dict) and isinstance(function.get("name"), str):
         return {**call, "function": {**function, "name": function["name"] + new(Place.CALL)}}
-    if isinstance(call.get("name"), str):
-        return {**call, "name": call["name"] + new(Place.CALL)}
     return call

@@ -40,35 +40,35 @@ FALLBACK_TEMPLATE = (
 )
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False, key: str = "model.tokenizer") -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load a tokenizer and check that it can end a text.
 
     Args:
         path: a directory, a hub id, or ``builtin:demo``. A directory may hold no more than ``tokenizer.json``,
             or a SentencePiece ``tokenizer.model``.
         trust_remote_code: run Python code that comes with the tokenizer.
-        key: the configuration key that ``path`` came from, for messages.
 
     Raises:
         UserError: nothing is there, it can't be loaded, or it has no end-of-text token.
     """
-    directory = model_directory(path, key)
+    key = f"model.tokenizer={path}"
+    directory = model_directory(path, "model.tokenizer")
     if directory is None:
         stay_offline_where_unreachable()
     folder = directory or Path(path)  # of a hub id no file is here
     for name in FILES:
         if (folder / name).is_file():
-            check_is_whole(folder / name, f"{key}={path}")
+            check_is_whole(folder / name, key)
     try:
         tokenizer = _load(folder, trust_remote_code)
     except Exception as error:  # transformers raises many kinds; all mean that this is no usable tokenizer
         absent = "is no directory here, and from the hub " if directory is None else ""
-        raise UserError(f"{key}={path}: {absent}no tokenizer could be loaded ({in_one_line(error)})") from error
+        raise UserError(f"{key}: {absent}no tokenizer could be loaded ({in_one_line(error)})") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up where it finds no file
-        raise UserError(f"{key}={path}: no tokenizer found, needed is tokenizer.json or tokenizer.model")
+        raise UserError(f"{key}: no tokenizer found, needed is tokenizer.json or tokenizer.model")
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"{key}={path}: the tokenizer has no eos_token, without which no answer can end; "
+            f"{key}: the tokenizer has no eos_token, without which no answer can end; "
             f"set eos_token in tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:

@@ -99,21 +99,14 @@ def linear_layers(block: nn.Module) -> dict[str, nn.Linear | Conv1D]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
-def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Return the outermost module lists whose members all hold parameters, by path."""
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) == 0:
-            continue
-        if any(name.startswith(f"{outer}.") for outer in found):
-            continue  # experts within a block
-        if all(next(member.parameters(), None) is not None for member in module):
-            found[name] = module
-    return found
-
-
 def _largest_stack(model: nn.Module) -> str:
-    stacks = _stacks(model)
+    """Return the path of the largest of the outermost module lists whose members all hold parameters."""
+    stacks: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in stacks)  # experts within a block
+        full = isinstance(module, nn.ModuleList) and all(any(True for _ in part.parameters()) for part in module)
+        if full and len(module) and not inside:
+            stacks[name] = module
     if not stacks:
         looked_at = ", ".join(name for name, _ in model.named_children()) or "no modules"
         raise UserError(

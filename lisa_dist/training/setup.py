@@ -25,8 +25,7 @@ from lisa_dist.config.checks import check_global_batch, options_without_effect
 from lisa_dist.config.loading import to_yaml
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
 from lisa_dist.data.batches import GlobalBatches, MicroBatch
-from lisa_dist.data.fingerprint import fingerprint
-from lisa_dist.data.prepare import PreparedData, prepare_data
+from lisa_dist.data.prepare import PreparedData, fingerprint, prepare_data
 from lisa_dist.data.preview import show_preview
 from lisa_dist.data.sequences import Sequences
 from lisa_dist.data.tokenizer import load_tokenizer

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from lisa_dist.config import DataConfig, UserError
-from lisa_dist.data import encode_rows, fingerprint, tokenized
+from lisa_dist.data import encode_rows, tokenized
 from lisa_dist.data.encode_rows import DataCounts
-from lisa_dist.data.prepare import prepare_data, validation_split
+from lisa_dist.data.prepare import fingerprint, hash_of_rows, prepare_data, validation_split
 from lisa_dist.data.tokenized import tokenize
 from lisa_dist.data.tokenizer import load_tokenizer
 from tests.support.ranks import run_on_ranks
@@ -149,13 +149,13 @@ def test_the_hash_of_the_rows_trained_on_is_kept_beside_the_tokens(tmp_path, mon
     tokenizer = load_tokenizer("builtin:demo")
 
     def hashed(**options) -> str:
-        return fingerprint.fingerprint(DataConfig(), prepare(tmp_path, **options), tokenizer)["rows"]
+        return fingerprint(DataConfig(), prepare(tmp_path, **options), tokenizer)["rows"]
 
     other = write(tmp_path / "other.jsonl", ROWS[::-1])
     options = [{}, {"validation": "0.25"}, {"validation": "0.5"}, {"path": other}, {"limit": 15}]
     found = [hashed(**chosen) for chosen in options]
     assert len(set(found)) == 5
-    assert found[1] == fingerprint.hash_of_rows(prepare(tmp_path, validation="0.25").train.rows)
+    assert found[1] == hash_of_rows(prepare(tmp_path, validation="0.25").train.rows)
     monkeypatch.setattr(fingerprint, "hash_of_rows", lambda rows: pytest.fail("the rows were read"))
     assert [hashed(**chosen) for chosen in options] == found
 

@@ -55,8 +55,8 @@ def test_bare_sentencepiece_model(tmp_path):
 def test_no_eos_token(tmp_path):
     shutil.copy(DEMO / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(UserError, match=r"model.path=.* has no eos_token"):
-        load_tokenizer(str(tmp_path), key="model.path")
+    with pytest.raises(UserError, match=r"model.tokenizer=.* has no eos_token"):
+        load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize(

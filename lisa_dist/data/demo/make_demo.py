@@ -16,6 +16,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig
 
+from lisa_dist.runtime.files import write_json_object
+
 DATA = Path(__file__).parent
 MODEL = DATA.parents[1] / "models" / "demo"
 VOCABULARY = 1024
@@ -182,10 +184,6 @@ def make_tokenizer(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -198,8 +196,7 @@ def main() -> None:
     tokenizer = make_tokenizer([text for row in train for text in row.values()])
     tokenizer.save(str(MODEL / "tokenizer.json"), pretty=False)
     ids = {name: tokenizer.token_to_id(name) for name in (PAD, BOS, EOS)}
-    write_json(
-        MODEL / "tokenizer_config.json",
+    write_json_object(
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": BOS,
@@ -210,6 +207,7 @@ def main() -> None:
             "clean_up_tokenization_spaces": False,
             "model_max_length": 256,
         },
+        MODEL / "tokenizer_config.json",
     )
     special: dict[str, Any] = {"bos_token_id": ids[BOS], "eos_token_id": ids[EOS], "pad_token_id": ids[PAD]}
     config = LlamaConfig(
@@ -225,8 +223,8 @@ def main() -> None:
         architectures=["LlamaForCausalLM"],
         **special,
     )
-    write_json(MODEL / "config.json", config.to_diff_dict())
-    write_json(MODEL / "generation_config.json", {**special, "do_sample": False, "max_new_tokens": 32})
+    write_json_object(config.to_diff_dict(), MODEL / "config.json")
+    write_json_object({**special, "do_sample": False, "max_new_tokens": 32}, MODEL / "generation_config.json")
     print(f"{len(train)} training rows, {len(validation)} validation rows, {tokenizer.get_vocab_size()} tokens")
 
 
