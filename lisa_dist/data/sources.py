@@ -7,6 +7,7 @@ import glob
 import hashlib
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -131,19 +132,17 @@ def _folder(path: str, key: str = "data.path") -> Path | None:
 
 def has_split(path: str, split: str, subset: str | None = None) -> bool:
     """Whether ``path`` is a directory, or bundled, that has ``split``; the hub is not asked."""
-    if _folder(path) is None:
-        return False
-    try:
-        find_source(path, split, subset=subset)
-    except UserError:
-        return False
-    return True
+    with suppress(UserError):
+        return _folder(path) is not None and find_source(path, split, subset=subset) is not None
+    return False
 
 
 def has_subset(path: str, subset: str | None) -> bool:
     """Whether ``path`` is a directory whose README lists ``subset``; the hub is not asked."""
-    folder = _folder(path)
-    return folder is not None and subset in subsets_of(folder)
+    with suppress(UserError):  # which is raised under the right key when the data are read
+        folder = _folder(path)
+        return folder is not None and subset in subsets_of(folder)
+    return False
 
 
 def _nearest_path(path: Path) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lisa_dist.commands import evaluate, export, generate
 from lisa_dist.config import UserError
 from lisa_dist.config.loading import load, load_run
+from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.training.loop import train
 from tests.support.ranks import run_on_ranks
 from tests.support.templates import FAMILIES, NO_END, TEMPLATES, Template, tokenizer_with
@@ -143,3 +145,11 @@ def test_messages_that_the_template_refuses_are_named() -> None:
     tokenizer = tokenizer_with(TEMPLATES["model_turns"])
     with pytest.raises(UserError, match=r"generate.prompts: the chat template refuses .*no system role"):
         generate.prompt_ids(tokenizer, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+
+
+def test_what_is_wrong_with_the_data_is_said_under_their_key(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    opened: Any = SimpleNamespace(tokenizer=load_tokenizer("builtin:demo"))
+    for path in ("builtin:dmo", f"{tmp_path}/nowhere.jsonl", f"{tmp_path}/empty.jsonl"):
+        with pytest.raises(UserError, match=f"^evaluate.data={path}: "):
+            evaluate.held_out_sequences(load([f"evaluate.data={path}", f"data.cache_dir={tmp_path}"]), opened)

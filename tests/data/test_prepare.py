@@ -143,6 +143,8 @@ def test_validation_path_and_split(tmp_path):
     assert validation_split(str(folder)) == "test"
     with pytest.raises(UserError, match=r"data.validation=.*nothing.jsonl: no such file"):
         prepare(tmp_path, validation=f"{tmp_path}/nothing.jsonl")
+    with pytest.raises(UserError, match=r"data.validation=builtin:dmo: bundled are builtin:demo"):
+        prepare(tmp_path, validation="builtin:dmo")
 
 
 def test_the_hash_of_the_rows_trained_on_is_kept_beside_the_tokens(tmp_path, monkeypatch):

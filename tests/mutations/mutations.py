@@ -393,8 +393,8 @@ CHECKPOINT = [
     Mutation(
         "adapters are left out of the export",
         "checkpoint/adapters.py",
-        'yield f"{layer}.weight", merge(_plain(tensors, name, config), a, b, scaling, magnitude, transposed)',
-        'yield f"{layer}.weight", _plain(tensors, name, config)',
+        'yield f"{layer}.weight", merge(plain(name), a, b, scaling_of(adapters, a.shape[0]), magnitude, transposed)',
+        'yield f"{layer}.weight", plain(name)',
         "checkpoint/test_adapters.py::test_both_exports_answer_as_the_trained_model",
     ),
 ]
