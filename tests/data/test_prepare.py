@@ -158,7 +158,7 @@ def test_the_hash_of_the_rows_trained_on_is_kept_beside_the_tokens(tmp_path, mon
     found = [hashed(**chosen) for chosen in options]
     assert len(set(found)) == 5
     assert found[1] == hash_of_rows(prepare(tmp_path, validation="0.25").train.rows)
-    monkeypatch.setattr(fingerprint, "hash_of_rows", lambda rows: pytest.fail("the rows were read"))
+    monkeypatch.setattr("lisa_dist.data.prepare.hash_of_rows", lambda rows: pytest.fail("the rows were read"))
     assert [hashed(**chosen) for chosen in options] == found
 
 
