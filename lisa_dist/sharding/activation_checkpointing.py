@@ -36,7 +36,7 @@ OPERATIONS_PER_BYTE = 200  # what a GPU computes while it moves a byte (A100: 31
 def set_checkpointing(block: nn.Module, kind: str) -> None:
     """Make a block keep the activations of ``kind`` from its next forward pass on.
 
-    transformers checkpoints a block's forward, not its call, so FSDP2's hooks stay outside.
+    transformers checkpoints a block's forward, so FSDP2's hooks stay outside; 5.17 still its call, so they run again.
 
     Raises:
         UserError: the model's blocks can't be checkpointed.

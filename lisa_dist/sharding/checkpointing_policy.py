@@ -152,14 +152,15 @@ def _measure(config: Config, whole: nn.Module, update: PreparesBlocks, trains: b
             model.get_parameter(name).requires_grad_(True)
         layers.embeddings[0].requires_grad_(True)  # so that the block's input has a gradient
         set_checkpointing(block, kind)
-        block.register_forward_pre_hook(kept.before)
-        block.register_forward_hook(kept.after)
+        hooks = [block.register_forward_pre_hook(kept.before), block.register_forward_hook(kept.after)]
         shape = (config.train.micro_batch_size, config.data.sequence_length)
         hidden = model.base_model(
             input_ids=torch.zeros(shape, dtype=torch.int64),
             position_ids=torch.arange(shape[1]).expand(shape),
             use_cache=False,
         ).last_hidden_state
+        for hook in hooks:  # older versions of transformers call them again when the block is computed again
+            hook.remove()
         ledger.scope = "backward"
         hidden.sum().backward()
     work = ledger.work["backward"]
