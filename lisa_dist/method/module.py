@@ -106,7 +106,7 @@ def build_train_module(config: Config, architecture: PretrainedConfig | None = N
     store = build_store(module, layers, dims.mesh, config.parallel, config.precision, update.keeps_precision)
     active = ActiveSet(always_active_parameters(store, config.always_active))
     groups = ParameterGroups(layers.part_of, undecayed)
-    optimizer = ActiveOptimizer(config.optimizer, update, groups, store.masters_to_params)
+    optimizer = ActiveOptimizer(config.optimizer, update, groups, store.masters_to_params, store.register_grad_hook)
     return TrainModule(config, dims, store, update, optimizer, sampler, active, checkpointing, objective)
 
 

@@ -19,7 +19,7 @@ from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import local_shard
 from lisa_dist.sharding import fsdp2
 from lisa_dist.sharding.rounding import convert, dtype_of, rounding_seed
-from lisa_dist.sharding.store import ParameterStore, allocate_buffers
+from lisa_dist.sharding.store import GradHook, ParameterStore, allocate_buffers
 from lisa_dist.sharding.wrapping_policy import storage_dtype, wrap
 
 
@@ -50,6 +50,7 @@ class ShardedStore(ParameterStore):
         self.keeps_precision = keeps_precision
         self.handles: dict[str, tuple[Any, Any]] = fsdp2.fsdp_parameters(module)  # (FSDPParam, its group) by name
         self._offloads_frozen = parallel.offload == "frozen"
+        self._defers_reduction = parallel.defer_reduction
 
     @property
     def names(self) -> KeysView[str]:
@@ -129,9 +130,14 @@ class ShardedStore(ParameterStore):
         """Whether the shard lies in host memory."""
         return fsdp2.is_on_host(self.handles[name][0])
 
+    def register_grad_hook(self, name: str, hook: GradHook) -> None:
+        """Have ``hook`` called with the sharded parameter."""
+        self.parameter(name).register_post_accumulate_grad_hook(hook)
+
     def defer_reduction(self, deferred: bool) -> None:
-        """Have coming backward passes hold gradients unsharded."""
-        self.module.set_requires_gradient_sync(not deferred)  # type: ignore[operator]
+        """Have coming backward passes hold gradients unsharded, where the configuration asks for it."""
+        if self._defers_reduction:
+            self.module.set_requires_gradient_sync(not deferred)  # type: ignore[operator]
 
     def transient_bytes(self) -> int:
         """Return the bytes of two gathered groups with their buffers, and of the largest group's gradients."""

@@ -6,7 +6,7 @@ its implementations alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from lisa_dist.models.layer_map import LayerMap
 from lisa_dist.runtime.distributed import local_shard
 
+GradHook = Callable[[Tensor], None]
+
 
 class ParameterStore(Protocol):
     """The weights of a model, of which some train.
@@ -24,7 +26,7 @@ class ParameterStore(Protocol):
     rank's rows, otherwise a plain tensor. Nothing is collective unless it says so.
     """
 
-    module: nn.Module  # forward and backward passes are collective where weights are sharded
+    module: nn.Module  # forward passes are collective where weights are sharded, backward passes on several ranks
     layers: LayerMap
 
     @property
@@ -114,8 +116,18 @@ class ParameterStore(Protocol):
         """Whether a parameter as it is stored now, with its gradient, lies in host memory."""
         ...
 
+    def register_grad_hook(self, name: str, hook: GradHook) -> None:
+        """Have ``hook(master)`` called as soon as a backward pass has brought a gradient, summed over all ranks.
+
+        It holds until the parameter is frozen.
+        """
+        ...
+
     def defer_reduction(self, deferred: bool) -> None:
-        """Say whether coming backward passes leave gradients unreduced, for a later one to reduce with its own."""
+        """Say whether more backward passes of the same step follow the coming one, which may reduce its gradients too.
+
+        A store leaves them unreduced where that costs no memory, or where ``parallel.defer_reduction`` asks for it.
+        """
         ...
 
     def transient_bytes(self) -> int:

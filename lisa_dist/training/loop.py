@@ -208,8 +208,7 @@ def accumulate_gradients(
     loss_sum = torch.zeros((), device=distributed.device())
     divisor = 0.0
     for index, micro_batch in enumerate(micro_batches):
-        if train_module.config.parallel.defer_reduction:
-            train_module.store.defer_reduction(index < len(micro_batches) - 1)
+        train_module.store.defer_reduction(index < len(micro_batches) - 1)
         with stopwatch("forward"):
             loss, counted = train_module.objective(module, micro_batch)
         with stopwatch("backward"):

@@ -69,9 +69,8 @@ def train_on_rank(config: Config) -> dict[str, Any]:
         "trained": trained,
         "state_shapes": {name: tuple(tensor.shape) for name, tensor in state.items()},
         "state_bytes": train_module.optimizer.state_bytes(),
-        "all_sharded": all(
-            isinstance(tensor, DTensor) and tensor.placements[0].is_shard(0) for tensor in state.values()
-        ),
+        "all_sharded": distributed.world_size() == 1
+        or all(isinstance(tensor, DTensor) and tensor.placements[0].is_shard(0) for tensor in state.values()),
     }
 
 

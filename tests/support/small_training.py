@@ -7,7 +7,6 @@ import random
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lisa_dist.config import Config
@@ -18,8 +17,10 @@ from lisa_dist.method.module import (
     load_initial_weights,
 )
 from lisa_dist.method.optim.schedule import learning_rate
+from lisa_dist.method.updates.sharded import whole
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding import fsdp2
+from lisa_dist.sharding.sharded import ShardedStore
 from lisa_dist.training.loop import train_step
 from tests.support.plain_lisa import train_plainly
 
@@ -81,12 +82,17 @@ def make_global_batches(steps: int = STEPS) -> list[list[dict[str, torch.Tensor]
 def full_parameters(train_module: TrainModule) -> dict[str, torch.Tensor]:
     """All parameters, whole, in fp32. Collective."""
     fsdp2.reshard_all(train_module.store.module)
-    gathered = {}
-    for name in train_module.store.names:
-        parameter = train_module.store.master(name).detach()
-        assert isinstance(parameter, DTensor)
-        gathered[name] = parameter.full_tensor().float().clone()
-    return gathered
+    store = train_module.store
+    return {name: whole(store.master(name).detach()).float().clone() for name in store.names}
+
+
+def reduction_dtypes(train_module: TrainModule) -> set[torch.dtype]:
+    """The dtypes in which gradients are summed."""
+    store = train_module.store
+    if not isinstance(store, ShardedStore):  # where the gradients of micro-batches are added
+        return {store.master(name).dtype for name in train_module.optimizer.parameters}
+    groups = {id(group): group for _, group in store.handles.values()}
+    return {dtype for group in groups.values() if (dtype := fsdp2.reduce_dtype(group)) is not None}
 
 
 def changed_by_step(
@@ -126,8 +132,7 @@ def train_on_rank(config: Config, steps: int = STEPS) -> dict[str, Any]:
         if step % config.sampler.period == 0:
             begin_period(train_module, step // config.sampler.period)
             draws.append(list(train_module.active.blocks))
-            groups = {id(group): group for _, group in train_module.store.handles.values()}
-            reduce_dtypes.append({fsdp2.reduce_dtype(group) for group in groups.values()} - {None})
+            reduce_dtypes.append(reduction_dtypes(train_module))
         mine = micro_batches[distributed.rank() :: distributed.world_size()]
         losses.append(train_step(train_module, mine, step, steps).loss)
         bytes_counted.append(train_module.optimizer.state_bytes())

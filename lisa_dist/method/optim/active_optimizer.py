@@ -17,6 +17,7 @@ from lisa_dist.method.optim.parameter_groups import ParameterGroups
 from lisa_dist.method.optim.spec import in_full, stored_bytes
 from lisa_dist.method.updates import OptimizedParam, Update
 from lisa_dist.runtime.distributed import local_shard
+from lisa_dist.sharding.store import GradHook
 
 
 @dataclass
@@ -56,12 +57,14 @@ class ActiveOptimizer:
         update: Update,
         groups: ParameterGroups | None = None,
         after_step: Callable[[Collection[str]], None] = lambda names: None,
+        register_grad_hook: Callable[[str, GradHook], None] = lambda name, hook: None,
     ) -> None:
         """Args:
         config: of the optimizer.
         update: says what is stepped for a parameter.
         groups: which learning rate and weight decay a parameter has; None: those of the blocks.
         after_step: called with the names of the parameters that were stepped.
+        register_grad_hook: has a function called as soon as a backward pass has brought a parameter's gradient.
 
         Raises:
             UserError: a package that the optimizer needs can't be imported.
@@ -71,6 +74,7 @@ class ActiveOptimizer:
         self.update = update
         self.groups = groups or ParameterGroups()
         self.after_step = after_step
+        self.register_grad_hook = register_grad_hook
         self.trained: dict[str, OptimizedParam] = {}
         self.offloaded: dict[str, Offloaded] = {}
         self._stepper = self.spec.build(self.groups.empty(config))
@@ -94,7 +98,7 @@ class ActiveOptimizer:
             if name in self.offloaded:
                 self._restore_state(name)
             if self.config.in_backward:
-                entry.parameter.register_post_accumulate_grad_hook(self._hook_of(name))
+                self.register_grad_hook(name, self._hook_of(name))
         self._point_at(self.trained)
 
     def _point_at(self, trained: Mapping[str, OptimizedParam]) -> None:

@@ -63,9 +63,9 @@ def test_offloaded_state_returns_bit_for_bit_and_is_counted() -> None:
         assert returned > 0, "a seed that draws a block twice is needed for this test"
 
 
-def train_in_backward(in_backward: bool) -> dict[str, Any]:
+def train_in_backward(in_backward: bool, parallel: dict[str, Any]) -> dict[str, Any]:
     """Nine steps of one sequence a rank, unclipped. Runs on every rank."""
-    config = make_config(optimizer={"in_backward": in_backward, "grad_clip": 0.0})
+    config = make_config(optimizer={"in_backward": in_backward, "grad_clip": 0.0}, parallel=parallel)
     train_module = build_train_module(config)
     load_initial_weights(train_module, torch.device("cpu"))
     results = []
@@ -78,9 +78,10 @@ def train_in_backward(in_backward: bool) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "final": full_parameters(train_module)}
 
 
-def test_steps_within_the_backward_pass_equal_the_usual_ones() -> None:
-    plain = run_on_ranks(2, train_in_backward, False)[0]
-    at_once = run_on_ranks(2, train_in_backward, True)[0]
+@pytest.mark.parametrize("parallel", [{}, {"replicate": 2}], ids=["two shards", "two replicas"])
+def test_steps_within_the_backward_pass_equal_the_usual_ones(parallel: dict[str, Any]) -> None:
+    plain = run_on_ranks(2, train_in_backward, False, parallel)[0]
+    at_once = run_on_ranks(2, train_in_backward, True, parallel)[0]
     assert at_once["losses"] == pytest.approx(plain["losses"], rel=1e-6)
     assert at_once["norms"] == pytest.approx(plain["norms"], rel=1e-5)
     for name, parameter in at_once["final"].items():

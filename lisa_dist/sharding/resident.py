@@ -1,0 +1,188 @@
+"""The store of one rank, and of replicas of one rank each: every weight lies whole where it is used.
+
+What the model computes with is a plain tensor in the compute dtype. The exact value of what trains, where its dtype is
+another one, lies beside it as the master. Nothing is gathered; between replicas the gradients of what trains travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, KeysView
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lisa_dist.config import ParallelConfig, PrecisionConfig
+from lisa_dist.models.layer_map import LayerMap
+from lisa_dist.sharding.replicas import GradientSums
+from lisa_dist.sharding.rounding import convert, dtype_of, rounding_seed
+from lisa_dist.sharding.store import GradHook, ParameterStore, allocate_buffers
+from lisa_dist.sharding.wrapping_policy import storage_dtype
+
+WHOLE = 0  # the index of the only shard: keys the rounding noise, so replicas stay equal
+
+
+class ResidentStore(ParameterStore):
+    """A model whose parameters are plain tensors on this rank's device."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: LayerMap,
+        mesh: DeviceMesh,
+        parallel: ParallelConfig,
+        precision: PrecisionConfig,
+        keeps_precision: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        """Take in a model on ``meta``. Nothing is allocated.
+
+        Args:
+            module: the model.
+            layers: its layers.
+            mesh: ``shard`` of one rank, or ``replicate`` x ``shard``.
+            parallel: of which nothing is asked here.
+            precision: storage and arithmetic; frozen parameters are stored in the dtype of the arithmetic.
+            keeps_precision: whether a frozen parameter is stored as what trains.
+        """
+        self.module, self.layers, self.precision = module, layers, precision
+        self.keeps_precision = keeps_precision
+        self._parameters = dict(module.named_parameters())  # tied ones once
+        self._masters: dict[str, nn.Parameter] = {}  # by name, where the parameter is a copy in another dtype
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        self._owners: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in self._parameters}
+        for owner in module.modules():
+            for key, parameter in owner._parameters.items():
+                if parameter is not None:
+                    self._owners[names[id(parameter)]].append((owner, key))
+        group = mesh.get_group("replicate") if mesh.ndim > 1 else None
+        self._sums = None if group is None else GradientSums(group, dtype_of(precision.reduce))
+        self._grad_hooks: dict[str, GradHook] = {}
+        self._gradients_stay = False  # at the parameters, while a probe looks at them
+        self._deferred = False
+
+    @property
+    def names(self) -> KeysView[str]:
+        """The names of all parameters."""
+        return self._parameters.keys()
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """Return the parameter of the module."""
+        return self._parameters[name]
+
+    def master(self, name: str) -> nn.Parameter:
+        """Return what lies beside the parameter where something does, else the parameter."""
+        return self._masters.get(name, self._parameters[name])
+
+    def allocate(self, trained: Iterable[str], device: torch.device) -> None:
+        """Allocate every parameter and buffer; masters wait for the values."""
+        active = set(trained)
+        self._masters.clear()
+        for name in self.names:
+            dtype = self._storage_dtype(name, name in active)
+            self._put(name, torch.empty(self.parameter(name).shape, dtype=dtype, device=device), name in active)
+        allocate_buffers(self.module, device)
+
+    def make_masters(self, trained: Iterable[str]) -> None:
+        """Put beside each parameter that is stored in another dtype than it is used in (frozen adapters too) a copy."""
+        for name in self.names:
+            parameter = self.parameter(name)
+            self._put_exact(name, parameter.detach(), parameter.requires_grad)
+
+    def set_trainable(self, names: Iterable[str], trained: bool, seed: int = 0, period: int = 0) -> None:
+        """Give each parameter the tensors of its new state."""
+        stochastic = not trained and self.precision.on_freeze == "stochastic"
+        for name in names:
+            exact = self.master(name).detach()
+            self._masters.pop(name, None)
+            noise = rounding_seed(seed, period, name, WHOLE) if stochastic else None
+            self._put_exact(name, convert(exact, self._storage_dtype(name, trained), noise), trained)
+
+    @contextmanager
+    def also_trained(self, names: Iterable[str]) -> Iterator[None]:
+        """Let frozen parameters have gradients too while the context lasts."""
+        frozen = {name: self.parameter(name) for name in names if not self.parameter(name).requires_grad}
+        self._gradients_stay = True
+        for parameter in frozen.values():
+            parameter.requires_grad_(True)
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(self._take_gradient, name))
+            for name, parameter in frozen.items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for parameter in frozen.values():
+                parameter.requires_grad_(False).grad = None
+            self._gradients_stay = False
+
+    def masters_to_params(self, names: Iterable[str]) -> None:
+        """Round the masters into the copies that the model computes with."""
+        apart = [name for name in names if name in self._masters]
+        if apart:
+            copies = [self.parameter(name).detach() for name in apart]
+            torch._foreach_copy_(copies, [self.master(name).detach() for name in apart])
+
+    def thaw_replaces(self, name: str) -> bool:
+        """Whether the dtype changes, so that master and copy are new ones."""
+        return self._storage_dtype(name, trained=True) != self._storage_dtype(name, trained=False)
+
+    def on_host(self, name: str) -> bool:
+        """No parameter lies in host memory beside its device."""
+        return False
+
+    def register_grad_hook(self, name: str, hook: GradHook) -> None:
+        """Have ``hook`` called with the master."""
+        self._grad_hooks[name] = hook
+
+    def defer_reduction(self, deferred: bool) -> None:
+        """Have replicas sum a step's gradients once, after its last backward pass: until then they cost no memory."""
+        self._deferred = deferred
+
+    def transient_bytes(self) -> int:
+        """Return the bytes of the largest parameter's gradient as it is computed."""
+        return max(self.parameter(name).nbytes for name in self.names)
+
+    def _storage_dtype(self, name: str, trained: bool) -> torch.dtype:
+        dtype = self.parameter(name).dtype
+        if not dtype.is_floating_point:  # the codes of a quantised weight
+            return dtype
+        return storage_dtype(self.precision, trained or self.keeps_precision(name))
+
+    def _put_exact(self, name: str, exact: Tensor, trained: bool) -> None:
+        """Make ``exact`` the value of a parameter, by a copy where the model computes in another dtype."""
+        used = exact.to(dtype_of(self.precision.compute)) if exact.is_floating_point() else exact
+        self._put(name, used, trained)
+        if used is not exact:
+            self._masters[name] = nn.Parameter(exact, requires_grad=trained)
+
+    def _put(self, name: str, tensor: Tensor, trained: bool) -> None:
+        parameter = self._parameters[name] = nn.Parameter(tensor, requires_grad=trained)
+        for owner, key in self._owners[name]:
+            owner._parameters[key] = parameter
+        self._grad_hooks.pop(name, None)
+        if trained:
+            parameter.register_post_accumulate_grad_hook(partial(self._take_gradient, name))
+
+    def _take_gradient(self, name: str, parameter: Tensor) -> None:
+        """Add a gradient, as soon as a backward pass has it, to its master's, in the master's dtype."""
+        gradient = parameter.grad
+        assert gradient is not None
+        if self._gradients_stay:
+            if self._sums is not None:
+                self._sums.add_up(gradient)
+            return
+        master = self.master(name)
+        if master is not parameter:
+            master.grad = gradient.to(master.dtype) if master.grad is None else master.grad.add_(gradient)
+            parameter.grad = None
+        hook = self._grad_hooks.get(name)
+        if self._sums is None:
+            if hook is not None:
+                hook(master)
+        elif not self._deferred:
+            assert master.grad is not None
+            self._sums.begin(master.grad, None if hook is None else partial(hook, master))

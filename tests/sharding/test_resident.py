@@ -1,0 +1,160 @@
+"""The store of whole weights: FSDP2's numbers to the last bit, its bytes, and what travels between replicas."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lisa_dist.checkpoint.manifest import checkpoint_name
+from lisa_dist.checkpoint.restore import restore_checkpoint
+from lisa_dist.checkpoint.save import CheckpointSaver
+from lisa_dist.checkpoint.state import Progress
+from lisa_dist.config.loading import load, to_yaml
+from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
+from lisa_dist.planning.simulation import simulate
+from lisa_dist.runtime import distributed
+from lisa_dist.runtime.distributed import local_shard
+from lisa_dist.sharding.resident import ResidentStore
+from lisa_dist.sharding.sharded import ShardedStore
+from lisa_dist.training.loop import accumulate_gradients, train_step
+from tests.support import planned
+from tests.support.ranks import run_on_ranks
+from tests.support.small_training import ROUNDED, make_config, make_global_batches, train_on_rank, train_reference
+
+CPU = torch.device("cpu")
+PERIOD, STEPS, SAVED = 2, 6, 3
+BF16 = {"frozen": "bfloat16", "compute": "bfloat16"}
+REPLICAS = {"replicate": 2}
+STORES = {"sharded": ShardedStore, "resident": ResidentStore}
+
+
+def weights(train_module: TrainModule) -> dict[str, torch.Tensor]:
+    return {name: local_shard(tensor).clone() for name, tensor in train_module.store.tensors().items()}
+
+
+def run_steps(train_module: TrainModule, first: int, last: int, directory: Path | None = None) -> list[float]:
+    """Make steps ``first`` up to ``last``, a checkpoint after step SAVED where there is a directory for it."""
+    batches, losses = make_global_batches(STEPS), []
+    for step in range(first, last):
+        if step % PERIOD == 0:
+            begin_period(train_module, step // PERIOD, lambda count: batches[0][:count])
+        losses.append(train_step(train_module, batches[step], step, STEPS).loss)
+        if directory is not None and step + 1 == SAVED:
+            CheckpointSaver(train_module, directory, to_yaml(train_module.config)).save(Progress(step=SAVED))
+    return losses
+
+
+def drive(kind: str, method: str, precision: dict[str, str], tied: bool, directory: Path, other: Path | None) -> Any:
+    """Train in a store, save there, and where another's checkpoint is, go on from it. Runs on one rank."""
+    config = make_config(precision=precision, sampler={"period": PERIOD})
+    config.model.architecture["tie_word_embeddings"] = tied
+    config.update, config.sampler = (chosen := load([f"method={method}"])).update, chosen.sampler
+    config.sampler.period = PERIOD
+    with mock.patch("lisa_dist.method.module.build_store", STORES[kind]):
+        train_module = build_train_module(config)
+        load_initial_weights(train_module, CPU)
+        losses = run_steps(train_module, 0, STEPS, directory)
+        plain = [not isinstance(tensor, DTensor) for tensor in train_module.optimizer.moment_tensors().values()]
+        assert all(plain) if kind == "resident" else not any(plain)
+        result = {"losses": losses, "weights": weights(train_module)}
+        if other is not None:
+            again = build_train_module(config)
+            restore_checkpoint(again, other / checkpoint_name(SAVED), CPU, data={})
+            result |= {"resumed losses": run_steps(again, SAVED, STEPS), "resumed weights": weights(again)}
+        return result
+
+
+@pytest.mark.parametrize(
+    ("method", "precision", "tied"),
+    [("lisa", {}, True), ("grass", BF16, True), ("owlore", BF16, False), ("lora", BF16, False)],
+)
+def test_numbers_are_those_of_fsdp2_and_checkpoints_go_both_ways(
+    method: str, precision: dict[str, str], tied: bool, tmp_path: Path
+) -> None:
+    one, other = tmp_path / "sharded", tmp_path / "resident"
+    sharded = run_on_ranks(1, drive, "sharded", method, precision, tied, one, None)[0]
+    resident = run_on_ranks(1, drive, "resident", method, precision, tied, other, one)[0]
+    back = run_on_ranks(1, drive, "sharded", method, precision, tied, tmp_path / "back", other)[0]
+    assert resident["losses"] == sharded["losses"] and len(set(sharded["losses"])) == STEPS
+    assert resident["resumed losses"] == back["resumed losses"] == sharded["losses"][SAVED:]
+    for name, expected in sharded["weights"].items():
+        for found in (resident["weights"], resident["resumed weights"], back["resumed weights"]):
+            assert found[name].dtype == expected.dtype and torch.equal(found[name], expected), name
+
+
+def test_two_replicas_equal_plain_pytorch_and_each_other() -> None:
+    config = make_config(parallel=REPLICAS)
+    first, second = run_on_ranks(2, train_on_rank, config)
+    reference, losses = train_reference(config, first["initial"], first["draws"])
+    assert first["losses"] == pytest.approx(losses, rel=1e-5) and second["losses"] == first["losses"]
+    for name, parameter in first["final"].items():
+        assert (parameter - reference[name]).norm() < ROUNDED * reference[name].norm(), name
+        assert torch.equal(parameter, second["final"][name]), name
+
+
+def test_replicas_in_bf16_stay_equal_and_follow_two_shards() -> None:
+    shards = run_on_ranks(2, train_on_rank, make_config(precision=BF16), 4)[0]
+    first, second = run_on_ranks(2, train_on_rank, make_config(precision=BF16, parallel=REPLICAS), 4)
+    assert first["losses"] == pytest.approx(shards["losses"], rel=1e-3)
+    assert all(torch.equal(parameter, second["final"][name]) for name, parameter in first["final"].items())
+
+
+class Collectives(TorchDispatchMode):
+    """Counts them by name, and notes how many gradients there were as each was begun."""
+
+    def __init__(self, masters: Iterable[torch.nn.Parameter]) -> None:
+        super().__init__()
+        self.masters = list(masters)
+        self.counts: Counter[str] = Counter()
+        self.sizes: list[int] = []
+        self.gradients: list[int] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator.namespace == "c10d":
+            self.counts[operator.overloadpacket.__name__] += 1
+            self.sizes.append(sum(tensor.nbytes for tensor in args[0]))
+            self.gradients.append(sum(master.grad is not None for master in self.masters))
+        return operator(*args, **(kwargs or {}))
+
+
+def traffic_of_a_step(micro_batches: int) -> Collectives:
+    """What the forward and backward passes of a step send. Runs on every rank."""
+    train_module = build_train_module(make_config(precision=BF16, parallel=REPLICAS))
+    load_initial_weights(train_module, CPU)
+    begin_period(train_module, 0)
+    batches = make_global_batches(1)[0][distributed.rank() :: 2]
+    with Collectives(train_module.optimizer.parameters.values()) as seen:
+        accumulate_gradients(train_module, batches[:micro_batches])
+    return seen
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_between_replicas_only_gradients_of_what_trains_travel_once_a_step(micro_batches: int) -> None:
+    for seen in run_on_ranks(2, traffic_of_a_step, micro_batches):
+        assert seen.counts == {"allreduce_": len(seen.masters)}
+        assert sorted(seen.sizes) == sorted(4 * master.numel() for master in seen.masters)
+        if micro_batches == 1:  # each is sent while the backward pass goes on
+            assert seen.gradients == list(range(1, len(seen.masters) + 1))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "setting"), [(1, "lisa"), (1, "full, two micro-batches"), (2, "full, two micro-batches")]
+)
+def test_a_plan_knows_the_bytes(ranks: int, setting: str) -> None:
+    config = planned.make_config("llama", setting)
+    config.parallel.nproc_per_node, config.parallel.replicate = str(ranks), ranks
+    counted, peak = run_on_ranks(ranks, planned.measure, config)[0]
+    foretold = simulate(config)
+    assert foretold.persistent_bytes == counted
+    assert foretold.peak_bytes == pytest.approx(peak, rel=0.1)
+    active, frozen = (counted[f"{kind}_parameters"] // 2 for kind in ("active", "frozen"))
+    assert sum(counted.values()) == 2 * frozen + 18 * active
+    assert foretold.work.sent == ({} if ranks == 1 else {"all_reduce": 4 * active})
