@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from lisa_dist.config import Config
 from lisa_dist.config.errors import UserError
 from lisa_dist.config.optimization import PARTS
+from lisa_dist.config.placement import stay_whole
 from lisa_dist.config.sampling import PROBE_KINDS
 
 
@@ -199,6 +200,7 @@ def _of_placement(config: Config, ranks: int) -> Iterator[IdleOption]:
         and always.norm
         and always.head
     )
+    whole = stay_whole(parallel, config.precision, parallel.ranks_of_replica(ranks))
     all_train = f"method={config.method} trains every parameter in every period"
     yield "parallel.offload", parallel.offload == "frozen" and nothing_frozen, all_train
     yield (
@@ -208,8 +210,20 @@ def _of_placement(config: Config, ranks: int) -> Iterator[IdleOption]:
     )
     yield (
         "parallel.defer_reduction",
-        parallel.defer_reduction and config.train.global_batch_size <= config.train.micro_batch_size * ranks,
+        not whole
+        and parallel.defer_reduction
+        and config.train.global_batch_size <= config.train.micro_batch_size * ranks,
         "a step is one micro-batch of each rank",
+    )
+    yield (
+        "parallel.reshard_after_forward",
+        whole and not parallel.reshard_after_forward,
+        "weights that lie whole on each rank are never gathered",
+    )
+    yield (
+        "parallel.defer_reduction",
+        whole and parallel.defer_reduction,
+        "gradients of whole weights are reduced once a step anyway",
     )
     yield (
         "parallel.optimizer_shard",

@@ -37,6 +37,10 @@ class ParallelConfig:
             "parallel.activation_checkpointing", self.activation_checkpointing, ["none", "full", "selective", "auto"]
         )
 
+    def ranks_of_replica(self, num_ranks: int) -> int:
+        """Return over how many ranks a replica is sharded, of so many in all."""
+        return num_ranks // self.replicate if self.shard == "auto" else int(self.shard)
+
 
 @dataclass
 class PrecisionConfig:
@@ -50,3 +54,17 @@ class PrecisionConfig:
         for name in ("frozen", "active", "compute", "reduce"):
             check_choice(f"precision.{name}", getattr(self, name), ["float32", "bfloat16"])
         check_choice("precision.on_freeze", self.on_freeze, ["stochastic", "nearest"])
+
+
+def stay_whole(parallel: ParallelConfig, precision: PrecisionConfig, ranks_of_replica: int) -> bool:
+    """Return whether weights lie whole on their rank, and are used where they lie.
+
+    Not so where they must be brought from elsewhere to be used: from other ranks, from host memory, or from a dtype of
+    which the copy in another one would cost more than itself. Nor where replicas share out the masters.
+    """
+    return (
+        ranks_of_replica == 1
+        and parallel.offload == "none"
+        and precision.frozen == precision.compute
+        and (parallel.replicate == 1 or parallel.optimizer_shard == "replica")
+    )

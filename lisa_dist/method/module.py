@@ -90,10 +90,9 @@ def build_train_module(config: Config, architecture: PretrainedConfig | None = N
     separation = separate_packed_samples(config, module, layers)
     update.prepare_model(module, layers)
     sampler = RankSynchronizedSampler(build_sampler(config.sampler, len(layers.blocks), config.train.seed))
-    if config.model.quantization != "none":
-        check_torch_for_quantization(config.model.quantization)
-        if not quantize_linears(layers.blocks, config.model.quantization):
-            raise UserError(f"model.quantization={config.model.quantization}: this model has no layers for it")
+    kind = config.model.quantization
+    if kind != "none" and not quantize_linears(layers.blocks, kind):
+        raise UserError(f"model.quantization={kind}: this model has no layers for it")
     undecayed = frozenset() if config.optimizer.decay_norms_and_biases else norms_and_biases(module)
     objective = prepare_supervised(module, layers, config.model)
     install_position_handling(module, separation)
@@ -130,15 +129,6 @@ def separate_packed_samples(config: Config, module: nn.Module, layers: LayerMap)
             format_count(entries),
         )
     return separation
-
-
-def check_torch_for_quantization(kind: str) -> None:
-    """Raise :class:`UserError` where this torch can't shard quantised weights."""
-    if tuple(int(number) for number in torch.__version__.split(".")[:2]) < (2, 13):
-        raise UserError(
-            f"model.quantization={kind}: needs torch 2.13 or later, here is {torch.__version__}, "
-            "whose FSDP2 shards no integers"
-        )
 
 
 def allocate(train_module: TrainModule, active_blocks: list[int], device: torch.device) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lisa_dist.config import ParallelConfig, PrecisionConfig
+from lisa_dist.config.placement import stay_whole
 from lisa_dist.models.layer_map import LayerMap
 from lisa_dist.sharding.masters import WorldMastersStore
 from lisa_dist.sharding.resident import ResidentStore
@@ -26,14 +27,10 @@ def build_store(
     precision: PrecisionConfig,
     keeps_precision: Callable[[str], bool] = lambda name: False,
 ) -> ParameterStore:
-    """Put a model on ``meta`` into the store that the configuration asks for. Nothing is allocated.
-
-    Where a replica is one rank, weights stay whole; but not where they must be brought from elsewhere to be used: from
-    host memory, or from another dtype, of which a second copy would cost more than the first.
-    """
+    """Put a model on ``meta`` into the store that the configuration asks for. Nothing is allocated."""
     kind: type[WorldMastersStore | ShardedStore | ResidentStore] = ShardedStore
-    if parallel.optimizer_shard == "world" and parallel.replicate > 1:
-        kind = WorldMastersStore
-    elif mesh["shard"].size() == 1 and parallel.offload == "none" and precision.frozen == precision.compute:
+    if stay_whole(parallel, precision, mesh["shard"].size()):
         kind = ResidentStore
+    elif parallel.optimizer_shard == "world" and parallel.replicate > 1:
+        kind = WorldMastersStore
     return kind(module, layers, mesh, parallel, precision, keeps_precision)

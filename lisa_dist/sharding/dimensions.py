@@ -49,8 +49,7 @@ class ParallelDims:
             UserError: so many ranks can't be split like this.
         """
         ranks = distributed.world_size() if num_ranks is None else num_ranks
-        shard = ranks // config.replicate if config.shard == "auto" else int(config.shard)
-        return cls(ranks, config.replicate, shard)
+        return cls(ranks, config.replicate, config.ranks_of_replica(ranks))
 
     @property
     def axes(self) -> dict[str, int]:

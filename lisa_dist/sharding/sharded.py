@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lisa_dist.config import ParallelConfig, PrecisionConfig
+from lisa_dist.config import ParallelConfig, PrecisionConfig, UserError
 from lisa_dist.models.layer_map import LayerMap
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import local_shard
@@ -44,7 +44,12 @@ class ShardedStore(ParameterStore):
             parallel: what lies in host memory, and what is resharded after the forward pass.
             precision: storage and arithmetic.
             keeps_precision: whether a frozen parameter is stored as what trains.
+
+        Raises:
+            UserError: there are quantised weights, and this torch can't shard them.
         """
+        if not all(parameter.is_floating_point() for parameter in module.parameters()):
+            check_torch_for_integers()
         wrap(module, layers, mesh, parallel, precision)
         self.module, self.layers, self.mesh, self.precision = module, layers, mesh, precision
         self.keeps_precision = keeps_precision
@@ -174,3 +179,12 @@ class ShardedStore(ParameterStore):
     def _gradient_dtype(self, group: Any) -> torch.dtype | None:
         """Return the dtype of a group's reduced gradients, None for that of its trained parameters."""
         return None
+
+
+def check_torch_for_integers() -> None:
+    """Raise :class:`UserError` where this torch can't shard quantised weights."""
+    if tuple(int(number) for number in torch.__version__.split(".")[:2]) < (2, 13):
+        raise UserError(
+            f"model.quantization: needs torch 2.13 or later, here is {torch.__version__}, whose FSDP2 shards no "
+            "integers; or keep weights whole on each rank, with parallel.replicate=<ranks> parallel.offload=none"
+        )

@@ -39,6 +39,16 @@ WITHOUT_EFFECT = [
     (["method=full", "parallel.offload=frozen"], "parallel.offload=frozen", ["method=lora"]),
     (["parallel.memory_limit=20"], "parallel.memory_limit=20.0", ["parallel.activation_checkpointing=auto"]),
     (["parallel.defer_reduction=true"], "parallel.defer_reduction=true", ["train.global_batch_size=16"]),
+    (
+        ["parallel.replicate=8", "parallel.defer_reduction=true", "train.global_batch_size=16"],
+        "parallel.defer_reduction=true",
+        ["parallel.replicate=4"],
+    ),
+    (
+        ["parallel.replicate=8", "parallel.reshard_after_forward=false"],
+        "parallel.reshard_after_forward=false",
+        ["parallel.offload=frozen"],
+    ),
     (["parallel.optimizer_shard=world"], "parallel.optimizer_shard=world", ["parallel.replicate=2"]),
     (["method=full", "precision.frozen=float32"], "precision.frozen=float32", ["method=lora"]),
     (["method=ist", "precision.on_freeze=nearest"], "precision.on_freeze=nearest", ["update=full_rank"]),
