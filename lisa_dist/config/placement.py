@@ -12,7 +12,7 @@ class ParallelConfig:
     nproc_per_node: str = "auto"  # ranks on this machine; auto: the visible GPUs, without GPUs 1
     nodes: int = 1  # machines, for plan and launch
     replicate: int = 1  # replicas of the model (hybrid sharding)
-    shard: str = "auto"  # ranks a replica is sharded over; auto: all ranks / replicate
+    shard: str = "auto"  # ranks a replica is sharded over, 1: weights stay whole; auto: all ranks / replicate
     reshard_after_forward: bool = True  # free a block's gathered weights between forward and backward
     offload: str = "none"  # none, frozen (frozen blocks live in host memory), all (FSDP2's CPU offload)
     activation_checkpointing: str = "none"  # none, selective, full, auto (what fits, each block by itself)

@@ -24,6 +24,7 @@ TRAINING, METHODS = "distributed/test_training.py", "distributed/test_methods.py
 SAVING = "distributed/test_checkpoint_saving.py"
 THREE_PERIODS = f"{TRAINING}::test_three_periods_equal_plain_pytorch"
 RESUMED = "method/optim/test_active_optimizer.py::test_state_that_waits_is_in_the_checkpoint"
+RESIDENT = "sharding/test_resident.py"
 MEMORY_LAW = f"{TRAINING}::test_memory_law_holds_on_every_rank_after_every_switch[2]"
 
 WRITTEN = "failure = agree(lambda: files.update(_write_own_files(snapshot, unfinished)))"
@@ -194,6 +195,20 @@ SWITCH = [
         "local_shard(master.grad).add_(local_shard(own))",
         "master.grad = own",
         "sharding/test_masters.py::test_training_equals_that_with_masters_on_every_replica[full_rank]",
+    ),
+    Mutation(
+        "masters of whole weights are not put into the copies that the model computes with",
+        "sharding/resident.py",
+        "torch._foreach_copy_(copies, [self.master(name).detach() for name in apart])",
+        "pass",
+        f"{RESIDENT}::test_numbers_are_those_of_fsdp2_and_checkpoints_go_both_ways[grass]",
+    ),
+    Mutation(
+        "gradients of whole weights are not summed over the replicas",
+        "sharding/resident.py",
+        "elif not self._deferred:",
+        "elif False:",
+        f"{RESIDENT}::test_two_replicas_equal_plain_pytorch_and_each_other",
     ),
     Mutation(
         "where masters lie apart, a block that enters has its shards stepped instead",

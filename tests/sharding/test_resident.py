@@ -75,6 +75,7 @@ def drive(kind: str, method: str, precision: dict[str, str], tied: bool, directo
 @pytest.mark.parametrize(
     ("method", "precision", "tied"),
     [("lisa", {}, True), ("grass", BF16, True), ("owlore", BF16, False), ("lora", BF16, False)],
+    ids=["lisa", "grass", "owlore", "lora"],
 )
 def test_numbers_are_those_of_fsdp2_and_checkpoints_go_both_ways(
     method: str, precision: dict[str, str], tied: bool, tmp_path: Path
