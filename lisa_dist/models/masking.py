@@ -29,19 +29,18 @@ SEEN = 0.2
 
 
 @contextmanager
-def mask_as_in_training(packing: bool) -> Iterator[None]:
-    """Let transformers build an attention mask for fake tensors only where it would for real ones: for packed rows.
+def one_sample_a_row() -> Iterator[None]:
+    """Let transformers build its masks without a look at the positions, which tell it where packed samples begin.
 
-    For fake tensors it always does, because their values can't tell it that there is one sequence a row; and with
-    a mask it repeats keys and values for every query head.
+    The host would wait for its device to know them. Of fake tensors they are never known, so that a row would be taken
+    for packed, and with an explicit mask keys and values be repeated for every query head.
     """
-    always = masking_utils.is_tracing
-    if not packing:
-        masking_utils.is_tracing = lambda *_: False  # type: ignore[assignment]
+    look = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None  # type: ignore[assignment]
     try:
         yield
     finally:
-        masking_utils.is_tracing = always
+        masking_utils.find_packed_sequence_indices = look
 
 
 def takes_positions(model: Any) -> bool:
@@ -53,8 +52,8 @@ def install_position_handling(model: nn.Module, separation: Separation | None) -
     """Let ``model(position_ids=...)`` do what is right whatever the architecture makes of positions.
 
     Where nothing is packed, and to a model that takes none, they are not given: each counts its tokens in its own way
-    (RoBERTa from 2, others not at all), and that is what its weights know. Call it before ``fully_shard`` and after
-    :func:`~lisa_dist.objectives.chunked_head.install_loss_head`.
+    (RoBERTa from 2, others not at all), and that is what its weights know. Nor are they looked at then. Call it before
+    ``fully_shard`` and after :func:`~lisa_dist.objectives.chunked_head.install_loss_head`.
 
     ``separation`` is what keeps packed samples apart; None: nothing is packed. ``mask`` also narrows every mask that
     the model builds to pairs of tokens of one sample, [b, 1, t, t].
@@ -66,6 +65,9 @@ def install_position_handling(model: nn.Module, separation: Separation | None) -
 
     @functools.wraps(original)
     def forward(*args: Any, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        if separation is None:
+            with one_sample_a_row():
+                return original(*args, **kwargs)
         if position_ids is not None and passes_positions:
             kwargs["position_ids"] = position_ids
         if position_ids is None or separation != "mask":

@@ -32,7 +32,6 @@ from lisa_dist.method.module import (
 from lisa_dist.method.sampling import build_sampler
 from lisa_dist.models.architecture import CONFIG_FILE, read_architecture, set_depth
 from lisa_dist.models.inspection import ties_differ
-from lisa_dist.models.masking import mask_as_in_training
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.sharding.ledger import Ledger, Work, sum_of_work
@@ -162,7 +161,7 @@ def simulate(config: Config, num_blocks: int | None = None) -> Trace:
     with simulated_world(dims.num_ranks):
         train_module = build_train_module(config, architecture)
         ledger = Ledger(ranks_per_node(config))
-        with FakeTensorMode(allow_non_fake_inputs=True), ledger, mask_as_in_training(config.data.packing):
+        with FakeTensorMode(allow_non_fake_inputs=True), ledger:
             allocate(train_module, before, torch.device("cpu"))
             add_trained_params(train_module)
             clock = _Clock(train_module, ledger)

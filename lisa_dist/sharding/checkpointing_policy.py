@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lisa_dist.config import Config
 from lisa_dist.models.architecture import original_class, set_depth
 from lisa_dist.models.layer_map import LayerMap, find_layers
-from lisa_dist.models.masking import mask_as_in_training
+from lisa_dist.models.masking import one_sample_a_row
 from lisa_dist.runtime.distributed import local_shard
 from lisa_dist.runtime.units import GIB, format_bytes
 from lisa_dist.sharding.activation_checkpointing import KINDS, OPERATIONS_PER_BYTE, Cost, choose, set_checkpointing
@@ -141,7 +142,8 @@ def _measure(config: Config, whole: nn.Module, update: PreparesBlocks, trains: b
     """Return the bytes a block keeps, and all operations of its backward pass."""
     architecture: Any = copy.deepcopy(whole.config)
     set_depth(architecture, 1)
-    with FakeTensorMode(), mask_as_in_training(config.data.packing), Ledger(ranks_per_node=1) as ledger:
+    masks = nullcontext() if config.data.packing else one_sample_a_row()
+    with FakeTensorMode(), masks, Ledger(ranks_per_node=1) as ledger:
         model: Any = original_class(whole)._from_config(architecture, dtype=dtype_of(config.precision.compute))
         model.train().requires_grad_(False)
         layers = find_layers(model, config.model.blocks)

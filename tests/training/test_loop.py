@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import statistics
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.config import Config
@@ -20,10 +22,13 @@ from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.batches import GlobalBatches
 from lisa_dist.data.prepare import prepare_data
 from lisa_dist.data.tokenizer import load_tokenizer
+from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.telemetry.records import read_rows, read_summary
 from lisa_dist.training import loop, record
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import Kill, assert_same_run, make_config, metrics, resuming, train, train_here
+from tests.support.small_training import make_config as make_small_config
+from tests.support.small_training import make_global_batches
 
 SECONDS = {"train_step": 1.0, "begin_period": 10.0, "dry_run_batch": 100.0, "evaluate": 1000.0}
 WAIT, SAVE, RATE = 0.25, 10_000.0, 2e9
@@ -153,3 +158,39 @@ def test_tokens_are_counted_without_padding_and_speeds_are_medians(tmp_path: Pat
     again = read_summary(RunDirectory(tmp_path))
     for key in ("tokens_per_second", "tokens_seen", "num_blocks", "trained_parameters", "persistent_bytes"):
         assert again[key] == summary[key]
+
+
+class Looks(TorchDispatchMode):
+    """Collects the looks at a tensor's value, for which the host would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator is torch.ops.aten._local_scalar_dense.default:
+            self.made.append("".join(traceback.format_stack(limit=8)))
+        return operator(*args, **(kwargs or {}))
+
+
+def looks_of_a_step() -> tuple[list[str], int]:
+    """The looks of a step of two micro-batches, and how often numbers were asked for. Runs on every rank."""
+    train_module = build_train_module(make_small_config(precision={"frozen": "bfloat16", "compute": "bfloat16"}))
+    load_initial_weights(train_module, torch.device("cpu"))
+    begin_period(train_module, 0)
+    batches, asked = make_global_batches(1)[0][:2], []
+    numbers = torch.Tensor.tolist
+
+    def count(tensor: torch.Tensor) -> Any:
+        asked.append(tensor)
+        return numbers(tensor)
+
+    with Looks() as looks, mock.patch.object(torch.Tensor, "tolist", count):
+        loop.train_step(train_module, batches, 0, 2)
+    return looks.made, len(asked)
+
+
+def test_in_a_step_the_host_asks_its_device_once() -> None:
+    looks, asked = run_on_ranks(1, looks_of_a_step)[0]
+    assert not looks, looks[0]
+    assert asked == 1, "loss and norms together"
