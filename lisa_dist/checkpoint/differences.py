@@ -16,19 +16,9 @@ from lisa_dist.config import UserError
 
 Settings = dict[str, Any]  # dotted key -> value
 
+OF_OTHER_COMMANDS = ("launch.", "export.", "evaluate.", "generate.", "plan.", "bench.", "sweep.")
 # Keys that say nothing of training: where the run is, that it goes on, and what other commands do.
-NOT_OF_TRAINING = (
-    "run.dir",
-    "checkpoint.resume",
-    "checkpoint.new_data",
-    "launch.",
-    "export.",
-    "evaluate.",
-    "generate.",
-    "plan.",
-    "bench.",
-    "sweep.",
-)
+NOT_OF_TRAINING = ("run.dir", "checkpoint.resume", "checkpoint.new_data", *OF_OTHER_COMMANDS)
 # Keys that can make a part of the data another, by part.
 BEHIND = {
     "rows": ("data.",),

@@ -62,7 +62,7 @@ def restore_checkpoint(
 
     Args:
         train_module: its model is on ``meta``, or its memory was freed.
-        checkpoint: where to read.
+        checkpoint: its directory.
         device: where shards are kept.
         data: the fingerprint of the data that the run goes on with.
 

@@ -1,4 +1,4 @@
-"""From the rows of a source to tokens, in parallel, and the count of what became of them.
+"""From the rows of a source to tokens, in parallel and with a bar, and the count of what became of them.
 
 Rows are encoded in chunks of one size, each by an encoder of its own: results do not depend on how many processes
 there are, nor on which of them had which rows.
@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import closing
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from lisa_dist.config import DataConfig, UserError
 from lisa_dist.data.encode import Encoded, Encoder
 from lisa_dist.data.formats import BadRowError, Conversation, RowFormat, Sample, choose_format
 from lisa_dist.data.readers import BrokenRow, Row
-from lisa_dist.data.row_progress import row_progress
 from lisa_dist.data.sources import Source
 from lisa_dist.data.tokenizer import ensure_chat_template
 from lisa_dist.data.workers import WorkerDiedError, map_in_order
@@ -30,6 +33,7 @@ logger = logging.getLogger(__name__)
 ROWS_A_CHUNK = 250
 CHUNKS_BEFORE_WORKERS = 8  # a small data set starts none
 BAD_ROWS_SHOWN = 3
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 LEAST_TRAINED_SHARE = 0.01  # below this a warning
 REASONS = 20  # counted apart
 OTHER_REASONS = "for other reasons"
@@ -98,18 +102,18 @@ class EncodedRow:
     empty_answers: int = 0
 
 
+@dataclass
 class RowReader:
     """Goes through a source's rows once, finds their format, and counts what becomes of them."""
 
-    def __init__(self, config: DataConfig, source: Source, key: str, limit: int | None) -> None:
-        self.config = config
-        self.source = source
-        self.key = key
-        self.limit = limit
-        self.format: RowFormat | None = None
-        self.counts = DataCounts()
-        self.rendered: dict[str, str] = {}
-        self.failure: UserError | None = None  # of reading, to be raised when all that came before is counted
+    config: DataConfig
+    source: Source
+    key: str  # that named the source, for messages
+    limit: int | None  # rows to read
+    format: RowFormat | None = None
+    counts: DataCounts = field(default_factory=DataCounts)
+    rendered: dict[str, str] = field(default_factory=dict)  # see AnswerFinder
+    failure: UserError | None = None  # of reading, to be raised when all that came before is counted
 
     def encoded(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Encoded]]:
         """Yield the rows that have a trained token, as tokens, a chunk at a time.
@@ -225,3 +229,35 @@ def _empty_answers(sample: Sample) -> int:
         and not any(str(message.get(key) or "").strip() for key in ANSWER_KEYS)
         for index, message in enumerate(sample.messages)
     )
+
+
+@contextmanager
+def row_progress(name: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Show how many of ``total`` rows (None: not known) are done: a bar on a terminal, else a line every ten seconds.
+
+    Yields the function to call with the number of further ones.
+    """
+    if not sys.stdout.isatty():
+        yield _log_lines(name, total)
+        return
+    columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    console = Console(file=sys.stdout)
+    with Progress(TextColumn("tokenizing"), *columns, console=console, transient=True, expand=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda rows: bar.advance(task, rows)
+
+
+def _log_lines(name: str, total: int | None) -> Callable[[int], None]:
+    started = last = time.monotonic()
+    done = 0
+
+    def advance(rows: int) -> None:
+        nonlocal last, done
+        done += rows
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            of_all = "" if total is None else f" of {total}"
+            logger.info("tokenized %d%s rows of %s, %.0f rows/s", done, of_all, name, done / (now - started))
+
+    return advance

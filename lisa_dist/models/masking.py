@@ -114,11 +114,8 @@ def find_separation(model: Any, blocks_path: str) -> Separation:
 
     Two samples are packed behind one another through a tiny copy of the architecture, in both orders; each must get
     the numbers that it gets alone. The copy has the model's attention kernel and runs on the CPU; with one of the flash
-    kernels, which need it, on this rank's device and in bfloat16. Random states stay as they were.
-
-    Args:
-        model: a causal language model as transformers builds it, on meta or elsewhere, without adapters.
-        blocks_path: dotted path of its stack of blocks.
+    kernels, which need it, on this rank's device and in bfloat16. Random states stay as they were. ``model`` is as
+    transformers builds it, on any device, without adapters; ``blocks_path`` is the dotted path of its stack of blocks.
 
     Raises:
         UserError: neither keeps them apart, or that can't be tried.

@@ -134,8 +134,7 @@ def expert_inputs(
 
     Args:
         module: of :func:`shows_inputs`, its parameters gathered.
-        args: hidden states [tokens, inputs], the experts of each token [tokens, experts a token], and what is unread.
-        kwargs: the arguments that are given by name.
+        args, kwargs: hidden states [tokens, inputs], the experts of each token [tokens, experts a token], and more.
         kept: [tokens], not 0 for those that count.
 
     Yields:
