@@ -44,6 +44,8 @@ def map_in_order(
     """
     source = iter(chunks)
     yield from map(function, source if num_proc == 1 else islice(source, first_here))
+    if num_proc == 1:
+        return
     # A forked process has none of tokenizers' threads, and would wait for them for ever.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     pool = ProcessPoolExecutor(num_proc, get_context("fork"), _start, (function, os.getpid()))
