@@ -88,6 +88,6 @@ class ChangedWeights:
         self.changed = set(self.changed_since_begun)
 
     def continue_from(self, plan: CheckpointPlan, trained: Iterable[str]) -> None:
-        """Build on the checkpoint that a run goes on from with these weights being trained."""
+        """Build on the checkpoint that a run is resumed from, with these weights being trained."""
         self.changed_since_begun = set(trained)
         self.complete(plan)

@@ -20,7 +20,7 @@ def copy_code(find: Find, fields: dict[str, Any], folder: Path, *names: str) -> 
     """Copy the code that ``auto_map`` of a configuration names, and ``names``, to ``folder``.
 
     A class whose file is not there is taken out of ``auto_map``; one that is in another repository stays there.
-    Both are said.
+    Both are logged.
 
     Args:
         find: where the model's files are.

@@ -43,7 +43,7 @@ _PROBE = "Two words,\n  \tnumbers 12345, naïve 日本語 🙂 <s> </s> <|endoft
 
 
 def described_model(run: RunDirectory, model: ModelConfig) -> ModelConfig:
-    """Return the keys ``model.*`` of a run with its own description in the place of what it started from.
+    """Return the keys ``model.*`` of a run with its own description instead of what it started from.
 
     Raises:
         UserError: the run directory has none.
@@ -169,7 +169,7 @@ def generation_fields(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def repaired(fields: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Return the settings of generation that are valid together, in their order; what is left out is said.
+    """Return the settings of generation that are valid together, in their order; what is left out is logged.
 
     A sampling parameter beside ``do_sample=false`` has no effect on the answers, and leaving it out has none either.
     ``origin`` is the file they come from, for the message.

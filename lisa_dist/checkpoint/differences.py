@@ -1,4 +1,4 @@
-"""What differs between the run that wrote a checkpoint and the one that goes on from it: refused by name, or said."""
+"""What differs between the run that wrote a checkpoint and the one that resumes from it: refused by name, or logged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lisa_dist.config import UserError
 Settings = dict[str, Any]  # dotted key -> value
 
 OF_OTHER_COMMANDS = ("launch.", "export.", "evaluate.", "generate.", "plan.", "bench.", "sweep.")
-# Keys that say nothing of training: where the run is, that it goes on, and what other commands do.
+# Keys without an influence on training: where the run is, that it resumes, and what other commands do.
 NOT_OF_TRAINING = ("run.dir", "checkpoint.resume", "checkpoint.new_data", *OF_OTHER_COMMANDS)
 # Keys that can make a part of the data another, by part.
 BEHIND = {
@@ -26,7 +26,7 @@ BEHIND = {
     "template": ("model.tokenizer", "model.path"),
 }
 NOT_OF_ROWS = ("data.name", "data.preview", "data.cache_dir", "data.sequence_length", "data.packing")
-# What a key that may differ does, and does not, to a run that goes on.
+# What a key that may differ does, and does not, to a run that is resumed.
 NOTES = {
     "train.seed": "the order of the data keeps the seed that the run began with",
     "sampler.seed": "the sampler goes on from its state, so this seed has no effect",

@@ -64,7 +64,7 @@ def restore_checkpoint(
         train_module: its model is on ``meta``, or its memory was freed.
         checkpoint: its directory.
         device: where shards are kept.
-        data: the fingerprint of the data that the run goes on with.
+        data: the fingerprint of the data that the run is resumed with.
 
     Returns:
         Where the run stands, and the whole state of the checkpoint.

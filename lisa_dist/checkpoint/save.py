@@ -38,7 +38,7 @@ class CheckpointSaver:
         self.changes.note_trained(self.train_module.optimizer.parameters)
 
     def continue_from(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Take the checkpoint that a run goes on from as the one that the next may build on."""
+        """Take the checkpoint that a run is resumed from as the one that the next may build on."""
         weights = self.train_module.store.tensors()
         plan = plan_of_checkpoint(checkpoint.name, weights, state["external"], state["since_full"])
         self.changes.continue_from(plan, self.train_module.optimizer.parameters)

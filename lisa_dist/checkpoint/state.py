@@ -30,7 +30,7 @@ class Progress:
     """Where a run stands: the next step follows from it alone."""
 
     step: int = 0  # optimizer steps done, those left out for what was not finite included
-    sequences: int = 0  # seen in these steps, of the data that the run goes on with
+    sequences: int = 0  # seen in these steps, of the data that the run is resumed with
     left_out: list[list[int]] = field(default_factory=list)  # ranges [start, stop) of the data at which losses spiked
     resumed_from: list[int] = field(default_factory=list)
     skipped_steps: int = 0  # steps left out because the loss or a gradient was not finite
@@ -71,7 +71,7 @@ def state_of(train_module: TrainModule, progress: Progress) -> dict[str, Any]:
 
 
 def identity(train_module: TrainModule) -> dict[str, Any]:
-    """Return what a run must have in common with a checkpoint to go on from it."""
+    """Return what a run must have in common with a checkpoint to resume from it."""
     config = train_module.config
     return {
         "parameters": hash_of_shapes({name: train_module.store.parameter(name) for name in train_module.store.names}),

@@ -137,7 +137,7 @@ class RowReader:
         try:
             with closing(mapped), row_progress(self.source.name, self._total()) as advance:
                 for done, rendered in mapped:
-                    self.rendered |= {name: said for name, said in rendered.items() if name not in self.rendered}
+                    self.rendered |= {name: text for name, text in rendered.items() if name not in self.rendered}
                     yield [row.encoded for row in done if self._count(row) and row.encoded is not None]
                     advance(len(done))
         except WorkerDiedError as error:

@@ -1,6 +1,6 @@
 """Marks: words put into the messages of a conversation, to see where a chat template puts what.
 
-A mark stands before and after the text of a question, a system message or a tool's result, after an answer's text, and
+A mark is put before and after the text of a question, a system message or a tool's result, after an answer's text, and
 after the name of every function that it calls. A template that renders marked messages otherwise than by the marks
 alone (because it looks into a text) does so for single messages; those go without.
 """
@@ -20,7 +20,7 @@ Render = Callable[[list[Message]], str | None]  # None: the template refuses the
 
 
 class Place(Enum):
-    """Where in a message a mark stands."""
+    """Where in a message a mark is."""
 
     START = "start of its text"
     END = "end of its text"

@@ -26,7 +26,7 @@ from lisa_dist.config import UserError
 
 @dataclass(frozen=True)
 class Row:
-    """One row as the file has it, and where it stands; ``number`` counts from 1 (a line, or a row of a table)."""
+    """One row as the file has it, and where in it; ``number`` counts from 1 (a line, or a row of a table)."""
 
     values: dict[str, Any]
     file: str

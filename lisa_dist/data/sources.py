@@ -1,4 +1,4 @@
-"""What a path stands for: a file, a glob, a Hugging Face directory, a hub id, or bundled data."""
+"""What a path names: a file, a glob, a Hugging Face directory, a hub id, or bundled data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$")
 
 @dataclass(frozen=True)
 class Source:
-    """What a path stands for: files of this machine, or a data set that ``datasets`` has opened."""
+    """What a path names: files of this machine, or a data set that ``datasets`` has opened."""
 
     name: str
     files: list[Path] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Source:
 
 
 def find_source(path: str, split: str = "train", key: str = "data.path", subset: str | None = None) -> Source:
-    """Find what ``path`` stands for. What exists under this very name is meant before any pattern.
+    """Find what ``path`` names. What exists under this very name comes before any pattern.
 
     Args:
         path: a file (.json, .jsonl, .csv, .tsv, .parquet, .txt; those of text also as .gz, .bz2 or .xz), a glob, a
@@ -118,7 +118,7 @@ def _match(pattern: str) -> list[Path]:
 
 
 def is_local(path: str) -> bool:
-    """Whether ``path`` stands for something on this machine rather than on the hub."""
+    """Whether ``path`` names something on this machine rather than on the hub."""
     return path.startswith(BUILTIN_PREFIX) or path_exists(local_path(path)) or glob.has_magic(path)
 
 

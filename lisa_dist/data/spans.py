@@ -54,7 +54,7 @@ class AnswerFinder:
         """Render a conversation and find its answers.
 
         Raises:
-            BadRowError: the template refuses the messages, leaves one out, or does not show where an answer stands.
+            BadRowError: the template refuses the messages, leaves one out, or does not show where an answer is.
         """
         try:
             search = _Search(self, conversation.messages, conversation.tools)
@@ -199,7 +199,7 @@ class _Search:
         content = message.get("content")
         if not self.opens_alike or index == 0 or message["role"] == "assistant" or not isinstance(content, str):
             return None
-        alike = (message["role"], content[len(content.rstrip()) :])  # a mark stands before the blanks at the end
+        alike = (message["role"], content[len(content.rstrip()) :])  # a mark is put before the blanks at the end
         if alike not in self.rests:
             self.rests[alike] = self._rests_before(index)
         return self._begin_after_mark(index, *self.rests[alike])

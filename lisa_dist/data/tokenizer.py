@@ -98,7 +98,7 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Give a tokenizer without a chat template the fallback, and say so; returns whether that was needed.
+    """Give a tokenizer without a chat template the fallback, and log it; returns whether that was needed.
 
     The template then belongs to the tokenizer, so an exported model answers in the form that it was trained in.
     """

@@ -34,9 +34,9 @@ class Findings:
 def pretrained_architecture(config: ModelConfig, frozen: str = "float32") -> PretrainedConfig:
     """Return the architecture that ``model.*`` names, as its weights have it: its dtype is theirs, and so are its ties.
 
-    All is checked that can be without reading the weights, so that what is wrong with them is said first. With
+    All is checked that can be without reading the weights, so that what is wrong with them comes out first. With
     ``model.init=random`` nothing is looked at. ``frozen`` is the dtype in which weights are kept; where that rounds
-    them, it is said. Collective: every rank; the first rank looks, a hub id is downloaded.
+    them, that is logged. Collective: every rank; the first rank looks, a hub id is downloaded.
 
     Raises:
         UserError: a file is damaged, or tensors are missing, unexpected, of the wrong shape or kind.
@@ -138,7 +138,7 @@ def _are_equal(first: str, second: str, weights: SafetensorsDirectory) -> bool:
 def _untied_replica(
     config: ModelConfig, architecture: PretrainedConfig, pairs: list[tuple[str, str]], sources: dict[str, WeightSource]
 ) -> Any:
-    """Return the model with nothing tied, and say so."""
+    """Return the model with nothing tied, and log it."""
     name, alias = pairs[0]
     differs = f"{sources[alias].name} differs from {sources[name].name} in the weights, though config.json ties them"
     architecture.tie_word_embeddings = False
@@ -166,7 +166,7 @@ def _advice(replica: Any, missing: list[str]) -> str:
 
 
 def _makes_several(source: WeightSource) -> bool:
-    """Whether a conversion makes several parameters, of which the source stands under the first one's name."""
+    """Whether a conversion makes several parameters, of which the source is found under the first one's name."""
     return source.converter is not None and len(source.converter.target_patterns) > 1
 
 

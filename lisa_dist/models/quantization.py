@@ -126,7 +126,7 @@ def quantize_linears(blocks: list[nn.Module], kind: str) -> int:
 class StagedTensors(dict[str, Tensor]):
     """Parameters by the architecture's names, to be filled from a checkpoint.
 
-    In the place of a quantised weight stands its shard in bf16, which is made when it is asked for and quantised
+    A quantised weight is replaced by its shard in bf16, which is made when it is asked for and quantised
     and freed by :meth:`settle`: so one weight at a time is held unquantised.
     """
 

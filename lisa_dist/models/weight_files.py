@@ -135,7 +135,7 @@ class SafetensorsDirectory:
         return tuple(self._open(self.file_of[name]).get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of a tensor; uint8 stands for any that torch has no plain type for."""
+        """Return the dtype of a tensor; uint8 for any that torch has no plain type for."""
         return DTYPES.get(self.stored_type(name), torch.uint8)
 
     def stored_type(self, name: str) -> str:
