@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 from lisa_dist.config.errors import UserError, nearest
@@ -29,6 +30,18 @@ def path_exists(path: Path) -> bool:
         return False
 
 
+def nearest_path(path: Path) -> str:
+    """Return ``; did you mean X?`` for what is there and has a name most like ``path``, or an empty string."""
+    folder = path.absolute().parent
+    while not folder.is_dir():
+        path, folder = folder, folder.parent
+    try:
+        close = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=1, cutoff=0.5)
+    except OSError:  # a folder that may not be read
+        close = []
+    return f"; did you mean {folder / close[0]}?" if close else ""
+
+
 def builtin_directory(path: str, key: str, root: Path, file: str) -> Path:
     """Return the folder in ``root`` that ``builtin:NAME`` names; there is one where it holds a ``file``.
 
@@ -50,12 +63,10 @@ def model_directory(path: str, key: str = "model.path") -> Path | None:
     if path.startswith(BUILTIN_PREFIX):
         return builtin_directory(path, key, MODELS, "config.json")
     directory = local_path(path)
-    if directory.is_dir():
-        return directory
-    if directory.is_file():
+    if path_exists(directory):
+        if directory.is_dir():
+            return directory
         raise UserError(f"{key}={path}: must be a directory or a hub id, not a file; did you mean {directory.parent}?")
     if directory.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
-        parent = directory.absolute().parent
-        hint = nearest(directory.name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else ""
-        raise UserError(f"{key}={path}: no such directory{hint}")
+        raise UserError(f"{key}={path}: no such directory{nearest_path(directory)}")
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import hashlib
 import re
@@ -15,7 +14,7 @@ import datasets
 
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import in_one_line, nearest
-from lisa_dist.config.paths import BUILTIN_PREFIX, builtin_directory, local_path, path_exists
+from lisa_dist.config.paths import BUILTIN_PREFIX, builtin_directory, local_path, nearest_path, path_exists
 from lisa_dist.data.folders import find_files, find_split, subsets_of
 from lisa_dist.data.readers import READERS, BrokenRow, Row, count_rows, kind_of, read_rows
 from lisa_dist.runtime.hub import stay_offline_where_unreachable
@@ -104,7 +103,7 @@ def find_source(path: str, split: str = "train", key: str = "data.path", subset:
         return Source(path, [_checked(file, key) for file in files])
     if HUB_ID.match(path) and not kind_of(here):
         return _find_on_hub(path, split, key, subset)
-    raise UserError(f"{key}={path}: no such file or directory, looked at {here.absolute()}{_nearest_path(here)}")
+    raise UserError(f"{key}={path}: no such file or directory, looked at {here.absolute()}{nearest_path(here)}")
 
 
 def _match(pattern: str) -> list[Path]:
@@ -143,14 +142,6 @@ def has_subset(path: str, subset: str | None) -> bool:
         folder = _folder(path)
         return folder is not None and subset in subsets_of(folder)
     return False
-
-
-def _nearest_path(path: Path) -> str:
-    folder = path.absolute().parent
-    while not folder.is_dir():
-        path, folder = folder, folder.parent
-    close = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=1, cutoff=0.5)
-    return f"; did you mean {folder / close[0]}?" if close else ""
 
 
 def _checked(file: Path, key: str) -> Path:
@@ -195,7 +186,7 @@ def _find_on_hub(path: str, split: str, key: str, subset: str | None) -> Source:
     except Exception as error:  # the client raises a dozen kinds; all mean that the data cannot be had
         where = Path(path).absolute()
         raise UserError(
-            f"{key}={path}: no such file or directory, looked at {where}{_nearest_path(where)}; "
+            f"{key}={path}: no such file or directory, looked at {where}{nearest_path(where)}; "
             f"and as a data set of the hub, split {split}, it cannot be had ({in_one_line(error)})"
         ) from error
     return Source(path, dataset=dataset, fingerprint=dataset._fingerprint)

@@ -63,7 +63,7 @@ def test_no_eos_token(tmp_path):
     ("path", "message"),
     [
         ("builtin:dmo", "model.tokenizer=builtin:dmo: bundled are builtin:demo"),
-        (str(DEMO.with_name("demos")), "no such directory; did you mean demo?"),
+        (str(DEMO.with_name("demos")), f"no such directory; did you mean {DEMO}?"),
         (str(DEMO / "config.json"), "must be a directory or a hub id, not a file; did you mean"),
         (str(Path(__file__).parent), "no tokenizer"),
     ],
