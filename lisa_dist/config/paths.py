@@ -33,11 +33,11 @@ def path_exists(path: Path) -> bool:
 def nearest_path(path: Path) -> str:
     """Return ``; did you mean X?`` for what is there and has a name most like ``path``, or an empty string."""
     folder = path.absolute().parent
-    while not folder.is_dir():
+    while not path_exists(folder):
         path, folder = folder, folder.parent
     try:
         close = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=1, cutoff=0.5)
-    except OSError:  # a folder that may not be read
+    except OSError:  # a folder that may not be read, or a file
         close = []
     return f"; did you mean {folder / close[0]}?" if close else ""
 

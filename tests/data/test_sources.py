@@ -315,7 +315,9 @@ def test_what_exists_is_read_under_its_name(tmp_path, monkeypatch, name):
     assert texts(find_source(f"{name}/saved [1]")) == ["s"]
 
 
-@pytest.mark.parametrize("path", ["", " ", "~nobody/x.jsonl", "x" * 5000, "y" * 300 + "/[a]*"])
+@pytest.mark.parametrize(
+    "path", ["", " ", "~nobody/x.jsonl", "x" * 5000, "y" * 300 + "/[a]*", "a/" + "x" * 5000 + "/b"]
+)
 def test_what_is_no_path_is_said_so(path):
     with pytest.raises(UserError, match=r"data.path="):
         find_source(path)
