@@ -7,6 +7,7 @@ the configuration nor ``--help`` should have to wait for.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shutil
 import sys
@@ -28,6 +29,21 @@ from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, 
 from lisa_dist.runtime.environment import environment_rank, has_ranks
 from lisa_dist.runtime.signals import ignore_stop_signals, install_stop_handlers, stops_within
 
+Function = Callable[[Config], int]
+
+
+def explaining_memory(function: Function) -> Function:
+    """Let a command that runs out of memory end in one sentence; ``train`` does it itself, it knows its step."""
+
+    @functools.wraps(function)
+    def run(config: Config) -> int:
+        from lisa_dist.telemetry.out_of_memory import explaining_out_of_memory
+
+        with explaining_out_of_memory(config, lambda: function.__name__, log=False):
+            return function(config)
+
+    return run
+
 
 def train(config: Config) -> int:
     """Trains; where no model is chosen, a small demonstration."""
@@ -43,6 +59,7 @@ def plan(config: Config) -> int:
     return run(config)
 
 
+@explaining_memory
 def bench(config: Config) -> int:
     """Measures tokens per second, the parts of a step and peak memory."""
     from lisa_dist.commands.bench.command import run
@@ -57,6 +74,7 @@ def export(config: Config) -> int:
     return run(config)
 
 
+@explaining_memory
 def evaluate(config: Config) -> int:
     """Measures held-out loss and perplexity, or runs evaluation tasks."""
     from lisa_dist.commands.evaluate import run
@@ -64,6 +82,7 @@ def evaluate(config: Config) -> int:
     return run(config)
 
 
+@explaining_memory
 def generate(config: Config) -> int:
     """Answers prompts from a checkpoint or a Hugging Face directory."""
     from lisa_dist.commands.generate import run
@@ -261,16 +280,18 @@ def _multirun(name: str, overrides: list[str], config_dir: str | None) -> int:
 
 def help_text() -> str:
     """Return what ``lisa-dist --help`` prints."""
-    lines = [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
-    return (
-        "lisa-dist COMMAND [key=value ...] [--cfg job] [--config-dir DIR] [--multirun]\n\nCommands:\n"
-        + "\n".join(lines)
-        + "\n\n  --cfg job         prints the resolved configuration and does nothing else"
-        + "\n  --config-dir DIR  a folder with your own groups: DIR/model/NAME.yaml, DIR/experiment/NAME.yaml, ..."
-        + "\n  -m, --multirun    train once for every combination of values: optimizer.lr=1e-5,5e-5"
-        + "\n  --version         prints the version"
-        + "\n\nlisa-dist COMMAND --help lists the keys of a command."
-    )
+    commands = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
+    return f"""lisa-dist COMMAND [key=value ...] [--cfg job] [--config-dir DIR] [--multirun]
+
+Commands:
+{commands}
+
+  --cfg job         prints the resolved configuration and does nothing else
+  --config-dir DIR  a folder with your own groups: DIR/model/NAME.yaml, DIR/experiment/NAME.yaml, ...
+  -m, --multirun    train once for every combination of values: optimizer.lr=1e-5,5e-5
+  --version         prints the version
+
+lisa-dist COMMAND --help lists the keys of a command."""
 
 
 def command_help_text(name: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 from lisa_dist import __version__, cli
 from lisa_dist.cli import COMMANDS, main
 from lisa_dist.config import Config, OutOfMemoryError, UserError
-from lisa_dist.config.loading import load, read_config, to_yaml
+from lisa_dist.config.loading import load, load_run, to_yaml
 
 TARGETS = [
     *(f"lisa_dist.commands.{name}.run" for name in ("plan", "export", "evaluate", "generate", "report", "doctor")),
@@ -128,7 +128,7 @@ def test_cfg_job_prints_a_configuration_that_can_be_read_back(
     overrides = ["method=full", "train.seed=3", "model.path=/models/mine"]
     assert main(["train", "--cfg", "job", *overrides]) == 0
     (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
-    assert read_config(tmp_path / "config.yaml") == load(overrides)
+    assert load_run(str(tmp_path), []) == load([*overrides, f"run.dir={tmp_path}"])
 
 
 def test_options_may_stand_among_the_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import importlib
 import os
 import re
 import subprocess
@@ -13,10 +15,13 @@ from typing import Any
 import pytest
 import yaml
 
+from lisa_dist import cli
 from lisa_dist.config import Config
+from lisa_dist.config.loading import load
 from lisa_dist.config.optimization import OPTIMIZER_CONFIGS
 from lisa_dist.config.running import WandbConfig
 from lisa_dist.config.sampling import SAMPLER_CONFIGS
+from lisa_dist.config.sweeps import combinations, read_space
 from lisa_dist.config.updates import UPDATE_CONFIGS
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +54,60 @@ def test_links_of_the_docs_lead_somewhere() -> None:
                 titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
                 anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
                 assert heading in anchors, f"{page.name} links to {target}#{heading}"
+
+
+# What the docs write in capitals where a reader puts something of their own, and no text will do.
+FILLED_IN = {
+    "method": "lisa",
+    "model": "llama2_7b",
+    "experiment": "demo",
+    "plan.gpu": "h100_80gb",
+}
+FILLED_IN |= {"parallel.optimizer_shard": "world", "parallel.activation_checkpointing": "full"}
+FILLED_IN |= dict.fromkeys(("parallel.nodes", "parallel.replicate", "parallel.nproc_per_node"), "2")
+FILLED_IN |= dict.fromkeys(("train.global_batch_size", "bench.steps", "bench.rounds"), "8")
+COMMAND_OF_DOCS = re.compile(r"""^(?:[A-Z_]+=(?:"[^"]*"|'[^']*'|\S*)$|[ ]*lisa-dist .*)""", re.MULTILINE)
+
+
+def commands_of(page: Path, folder: Path) -> list[list[str]]:
+    """The words of every ``lisa-dist COMMAND KEY=VALUE ...`` of a page, as bash hands them over, variables replaced."""
+    text = page.read_text()
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL) + re.findall(
+        r"(?:^    .*\n)+", text, re.MULTILINE
+    )
+    inline = [" ".join(words.split()) for words in re.findall(r"`(lisa-dist [a-z][^`]*=[^`]*)`", text)]
+    lines = COMMAND_OF_DOCS.findall("\n".join([*blocks, *inline]).replace("\\\n", " "))
+    script = "\n".join(["set -f", "lisa-dist() { printf '%s\\0' \"$@\"; printf '\\n'; }", *lines])
+    done = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, check=True)
+    return [line.split("\0")[:-1] for line in done.stdout.splitlines()]
+
+
+def filled_in(word: str) -> str:
+    key, _, value = word.partition("=")
+    return f"{key}={FILLED_IN[key]}" if key in FILLED_IN and value.isupper() else word
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_the_docs_composes(page: Path, tmp_path: Path) -> None:
+    """A key that is renamed, or a preset that goes, is found in the docs too."""
+    for command in {tuple(words) for words in commands_of(page, tmp_path)}:
+        words = [filled_in(word) for word in command if "..." not in word and not word.startswith("key=")]
+        arguments = cli._parser().parse_intermixed_args(words)
+        name, *overrides = arguments.words
+        assert name in cli.COMMANDS, command
+        if name == "launch":
+            assert overrides.pop(0) == "slurm"
+        load(combinations(read_space(overrides))[-1] if arguments.multirun else overrides)
+
+
+def test_what_the_docs_import_is_there() -> None:
+    snippets = [text for page in PAGES for text in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)]
+    assert snippets
+    for text in [*snippets, *(script.read_text() for script in (ROOT / "docs").glob("*.py"))]:
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lisa_dist"):
+                module = importlib.import_module(str(node.module))
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
 
 
 def test_every_target_of_make_that_the_docs_name_exists() -> None:

@@ -52,24 +52,18 @@ def run(config: Config) -> int:
     In ranks of a launcher (torchrun, srun) the self-test runs over these ranks, else over ranks of this machine: the
     visible GPUs, or two on the CPU. Collective in ranks: every rank.
     """
-    checks: list[Callable[[Config], Iterator[Finding]]] = [
-        check_packages,
-        check_gpus,
-        check_network,
-        check_disk,
-        check_tokenizer,
-        check_ranks,
-    ]
-    console = Console(highlight=False)
+    checks: tuple[Callable[[Config], Iterator[Finding]], ...]
+    checks = (check_packages, check_gpus, check_network, check_disk, check_tokenizer, check_ranks)
+    console = Console(highlight=False, markup=False)
     broken = 0
     for check in checks:
         for finding in check(config):
             broken += finding.state == BROKEN
             if distributed.is_main() or finding.state == BROKEN:
-                console.print(f"[{STYLES[finding.state]}]{finding.state:>7}[/]  {finding.name}: ", end="")
-                console.print(finding.detail, markup=False, soft_wrap=True)
+                console.print(f"{finding.state:>7}", style=STYLES[finding.state], end="")
+                console.print(f"  {finding.name}: {finding.detail}", soft_wrap=True)
                 if finding.fix:
-                    console.print(f"         {finding.fix}", markup=False, soft_wrap=True)
+                    console.print(f"         {finding.fix}", soft_wrap=True)
     return EXIT_FAILED if broken else EXIT_DONE
 
 
@@ -87,19 +81,11 @@ def check_packages(config: Config) -> Iterator[Finding]:
             continue
         if not requirement.specifier.contains(installed, prereleases=True):
             wrong.append(f"{requirement.name} {installed} is not {requirement.specifier}")
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers") if _installed(name))
     if wrong:
         yield Finding("packages", BROKEN, "; ".join(wrong), f"pip install --upgrade {PACKAGE}")
     else:
-        yield Finding("packages", OK, f"{PACKAGE} {metadata.version(PACKAGE)}, {versions}")
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+        versions = [f"{name} {metadata.version(name)}" for name in (PACKAGE, "torch", "transformers")]
+        yield Finding("packages", OK, ", ".join(versions))
 
 
 def check_gpus(config: Config) -> Iterator[Finding]:

@@ -85,7 +85,7 @@ def held_out_sequences(config: Config, opened: OpenedModel) -> tuple[str, Sequen
 
 
 def run_tasks(config: Config, opened: OpenedModel) -> dict[str, Any]:
-    """Run ``evaluate.tasks`` and return the harness' figures by task. Collective: every rank.
+    """Run ``evaluate.tasks`` and return the harness' results by task. Collective: every rank.
 
     Raises:
         UserError: lm-evaluation-harness is not installed, or does not know a task.
@@ -111,7 +111,7 @@ def _write(config: Config, results: dict[str, Any]) -> None:
         raise UserError(f"evaluate.output={file}: can't be written ({error.strerror})") from error
     if "eval_loss" in results:
         print(f"loss {results['eval_loss']:.4f}, perplexity {results['perplexity']:.2f} on {results['data']}")
-    for task, figures in results.get("tasks", {}).items():
-        numbers = (f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float))
+    for task, found in results.get("tasks", {}).items():
+        numbers = (f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float))
         print(f"{task}: {', '.join(numbers)}")
     print(file)

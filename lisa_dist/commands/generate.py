@@ -18,6 +18,7 @@ from lisa_dist.data.formats import BadRowError, Conversation
 from lisa_dist.data.spans import AnswerFinder
 from lisa_dist.data.tokenizer import encode_prompt
 from lisa_dist.runtime import distributed
+from lisa_dist.runtime.files import make_folder
 from lisa_dist.telemetry.logs import setup_logging
 from lisa_dist.training.evaluation import answer
 
@@ -103,9 +104,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
 def stop_ids(tokenizer: PreTrainedTokenizerBase, directory: Path | None) -> set[int]:
     """Return the tokens that end an answer: those of the generation config, and what ends a text and a turn.
 
-    Args:
-        tokenizer: of the model.
-        directory: of the model, where generation_config.json may lie; None for a hub id.
+    ``directory`` is the model's, where generation_config.json may be; None for a hub id.
     """
     found = {int(tokenizer.eos_token_id)}
     if directory is not None and (directory / GENERATION_CONFIG_NAME).is_file():
@@ -126,14 +125,10 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, directory: Path | None) -> set[
 
 
 def _check_output(output: Path | None) -> None:
-    if output is None:
-        return
-    if output.exists():
+    if output is not None and output.exists():
         raise UserError(f"generate.output={output}: is there already and is not written over, name a new file")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"generate.output={output}: can't be written ({error.strerror})") from error
+    if output is not None:
+        make_folder(output.parent, f"generate.output={output}")
 
 
 def _write(prompt: Prompt, text: str, output: Path | None) -> None:

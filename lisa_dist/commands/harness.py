@@ -29,7 +29,7 @@ Request = tuple[Any, list[int], list[int]]  # texts, context, continuation
 def evaluate_tasks(
     opened: OpenedModel, config: EvaluateConfig, batch_size: int, longest: int
 ) -> dict[str, dict[str, Any]]:
-    """Run the tasks of lm-evaluation-harness that ``config`` names; rank 0 gets its figures. Collective: every rank.
+    """Run the tasks of lm-evaluation-harness that ``config`` names; rank 0 gets its results. Collective: every rank.
 
     Raises:
         UserError: a task is unknown.

@@ -43,23 +43,22 @@ def run(config: Config) -> int:
 
 
 def notes_on(plan: Plan) -> list[str]:
-    """Return what a reader must know to read the figures rightly."""
-    config = plan.config
-    micro_batches = micro_batches_per_step(config)
-    planned = micro_batches * cluster_dims(config).data_ranks * config.train.micro_batch_size
+    """Return what a reader must know to read the numbers rightly."""
+    config, dims = plan.config, cluster_dims(plan.config.parallel)
+    planned = micro_batches_per_step(config) * dims.data_ranks * config.train.micro_batch_size
     notes = ["every sequence is planned full, and every token trained: padding and prompts lower the tokens/s of a run"]
     if planned != config.train.global_batch_size:
         notes.append(
             f"planned with train.global_batch_size={planned}, the next multiple of micro-batch x ranks; "
             f"train would refuse {config.train.global_batch_size}"
         )
-    notes += options_without_effect(config, cluster_dims(config).data_ranks)
+    notes += options_without_effect(config, dims.data_ranks)
     if config.parallel.compile:
         notes.append("activations are those of the model that is not compiled: parallel.compile saves some of them")
     if not plan.fits:
         notes.append(
             f"does not fit: {format_bytes(-plan.head_room)} too much on each rank, "
-            f"{format_bytes(-plan.head_room * cluster_dims(config).num_ranks)} on the cluster"
+            f"{format_bytes(-plan.head_room * dims.num_ranks)} on the cluster"
         )
     return notes
 
@@ -70,8 +69,8 @@ def label_tokens_per_second(plan: Plan) -> float:
     return plan.estimate.tokens_per_second * (length - 1) / length
 
 
-def _figures(plan: Plan) -> dict[str, Any]:
-    """Return a plan's figures, of the rank that needs most, as plain numbers."""
+def _numbers(plan: Plan) -> dict[str, Any]:
+    """Return what a plan predicts of the rank that needs most."""
     trace, work = plan.trace, plan.trace.work
     return {
         "persistent_bytes": trace.persistent_bytes,
@@ -92,29 +91,26 @@ def _figures(plan: Plan) -> dict[str, Any]:
 def _to_json(plan: Plan, changes: list[Plan], compared: dict[str, Plan], found: list[Plan]) -> dict[str, Any]:
     config = plan.config
     result = {
-        **_figures(plan),
+        **_numbers(plan),
         "model": config.model.name,
         "method": config.method,
         "blocks": plan.trace.num_blocks,
         "active_blocks": plan.trace.num_active,
-        "ranks": cluster_dims(config).num_ranks,
+        "ranks": cluster_dims(config.parallel).num_ranks,
         "gpu": config.plan.gpu,
         "memory_bytes": plan.gpu.memory_bytes,
         "reserved_bytes": RESERVED_BYTES,
         "tokens_per_step": plan.trace.tokens,
         "notes": notes_on(plan),
     }
-    if changes:
-        result["changes"] = [{"overrides": other.overrides, **_figures(other)} for other in changes]
-    if compared:
-        result["compare"] = {method: _figures(other) for method, other in compared.items()}
-    if found:
-        result["search"] = [{"overrides": other.overrides, **_figures(other)} for other in found]
-    return result
+    for name, others in (("changes", changes), ("search", found)):
+        if others:
+            result[name] = [{"overrides": other.overrides, **_numbers(other)} for other in others]
+    return result | ({"compare": {name: _numbers(other) for name, other in compared.items()}} if compared else {})
 
 
 def _print_tables(plan: Plan, changes: list[Plan], compared: dict[str, Plan], found: list[Plan]) -> None:
-    console = Console(highlight=False, width=None if Console().is_terminal else 120)
+    console = Console(highlight=False, markup=False, width=None if Console().is_terminal else 120)
     console.print(_table_of(plan))
     for note in notes_on(plan):
         console.print(f"note: {note}")
@@ -130,7 +126,7 @@ def _print_tables(plan: Plan, changes: list[Plan], compared: dict[str, Plan], fo
 
 def _table_of(plan: Plan) -> Table:
     config, trace, work, times = plan.config, plan.trace, plan.trace.work, plan.estimate
-    ranks = cluster_dims(config).num_ranks
+    ranks = cluster_dims(config.parallel).num_ranks
     table = Table(
         title=f"plan: {config.model.name}, {config.method}, {ranks} x {plan.gpu.description}",
         title_justify="left",
@@ -175,16 +171,8 @@ def _table_of(plan: Plan) -> Table:
 
 def _table_of_several(title: str, plans: dict[str, Plan]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
-    for column in (
-        "",
-        "persistent",
-        "peak",
-        "head-room",
-        "fits",
-        "sent a step",
-        "step, estimate",
-        "tokens/s, estimate",
-    ):
+    columns = ("", "persistent", "peak", "head-room", "fits", "sent a step", "step, estimate", "tokens/s, estimate")
+    for column in columns:
         table.add_column(column, justify="left" if not column else "right", overflow="fold")
     for name, plan in plans.items():
         trace = plan.trace

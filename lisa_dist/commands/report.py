@@ -15,18 +15,10 @@ from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.units import format_bytes, format_count, format_duration
 from lisa_dist.telemetry.records import MetricsRow, read_rows, read_summary
 from lisa_dist.telemetry.reports.page import Card, folded_text, render_page, table
-from lisa_dist.telemetry.reports.plots import (
-    Period,
-    Series,
-    activity_heatmap,
-    activity_shares,
-    line_chart,
-    moving_average,
-)
+from lisa_dist.telemetry.reports.plots import Period, Series, activity_heatmap, activity_shares, line_chart, smoothed
 
 SPEED_NOTE = "Padding is left out. Label tokens are those with loss."
 TIME_NOTE = "Switches of blocks, evaluations and checkpoints are not part of a step."
-SMOOTH_FROM = 60  # steps from which on the loss is also drawn smoothed
 
 
 def run(config: Config) -> int:
@@ -84,7 +76,7 @@ def _page(run: RunDirectory, metrics: list[MetricsRow], layers: list[MetricsRow]
         run.path.resolve().name,
         subtitle=_subtitle(settings),
         banner=_banner(summary),
-        figures=_figures(steps, evals, summary),
+        numbers=_headlines(steps, evals, summary or {}),
         cards=cards,
     )
 
@@ -96,10 +88,10 @@ def _charts(steps: list[MetricsRow], evals: list[MetricsRow], marks: list[float]
         return line_chart([Series(key, x, _column(steps, key))], marks=marks, **options)
 
     loss = _column(steps, "loss")
-    smooth = len(loss) >= SMOOTH_FROM
-    lines = [Series("training, each step" if smooth else "training", x, loss, faint=smooth, color=0)]
+    smooth = smoothed(loss)
+    lines = [Series("training, each step" if smooth else "training", x, loss, faint=bool(smooth), color=0)]
     if smooth:
-        lines.append(Series("training, smoothed", x, moving_average(loss, len(loss) / 60), color=0))
+        lines.append(Series("training, smoothed", x, smooth, color=0))
     if evals:
         at = [row["step"] for row in evals]
         lines.append(Series("validation", at, _column(evals, "eval_loss"), dots=len(evals) <= 60, color=1))
@@ -113,25 +105,16 @@ def _charts(steps: list[MetricsRow], evals: list[MetricsRow], marks: list[float]
         Series("of it waiting for data", x, _column(steps, "data_seconds"), color=1),
     ]
     has_mfu = any(row.get("mfu") is not None for row in steps)
+    short = "{:.3g}".format
     return [
         Card("Loss", line_chart(lines, marks=marks), note),
         Card("Tokens per second", line_chart(speeds, marks=marks, from_zero=True, format_y=format_count), SPEED_NOTE),
-        Card("Seconds a step", line_chart(times, marks=marks, from_zero=True, format_y=plain), TIME_NOTE),
-        *([Card("Utilisation (mfu)", chart("mfu", from_zero=True, format_y=share))] if has_mfu else []),
-        Card("Peak memory of rank 0 in each step, GiB", chart("peak_memory_gib", from_zero=True, format_y=plain)),
+        Card("Seconds a step", line_chart(times, marks=marks, from_zero=True, format_y=short), TIME_NOTE),
+        *([Card("Utilisation (mfu)", chart("mfu", from_zero=True, format_y="{:.0%}".format))] if has_mfu else []),
+        Card("Peak memory of rank 0 in each step, GiB", chart("peak_memory_gib", from_zero=True, format_y=short)),
         Card("Gradient norm before clipping", chart("grad_norm", from_zero=True)),
         Card("Learning rate", chart("lr", from_zero=True)),
     ]
-
-
-def plain(value: float) -> str:
-    """Return three digits of a number."""
-    return f"{value:.3g}"
-
-
-def share(value: float) -> str:
-    """Return a share in per cent."""
-    return f"{value:.0%}"
 
 
 def _activity_card(steps: list[MetricsRow], layers: list[MetricsRow], summary: MetricsRow | None) -> Card:
@@ -164,34 +147,32 @@ def _rows_cards(summary: MetricsRow) -> list[Card]:
     return cards
 
 
-def _figures(steps: list[MetricsRow], evals: list[MetricsRow], summary: MetricsRow | None) -> dict[str, str]:
-    summary = summary or {}
-    figures = {"steps": str(steps[-1]["step"]) if steps else "0"}
-    losses = [value for value in _column(steps, "loss") if value is not None]
-    if losses:
-        figures["last training loss"] = f"{losses[-1]:.4f}"
-    eval_losses = [value for value in _column(evals, "eval_loss") if value is not None]
-    if eval_losses:
-        figures["last validation loss"] = f"{eval_losses[-1]:.4f}"
-        figures["best validation loss"] = f"{min(eval_losses):.4f}"
-    for name, key in (("tokens/s", "tokens_per_second"), ("label tokens/s", "label_tokens_per_second")):
-        speeds = [value for value in _column(steps, key) if value is not None]
-        if speeds:
-            figures[f"{name}, median"] = format_count(statistics.median(speeds))
-    memory = [
-        value for value in [*_column(steps, "peak_memory_gib"), summary.get("peak_memory_gib")] if value is not None
-    ]
-    if memory:
-        figures["peak memory, rank 0"] = f"{max(memory):.3g} GiB"
-    seconds = summary.get("wall_seconds") or sum(value or 0 for value in _column(steps, "step_seconds"))
-    if seconds:
+def _headlines(steps: list[MetricsRow], evals: list[MetricsRow], summary: MetricsRow) -> dict[str, str]:
+    """Return the numbers at the top of the page, those that the record has."""
+
+    def known(rows: list[MetricsRow], key: str) -> list[float]:
+        return [value for value in _column(rows, key) if value is not None]
+
+    shown = {"steps": str(steps[-1]["step"]) if steps else "0"}
+    if losses := known(steps, "loss"):
+        shown["last training loss"] = f"{losses[-1]:.4f}"
+    if losses := known(evals, "eval_loss"):
+        shown |= {"last validation loss": f"{losses[-1]:.4f}", "best validation loss": f"{min(losses):.4f}"}
+    for name in ("tokens", "label tokens"):
+        if speeds := known(steps, f"{name.replace(' ', '_')}_per_second"):
+            shown[f"{name}/s, median"] = format_count(statistics.median(speeds))
+    if memory := known([*steps, summary], "peak_memory_gib"):
+        shown["peak memory, rank 0"] = f"{max(memory):.3g} GiB"
+    if seconds := summary.get("wall_seconds") or sum(known(steps, "step_seconds")):
         since = ", since the last start" if summary.get("resumed_from") else ""
-        figures[f"wall time{since}" if summary.get("wall_seconds") else "time in steps"] = format_duration(seconds)
-    if summary.get("trained_parameters"):
-        figures["trained parameters"] = format_count(_total(summary["trained_parameters"]))
-    if summary.get("persistent_bytes"):
-        figures["persistent, rank 0"] = format_bytes(_total(summary["persistent_bytes"]))
-    return figures
+        shown[f"wall time{since}" if summary.get("wall_seconds") else "time in steps"] = format_duration(seconds)
+    for name, key, write in (
+        ("trained parameters", "trained_parameters", format_count),
+        ("persistent, rank 0", "persistent_bytes", format_bytes),
+    ):
+        if value := summary.get(key):  # whole, or by kind
+            shown[name] = write(sum(value.values()) if isinstance(value, dict) else value)
+    return shown
 
 
 def _subtitle(settings: dict[str, Any]) -> str:
@@ -221,11 +202,6 @@ def _read_settings(run: RunDirectory) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"run.dir={run.path}: its {path.name} is damaged: {' '.join(str(error).split())}") from None
     return {key: value for key, value in settings.items() if key != "launch"} if isinstance(settings, dict) else {}
-
-
-def _total(value: float | dict[str, float]) -> float:
-    """Return a number that the summary holds whole or by kind."""
-    return sum(value.values()) if isinstance(value, dict) else value
 
 
 def _column(rows: list[MetricsRow], key: str) -> list[float | None]:

@@ -17,43 +17,18 @@ from lisa_dist.config.commands import (
     SweepConfig,
 )
 from lisa_dist.config.data import DataConfig
-from lisa_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, OutOfMemoryError, UserError
+from lisa_dist.config.errors import EXIT_DONE as EXIT_DONE
+from lisa_dist.config.errors import EXIT_FAILED as EXIT_FAILED
+from lisa_dist.config.errors import EXIT_STOPPED as EXIT_STOPPED
+from lisa_dist.config.errors import EXIT_USER_ERROR as EXIT_USER_ERROR
+from lisa_dist.config.errors import OutOfMemoryError as OutOfMemoryError
+from lisa_dist.config.errors import UserError as UserError
 from lisa_dist.config.model import ModelConfig
 from lisa_dist.config.optimization import AdamWConfig, OptimizerConfig, SchedulerConfig, TrainConfig
 from lisa_dist.config.placement import ParallelConfig, PrecisionConfig
 from lisa_dist.config.running import CheckpointConfig, LoggerConfig, RunConfig
 from lisa_dist.config.sampling import SamplerConfig
 from lisa_dist.config.updates import AlwaysActiveConfig, UpdateConfig
-
-__all__ = [
-    "EXIT_DONE",
-    "EXIT_FAILED",
-    "EXIT_STOPPED",
-    "EXIT_USER_ERROR",
-    "AlwaysActiveConfig",
-    "BenchConfig",
-    "CheckpointConfig",
-    "Config",
-    "DataConfig",
-    "EvaluateConfig",
-    "ExportConfig",
-    "GenerateConfig",
-    "LaunchConfig",
-    "LoggerConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "OutOfMemoryError",
-    "ParallelConfig",
-    "PlanConfig",
-    "PrecisionConfig",
-    "RunConfig",
-    "SamplerConfig",
-    "SchedulerConfig",
-    "SweepConfig",
-    "TrainConfig",
-    "UpdateConfig",
-    "UserError",
-]
 
 
 @dataclass

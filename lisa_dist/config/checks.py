@@ -5,50 +5,47 @@ A pair of options either works together, is refused here, or one of them has no 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import itertools
 from collections.abc import Iterator
 
-from lisa_dist.config import Config
-from lisa_dist.config.errors import UserError
+from lisa_dist.config import Config, OptimizerConfig, SamplerConfig, TrainConfig
+from lisa_dist.config.errors import UserError, as_written
 from lisa_dist.config.optimization import PARTS
 from lisa_dist.config.placement import stay_whole
 from lisa_dist.config.sampling import PROBE_KINDS
 
 
 def check_combinations(config: Config) -> None:
-    """Check options that exclude each other, whatever the model and the ranks.
-
-    Raises:
-        UserError: two of them can't be had together.
-    """
-    check_probe(config)
-    check_packages(config)
-    check_quantization(config)
-    check_optimizer_shard(config)
-    check_step_in_backward(config)
+    """Raise :class:`UserError` for options that exclude each other, whatever the model and the ranks."""
+    _check_sampler(config.sampler)
+    _check_packages(config.optimizer)
+    _check_quantization(config)
+    _check_optimizer_shard(config)
+    _check_step_in_backward(config)
 
 
-def check_probe(config: Config) -> None:
-    """Raise :class:`UserError` where the sampler asks for a probe that nobody can make."""
-    probe = config.sampler.probe
-    if probe is not None and probe.kind not in PROBE_KINDS:
+def _check_sampler(sampler: SamplerConfig) -> None:
+    """Refuse a probe that nobody can make."""
+    if sampler.probe is not None and sampler.probe.kind not in PROBE_KINDS:
         raise UserError(
-            f"sampler={config.sampler.name}: asks for the probe {probe.kind}, and there are {', '.join(PROBE_KINDS)}"
+            f"sampler={sampler.name}: asks for the probe {sampler.probe.kind}, and there are {', '.join(PROBE_KINDS)}"
         )
 
 
-def check_packages(config: Config) -> None:
-    """Raise :class:`UserError` where a package is missing that the optimizer needs."""
-    package = config.optimizer.needs_package
+def _check_packages(optimizer: OptimizerConfig) -> None:
+    """Refuse an optimizer whose package is missing."""
+    package = optimizer.needs_package
     if package is not None and importlib.util.find_spec(package) is None:
         raise UserError(
-            f"optimizer={config.optimizer.name}: needs the package {package}; run "
+            f"optimizer={optimizer.name}: needs the package {package}; run "
             f'pip install "lisa-dist[{package}]", or choose optimizer=adamw'
         )
 
 
-def check_quantization(config: Config) -> None:
-    """Raise :class:`UserError` where something needs the numbers that quantised weights stand for."""
+def _check_quantization(config: Config) -> None:
+    """Refuse what needs the numbers that quantised weights stand for."""
     if config.model.quantization == "none":
         return
     key = f"model.quantization={config.model.quantization}"
@@ -60,8 +57,8 @@ def check_quantization(config: Config) -> None:
         raise UserError(f"{key}: sampler={config.sampler.name} looks at weights, which must then not be quantised")
 
 
-def check_optimizer_shard(config: Config) -> None:
-    """Raise :class:`UserError` where ``parallel.optimizer_shard=world`` can't be."""
+def _check_optimizer_shard(config: Config) -> None:
+    """Refuse what ``parallel.optimizer_shard=world`` can't be had with."""
     if config.parallel.optimizer_shard != "world":
         return
     if not config.update.supports_sharded_masters:
@@ -75,8 +72,8 @@ def check_optimizer_shard(config: Config) -> None:
         raise UserError("parallel.optimizer_shard=world: parallel.offload must be none or frozen, not all")
 
 
-def check_step_in_backward(config: Config) -> None:
-    """Raise :class:`UserError` where a step would need gradients after the backward pass."""
+def _check_step_in_backward(config: Config) -> None:
+    """Refuse what needs gradients after the backward pass where each parameter is stepped in it."""
     if not config.optimizer.in_backward:
         return
     if not config.update.supports_step_in_backward:
@@ -88,17 +85,11 @@ def check_step_in_backward(config: Config) -> None:
         raise UserError("optimizer.in_backward=true: can't leave steps out, so train.on_nonfinite must be stop")
 
 
-def check_global_batch(config: Config, ranks: int) -> None:
-    """Check at a fresh start that every rank has the same number of full micro-batches; a resumed run need not.
+def check_global_batch(train: TrainConfig, ranks: int) -> None:
+    """Raise :class:`UserError` where the global batch is no multiple of micro-batch x ranks.
 
-    Args:
-        config: names the sizes of the batches.
-        ranks: that take different micro-batches.
-
-    Raises:
-        UserError: the global batch is no multiple of micro-batch x ranks.
+    To be called at a fresh start; a run that goes on with another number of ranks need not fit.
     """
-    train = config.train
     at_once = train.micro_batch_size * ranks
     times = train.global_batch_size // at_once
     if train.global_batch_size % at_once:
@@ -123,14 +114,10 @@ def options_without_effect(config: Config, ranks: int, has_validation: bool = Tr
     """Return a sentence for each option that was chosen and has no effect with the others chosen.
 
     Chosen is what differs from its default; besides, defaults that a user would rely on and that don't hold.
-
-    Args:
-        config: the whole configuration.
-        ranks: of the run.
-        has_validation: whether there are rows to validate on.
+    ``has_validation`` says whether there are rows to validate on.
     """
-    rows = [*_of_sampler(config), *_of_optimization(config, has_validation), *_of_placement(config, ranks)]
-    rows += _of_running(config)
+    options = (_of_sampler(config), _of_optimization(config, has_validation), _of_placement(config, ranks))
+    rows = itertools.chain(*options, _of_running(config))
     return [_sentence(config, keys.split(", "), why) for keys, idle, why in rows if idle]
 
 
@@ -139,105 +126,61 @@ IdleOption = tuple[str, bool, str]  # keys, whether they are chosen and have no 
 
 def _of_sampler(config: Config) -> Iterator[IdleOption]:
     sampler = config.sampler
-    yield (
-        "sampler.active_layers, sampler.period, sampler.seed",
-        sampler.draws_once,
-        f"sampler={sampler.name} trains the same blocks in every period",
-    )
+    same_blocks = f"sampler={sampler.name} trains the same blocks in every period"
+    yield "sampler.active_layers, sampler.period, sampler.seed", sampler.draws_once, same_blocks
     for name, why in sampler.idle_keys.items():
         yield f"sampler.{name}", _chosen(config, f"sampler.{name}"), why
 
 
 def _of_optimization(config: Config, has_validation: bool) -> Iterator[IdleOption]:
     optimizer, scheduler, train = config.optimizer, config.scheduler, config.train
-    yield (
-        "optimizer.grad_clip",
-        optimizer.in_backward and optimizer.grad_clip > 0,
-        "with optimizer.in_backward=true the norm of all gradients is never known, so none is clipped",
-    )
-    yield (
-        "optimizer.decay_norms_and_biases",
-        optimizer.decay_norms_and_biases and optimizer.weight_decay == 0,
-        "optimizer.weight_decay is 0",
-    )
+    chosen = functools.partial(_chosen, config)
+    no_norm = "with optimizer.in_backward=true the norm of all gradients is never known, so none is clipped"
+    yield "optimizer.grad_clip", optimizer.in_backward and optimizer.grad_clip > 0, no_norm
+    undecayed = optimizer.decay_norms_and_biases and optimizer.weight_decay == 0
+    yield "optimizer.decay_norms_and_biases", undecayed, "optimizer.weight_decay is 0"
     for part in optimizer.part_lr:
         frozen = not getattr(config.always_active, part, True)
         yield f"optimizer.part_lr.{part}", frozen, f"always_active.{part} is false"
-    yield (
-        "optimizer.lr",
-        _chosen(config, "optimizer.lr") and len(optimizer.part_lr) == len(PARTS),
-        "optimizer.part_lr has a learning rate for every part",
-    )
-    yield (
-        "optimizer.state_on_freeze",
-        optimizer.state_on_freeze == "offload" and config.sampler.draws_once,
-        f"sampler={config.sampler.name} never freezes a block that has trained",
-    )
-    yield (
-        "scheduler.min_lr_ratio",
-        _chosen(config, "scheduler.min_lr_ratio") and scheduler.name == "constant",
-        "scheduler=constant does not fall",
-    )
-    yield "train.epochs", _chosen(config, "train.epochs") and train.max_steps is not None, "train.max_steps is given"
-    yield (
-        "train.nonfinite_limit",
-        _chosen(config, "train.nonfinite_limit") and train.on_nonfinite == "stop",
-        "train.on_nonfinite=stop skips no step",
-    )
+    has_all = len(optimizer.part_lr) == len(PARTS)
+    yield "optimizer.lr", chosen("optimizer.lr") and has_all, "optimizer.part_lr has a learning rate for every part"
+    never_freezes = f"sampler={config.sampler.name} never freezes a block that has trained"
+    offloads = optimizer.state_on_freeze == "offload"
+    yield "optimizer.state_on_freeze", offloads and config.sampler.draws_once, never_freezes
+    constant = scheduler.name == "constant"
+    yield "scheduler.min_lr_ratio", chosen("scheduler.min_lr_ratio") and constant, "scheduler=constant does not fall"
+    yield "train.epochs", chosen("train.epochs") and train.max_steps is not None, "train.max_steps is given"
+    stops = train.on_nonfinite == "stop"
+    yield "train.nonfinite_limit", chosen("train.nonfinite_limit") and stops, "train.on_nonfinite=stop skips no step"
     for key in ("train.spike_window", "train.spike_limit"):
-        yield key, _chosen(config, key) and train.spike_factor == 0, "train.spike_factor is 0"
+        yield key, chosen(key) and train.spike_factor == 0, "train.spike_factor is 0"
     for key in ("train.eval_every", "train.eval_batches"):
-        yield key, _chosen(config, key) and not has_validation, "there is no validation data; set data.validation"
+        yield key, chosen(key) and not has_validation, "there is no validation data; set data.validation"
 
 
 def _of_placement(config: Config, ranks: int) -> Iterator[IdleOption]:
-    parallel, model = config.parallel, config.model
-    always = config.always_active
-    nothing_frozen = (
-        config.sampler.trains_all_blocks
-        and config.update.trains_whole_blocks
-        and always.embeddings
-        and always.norm
-        and always.head
-    )
-    whole = stay_whole(parallel, config.precision, parallel.ranks_of_replica(ranks))
+    parallel, train, always = config.parallel, config.train, config.always_active
+    chosen = functools.partial(_chosen, config)
+    whole_blocks = config.sampler.trains_all_blocks and config.update.trains_whole_blocks
+    nothing_frozen = whole_blocks and always.embeddings and always.norm and always.head
     all_train = f"method={config.method} trains every parameter in every period"
     yield "parallel.offload", parallel.offload == "frozen" and nothing_frozen, all_train
-    yield (
-        "parallel.memory_limit",
-        parallel.memory_limit is not None and parallel.activation_checkpointing != "auto",
-        "only parallel.activation_checkpointing=auto reads it",
-    )
-    yield (
-        "parallel.defer_reduction",
-        not whole
-        and parallel.defer_reduction
-        and config.train.global_batch_size <= config.train.micro_batch_size * ranks,
-        "a step is one micro-batch of each rank",
-    )
-    yield (
-        "parallel.reshard_after_forward",
-        whole and not parallel.reshard_after_forward,
-        "weights that lie whole on each rank are never gathered",
-    )
-    yield (
-        "parallel.defer_reduction",
-        whole and parallel.defer_reduction,
-        "gradients of whole weights are reduced once a step anyway",
-    )
-    yield (
-        "parallel.optimizer_shard",
-        parallel.optimizer_shard == "world" and parallel.replicate == 1,
-        "with parallel.replicate=1 a replica is the world",
-    )
-    yield "precision.frozen", _chosen(config, "precision.frozen") and nothing_frozen, all_train
+    unread = parallel.memory_limit is not None and parallel.activation_checkpointing != "auto"
+    yield "parallel.memory_limit", unread, "only parallel.activation_checkpointing=auto reads it"
+    at_once = train.global_batch_size <= train.micro_batch_size * ranks
+    whole = stay_whole(parallel, config.precision, parallel.ranks_of_replica(ranks))
+    deferred, one_batch = parallel.defer_reduction, "a step is one micro-batch of each rank"
+    yield "parallel.defer_reduction", not whole and deferred and at_once, one_batch
+    ungathered = "weights that lie whole on each rank are never gathered"
+    yield "parallel.reshard_after_forward", whole and not parallel.reshard_after_forward, ungathered
+    yield "parallel.defer_reduction", whole and deferred, "gradients of whole weights are reduced once a step anyway"
+    one_replica = parallel.optimizer_shard == "world" and parallel.replicate == 1
+    yield "parallel.optimizer_shard", one_replica, "with parallel.replicate=1 a replica is the world"
+    yield "precision.frozen", chosen("precision.frozen") and nothing_frozen, all_train
     never_rounded = _why_nothing_is_rounded(config)
-    yield "precision.on_freeze", _chosen(config, "precision.on_freeze") and never_rounded != "", never_rounded
-    yield (
-        "model.loss_chunk",
-        _chosen(config, "model.loss_chunk") and model.loss_kernel == "liger",
-        "model.loss_kernel=liger chooses its own chunks",
-    )
+    yield "precision.on_freeze", chosen("precision.on_freeze") and never_rounded != "", never_rounded
+    liger = config.model.loss_kernel == "liger"
+    yield "model.loss_chunk", chosen("model.loss_chunk") and liger, "model.loss_kernel=liger chooses its own chunks"
 
 
 def _why_nothing_is_rounded(config: Config) -> str:
@@ -258,15 +201,12 @@ def _of_running(config: Config) -> Iterator[IdleOption]:
     for name in ("mode", "project", "entity", "tags"):
         key = f"logger.wandb.{name}"
         yield key, _chosen(config, key) and config.logger.name != "wandb", f"logger={config.logger.name} is chosen"
-    yield (
-        "data.train_on_prompt",
-        data.train_on_prompt and data.format == "text",
-        "of data.format=text every token is trained",
-    )
+    is_text = data.format == "text"
+    yield "data.train_on_prompt", data.train_on_prompt and is_text, "of data.format=text every token is trained"
 
 
 def _sentence(config: Config, keys: list[str], why: str) -> str:
-    named = ", ".join(f"{key}={_written(_value(config, key))}" for key in keys)
+    named = ", ".join(f"{key}={as_written(_value(config, key))}" for key in keys)
     return f"{named}: {'has' if len(keys) == 1 else 'have'} no effect, {why}"
 
 
@@ -282,7 +222,3 @@ def _value(config: Config, key: str) -> object:
     for name in key.split("."):
         found = found[name] if isinstance(found, dict) else getattr(found, name)
     return found
-
-
-def _written(value: object) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

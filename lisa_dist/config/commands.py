@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lisa_dist.config.errors import check_at_least, check_choice
+from lisa_dist.config.errors import check_choices, check_minimums
 
 
 @dataclass
@@ -17,8 +17,7 @@ class ExportConfig:
     step: int | None = None  # which checkpoint; null: the newest
 
     def __post_init__(self) -> None:
-        if self.dtype is not None:
-            check_choice("export.dtype", self.dtype, ["float32", "bfloat16", "float16"])
+        check_choices("export", self, dtype=["float32", "bfloat16", "float16"])
 
 
 @dataclass
@@ -32,7 +31,7 @@ class EvaluateConfig:
     output: str | None = None  # null: evaluation.json in run.dir, without a run in the current directory
 
     def __post_init__(self) -> None:
-        check_at_least("evaluate.limit", self.limit, 1)
+        check_minimums("evaluate", self, limit=1)
 
 
 @dataclass
@@ -45,8 +44,7 @@ class GenerateConfig:
     output: str | None = None  # a new file of JSON lines with prompt and answer; null: stdout, answers alone
 
     def __post_init__(self) -> None:
-        check_at_least("generate.max_new_tokens", self.max_new_tokens, 1)
-        check_at_least("generate.temperature", self.temperature, 0)
+        check_minimums("generate", self, max_new_tokens=1, temperature=0)
 
 
 @dataclass
@@ -57,7 +55,7 @@ class PlanConfig:
     compare: list[str] = field(default_factory=list)  # methods side by side
 
     def __post_init__(self) -> None:
-        check_choice("plan.format", self.format, ["table", "json"])
+        check_choices("plan", self, format=["table", "json"])
 
 
 @dataclass
@@ -71,10 +69,8 @@ class BenchConfig:
     format: str = "table"  # table, json
 
     def __post_init__(self) -> None:
-        check_choice("bench.format", self.format, ["table", "json"])
-        check_at_least("bench.steps", self.steps, 1)
-        check_at_least("bench.warmup_steps", self.warmup_steps, 1)
-        check_at_least("bench.rounds", self.rounds, 1)
+        check_choices("bench", self, format=["table", "json"])
+        check_minimums("bench", self, steps=1, warmup_steps=1, rounds=1)
 
 
 @dataclass
@@ -84,8 +80,7 @@ class SweepConfig:
     trials: int = 0  # jobs whose values Optuna chooses by the losses of earlier ones; 0: every combination
 
     def __post_init__(self) -> None:
-        check_at_least("sweep.trials", self.trials, 0)
-        check_at_least("sweep.parallel", self.parallel, 1)
+        check_minimums("sweep", self, trials=0, parallel=1)
 
 
 @dataclass
@@ -103,6 +98,4 @@ class LaunchConfig:
     dry_run: bool = False  # write and show, do not submit
 
     def __post_init__(self) -> None:
-        check_at_least("launch.nodes", self.nodes, 1)
-        check_at_least("launch.tasks_per_node", self.tasks_per_node, 1)
-        check_at_least("launch.gpus_per_node", self.gpus_per_node, 0)
+        check_minimums("launch", self, nodes=1, tasks_per_node=1, gpus_per_node=0)

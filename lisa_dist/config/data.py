@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from lisa_dist.config.errors import UserError, check_at_least, check_auto_or_count, check_choice
+from lisa_dist.config.errors import UserError, check_auto_or_count, check_choices, check_minimums
 
 FORMATS = ["auto", "alpaca", "chat", "sharegpt", "prompt_completion", "text"]
 MOST_PROCESSES = 16  # one process reads the rows for all others, which keeps no more than about these busy
@@ -31,11 +31,8 @@ class DataConfig:
     cache_dir: str | None = None  # where tokenized rows are kept; null: ~/.cache/lisa_dist
 
     def __post_init__(self) -> None:
-        check_choice("data.format", self.format, FORMATS)
-        check_choice("data.on_bad_row", self.on_bad_row, ["error", "skip"])
-        check_at_least("data.sequence_length", self.sequence_length, 2)
-        check_at_least("data.preview", self.preview, 1)
-        check_at_least("data.limit", self.limit, 1)
+        check_choices("data", self, format=FORMATS, on_bad_row=["error", "skip"])
+        check_minimums("data", self, sequence_length=2, preview=1, limit=1)
         check_auto_or_count("data.num_proc", self.num_proc)
         fraction = self.validation_fraction
         if fraction is not None and not 0 < fraction < 1:

@@ -30,11 +30,35 @@ def in_one_line(error: object) -> str:
     return " ".join(str(error).split())[:300]
 
 
+def as_written(value: object) -> str:
+    """Return a value the way a user would write it on the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(as_written(item) for item in value)}]"
+    return str(value)
+
+
+def check_choices(group: str, part: object, **allowed: list[str]) -> None:
+    """Raise :class:`UserError` where a key of ``part`` is none of its allowed values; null is checked by its type."""
+    for name, values in allowed.items():
+        if getattr(part, name) is not None:
+            check_choice(f"{group}.{name}", getattr(part, name), values)
+
+
 def check_choice(key: str, value: str | None, allowed: Iterable[str]) -> None:
     """Raise :class:`UserError` unless ``value`` is one of ``allowed``."""
     allowed = list(allowed)
     if value not in allowed:
         raise UserError(f"{key}={value}: must be one of {', '.join(allowed)}{nearest(str(value), allowed)}")
+
+
+def check_minimums(group: str, part: object, **minimums: float) -> None:
+    """Raise :class:`UserError` where a key of ``part`` is given and smaller than its minimum."""
+    for name, minimum in minimums.items():
+        check_at_least(f"{group}.{name}", getattr(part, name), minimum)
 
 
 def check_at_least(key: str, value: float | None, minimum: float) -> None:

@@ -1,4 +1,4 @@
-"""The figures of a GPU that a plan needs: one file of ``conf/gpu`` each."""
+"""The specs of a GPU that a plan needs: one file of ``conf/gpu`` each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Gpu:
 
 
 def read_gpu(name: str) -> Gpu:
-    """Return the figures of a preset of ``conf/gpu``, or those of a file ``*.yaml`` of the same keys.
+    """Return the specs of a preset of ``conf/gpu``, or those of a file ``*.yaml`` of the same keys.
 
     Raises:
         UserError: there is no such preset or file, or the file lacks a key.
@@ -36,13 +36,12 @@ def read_gpu(name: str) -> Gpu:
         raise UserError(
             f"plan.gpu={name}: must be one of {', '.join(presets)}, or a file of the same keys{nearest(name, presets)}"
         )
-    figures = yaml.safe_load(path.read_text())
+    specs = yaml.safe_load(path.read_text())
     wanted = {field.name for field in fields(Gpu)}
-    if not isinstance(figures, dict) or set(figures) != wanted:
+    if not isinstance(specs, dict) or set(specs) != wanted:
         raise UserError(f"plan.gpu={name}: the file must have exactly the keys {', '.join(sorted(wanted))}")
-    description = str(figures.pop("description"))
     try:
-        numbers = {key: float(value) for key, value in figures.items()}
+        description, memory = str(specs.pop("description")), int(float(specs.pop("memory_bytes")))
+        return Gpu(description, memory_bytes=memory, **{key: float(value) for key, value in specs.items()})
     except (TypeError, ValueError):
         raise UserError(f"plan.gpu={name}: every key but description must be a number") from None
-    return Gpu(description, **{**numbers, "memory_bytes": int(numbers["memory_bytes"])})  # type: ignore[arg-type]

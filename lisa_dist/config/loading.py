@@ -19,7 +19,15 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from lisa_dist.config import Config
 from lisa_dist.config.errors import UserError, check_choice, nearest
 from lisa_dist.config.optimization import OptimizerConfig
-from lisa_dist.config.overrides import SCHEMAS, KeyOverride, all_keys, apply_override, describe_type, parse_overrides
+from lisa_dist.config.overrides import (
+    SCHEMAS,
+    KeyOverride,
+    all_keys,
+    apply_override,
+    describe_type,
+    node_of,
+    parse_overrides,
+)
 from lisa_dist.config.run_directory import RunDirectory
 
 T = TypeVar("T")
@@ -65,15 +73,19 @@ def load(overrides: list[str], config_dir: str | None = None) -> Config:
     """
     if config_dir is not None and not Path(config_dir).is_dir():
         raise UserError(f"--config-dir {config_dir}: must be a folder that exists")
-    parsed = parse_overrides(overrides)
-    groups = {override.key: override for override in parsed if override.key in GROUPS}
-    keys = [override for override in parsed if override.key not in GROUPS]
+    keys = parse_overrides(overrides)
+    groups = {override.key: override for override in keys if override.key in GROUPS}
     for override in groups.values():
         _check_group(override, config_dir)
     choices = _with_defaults({name: override.value for name, override in groups.items()}, {key.key for key in keys})
-    config = _one_sentence(lambda: _compose(choices, config_dir))
-    for override in keys:
-        apply_override(config, override)
+    return _with_keys(_one_sentence(lambda: _compose(choices, config_dir)), keys)
+
+
+def _with_keys(config: DictConfig, overrides: list[KeyOverride]) -> Config:
+    """Set the single keys among ``overrides``, and return the dataclasses."""
+    for override in overrides:
+        if override.key not in GROUPS:
+            apply_override(config, override)
     return _to_dataclasses(config)
 
 
@@ -89,9 +101,10 @@ def _with_defaults(choices: dict[str, str | None], keys: set[str]) -> dict[str, 
 
 def group_choices(group: str, config_dir: str | None = None) -> list[str]:
     """Return the names that ``group=NAME`` may choose from."""
-    folders = [conf_dir() / group] + ([Path(config_dir) / group] if config_dir else [])
-    names = {str(file.relative_to(folder).with_suffix("")) for folder in folders for file in folder.rglob("*.yaml")}
-    return sorted(names)
+    folders = [conf_dir() / group, *([Path(config_dir) / group] if config_dir else [])]
+    return sorted(
+        {str(file.relative_to(folder).with_suffix("")) for folder in folders for file in folder.rglob("*.yaml")}
+    )
 
 
 def _check_group(override: KeyOverride, config_dir: str | None) -> None:
@@ -167,10 +180,8 @@ def _sentence(error: BaseException) -> str:
     schema = OmegaConf.structured(Config)
     if isinstance(keyed[-1], ConfigKeyError | ConfigAttributeError):
         return f"{key}: there is no such key{where}{nearest(key, all_keys(schema))}"
-    parent, _, name = key.rpartition(".")
     if isinstance(keyed[-1], ValidationError) and key in all_keys(schema):
-        node = OmegaConf.select(schema, parent)._get_node(name) if parent else schema._get_node(name)
-        return f"{key}: must be {describe_type(node)}{where}"
+        return f"{key}: must be {describe_type(node_of(schema, key))}{where}"
     return f"{key}: {str(keyed[-1]).splitlines()[0]}{where}"
 
 
@@ -179,31 +190,25 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
 
 
-def read_config(path: Path | str) -> Config:
-    """Read a ``config.yaml`` that :func:`to_yaml` wrote; strict, typed, plain YAML.
-
-    Raises:
-        UserError: the file is missing, no YAML, or holds a key or a value that the dataclasses do not know.
-    """
-    return _to_dataclasses(_read(Path(path)))
-
-
 def load_run(run_dir: str, overrides: list[str]) -> Config:
     """Return the configuration of a run directory with the overrides on top; ``run.dir`` is ``run_dir``.
 
     Raises:
-        UserError: no run is there, or an override is wrong or chooses a group, which a run has settled.
+        UserError: no run is there, or its config.yaml is no YAML or holds a key or a value that the dataclasses do not
+            know, or an override is wrong or chooses a group, which a run has settled.
     """
     file = RunDirectory(Path(run_dir)).config
     if not file.is_file():
         raise UserError(f"run.dir={run_dir}: must be the directory of a run, which has a {file.name}")
-    config = _read(file)
-    for override in parse_overrides(overrides):
+    parsed = parse_overrides(overrides)
+    for override in parsed:
         if override.key in GROUPS:
             raise UserError(f"{override.text}: the groups of a run that exists are settled, set single keys instead")
-        apply_override(config, override)
-    config.run.dir = run_dir
-    return _to_dataclasses(config)
+    return _with_keys(_read(file), [*parsed, _run_dir_override(run_dir)])
+
+
+def _run_dir_override(run_dir: str) -> KeyOverride:
+    return KeyOverride("run.dir", run_dir, f"run.dir={run_dir}")
 
 
 def resume_run(run_dir: str, overrides: list[str], config_dir: str | None = None) -> Config:
@@ -224,19 +229,12 @@ def resume_run(run_dir: str, overrides: list[str], config_dir: str | None = None
     changes: dict[str, Any] = {}
     for group in groups.keys() - {"experiment"}:
         parts = VARIED.get(group, (group,))
-        if any(_name_of(getattr(run, part)) != _name_of(getattr(fresh, part)) for part in parts):
+        own, other = ([getattr(getattr(one, part), "name", one.method) for part in parts] for one in (run, fresh))
+        if own != other:
             changes |= {part: getattr(fresh, part) for part in parts}
     config = OmegaConf.structured(replace(run, **changes))
     config.checkpoint.new_data = False
-    for override in parsed:
-        if override.key not in GROUPS:
-            apply_override(config, override)
-    config.run.dir = run_dir
-    return _to_dataclasses(config)
-
-
-def _name_of(part: Any) -> str | None:
-    return part if isinstance(part, str) else getattr(part, "name", None)
+    return _with_keys(config, [*parsed, _run_dir_override(run_dir)])
 
 
 def vary(config: Config, overrides: list[str]) -> Config:
@@ -263,11 +261,7 @@ def vary(config: Config, overrides: list[str]) -> Config:
             usual = getattr(load(["model=custom", f"method={config.method}", f"{group}={part.name}"]), group)
             kept = {name: getattr(part, name) for name in names if getattr(part, name) != getattr(usual, name)}
             changes[group] = replace(changes[group], **kept)
-    varied = OmegaConf.structured(replace(config, **changes))
-    for override in parsed:
-        if override.key not in GROUPS:
-            apply_override(varied, override)
-    return _to_dataclasses(varied)
+    return _with_keys(OmegaConf.structured(replace(config, **changes)), parsed)
 
 
 def _read(path: Path) -> DictConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lisa_dist.config.errors import UserError, check_choice
+from lisa_dist.config.errors import check_choices, check_minimums
 from lisa_dist.config.paths import BUILTIN_PREFIX
 
 
@@ -27,14 +27,10 @@ class ModelConfig:
     router_aux_loss: bool = False  # add a mixture-of-experts model's router loss
 
     def __post_init__(self) -> None:
-        if self.init is not None:
-            check_choice("model.init", self.init, ["pretrained", "random"])
-        check_choice("model.quantization", self.quantization, ["none", "int8", "nf4"])
-        if self.attention is not None:
-            check_choice("model.attention", self.attention, ["sdpa", "eager", "flash_attention_2", "flex_attention"])
-        check_choice("model.loss_kernel", self.loss_kernel, ["chunked", "liger"])
-        if self.loss_chunk < 1:
-            raise UserError(f"model.loss_chunk={self.loss_chunk}: must be at least 1 token")
+        attention = ["sdpa", "eager", "flash_attention_2", "flex_attention"]
+        check_choices("model", self, init=["pretrained", "random"], quantization=["none", "int8", "nf4"])
+        check_choices("model", self, attention=attention, loss_kernel=["chunked", "liger"])
+        check_minimums("model", self, loss_chunk=1)
 
     @property
     def initialization(self) -> str:

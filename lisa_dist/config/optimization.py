@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from lisa_dist.config.errors import UserError, check_at_least, check_choice, check_fraction
+from lisa_dist.config.errors import (
+    UserError,
+    check_above_zero,
+    check_at_least,
+    check_choice,
+    check_choices,
+    check_fraction,
+    check_minimums,
+)
 
 PARTS = ("blocks", "embeddings", "norm", "head")  # of a model, for learning rates of their own
 
@@ -27,13 +35,11 @@ class OptimizerConfig:
     state_on_freeze: str = "discard"  # discard (LISA) or offload: keep moments in host memory until the block returns
 
     def __post_init__(self) -> None:
-        check_choice("optimizer.state_on_freeze", self.state_on_freeze, ["discard", "offload"])
-        check_at_least("optimizer.lr", self.lr, 0)
+        check_choices("optimizer", self, state_on_freeze=["discard", "offload"])
+        check_minimums("optimizer", self, lr=0, weight_decay=0, grad_clip=0)
         for part, lr in self.part_lr.items():
             check_choice("optimizer.part_lr", part, PARTS)
             check_at_least(f"optimizer.part_lr.{part}", lr, 0)
-        check_at_least("optimizer.weight_decay", self.weight_decay, 0)
-        check_at_least("optimizer.grad_clip", self.grad_clip, 0)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optimizer.betas={self.betas}: must be two numbers from 0 up to, but not, 1")
 
@@ -59,7 +65,7 @@ class AdamWConfig(OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least("optimizer.eps", self.eps, 0)
+        check_minimums("optimizer", self, eps=0)
 
 
 @dataclass
@@ -93,8 +99,8 @@ class SchedulerConfig:
     min_lr_ratio: float = 0.0  # the last learning rate as a share of the first
 
     def __post_init__(self) -> None:
-        check_choice("scheduler.name", self.name, ["cosine", "linear", "constant"])
-        check_at_least("scheduler.warmup_steps", self.warmup_steps, 0)
+        check_choices("scheduler", self, name=["cosine", "linear", "constant"])
+        check_minimums("scheduler", self, warmup_steps=0)
         check_fraction("scheduler.min_lr_ratio", self.min_lr_ratio)
 
 
@@ -116,18 +122,9 @@ class TrainConfig:
     sample_prompts: int = 0  # held-out prompts answered before and after training
 
     def __post_init__(self) -> None:
-        check_at_least("train.max_steps", self.max_steps, 1)
-        if not self.epochs > 0:
-            raise UserError(f"train.epochs={self.epochs}: must be above 0")
-        check_at_least("train.global_batch_size", self.global_batch_size, 1)
-        check_at_least("train.micro_batch_size", self.micro_batch_size, 1)
-        check_at_least("train.eval_every", self.eval_every, 0)
-        check_at_least("train.log_every", self.log_every, 1)
-        check_at_least("train.eval_batches", self.eval_batches, 1)
-        check_at_least("train.sample_prompts", self.sample_prompts, 0)
-        check_choice("train.on_nonfinite", self.on_nonfinite, ["stop", "skip"])
-        check_at_least("train.nonfinite_limit", self.nonfinite_limit, 0)
+        check_above_zero("train.epochs", self.epochs)
+        check_choices("train", self, on_nonfinite=["stop", "skip"])
+        check_minimums("train", self, max_steps=1, global_batch_size=1, micro_batch_size=1, log_every=1, spike_window=1)
+        check_minimums("train", self, eval_every=0, eval_batches=1, sample_prompts=0, nonfinite_limit=0, spike_limit=0)
         if self.spike_factor != 0:
-            check_at_least("train.spike_factor", self.spike_factor, 1)
-        check_at_least("train.spike_window", self.spike_window, 1)
-        check_at_least("train.spike_limit", self.spike_limit, 0)
+            check_minimums("train", self, spike_factor=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,10 +20,10 @@ from lisa_dist.config.sampling import SAMPLER_CONFIGS
 from lisa_dist.config.updates import UPDATE_CONFIGS
 
 # The groups whose dataclass depends on the name that is chosen.
-SCHEMAS: dict[str, dict[str, type[Any]]] = {
-    "sampler": {**SAMPLER_CONFIGS},
-    "update": {**UPDATE_CONFIGS},
-    "optimizer": {**OPTIMIZER_CONFIGS},
+SCHEMAS: dict[str, Mapping[str, type[Any]]] = {
+    "sampler": SAMPLER_CONFIGS,
+    "update": UPDATE_CONFIGS,
+    "optimizer": OPTIMIZER_CONFIGS,
 }
 TYPE_DESCRIPTIONS = {
     bool: "true or false",
@@ -51,10 +51,10 @@ PATH_KEYS = (
 
 
 def parse_overrides(texts: list[str]) -> list[KeyOverride]:
-    """Parse Hydra's override grammar; the forms that would add or remove keys, or sweep, are refused.
+    """Parse Hydra's override grammar.
 
     Raises:
-        UserError: a text is no ``key=value``, or one of the refused forms.
+        UserError: a text is no ``key=value``, or one of the forms that remove keys, move groups or sweep.
     """
     return [_parse(text) for text in texts]
 
@@ -74,14 +74,12 @@ def literal_path(text: str) -> KeyOverride | None:
     """
     key, _, path = text.lstrip("+").partition("=")
     path = path.strip()
-    if key not in PATH_KEYS or path in ("", "null") or not path_exists(local_path(path)):
-        return None
-    return KeyOverride(key, path, text)
+    means_path = key in PATH_KEYS and path not in ("", "null") and path_exists(local_path(path))
+    return KeyOverride(key, path, text) if means_path else None
 
 
 def _parse(text: str) -> KeyOverride:
-    literal = literal_path(text)
-    if literal is not None:
+    if (literal := literal_path(text)) is not None:
         return literal
     try:
         override: Override = OverridesParser.create().parse_override(text)
@@ -112,24 +110,27 @@ def apply_override(config: DictConfig, override: KeyOverride) -> None:
     Raises:
         UserError: there is no such key, or the value has the wrong type.
     """
-    adds_key = override.text.startswith("+")
     key_exists, inside_mapping = _locate(config, override.key)
-    if not key_exists or (adds_key and not inside_mapping):
+    if not key_exists or (override.text.startswith("+") and not inside_mapping):
         raise UserError(f"{override.text}: there is no key {override.key}{_suggestion(config, override.key)}")
     # Keys of a free mapping (data.columns, model.architecture) may be new; every other key exists already.
-    parent = OmegaConf.select(config, override.key.rpartition(".")[0]) if "." in override.key else config
-    node = None if inside_mapping else parent._get_node(override.key.rpartition(".")[2])
-    if isinstance(node, DictConfig) and OmegaConf.is_dict(node) and not _is_mapping(node):
-        example = str(next(iter(node)))
+    node = None if inside_mapping else node_of(config, override.key)
+    if isinstance(node, DictConfig) and not _is_mapping(node):
         raise UserError(
             f"{override.text}: {override.key} is a group of keys, set one of them, for example "
-            f"{override.key}.{example}=VALUE"
+            f"{override.key}.{next(iter(node))!s}=VALUE"
         )
     try:
         may_add = inside_mapping or isinstance(node, DictConfig)
         OmegaConf.update(config, override.key, _text_if_wanted(node, override), force_add=may_add)
     except (OmegaConfBaseException, ValueError, TypeError):
         raise UserError(f"{override.text}: must be {describe_type(node)}") from None
+
+
+def node_of(config: DictConfig, key: str) -> Any:
+    """Return the node of a key that exists, which knows its type."""
+    parent, _, name = key.rpartition(".")
+    return (OmegaConf.select(config, parent) if parent else config)._get_node(name)
 
 
 def _locate(config: DictConfig, key: str) -> tuple[bool, bool]:
@@ -162,13 +163,12 @@ def describe_type(node: Node | None) -> str:
     if node is None:
         return "a value"
     or_null = " or null" if node._is_optional() else ""
+    entry_type: Any = getattr(node._metadata, "element_type", None)
+    of_entries = TYPE_DESCRIPTIONS.get(entry_type, "a value")
     if isinstance(node, ListConfig):
-        return (
-            f"a list such as [A,B], each entry {TYPE_DESCRIPTIONS.get(node._metadata.element_type, 'a value')}{or_null}"
-        )
+        return f"a list such as [A,B], each entry {of_entries}{or_null}"
     if isinstance(node, DictConfig):
-        value = TYPE_DESCRIPTIONS.get(node._metadata.element_type, "a value")
-        return f"a mapping such as {{A:B}}, each value {value}{or_null}"
+        return f"a mapping such as {{A:B}}, each value {of_entries}{or_null}"
     return TYPE_DESCRIPTIONS.get(node._metadata.ref_type, "a value") + or_null
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lisa_dist.config.errors import check_at_least, check_auto_or_count, check_choice
+from lisa_dist.config.errors import check_auto_or_count, check_choices, check_minimums
 
 
 @dataclass
@@ -27,15 +27,9 @@ class ParallelConfig:
         check_auto_or_count("parallel.nproc_per_node", self.nproc_per_node)
         check_auto_or_count("parallel.shard", self.shard)
         check_auto_or_count("parallel.cpu_threads", self.cpu_threads)
-        check_at_least("parallel.nodes", self.nodes, 1)
-        check_at_least("parallel.replicate", self.replicate, 1)
-        check_at_least("parallel.timeout", self.timeout, 1)
-        check_at_least("parallel.memory_limit", self.memory_limit, 0)
-        check_choice("parallel.optimizer_shard", self.optimizer_shard, ["replica", "world"])
-        check_choice("parallel.offload", self.offload, ["none", "frozen", "all"])
-        check_choice(
-            "parallel.activation_checkpointing", self.activation_checkpointing, ["none", "full", "selective", "auto"]
-        )
+        check_minimums("parallel", self, nodes=1, replicate=1, timeout=1, memory_limit=0)
+        check_choices("parallel", self, optimizer_shard=["replica", "world"], offload=["none", "frozen", "all"])
+        check_choices("parallel", self, activation_checkpointing=["none", "full", "selective", "auto"])
 
     def ranks_of_replica(self, num_ranks: int) -> int:
         """Return over how many ranks a replica is sharded, of so many in all."""
@@ -51,9 +45,8 @@ class PrecisionConfig:
     on_freeze: str = "stochastic"  # rounding of masters when a block is frozen: stochastic, nearest
 
     def __post_init__(self) -> None:
-        for name in ("frozen", "active", "compute", "reduce"):
-            check_choice(f"precision.{name}", getattr(self, name), ["float32", "bfloat16"])
-        check_choice("precision.on_freeze", self.on_freeze, ["stochastic", "nearest"])
+        types = {key: ["float32", "bfloat16"] for key in ("frozen", "active", "compute", "reduce")}
+        check_choices("precision", self, **types, on_freeze=["stochastic", "nearest"])
 
 
 def stay_whole(parallel: ParallelConfig, precision: PrecisionConfig, ranks_of_replica: int) -> bool:

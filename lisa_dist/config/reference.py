@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Iterator
 
 from lisa_dist.config import Config
+from lisa_dist.config.errors import as_written
 from lisa_dist.config.loading import GROUPS, group_choices
 from lisa_dist.config.overrides import SCHEMAS
 
@@ -87,7 +88,7 @@ def _keys(part: object, prefix: str) -> Iterator[Key]:
         else:
             meaning = field.metadata.get("meaning", comments.get(field.name, ""))
             type_name = str(field.type).replace(" | None", " or null")
-            yield Key(prefix + field.name, type_name, _as_written(value), meaning)
+            yield Key(prefix + field.name, type_name, as_written(value), meaning)
 
 
 def _comments(part: type) -> dict[str, str]:
@@ -103,17 +104,6 @@ def _comments(part: type) -> dict[str, str]:
             if "#" in last:
                 comments[node.target.id] = last.rpartition("# ")[2].strip()
     return comments
-
-
-def _as_written(value: object) -> str:
-    """Return a default the way a user would write it on the command line."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return f"[{','.join(_as_written(item) for item in value)}]"
-    return str(value)
 
 
 def _key_table(keys: list[Key]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -12,89 +11,31 @@ from lisa_dist.config.errors import UserError
 from lisa_dist.config.paths import local_path
 
 
-@dataclass(frozen=True)
 class RunDirectory:
     """The directory of one run, and where in it each of its files is. Nothing is created by asking."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"  # the resolved configuration
+        self.metrics = path / "metrics.jsonl"  # a row a step, and one an evaluation
+        self.layers = path / "layers.jsonl"  # a row a period
+        self.summary = path / "summary.json"  # how the run ended, its last and best losses, its speed and memory
+        self.report = path / "report.html"  # the page with the plots
+        self.evaluation = path / "evaluation.json"  # the results of ``lisa-dist evaluate``
+        self.checkpoints = path / "checkpoints"  # a folder a checkpoint
+        self.model = path / "model"  # all that an export needs but weights and tokenizer
+        self.tokenizer = path / "tokenizer"  # the one that the run trained with, chat template included
+        self.faults = path / "faults"  # the batches of steps that were skipped
+        self.logs = path / "logs"  # of the ranks and of Slurm, and signs of life
+        self.job_script = path / "job.sbatch"  # the script that was handed to Slurm
+        self.tensorboard = path / "tensorboard"  # event files
+        self.wandb_id = path / "wandb" / "run_id.txt"  # the run's identity at Weights & Biases
 
     @classmethod
     def of(cls, config: Config) -> RunDirectory:
         """Return the directory ``run.dir``, which is settled."""
-        assert config.run.dir is not None, (
-            "run.dir=null: the files of a run are asked for before its directory is known"
-        )
+        assert config.run.dir is not None, "the files of a run are asked for before run.dir is known"
         return cls(Path(config.run.dir))
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """A row a step, and one an evaluation."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def layers(self) -> Path:
-        """A row a period."""
-        return self.path / "layers.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        """How the run ended, and with which figures."""
-        return self.path / "summary.json"
-
-    @property
-    def report(self) -> Path:
-        """The page with the plots."""
-        return self.path / "report.html"
-
-    @property
-    def evaluation(self) -> Path:
-        """The results of ``lisa-dist evaluate``."""
-        return self.path / "evaluation.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder with a folder a checkpoint."""
-        return self.path / "checkpoints"
-
-    @property
-    def model(self) -> Path:
-        """The folder with all that an export needs but weights and tokenizer."""
-        return self.path / "model"
-
-    @property
-    def tokenizer(self) -> Path:
-        """The folder with the tokenizer that the run trained with, chat template included."""
-        return self.path / "tokenizer"
-
-    @property
-    def faults(self) -> Path:
-        """The folder with the batches of steps that were skipped."""
-        return self.path / "faults"
-
-    @property
-    def logs(self) -> Path:
-        """The folder with the ranks' logs, those of Slurm, and signs of life."""
-        return self.path / "logs"
-
-    @property
-    def job_script(self) -> Path:
-        """The script that was handed to Slurm."""
-        return self.path / "job.sbatch"
-
-    @property
-    def tensorboard(self) -> Path:
-        """The folder with TensorBoard's event files."""
-        return self.path / "tensorboard"
-
-    @property
-    def wandb_id(self) -> Path:
-        """The run's identity at Weights & Biases."""
-        return self.path / "wandb" / "run_id.txt"
 
     def rank_log(self, rank: int) -> Path:
         """Return the log file of a rank."""

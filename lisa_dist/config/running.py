@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lisa_dist.config.errors import check_at_least, check_choice
+from lisa_dist.config.errors import check_choices, check_minimums
 
 
 class CheckpointConfig:
@@ -16,11 +16,8 @@ class CheckpointConfig:
     on_error: str = "stop"  # a checkpoint that can't be written: stop, or warn and go on
 
     def __post_init__(self) -> None:
-        check_at_least("checkpoint.every", self.every, 0)
-        check_at_least("checkpoint.keep", self.keep, 0)
-        check_at_least("checkpoint.full_every", self.full_every, 1)
-        check_choice("checkpoint.resume", self.resume, ["none", "auto"])
-        check_choice("checkpoint.on_error", self.on_error, ["stop", "warn"])
+        check_minimums("checkpoint", self, every=0, keep=0, full_every=1)
+        check_choices("checkpoint", self, resume=["none", "auto"], on_error=["stop", "warn"])
 
     @property
     def in_background(self) -> bool:
@@ -50,7 +47,7 @@ class WandbConfig:
     tags: list[str] = field(default_factory=list)  # labels of the run
 
     def __post_init__(self) -> None:
-        check_choice("logger.wandb.mode", self.mode, ["online", "offline"])
+        check_choices("logger.wandb", self, mode=["online", "offline"])
 
 
 @dataclass
@@ -59,4 +56,4 @@ class LoggerConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        check_choice("logger.name", self.name, ["none", "wandb", "tensorboard"])
+        check_choices("logger", self, name=["none", "wandb", "tensorboard"])

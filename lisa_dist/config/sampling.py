@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from lisa_dist.config.errors import UserError, check_above_zero, check_at_least, check_choice, check_fraction
+from lisa_dist.config.errors import UserError, check_above_zero, check_choices, check_fraction, check_minimums
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class SamplerConfig:
     seed: int | None = None  # of the draws; null: train.seed
 
     def __post_init__(self) -> None:
-        check_at_least("sampler.active_layers", self.active_layers, 0)
-        check_at_least("sampler.period", self.period, 1)
+        check_minimums("sampler", self, active_layers=0, period=1)
 
     @property
     def probe(self) -> ProbeRequest | None:
@@ -106,7 +105,8 @@ class WeightedSamplerConfig(SamplerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("sampler.law", self.law, ["increasing", "decreasing", "given", "weight_norm", "weight_norm_ratio"])
+        laws = ["increasing", "decreasing", "given", "weight_norm", "weight_norm_ratio"]
+        check_choices("sampler", self, law=laws)
         reads_weights = self.law in ("given", "weight_norm_ratio")
         if reads_weights != bool(self.weights):
             raise UserError(
@@ -132,7 +132,7 @@ class SweepSamplerConfig(SamplerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("sampler.order", self.order, ["ascending", "descending", "random", "given"])
+        check_choices("sampler", self, order=["ascending", "descending", "random", "given"])
         if (self.order == "given") != bool(self.sequence):
             raise UserError(
                 f"sampler.sequence={self.sequence}: sampler.order={self.order} "
@@ -154,8 +154,7 @@ class CoverageSamplerConfig(SamplerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least("sampler.window", self.window, 1)
-        check_at_least("sampler.active_layers", self.active_layers, 1)
+        check_minimums("sampler", self, window=1, active_layers=1)
 
 
 @dataclass
@@ -171,8 +170,7 @@ class GradientSamplerConfig(SamplerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_above_zero("sampler.temperature", self.temperature)
-        check_at_least("sampler.probe_every", self.probe_every, 1)
-        check_at_least("sampler.probe_batches", self.probe_batches, 1)
+        check_minimums("sampler", self, probe_every=1, probe_batches=1)
         check_fraction("sampler.smoothing", self.smoothing)
 
     @property
@@ -193,7 +191,7 @@ class OutlierSamplerConfig(SamplerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_above_zero("sampler.threshold", self.threshold)
-        check_at_least("sampler.probe_batches", self.probe_batches, 1)
+        check_minimums("sampler", self, probe_batches=1)
 
     @property
     def probe(self) -> ProbeRequest | None:
@@ -216,9 +214,7 @@ class ImportanceSamplerConfig(SamplerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least("sampler.probe_every", self.probe_every, 1)
-        check_at_least("sampler.probe_batches", self.probe_batches, 1)
-        check_at_least("sampler.suppressed_sets", self.suppressed_sets, 2)
+        check_minimums("sampler", self, probe_every=1, probe_batches=1, suppressed_sets=2)
         check_fraction("sampler.suppressed_share", self.suppressed_share, below_one=True)
         check_fraction("sampler.suppression_factor", self.suppression_factor, below_one=True)
         check_above_zero("sampler.score_lr", self.score_lr)
@@ -241,7 +237,7 @@ class BanditSamplerConfig(SamplerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least("sampler.eta", self.eta, 0)
+        check_minimums("sampler", self, eta=0)
         check_fraction("sampler.smoothing", self.smoothing)
 
     @property

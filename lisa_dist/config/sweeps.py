@@ -15,14 +15,6 @@ from lisa_dist.config.overrides import PATH_KEYS, literal_path, parse_overrides
 
 
 @dataclass(frozen=True)
-class SweptOverrides:
-    """The overrides of one job, and those among them that differ between the jobs."""
-
-    overrides: list[str]
-    varied: list[str]
-
-
-@dataclass(frozen=True)
 class Interval:
     """``key=interval(low,high)``: numbers that cannot be enumerated; whole ones where the bounds are ``int``."""
 
@@ -55,26 +47,29 @@ def read_space(texts: list[str], config_dir: str | None = None) -> Space:
     return dict(_values(text, config_dir) for text in texts)
 
 
-def combinations(space: Space) -> list[SweptOverrides]:
-    """Return a job for every combination of the values, of an interval its two ends. The last key varies fastest."""
+def combinations(space: Space) -> list[list[str]]:
+    """Return the overrides of a job for every combination of the values, of an interval its two ends.
+
+    The last key varies fastest.
+    """
     choices = [
         [values.override(values.low), values.override(values.high)] if isinstance(values, Interval) else values
         for values in space.values()
     ]
-    return [
-        SweptOverrides(list(job), [text for text, values in zip(job, choices) if len(values) > 1])
-        for job in itertools.product(*choices)
-    ]
+    return [list(job) for job in itertools.product(*choices)]
+
+
+def varies(values: list[str] | Interval) -> bool:
+    """Whether a key's values differ between jobs."""
+    return isinstance(values, Interval) or len(values) > 1
 
 
 def _values(text: str, config_dir: str | None) -> tuple[str, list[str] | Interval]:
     """Return the key of an override and its text for every value, or its interval."""
-    literal = literal_path(text)
-    if literal is not None:
-        return literal.key, [text]
+    key = text.lstrip("+").partition("=")[0]
     try:
         override: Override = OverridesParser.create().parse_override(text)
-        if not override.is_sweep_override():
+        if literal_path(text) is not None or not override.is_sweep_override():
             return parse_overrides([text])[0].key, [text]
         key, value = override.get_key_element(), override.value()
         if isinstance(value, IntervalSweep):
@@ -85,10 +80,10 @@ def _values(text: str, config_dir: str | None) -> tuple[str, list[str] | Interva
         else:
             values = list(override.sweep_string_iterator())
     except HydraException:
-        if text.lstrip("+").partition("=")[0] in PATH_KEYS:
+        if key in PATH_KEYS:
             return parse_overrides([text])[0].key, [text]
         raise UserError(
-            f"{text}: cannot be read as one value or several, write them as in {text.partition('=')[0]}=A,B "
+            f"{text}: cannot be read as one value or several, write them as in {key}=A,B "
             "or =range(1,4), in quotes what holds brackets or ="
         ) from None
     if not values:

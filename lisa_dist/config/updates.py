@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from lisa_dist.config.errors import UserError, check_above_zero, check_at_least, check_choice, check_fraction
+from lisa_dist.config.errors import UserError, check_above_zero, check_choices, check_fraction, check_minimums
 
 
 @dataclass
@@ -57,10 +57,8 @@ class LowRankUpdateConfig(UpdateConfig):
     projector: str = "svd"  # svd (exact), randomized (subspace iterations from the last projection, far quicker)
 
     def __post_init__(self) -> None:
-        check_choice("update.projector", self.projector, ["svd", "randomized"])
-        check_at_least("update.rank", self.rank, 1)
-        check_at_least("update.preset_rank", self.preset_rank, 1)
-        check_at_least("update.refresh_every", self.refresh_every, 1)
+        check_choices("update", self, projector=["svd", "randomized"])
+        check_minimums("update", self, rank=1, preset_rank=1, refresh_every=1)
         check_above_zero("update.scale", self.scale)
 
 
@@ -80,8 +78,7 @@ class LoraUpdateConfig(UpdateConfig):
     dora: bool = False  # train the norm of each row of the merged weight too
 
     def __post_init__(self) -> None:
-        check_at_least("update.rank", self.rank, 1)
-        check_at_least("update.preset_rank", self.preset_rank, 1)
+        check_minimums("update", self, rank=1, preset_rank=1)
         check_above_zero("update.alpha", self.alpha)
         check_fraction("update.dropout", self.dropout, below_one=True)
 

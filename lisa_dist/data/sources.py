@@ -17,7 +17,7 @@ from lisa_dist.config.errors import in_one_line, nearest
 from lisa_dist.config.paths import BUILTIN_PREFIX, builtin_directory, local_path, nearest_path, path_exists
 from lisa_dist.data.folders import find_files, find_split, subsets_of
 from lisa_dist.data.readers import READERS, BrokenRow, Row, count_rows, kind_of, read_rows
-from lisa_dist.runtime.hub import stay_offline_where_unreachable
+from lisa_dist.runtime.files import stay_offline_where_unreachable
 
 # owner/name, and after a colon a subset of the data set
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$")

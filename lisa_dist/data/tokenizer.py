@@ -15,8 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import in_one_line
 from lisa_dist.config.paths import model_directory
-from lisa_dist.runtime.files import check_is_whole
-from lisa_dist.runtime.hub import stay_offline_where_unreachable
+from lisa_dist.runtime.files import check_is_whole, stay_offline_where_unreachable
 
 logger = logging.getLogger(__name__)
 

@@ -25,14 +25,24 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, Config, OutOfMemoryError, UserError
+from lisa_dist.config import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    Config,
+    OutOfMemoryError,
+    ParallelConfig,
+    UserError,
+)
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.launching.stop_watcher import StopWatcher
+from lisa_dist.runtime.files import make_folder
 from lisa_dist.runtime.redaction import hide_secrets
 from lisa_dist.runtime.signals import die_with, install_stop_handlers
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.telemetry.out_of_memory import advice
-from lisa_dist.telemetry.records import read_summary, write_summary
+from lisa_dist.telemetry.records import record_failure, summary_is_new
 
 SECONDS_TO_LEAVE = 5
 OUT_OF_MEMORY = ", as the system does when memory runs out"
@@ -67,14 +77,14 @@ def launch_ranks(config: Config, entry: Entry, log_dir: Path | None = None) -> i
     Raises:
         UserError: the configuration asks for what this machine has not, or a rank raised one.
     """
-    ranks = count_local_ranks(config)
+    ranks = count_local_ranks(config.parallel)
     ParallelDims.of(config.parallel, ranks)  # refused before there are ranks
     run = RunDirectory(log_dir or Path(config.run.dir or "."))
     started = time.time()
     with tempfile.TemporaryDirectory(prefix="lisa-dist-") as folder:
         outcome_dir = Path(folder)
         with StopWatcher(outcome_dir):
-            _make_log_dir(run)
+            make_folder(run.logs, f"run.dir={run.path}")
             agent_failure = _run_agent(config, entry, ranks, outcome_dir, run.path)
         outcomes = [Outcome(**json.loads(file.read_text())) for file in outcome_dir.glob("outcome_*.json")]
     codes = {outcome.code for outcome in outcomes}
@@ -82,11 +92,11 @@ def launch_ranks(config: Config, entry: Entry, log_dir: Path | None = None) -> i
         return codes.pop()
     mistakes = [outcome for outcome in outcomes if outcome.code == EXIT_USER_ERROR]
     first = min(mistakes, key=lambda o: o.time) if mistakes else _first_failure(outcomes, ranks, agent_failure)
+    on_cpu = torch.cuda.device_count() == 0  # else host memory ran out, which does not hold the model
+    if first.message.endswith(OUT_OF_MEMORY) and on_cpu:
+        remedy = advice(config, entry.__name__, ranks=ranks, local_ranks=ranks, on_gpu=False)
+        first = replace(first, message=f"{first.message}; {remedy}")
     if log_dir is None:
-        on_cpu = torch.cuda.device_count() == 0  # else host memory ran out, which does not hold the model
-        if first.message.endswith(OUT_OF_MEMORY) and on_cpu:
-            remedy = advice(config, "training", ranks=ranks, local_ranks=ranks, on_gpu=False)
-            first = replace(first, message=f"{first.message}; {remedy}")
         _record_failure(run, first, started)
     if mistakes:
         raise UserError(first.message)
@@ -97,10 +107,10 @@ def launch_ranks(config: Config, entry: Entry, log_dir: Path | None = None) -> i
     return EXIT_FAILED
 
 
-def count_local_ranks(config: Config) -> int:
+def count_local_ranks(config: ParallelConfig) -> int:
     """Return the number of ranks to start here: the visible GPUs, without GPUs 1, or as many as are asked for."""
     gpus = torch.cuda.device_count()
-    wanted = config.parallel.nproc_per_node
+    wanted = config.nproc_per_node
     if wanted == "auto":
         return max(gpus, 1)
     if 0 < gpus < int(wanted):
@@ -159,12 +169,12 @@ def run_rank(entry: Entry, config: Config, outcome_dir: Path, log_dir: Path, par
         code = entry(config)
     except UserError as error:
         code, message = EXIT_USER_ERROR, str(error)
-    except OutOfMemoryError as error:  # its traceback is in the log
+    except OutOfMemoryError as error:
         message = hide_secrets(str(error))
+        if config.run.dir is None or RunDirectory.of(config).path != log_dir:  # else training has written it there
+            _write_traceback(log)
     except BaseException as error:  # whatever it is, the launcher shows it
-        message, trace = hide_secrets(f"{type(error).__name__}: {error}"), hide_secrets(traceback.format_exc())
-        with log.open("a", encoding="utf-8") as file:
-            file.write(trace)
+        message, trace = hide_secrets(f"{type(error).__name__}: {error}"), _write_traceback(log)
     outcome = Outcome(rank, code, message, trace, time.time())
     partial = outcome_dir / f"partial_{rank}"
     partial.write_text(json.dumps(asdict(outcome)))
@@ -174,11 +184,12 @@ def run_rank(entry: Entry, config: Config, outcome_dir: Path, log_dir: Path, par
     _leave_soon(code)
 
 
-def _make_log_dir(run: RunDirectory) -> None:
-    try:
-        run.logs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run.dir={run.path}: can't be written, {error.strerror}") from None
+def _write_traceback(log: Path) -> str:
+    """Append the traceback of the error that is being handled to ``log``, and return it."""
+    trace = hide_secrets(traceback.format_exc())
+    with log.open("a", encoding="utf-8") as file:
+        file.write(trace)
+    return trace
 
 
 def _send_output_to(log: Path) -> None:
@@ -220,8 +231,6 @@ def _how_it_died(rank: int, agent_failure: ChildFailedError | None) -> str:
 
 def _record_failure(run: RunDirectory, failure: Outcome, started: float) -> None:
     """Leave the reason in summary.json, unless rank 0 has, which knows only its own; a mistake writes over nothing."""
-    written = run.summary.exists() and run.summary.stat().st_mtime >= started
-    if (written and failure.rank == 0) or (run.summary.exists() and failure.code == EXIT_USER_ERROR):
-        return
-    known = read_summary(run) or {"resumed_from": []}
-    write_summary(run, **{**known, "exit_reason": f"failed: {failure.message}"})
+    by_rank_0 = failure.rank == 0 and summary_is_new(run, started)
+    if not by_rank_0 and not (run.summary.exists() and failure.code == EXIT_USER_ERROR):
+        record_failure(run, failure.message)

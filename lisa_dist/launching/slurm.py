@@ -20,6 +20,7 @@ from lisa_dist.config.paths import local_path
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
 from lisa_dist.launching.sweeps.comparison import EXIT_CODE_FILE, JOBS_FILE, RESUME
 from lisa_dist.launching.sweeps.jobs import list_jobs, read_sweep, unfinished
+from lisa_dist.runtime.files import make_folder
 
 MARK = "# Written by lisa-dist launch slurm."
 SECONDS_TO_SAVE = 300  # before the time limit, or a quarter of a short limit
@@ -56,12 +57,7 @@ class Array:
 
 
 def run(config: Config, overrides: list[str], config_dir: str | None) -> int:
-    """Write the job script of a run, show it, and submit it unless ``launch.dry_run``.
-
-    Args:
-        config: the configuration that ``overrides`` give.
-        overrides: what the user wrote; the script repeats it.
-        config_dir: the user's own folder of groups.
+    """Write the job script of a run, which repeats ``overrides``, show it, and submit it unless ``launch.dry_run``.
 
     Raises:
         UserError: the configuration is not that of a job, or Slurm refuses it.
@@ -69,9 +65,9 @@ def run(config: Config, overrides: list[str], config_dir: str | None) -> int:
     config = resolve_run_dir(config)
     check_run_dir_is_free(config)
     run = RunDirectory.of(config)
-    kept = [text for text in overrides if not _is_settled(text, SETTLED)]
+    kept = [text for text in overrides if not _is_settled(text)]
     script = run_script(config, kept, config_dir)
-    _make_folder(run.logs)
+    make_folder(run.logs, str(run.logs))
     path = local_path(config.launch.script or str(run.job_script)).resolve()
     return _hand_over(script, path, config.launch, f"lisa-dist: the run is in {run.path}")
 
@@ -95,7 +91,7 @@ def run_sweep(overrides: list[str], config_dir: str | None) -> int:
         return EXIT_DONE
     array = Array(sweep_dir, [job.number for job in left], config.sweep.parallel if config.sweep.parallel > 1 else None)
     script = sweep_script(config, array, config_dir)
-    _make_folder(sweep_dir / "logs")
+    make_folder(sweep_dir / "logs", str(sweep_dir / "logs"))
     path = local_path(config.launch.script or str(sweep_dir / "sweep.sbatch")).resolve()
     return _hand_over(script, path, config.launch, f"lisa-dist: the {len(left)} runs lie in {sweep_dir}")
 
@@ -104,20 +100,10 @@ def run_script(config: Config, overrides: Sequence[str], config_dir: str | None 
     """Return the job script of one run: ``config.run.dir`` is settled, ``overrides`` are its other settings."""
     run = RunDirectory.of(config)
     header = _header(config, config.run.name or run.path.name, f"{_literal(run.logs)}/slurm-%j.log")
-    options, program = _program(config, run.path, config_dir)
     logs = shlex.quote(f"{_literal(run.logs)}/slurm-%j.n%n.t%t.log")
-    arguments = [*overrides, RESUME, path_override("run.dir", str(run.path))]
-    return "\n".join(
-        [
-            *header,
-            *_setup(config.launch),
-            RENDEZVOUS,
-            _srun(logs, options, program, [shlex.quote(argument) for argument in arguments]),
-            "code=$?",
-            "job=$SLURM_JOB_ID",
-            REQUEUE,
-        ]
-    )
+    arguments = shlex.join([*overrides, RESUME, path_override("run.dir", str(run.path))])
+    srun = _srun(config, run.path, config_dir, logs, arguments)
+    return "\n".join([*header, RENDEZVOUS, srun, "code=$?", "job=$SLURM_JOB_ID", REQUEUE])
 
 
 def sweep_script(config: Config, array: Array, config_dir: str | None = None) -> str:
@@ -126,12 +112,10 @@ def sweep_script(config: Config, array: Array, config_dir: str | None = None) ->
     numbers = ",".join(str(number) for number in array.jobs)
     limit = f"%{array.side_by_side}" if array.side_by_side else ""
     header = _header(config, sweep_dir.name, f"{_literal(sweep_dir)}/logs/slurm-%A_%a.log", f"--array={numbers}{limit}")
-    options, program = _program(config, sweep_dir, config_dir)
     report = shlex.join([sys.executable, "-m", "lisa_dist", "report", f"sweep.dir={sweep_dir}"])
     return "\n".join(
         [
             *header,
-            *_setup(config.launch),
             RENDEZVOUS,
             "# A line is the folder of a job and its overrides, quoted for the shell.",
             f"mapfile -t lines < {shlex.quote(str(sweep_dir / JOBS_FILE))}",
@@ -140,7 +124,7 @@ def sweep_script(config: Config, array: Array, config_dir: str | None = None) ->
             "shift",
             'mkdir -p "$run_dir/logs"',
             f'rm -f "$run_dir/{EXIT_CODE_FILE}"',
-            _srun('"${run_dir//%/%%}/logs/slurm-%j.n%n.t%t.log"', options, program, ['"$@"']),
+            _srun(config, sweep_dir, config_dir, '"${run_dir//%/%%}/logs/slurm-%j.n%n.t%t.log"', '"$@"'),
             "code=$?",
             f'echo $code > "$run_dir/{EXIT_CODE_FILE}"',
             report,
@@ -173,7 +157,7 @@ def _header(config: Config, name: str, output: str, *more: str) -> list[str]:
             raise UserError(f"launch.options: {option} must be an option of sbatch, such as --mem=100G")
     # The last of two options counts, so the user's win.
     lines = [f"#SBATCH {_option(option)}" for option in [*options, *launch.options]]
-    return ["#!/bin/bash", MARK, *lines, ""]
+    return ["#!/bin/bash", MARK, *lines, "", *(["# launch.setup", *launch.setup, ""] if launch.setup else [])]
 
 
 def _option(text: str) -> str:
@@ -189,33 +173,24 @@ def _literal(path: Path) -> str:
     return str(path).replace("%", "%%")
 
 
-def _setup(launch: LaunchConfig) -> list[str]:
-    return ["# launch.setup", *launch.setup, ""] if launch.setup else []
+def _srun(config: Config, folder: Path, config_dir: str | None, output: str, arguments: str) -> str:
+    """Return the line that trains in ``folder``, in a container where one is chosen.
 
-
-def _srun(output: str, options: list[str], program: list[str], arguments: list[str]) -> str:
-    """Return the srun line; ``output`` and ``arguments`` are quoted already."""
-    own = [*ENDING, "--open-mode=append", f"--output={output}", *map(shlex.quote, options)]
-    return f"srun {' '.join(own)} \\\n    {shlex.join(program)} \\\n    {' '.join(arguments)}"
-
-
-def _program(config: Config, folder: Path, config_dir: str | None) -> tuple[list[str], list[str]]:
-    """Return srun's options and the command that runs the program, in a container where one is chosen."""
-    container = config.launch.container
+    ``output`` and ``arguments`` are quoted already.
+    """
+    container, options = config.launch.container, []
     folders = dict.fromkeys([str(Path.cwd()), str(folder)])
     more = ["--config-dir", str(Path(config_dir).resolve())] if config_dir else []
     program = [sys.executable if container is None else "python", "-m", "lisa_dist", "train", *more]
-    if container is None:
-        return [], program
-    if container.endswith(".sif"):
+    if container is not None and container.endswith(".sif"):
         gpus = ["--nv"] if config.launch.gpus_per_node else []
-        return [], ["apptainer", "exec", *gpus, "--bind", ",".join(folders), container, *program]
-    mounts = ",".join(f"{name}:{name}" for name in folders)
-    return [
-        f"--container-image={container}",
-        f"--container-mounts={mounts}",
-        f"--container-workdir={Path.cwd()}",
-    ], program
+        program = ["apptainer", "exec", *gpus, "--bind", ",".join(folders), container, *program]
+    elif container is not None:
+        mounts = ",".join(f"{name}:{name}" for name in folders)
+        options = [f"--container-image={container}", f"--container-mounts={mounts}"]
+        options.append(f"--container-workdir={Path.cwd()}")
+    own = [*ENDING, "--open-mode=append", f"--output={output}", *map(shlex.quote, options)]
+    return f"srun {' '.join(own)} \\\n    {shlex.join(program)} \\\n    {arguments}"
 
 
 def tasks_per_node(config: Config) -> int:
@@ -249,23 +224,16 @@ def limit_seconds(time: str) -> int:
     return first * 60 + second
 
 
-def _is_settled(text: str, settled: tuple[str, ...]) -> bool:
+def _is_settled(text: str) -> bool:
     key = text.partition("=")[0].lstrip("+")
-    return any(key == name or key.startswith(f"{name}.") for name in settled)
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written, {error.strerror}") from None
+    return any(f"{key}.".startswith(f"{name}.") for name in SETTLED)
 
 
 def _hand_over(script: str, path: Path, launch: LaunchConfig, where: str) -> int:
     """Write the script, show it, and submit it unless ``launch.dry_run``."""
     if path.exists() and MARK not in path.read_text(errors="replace"):
         raise UserError(f"launch.script={path}: must be a new file, or a script that this command wrote")
-    _make_folder(path.parent)
+    make_folder(path.parent, str(path.parent))
     path.write_text(script)
     print(script)
     print(where)

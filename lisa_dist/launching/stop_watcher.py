@@ -10,7 +10,6 @@ import threading
 from contextlib import suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from lisa_dist.config import EXIT_FAILED
@@ -47,9 +46,7 @@ class StopWatcher:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         os.write(self.write_end, bytes([END]))
         self.thread.join()
         signal.set_wakeup_fd(self.old_wakeup)
@@ -77,10 +74,8 @@ class StopWatcher:
         if self.kill:
             print(f"lisa-dist: {name} again: the ranks are killed", file=sys.stderr)
         elif len(self.received) == 1:
-            print(
-                f"lisa-dist: {name}: the run saves a checkpoint after this step and stops; again kills it",
-                file=sys.stderr,
-            )
+            means = "the run saves a checkpoint after this step and stops; again kills it"
+            print(f"lisa-dist: {name}: {means}", file=sys.stderr)
 
     def _pass_on(self) -> None:
         """Signal the ranks that run; one that has only just started is seen at the next look."""

@@ -68,7 +68,9 @@ class TrainModule:
         return self.config.sampler.period
 
 
-def build_train_module(config: Config, architecture: PretrainedConfig | None = None) -> TrainModule:
+def build_train_module(
+    config: Config, architecture: PretrainedConfig | None = None, dims: ParallelDims | None = None
+) -> TrainModule:
     """Build the model on ``meta``, shard it, and make its optimizer and sampler; weights are still on ``meta``.
 
     Collective: every rank (the mesh).
@@ -76,6 +78,7 @@ def build_train_module(config: Config, architecture: PretrainedConfig | None = N
     Args:
         config: the whole configuration.
         architecture: in place of what ``model.*`` names and its weights say.
+        dims: where they are made already; None: those of ``parallel.*``.
 
     Raises:
         UserError: options exclude each other, or do not fit the model.
@@ -101,7 +104,7 @@ def build_train_module(config: Config, architecture: PretrainedConfig | None = N
     checkpointing.measure(module)
     if config.parallel.compile:
         compile_blocks(layers.blocks)
-    dims = ParallelDims.of(config.parallel)
+    dims = dims or ParallelDims.of(config.parallel)
     store = build_store(module, layers, dims.mesh, config.parallel, config.precision, update.keeps_precision)
     active = ActiveSet(always_active_parameters(store, config.always_active))
     groups = ParameterGroups(layers.part_of, undecayed)

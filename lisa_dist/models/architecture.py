@@ -18,8 +18,7 @@ from lisa_dist.config import ModelConfig, UserError
 from lisa_dist.config.errors import in_one_line, nearest
 from lisa_dist.config.paths import model_directory
 from lisa_dist.models.model_kinds import check_is_decoder
-from lisa_dist.runtime.files import read_json_object
-from lisa_dist.runtime.hub import stay_offline_where_unreachable
+from lisa_dist.runtime.files import read_json_object, stay_offline_where_unreachable
 
 logger = logging.getLogger(__name__)
 

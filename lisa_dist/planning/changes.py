@@ -75,28 +75,24 @@ def _seconds_per_token(plan: Plan) -> float:
 
 def single_changes(config: Config) -> list[list[str]]:
     """Return the changes that save memory and that ``config`` allows, as overrides."""
-    changes: list[list[str]] = []
-    micro_batch = config.train.micro_batch_size
-    if micro_batch > 1:
-        changes.append([f"train.micro_batch_size={micro_batch // 2}"])
-    checkpointing = config.parallel.activation_checkpointing
-    if checkpointing == "none":
-        changes.append(["parallel.activation_checkpointing=selective"])
-    if checkpointing != "full":
-        changes.append(["parallel.activation_checkpointing=full"])
-    if config.parallel.replicate > 1 and config.parallel.optimizer_shard == "replica":
-        changes.append(["parallel.optimizer_shard=world"])
-    if config.parallel.offload == "none":
-        changes += [["parallel.offload=frozen"], ["parallel.offload=all"]]
-    changes.append([f"parallel.nodes={2 * config.parallel.nodes}"])
-    return [overrides for overrides in changes if _is_allowed(config, overrides)]
+    parallel, micro_batch = config.parallel, config.train.micro_batch_size
+    changes = [
+        (f"train.micro_batch_size={micro_batch // 2}", micro_batch > 1),
+        ("parallel.activation_checkpointing=selective", parallel.activation_checkpointing == "none"),
+        ("parallel.activation_checkpointing=full", parallel.activation_checkpointing != "full"),
+        ("parallel.optimizer_shard=world", parallel.replicate > 1 and parallel.optimizer_shard == "replica"),
+        ("parallel.offload=frozen", parallel.offload == "none"),
+        ("parallel.offload=all", parallel.offload == "none"),
+        (f"parallel.nodes={2 * parallel.nodes}", True),
+    ]
+    return [[change] for change, saves in changes if saves and _is_allowed(config, [change])]
 
 
 def _is_allowed(config: Config, overrides: list[str]) -> bool:
     varied = vary(config, overrides)
     try:
         check_combinations(varied)
-        check_accumulation(varied, cluster_dims(varied).data_ranks)
+        check_accumulation(varied, cluster_dims(varied.parallel).data_ranks)
     except UserError:
         return False
     return True
@@ -109,9 +105,7 @@ def _joint_changes(plan: Plan) -> list[Plan]:
         savings.append("parallel.activation_checkpointing=full")
     if plan.config.train.micro_batch_size > 1:
         savings.append("train.micro_batch_size=1")
-    tried = []
-    if savings:
-        tried.append(make_plan(plan.config, plan.gpu, savings))
+    tried = [make_plan(plan.config, plan.gpu, savings)] if savings else []
     offloaded = [*savings, "parallel.offload=all"]
     untried = plan.config.parallel.offload == "none" and _is_allowed(plan.config, offloaded)
     if untried and not (tried and tried[-1].fits):

@@ -1,4 +1,4 @@
-"""Roofline estimate of a step's time from its work and a GPU's figures. An estimate, not a measurement."""
+"""Roofline estimate of a step's time from its work and a GPU's specs. An estimate, not a measurement."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lisa_dist.config import Config
 from lisa_dist.config.gpu import Gpu
 from lisa_dist.planning.simulation import Trace, micro_batches_per_step
 
-# Shares of the makers' figures that large operations reach in practice, rounded; assumptions, not measurements.
+# Shares of the makers' numbers that large operations reach in practice, rounded; assumptions, not measurements.
 MATRIX_EFFICIENCY = 0.7
 MEMORY_EFFICIENCY = 0.8
 LINK_EFFICIENCY = 0.8

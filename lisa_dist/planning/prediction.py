@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from lisa_dist.config import Config
+from lisa_dist.config import Config, ModelConfig
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.planning.simulation import Trace, architecture_of, extreme_sets, simulate
@@ -26,18 +26,18 @@ def predict(config: Config) -> Trace:
     """
     if config.parallel.activation_checkpointing == "auto":
         return simulate(config)  # every block has a kind of its own
-    depth = architecture_of(config).num_hidden_layers
+    depth = architecture_of(config.model).num_hidden_layers
     num_active = len(extreme_sets(config, depth)[1])
     shallow = 2 * EDGE + 1 + (0 if num_active == depth else num_active)
-    if config.sampler.listed_blocks is not None or shallow + 2 >= depth or not has_equal_blocks(config):
+    if config.sampler.listed_blocks is not None or shallow + 2 >= depth or not has_equal_blocks(config.model):
         return simulate(config)
     return extrapolate(simulate(config, shallow), simulate(config, shallow + 1), depth)
 
 
-def has_equal_blocks(config: Config) -> bool:
+def has_equal_blocks(config: ModelConfig) -> bool:
     """Whether all blocks of the model have parameters of the same names and shapes, and attention of one kind."""
     architecture = architecture_of(config)
-    blocks = find_layers(build_meta_model(config.model, architecture), config.model.blocks).blocks
+    blocks = find_layers(build_meta_model(config, architecture), config.blocks).blocks
     shapes = [[(name, parameter.shape) for name, parameter in block.named_parameters()] for block in blocks]
     kinds = set(getattr(architecture, "layer_types", None) or [])
     return len(kinds) <= 1 and all(other == shapes[0] for other in shapes)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
 from transformers import PretrainedConfig
 
-from lisa_dist.config import Config, UserError
+from lisa_dist.config import Config, ModelConfig, ParallelConfig, UserError
 from lisa_dist.config.checks import check_accumulation, check_combinations
 from lisa_dist.config.paths import model_directory
 from lisa_dist.config.sampling import FixedSamplerConfig
@@ -68,37 +68,37 @@ class Trace:
         return self.peaks[self.peak_at]
 
 
-def cluster_dims(config: Config) -> ParallelDims:
+def cluster_dims(config: ParallelConfig) -> ParallelDims:
     """Return how the ranks of the cluster that ``parallel.nodes`` and ``parallel.nproc_per_node`` describe are used.
 
     Raises:
         UserError: they are not replicate x shard.
     """
-    return ParallelDims.of(config.parallel, config.parallel.nodes * ranks_per_node(config))
+    return ParallelDims.of(config, config.nodes * ranks_per_node(config))
 
 
-def ranks_per_node(config: Config) -> int:
+def ranks_per_node(config: ParallelConfig) -> int:
     """Return the ranks of one machine; ``auto`` is one: the GPUs of this machine say nothing of the cluster's."""
-    return 1 if config.parallel.nproc_per_node == "auto" else int(config.parallel.nproc_per_node)
+    return 1 if config.nproc_per_node == "auto" else int(config.nproc_per_node)
 
 
 def micro_batches_per_step(config: Config) -> int:
     """Return the micro-batches of a rank in a step, rounded up to equally many on every rank."""
-    return math.ceil(config.train.global_batch_size / (config.train.micro_batch_size * cluster_dims(config).data_ranks))
+    at_once = config.train.micro_batch_size * cluster_dims(config.parallel).data_ranks
+    return math.ceil(config.train.global_batch_size / at_once)
 
 
-def architecture_of(config: Config) -> PretrainedConfig:
+def architecture_of(config: ModelConfig) -> PretrainedConfig:
     """Return the architecture that ``model.*`` names; of weights that are there, only ties are looked at."""
-    architecture = read_architecture(config.model, without_weights=True)
-    directory = model_directory(str(config.model.path)) if config.model.path else None
-    is_tied = getattr(architecture, "tie_word_embeddings", False) and config.model.initialization == "pretrained"
+    architecture = read_architecture(config, without_weights=True)
+    directory = model_directory(str(config.path)) if config.path else None
+    is_tied = getattr(architecture, "tie_word_embeddings", False) and config.initialization == "pretrained"
     if is_tied and directory is not None and any(directory.glob("*.safetensors")):
         try:
-            if ties_differ(config.model, architecture, directory):
+            if ties_differ(config, architecture, directory):
                 architecture.tie_word_embeddings = False
-                warnings.warn(
-                    f"model.path={directory}: planned with a head of its own, as in the weights", stacklevel=1
-                )
+                found = f"model.path={directory}: planned with a head of its own, as in the weights"
+                warnings.warn(found, stacklevel=1)
         except UserError as error:
             warnings.warn(f"planned as {CONFIG_FILE} says, whatever the weights are: {error}", stacklevel=1)
     return architecture
@@ -107,15 +107,12 @@ def architecture_of(config: Config) -> PretrainedConfig:
 def extreme_sets(config: Config, own_depth: int, num_blocks: int | None = None) -> tuple[list[int], list[int]]:
     """Return the sets of blocks, before and after a switch, that need the most memory.
 
-    Args:
-        config: names the sampler.
-        own_depth: blocks of the model.
-        num_blocks: the depth to choose the sets for.
+    The model has ``own_depth`` blocks; the sets are chosen for a depth of ``num_blocks``, None: its own.
     """
     listed = config.sampler.listed_blocks
     if listed is not None:
         return listed, listed
-    depth = own_depth if num_blocks is None else num_blocks
+    depth = num_blocks or own_depth
     count = build_sampler(config.sampler, own_depth).num_active
     count = depth if count == own_depth else count
     last = list(range(depth - count, depth))
@@ -148,7 +145,7 @@ def simulate(config: Config, num_blocks: int | None = None) -> Trace:
         UserError: the configuration fits neither the model nor the cluster.
     """
     check_combinations(config)  # here the sampler is still the configured one
-    architecture = architecture_of(config)
+    architecture = architecture_of(config.model)
     before, blocks = extreme_sets(config, architecture.num_hidden_layers, num_blocks)
     if num_blocks is not None:
         set_depth(architecture, num_blocks)
@@ -156,11 +153,11 @@ def simulate(config: Config, num_blocks: int | None = None) -> Trace:
     # Fake tensors can't be compiled, so a compiled model is planned as one that is not, which needs more.
     config = replace(config, sampler=sampler, parallel=replace(config.parallel, compile=False))
     micro_batches = micro_batches_per_step(config)
-    dims = cluster_dims(config)
+    dims = cluster_dims(config.parallel)
     check_accumulation(config, dims.data_ranks)
     with simulated_world(dims.num_ranks):
         train_module = build_train_module(config, architecture)
-        ledger = Ledger(ranks_per_node(config))
+        ledger = Ledger(ranks_per_node(config.parallel))
         with FakeTensorMode(allow_non_fake_inputs=True), ledger:
             allocate(train_module, before, torch.device("cpu"))
             add_trained_params(train_module)

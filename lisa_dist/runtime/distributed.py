@@ -7,7 +7,7 @@ there is one rank. A function that issues a collective says so in its docstring.
 from __future__ import annotations
 
 import datetime
-import logging
+import gc
 import os
 import threading
 import time
@@ -26,7 +26,6 @@ from lisa_dist.runtime.environment import in_slurm_step, interface_towards
 from lisa_dist.runtime.rendezvous import meet
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
 
 LONGER_TIMEOUT = datetime.timedelta(hours=1)  # for a collective that waits for a disk, or for a first step
 ASK_EVERY = 0.25  # seconds: well below any time-out
@@ -122,12 +121,6 @@ def set_threads(config: ParallelConfig) -> None:
     torch.set_num_threads(count)
 
 
-def shutdown() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def local_shard(parameter: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a parameter, gradient or moment, without copying."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -143,12 +136,12 @@ def as_sharded(local: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]) 
     )
 
 
-def broadcast_object(value: T, source: int = 0) -> T:
-    """Return the ``value`` of rank ``source`` on every rank. Collective: every rank."""
+def broadcast_object(value: T) -> T:
+    """Return the ``value`` of rank 0 on every rank. Collective: every rank."""
     if is_alone():
         return value
     box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=source)
+    dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -183,14 +176,9 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 def thread_group(timeout: float) -> dist.ProcessGroup | None:
     """Make a group of all ranks that a thread can use while training goes on, None for one rank.
 
-    Collective: every rank.
-
-    Args:
-        timeout: seconds that a collective in it may take.
+    A collective in it may take ``timeout`` seconds. Collective: every rank.
     """
-    if world_size() == 1:
-        return None
-    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+    return None if world_size() == 1 else dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
 
 
 def gather_outcomes(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
@@ -254,17 +242,31 @@ def now() -> float:
 
 
 def all_reduce_sum(values: list[float], group: dist.ProcessGroup | None = None) -> list[float]:
-    """Return the element-wise sum over the ranks of ``group``, in float64. Collective: every rank of it.
-
-    Args:
-        values: equally many on every rank.
-        group: None: of all ranks.
-    """
+    """Return the element-wise sum over the ranks of ``group`` (None: all), in float64. Collective: every rank of it."""
     if is_alone():
         return values
     tensor = torch.tensor(values, dtype=torch.float64)  # on the CPU: the gloo half of the process group
     dist.all_reduce(tensor, group=group)
     return tensor.tolist()
+
+
+@contextmanager
+def garbage_collected_when_asked() -> Iterator[None]:
+    """Let Python look for garbage in the body only where that calls ``gc.collect``, and only among what is new.
+
+    By itself it would do so on each rank at another time, and every time all ranks would wait for the one. What is
+    there before the body, imported modules above all, is left out: it makes each search long and finds nothing.
+    """
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
 
 
 def barrier() -> None:
@@ -291,7 +293,7 @@ def on_local_rank_zero(action: Callable[[], T]) -> list[T]:
     outcomes = gather_outcomes(attempt)
     if failure is not None:
         raise failure
-    failures = [text for _, text in outcomes if text is not None]
-    if failures:
-        raise UserError(failures[0])
+    for _, text in outcomes:
+        if text is not None:
+            raise UserError(text)
     return [result for results, _ in outcomes for result in results]

@@ -1,30 +1,33 @@
-"""Files: written at once or not at all, strict JSON, and a model's files refused where they are not whole."""
+"""Files: written at once or not at all, strict JSON, a model's refused where they are not whole, and the hub."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
+import socket
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import urlparse
+
+from huggingface_hub import constants
 
 from lisa_dist.config import UserError
+
+logger = logging.getLogger(__name__)
 
 _POINTER = b"version https://git-lfs"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 
 
 def check_is_whole(file: Path, key: str) -> None:
-    """Refuse a file that is empty, or that only stands for one that Git LFS has not fetched.
+    """Raise :class:`UserError` where a file that exists is empty, or only stands for one that Git LFS has not fetched.
 
-    Args:
-        file: the file; it exists.
-        key: what named its directory, as ``model.path=DIR``, for the message.
-
-    Raises:
-        UserError: it holds nothing, or is such a pointer.
+    ``key`` is what named its directory, as ``model.path=DIR``, for the message.
     """
     with file.open("rb") as opened:
         start = opened.read(len(_POINTER))
@@ -37,12 +40,16 @@ def check_is_whole(file: Path, key: str) -> None:
         )
 
 
-def read_json_object(file: Path, key: str) -> dict[str, Any]:
-    """Return the object that a JSON file holds.
+def make_folder(folder: Path, named: str) -> None:
+    """Create a folder; raise :class:`UserError` where it can't be. ``named`` is what named it, as ``sweep.dir=DIR``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{named}: can't be written, {error.strerror}") from None
 
-    Args:
-        file: the file; it exists.
-        key: what named its directory, as ``model.path=DIR``, for messages.
+
+def read_json_object(file: Path, key: str) -> dict[str, Any]:
+    """Return the object that a JSON file holds; ``key`` is what named its directory, as ``model.path=DIR``.
 
     Raises:
         UserError: it is empty, a Git LFS pointer, no JSON, or no object.
@@ -120,3 +127,18 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value
+
+
+def stay_offline_where_unreachable() -> None:
+    """Make the hub's client use its local cache alone where the hub's host has no address.
+
+    On a machine without a way out the client would try again for half a minute before a misspelt path is
+    reported. A proxy may know the host where this machine does not, so nothing is changed behind one.
+    """
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return
+    try:
+        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, None)
+    except OSError:
+        logger.info("%s can't be reached: only its local cache is used", constants.ENDPOINT)
+        constants.HF_HUB_OFFLINE = True

@@ -17,8 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import TracebackType
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -28,6 +27,7 @@ from lisa_dist.runtime import distributed
 
 logger = logging.getLogger(__name__)
 
+KEYS = ("step", "order", "part", "host", "noted", "alive")  # of a record
 RECORD_BYTES = 256  # a record is written over the last one, padded, in one system call
 WATCH_SHARE = 0.8  # of the time-out, after which a standstill is explained in the log: reading all notes takes time
 TICK_SHARE = 0.05  # of the time-out: how often a rank writes its note
@@ -93,15 +93,8 @@ class Heartbeat:
 
     def _write(self) -> None:
         with self._writing:  # the last of two writers has seen what the other has
-            note = self.note
-            record = {
-                "step": note.step,
-                "order": note.order,
-                "part": note.part,
-                "host": socket.gethostname(),
-                "noted": note.noted,
-                "alive": time.time(),
-            }
+            about = {**asdict(self.note), "host": socket.gethostname(), "alive": time.time()}
+            record = {key: about[key] for key in KEYS}
             os.pwrite(self._file, json.dumps(record).encode().ljust(RECORD_BYTES - 1) + b"\n", 0)
 
     def place(self) -> str:
@@ -153,7 +146,7 @@ class Heartbeat:
     def _read(self, rank: int) -> dict[str, Any] | None:
         try:
             note = json.loads((self.folder / f"heartbeat_{rank}.json").read_text())
-            return note if {"step", "order", "part", "host", "noted", "alive"} <= note.keys() else None
+            return note if set(KEYS) <= note.keys() else None
         except (OSError, ValueError, AttributeError):
             return None
 
@@ -173,9 +166,7 @@ class Heartbeat:
         self._watcher.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self._stop.set()
         self._watcher.join()
         self._write()  # where this rank ended, for those that explain what they waited for

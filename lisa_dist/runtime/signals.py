@@ -61,11 +61,9 @@ def _set_flag(number: int, frame: FrameType | None) -> None:
 
 
 def die_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
-    """Have this process signalled when its parent dies, however that happens.
+    """Have this process signalled when its parent, the process ``parent``, dies, however that happens.
 
-    Args:
-        parent: its process id; where another process is the parent by now, this one ends at once.
-        number: the signal.
+    Where another process is the parent by now, this one ends at once.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:

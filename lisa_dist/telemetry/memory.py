@@ -16,7 +16,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def memory_kind() -> str:
-    """What the figures of this module count."""
+    """What this module counts."""
     if device().type == "cuda":
         return "GPU memory allocated by tensors"
     return "resident memory of the process"

@@ -23,6 +23,7 @@ from lisa_dist.telemetry.memory import free_memory_bytes
 SMALLEST_LOSS_CHUNK = 64  # tokens: the logits of fewer take no memory worth the time
 # Parts of a run whose memory does not depend on the micro-batch.
 PREPARATION = "the preparation of data and model"
+BENCH, EVALUATE, GENERATE = "bench", "evaluate", "generate"  # commands, each of which is one phase
 WITHOUT_ACTIVATIONS = (PREPARATION, "the draw and switch of active blocks", "optimizer", "the checkpoint")
 
 
@@ -38,22 +39,24 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explaining_out_of_memory(config: Config, phase: Callable[[], str]) -> Iterator[None]:
-    """Raise :class:`OutOfMemoryError` where the body runs out of memory; the traceback goes to this rank's log.
+def explaining_out_of_memory(config: Config, phase: Callable[[], str], *, log: bool = True) -> Iterator[None]:
+    """Raise :class:`OutOfMemoryError` where the body runs out of memory.
 
     Args:
-        config: with ``run.dir`` settled.
-        phase: says what the run was about when it happened, as ``forward of step 3``.
+        config: of the command.
+        phase: says what it was about when it happened, as ``forward of step 3``.
+        log: write the traceback into this rank's log in ``run.dir``, which is settled.
     """
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        log = RunDirectory.of(config).rank_log(distributed.rank())
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a", encoding="utf-8") as file:
-            file.write(hide_secrets("".join(traceback.format_exception(error))))
+        if log:
+            file = RunDirectory.of(config).rank_log(distributed.rank())
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a", encoding="utf-8") as opened:
+                opened.write(hide_secrets("".join(traceback.format_exception(error))))
         raise OutOfMemoryError(describe(error, config, phase())) from error
 
 
@@ -83,17 +86,20 @@ def amounts(message: str) -> tuple[str | None, str | None]:
 
 def advice(config: Config, phase: str, *, ranks: int, local_ranks: int, on_gpu: bool) -> str:
     """Return which keys need less memory, the one that costs least first, and the command that plans it."""
-    command = ["lisa-dist", "plan", f"run.dir={config.run.dir}", f"parallel.nproc_per_node={local_ranks}"]
-    command += [f"parallel.nodes={ranks // local_ranks}"] if ranks > local_ranks else []
-    command += ["plan.gpu=NAME"] if on_gpu else []
     changes: dict[str, str] = {}
     for key, value, now in savings(config, phase, on_gpu):
         if key not in changes and _helps(config, key, value, ranks):
             changes[key] = f"{key}={value} (now {now})"
-    return (
-        f"what needs less, in the order to try it: {', '.join([*changes.values(), 'more ranks'])}; "
-        f"what a change would need is shown when it is added to: {shlex.join(command)}"
-    )
+    remedies = f"what needs less, in the order to try it: {', '.join([*changes.values(), 'more ranks'])}"
+    if phase in (EVALUATE, GENERATE):  # a plan is one of training
+        return remedies
+    has_run = phase != BENCH and config.run.dir is not None
+    command = ["lisa-dist", "plan", f"run.dir={config.run.dir}" if has_run else "..."]
+    command += [f"parallel.nproc_per_node={local_ranks}"]
+    command += [f"parallel.nodes={ranks // local_ranks}"] if ranks > local_ranks else []
+    command += ["plan.gpu=NAME"] if on_gpu else []
+    settings = "" if has_run else ", with the settings given here in the place of the dots"
+    return f"{remedies}; what a change would need is shown when it is added to: {shlex.join(command)}{settings}"
 
 
 def savings(config: Config, phase: str, on_gpu: bool) -> list[tuple[str, object, object]]:
@@ -104,11 +110,12 @@ def savings(config: Config, phase: str, on_gpu: bool) -> list[tuple[str, object,
     """
     micro, length, chunk = config.train.micro_batch_size, config.data.sequence_length, config.model.loss_chunk
     found: list[tuple[str, object, object]] = []
-    if not phase.startswith(WITHOUT_ACTIVATIONS):
+    has_activations = phase != GENERATE and not phase.startswith(WITHOUT_ACTIVATIONS)
+    if has_activations:
         divisors = [size for size in range(1, micro) if micro % size == 0]  # so that the global batch stays a multiple
         found += [("train.micro_batch_size", divisors[-1], micro)] if divisors else []
         checkpointing = config.parallel.activation_checkpointing
-        if checkpointing != "full":
+        if checkpointing != "full" and phase != EVALUATE:
             found.append(("parallel.activation_checkpointing", "full", checkpointing))
         smaller_chunk = min(chunk, micro * length) // 4
         if config.model.loss_kernel == "chunked" and smaller_chunk >= SMALLEST_LOSS_CHUNK:
@@ -117,9 +124,9 @@ def savings(config: Config, phase: str, on_gpu: bool) -> list[tuple[str, object,
     if on_gpu:  # without one, host memory is what ran out
         kinds = ["none", "frozen", "all"]
         found += [("parallel.offload", kind, offload) for kind in kinds[kinds.index(offload) + 1 :]]
-    if not phase.startswith(WITHOUT_ACTIVATIONS):
+    if has_activations:
         found.append(("data.sequence_length", max(2, length // 2), length))
-    elif not config.sampler.draws_once and (active := config.sampler.active_layers or 0) > 1:
+    elif phase != GENERATE and not config.sampler.draws_once and (active := config.sampler.active_layers or 0) > 1:
         found.append(("sampler.active_layers", active // 2, active))
     return found
 

@@ -6,7 +6,6 @@ import logging
 import sys
 import time
 from collections import deque
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group
@@ -63,9 +62,7 @@ class ProgressDisplay:
             self.live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         if self.live is not None:
             self.live.stop()
 
@@ -79,22 +76,22 @@ class ProgressDisplay:
                 logger.info("step %d/%d  eval loss %.4f", row["step"], self.max_steps, row["eval_loss"])
             return
         self.recent.append(row["step_seconds"])
-        figures, to_go = self.figures(row), self.to_go(row)
+        line, to_go = self.line_of(row), self.to_go(row)
         if self.live is not None:
             self.bar.update(self.task, completed=row["step"], to_go=to_go)
-            self.line.plain = figures
+            self.line.plain = line
             return
         now = time.monotonic()
         if now - self.last_line >= SECONDS_BETWEEN_LINES or row["step"] == self.max_steps:
             self.last_line = now
-            logger.info("step %d/%d  %s  %s", row["step"], self.max_steps, figures, to_go)
+            logger.info("step %d/%d  %s  %s", row["step"], self.max_steps, line, to_go)
 
     def to_go(self, row: dict[str, Any]) -> str:
         """Return the time to go, from the mean duration of the last steps."""
         return f"{format_duration((self.max_steps - row['step']) * sum(self.recent) / len(self.recent))} to go"
 
-    def figures(self, row: dict[str, Any]) -> str:
-        """Return the figures of a step in one line."""
+    def line_of(self, row: dict[str, Any]) -> str:
+        """Return the loss, the speed and the blocks of a step in one line."""
         parts = [f"loss {row['loss']:.4f}"]
         if self.eval_loss is not None:
             parts.append(f"eval {self.eval_loss:.4f}")

@@ -1,4 +1,4 @@
-"""Where rows go beside the run directory: Weights & Biases, TensorBoard, or nowhere."""
+"""Where rows go beside the run directory: Weights & Biases or TensorBoard."""
 
 from __future__ import annotations
 
@@ -21,16 +21,6 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Send what is left."""
-
-
-class NullSink:
-    """Takes nothing: for ``logger=none`` and for ranks other than 0."""
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Drop the row."""
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 class WandbSink:
@@ -87,23 +77,19 @@ class TensorBoardSink:
         self.writer.close()
 
 
-def build_sink(config: Config, run: RunDirectory, first_step: int = 0) -> Sink:
-    """Return the sink of ``config.logger``; on ranks other than 0 one that takes nothing.
+def build_sink(config: Config, run: RunDirectory, first_step: int = 0) -> Sink | None:
+    """Return the sink of ``config.logger``; None for ``logger=none`` and on ranks other than 0.
 
-    Args:
-        first_step: steps already done, where a run goes on; later points of the first attempt are hidden.
+    Where a run goes on after ``first_step`` steps, later points of its first attempt are hidden.
 
     Raises:
         UserError: the service refuses, or its package is missing.
     """
-    if not is_main():
-        return NullSink()
-    match config.logger.name:
-        case "wandb":
-            return WandbSink(config, run)
-        case "tensorboard":
-            return TensorBoardSink(run, first_step)
-    return NullSink()
+    if is_main() and config.logger.name == "wandb":
+        return WandbSink(config, run)
+    if is_main() and config.logger.name == "tensorboard":
+        return TensorBoardSink(run, first_step)
+    return None
 
 
 def public_config(config: Config) -> dict[str, Any]:

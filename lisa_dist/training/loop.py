@@ -29,8 +29,7 @@ from lisa_dist.method.module import (
 from lisa_dist.method.optim.clipping import normalize_and_clip, norms_of_squares
 from lisa_dist.method.optim.schedule import learning_rates
 from lisa_dist.runtime import distributed
-from lisa_dist.runtime.distributed import now
-from lisa_dist.runtime.garbage import garbage_collected_when_asked
+from lisa_dist.runtime.distributed import garbage_collected_when_asked, now
 from lisa_dist.runtime.signals import ignore_stop_signals, stop_requested
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.telemetry.logs import setup_logging
@@ -281,7 +280,7 @@ def log_first_period(run: Run) -> None:
     counted = dry_run_batch(run.train_module, run.batches.longest_micro_batch())
     announce_trained(run.train_module, counted)
     trained = count_trained_parameters(run.train_module)
-    run.recorder.figures |= {"persistent_bytes": counted, "trained_parameters": trained}
+    run.recorder.summary |= {"persistent_bytes": counted, "trained_parameters": trained}
 
 
 def save_checkpoint(run: Run) -> None:

@@ -38,7 +38,7 @@ def skip_nonfinite_step(run: Run, micro_batches: list[MicroBatch], loss: float, 
     """
     config, progress = run.config.train, run.progress
     progress.skipped_steps += 1
-    run.recorder.figures["skipped_steps"] = progress.skipped_steps
+    run.recorder.summary["skipped_steps"] = progress.skipped_steps
     kept = keep_batch(run, micro_batches, loss, grad_norm)
     found = f"step {progress.step}: loss {loss} and gradient norm {grad_norm} are not both finite"
     if config.on_nonfinite == "stop":

@@ -120,7 +120,7 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
     with distributed.longer_timeout(config.parallel.timeout):
         newest = newest_complete(directory) if config.checkpoint.resume == "auto" else None
         if newest is None:
-            check_global_batch(config, dims.data_ranks)
+            check_global_batch(config.train, dims.data_ranks)
         architecture = open_architecture(config)
     tokenizer = open_tokenizer(config)
     with distributed.longer_timeout(config.parallel.timeout):
@@ -133,7 +133,7 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
     pad = int(tokenizer.pad_token_id or 0)
     batches = make_batches(config, dims, data.train, pad, order_seed)
     validation = None if data.validation is None else make_batches(config, dims, data.validation, pad, order_seed)
-    train_module = build_train_module(config, architecture)
+    train_module = build_train_module(config, architecture, dims)
     checkpoints = CheckpointSaver(train_module, directory, public_yaml(config))
     progress = Progress(order_seed=order_seed, data=described)
     with distributed.longer_timeout(config.parallel.timeout):
@@ -156,7 +156,7 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
         first_step=progress.step,
         resumed_from=progress.resumed_from,
     )
-    recorder.figures |= rows_of(data)
+    recorder.summary |= rows_of(data)
     heartbeat = Heartbeat(RunDirectory.of(config), config.parallel.timeout)
     return Run(
         config, train_module, tokenizer, batches, validation, max_steps, progress, recorder, checkpoints, heartbeat

@@ -153,14 +153,14 @@ def test_a_plan_has_the_head_of_the_weights(tmp_path: Path) -> None:
     base = tmp_path / "base"
     tensors = make_model(base, "qwen2")
     config = make_run(tmp_path / "run", base)
-    assert architecture_of(config).tie_word_embeddings is True
+    assert architecture_of(config.model).tie_word_embeddings is True
     tensors["lm_head.weight"] = 2 * tensors["model.embed_tokens.weight"]
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.warns(UserWarning, match="planned with a head of its own"):
-        assert architecture_of(config).tie_word_embeddings is False
+        assert architecture_of(config.model).tie_word_embeddings is False
     (base / "model.safetensors").write_bytes(b"")
     with pytest.warns(UserWarning, match=r"planned as config\.json says.* is empty"):
-        assert architecture_of(config).tie_word_embeddings is True
+        assert architecture_of(config.model).tie_word_embeddings is True
 
 
 def test_tokenizers_are_read_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

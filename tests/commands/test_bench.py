@@ -154,8 +154,8 @@ def test_ranks_log_beside_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_median_and_the_distance_of_the_quartiles() -> None:
-    assert vars(spread_of([5.0, 1.0, 2.0, 4.0, 3.0])) == {"median": 3.0, "spread": 2.0}
-    assert vars(spread_of([2.0])) == {"median": 2.0, "spread": 0.0}
+    assert spread_of([5.0, 1.0, 2.0, 4.0, 3.0]) == {"median": 3.0, "spread": 2.0}
+    assert spread_of([2.0]) == {"median": 2.0, "spread": 0.0}
 
 
 def test_peak_memory_on_the_cpu_is_the_most_that_was_held_at_a_time() -> None:

@@ -1,5 +1,6 @@
 import math
 import re
+from contextlib import closing
 from html.parser import HTMLParser
 
 import pytest
@@ -7,25 +8,28 @@ import pytest
 from lisa_dist.commands import report
 from lisa_dist.config import Config, RunConfig, UserError
 from lisa_dist.config.run_directory import RunDirectory
-from lisa_dist.telemetry.records import MetricsWriter, write_summary
+from lisa_dist.telemetry.records import RowWriter, write_summary
 
 CONFIG = "method: lisa\nmodel:\n  path: /models/tiny\nlaunch:\n  setup: [export HF_TOKEN=hidden]\n"
 
 
 def make_run(run_dir, steps=100, eval_every=25, more=None, **summary):
     more = more or {}
-    with MetricsWriter(RunDirectory(run_dir)) as writer:
+    with closing(RowWriter(RunDirectory(run_dir))) as writer:
         for step in range(1, steps + 1):
             active = [step // 20]
             if step % 20 == 1:
-                writer.write_period(period=step // 20, step=step, active_layers=active, num_blocks=30)
-            writer.write_step(
-                step=step, epoch=0.1, period=step // 20, active_layers=active,
-                loss=math.nan if step == 7 else 3 - step / 100, lr=1e-5, grad_norm=1.0, tokens=64 + step,
-                label_tokens=16, step_seconds=0.5, data_seconds=0.125, peak_memory_gib=1.5, **more,
-            )  # fmt: skip
+                period = {"period": step // 20, "step": step, "active_layers": active, "num_blocks": 30}
+                writer.append(writer.run.layers, period)
+            row = {
+                "step": step, "epoch": 0.1, "period": step // 20, "active_layers": active,
+                "loss": math.nan if step == 7 else 3 - step / 100, "lr": 1e-5, "grad_norm": 1.0, "tokens": 64 + step,
+                "label_tokens": 16, "tokens_per_second": 2 * (64 + step), "label_tokens_per_second": 32,
+                "step_seconds": 0.5, "data_seconds": 0.125, "peak_memory_gib": 1.5, **more,
+            }  # fmt: skip
+            writer.append(writer.run.metrics, row)
             if eval_every and step % eval_every == 0:
-                writer.write_eval(step=step, eval_loss=3.25 - step / 100)
+                writer.append(writer.run.metrics, {"step": step, "eval_loss": 3.25 - step / 100})
     if summary:
         write_summary(RunDirectory(run_dir), **summary)
     return run_dir

@@ -172,11 +172,11 @@ def test_a_probe_of_weights_needs_weights_that_are_not_quantised(kind: str, refu
 
 def test_a_global_batch_is_a_multiple_of_what_the_ranks_take() -> None:
     config = load([*MODEL, "train.global_batch_size=12", "train.micro_batch_size=2"])
-    check_global_batch(config, ranks=3)
+    check_global_batch(config.train, ranks=3)
     with pytest.raises(UserError, match=r"train.global_batch_size=12: .* 2 x 4; near are 8 and 16"):
-        check_global_batch(config, ranks=4)
+        check_global_batch(config.train, ranks=4)
     with pytest.raises(UserError, match=r"train.global_batch_size=12: .* 2 x 8; near are 16$"):
-        check_global_batch(config, ranks=8)
+        check_global_batch(config.train, ranks=8)
 
 
 def test_gradients_used_at_once_are_not_accumulated() -> None:

@@ -72,7 +72,7 @@ def recorded(name: str) -> Recorded:
 def parameters(model: str) -> tuple[int, int, int]:
     """Return how many parameters a model has, how many of them a block has, and the number of blocks."""
     config = load([f"model={model}", "experiment=null"])
-    module = build_meta_model(config.model, architecture_of(config))
+    module = build_meta_model(config.model, architecture_of(config.model))
     blocks = find_layers(module, config.model.blocks).blocks
     return sum(p.numel() for p in module.parameters()), sum(p.numel() for p in blocks[0].parameters()), len(blocks)
 

@@ -17,7 +17,6 @@ from lisa_dist.config.loading import (
     group_choices,
     load,
     load_run,
-    read_config,
     resume_run,
     to_yaml,
     vary,
@@ -251,8 +250,8 @@ def test_the_last_of_two_overrides_counts() -> None:
 def test_config_yaml_repeats_the_run(tmp_path: Path) -> None:
     config = load(["sampler=fixed", "sampler.blocks=[1,2]", "checkpoint.async=true", "model.architecture.a=1e-5"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    again = read_config(tmp_path / "config.yaml")
-    assert again == config
+    again = load_run(str(tmp_path), [])
+    assert dataclasses.replace(again, run=config.run) == config
     assert again.checkpoint.in_background and config.checkpoint.in_background  # == does not see this field
     assert again.model.architecture == {"a": 1e-5}
 
@@ -271,7 +270,7 @@ def test_config_yaml_repeats_the_run(tmp_path: Path) -> None:
 def test_config_yaml_is_read_strictly(tmp_path: Path, text: str, named: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=re.escape(named)):
-        read_config(tmp_path / "config.yaml")
+        load_run(str(tmp_path), [])
 
 
 def test_commands_read_the_configuration_of_a_run(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from lisa_dist.config.overrides import all_keys
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.prepare import prepare_data
 from lisa_dist.data.tokenizer import load_tokenizer
-from lisa_dist.telemetry.records import MetricsWriter, read_rows
+from lisa_dist.telemetry.records import RowWriter, read_rows
 
 # The same examples in every run, however slow the machine is.
 QUICK = settings(
@@ -104,12 +104,13 @@ def test_any_data_set(suffix: str, content: bytes, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["layers.jsonl", "metrics.jsonl"])
 def test_any_history_of_layers(name: str, content: list[str], tmp_path: Path) -> None:
     (tmp_path / name).write_text("\n".join(content))
-    with MetricsWriter(RunDirectory(tmp_path)) as writer:
-        try:
-            writer.cut_after(1)
-        except UserError as error:
-            assert f"{name} is damaged" in str(error)
-            return
-        writer.write_period(period=1, step=2, active_layers=[0], num_blocks=4)
+    writer, row = RowWriter(RunDirectory(tmp_path)), {"period": 1, "step": 2, "active_layers": [0], "num_blocks": 4}
+    try:
+        writer.cut_after(1)
+    except UserError as error:
+        assert f"{name} is damaged" in str(error)
+        return
+    writer.append(writer.run.layers, row)
+    writer.close()
     if name == "layers.jsonl":
-        assert read_rows(tmp_path / name)[-1] == {"period": 1, "step": 2, "active_layers": [0], "num_blocks": 4}
+        assert read_rows(tmp_path / name)[-1] == row

@@ -55,7 +55,7 @@ def one_rank() -> Iterator[None]:
     """This process as the only rank, on its GPU."""
     distributed.initialize(ParallelConfig())
     yield
-    distributed.shutdown()
+    torch.distributed.destroy_process_group()
 
 
 def train_here(config: Config) -> dict[str, Any]:

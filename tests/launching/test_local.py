@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lisa_dist.config import Config, ParallelConfig, UserError
+from lisa_dist.config import ParallelConfig, UserError
 from lisa_dist.launching.local import count_local_ranks, launch_ranks
 from tests.support import programs
 from tests.support.launcher import PATIENCE, Launcher, local_ranks
@@ -105,13 +105,13 @@ def test_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("gpus", "wanted", "ranks"), [(0, "auto", 1), (4, "auto", 4), (0, "3", 3), (4, "2", 2)])
 def test_number_of_ranks(gpus: int, wanted: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    assert count_local_ranks(Config(parallel=ParallelConfig(nproc_per_node=wanted))) == ranks
+    assert count_local_ranks(ParallelConfig(nproc_per_node=wanted)) == ranks
 
 
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(UserError, match=r"parallel\.nproc_per_node=3: must be at most 2"):
-        count_local_ranks(Config(parallel=ParallelConfig(nproc_per_node="3")))
+        count_local_ranks(ParallelConfig(nproc_per_node="3"))
 
 
 @pytest.fixture

@@ -65,14 +65,14 @@ def test_prediction_from_two_depths_equals_the_whole_simulation(case: str, monke
 
 def test_blocks_that_differ_are_simulated_one_by_one() -> None:
     config = make_config({})
-    assert has_equal_blocks(config)
+    assert has_equal_blocks(config.model)
     config.model.architecture = {
         **ARCHITECTURE,
         "model_type": "gemma3_text",
         "layer_types": ["sliding_attention"] * 8 + ["full_attention"],
         "head_dim": 18,
     }
-    assert not has_equal_blocks(config)
+    assert not has_equal_blocks(config.model)
 
 
 def test_the_explicit_mask_of_packed_samples_is_planned() -> None:

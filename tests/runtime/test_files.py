@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import socket
 import stat
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
-from lisa_dist.runtime.files import new_folder, replacing_file, write_atomically, write_json_object
+from lisa_dist.runtime.files import (
+    new_folder,
+    replacing_file,
+    stay_offline_where_unreachable,
+    write_atomically,
+    write_json_object,
+)
 
 
 def fail_while_writing(path: Path) -> None:
@@ -67,3 +75,22 @@ def test_a_folder_that_came_to_hold_something_is_not_written_over(tmp_path: Path
     with pytest.raises(OSError, match="not empty"):
         fill_over(tmp_path / "folder")
     assert (tmp_path / "folder" / "theirs").read_text() == "theirs" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("reachable", "proxies", "offline"), [(True, {}, False), (False, {}, True), (False, {"https": "proxy:3128"}, False)]
+)
+def test_offline_only_without_an_address_and_a_proxy(
+    monkeypatch: pytest.MonkeyPatch, reachable: bool, proxies: dict[str, str], offline: bool
+) -> None:
+    def look_up(host: str, port: object) -> None:
+        assert host == "huggingface.co"
+        if not reachable:
+            raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(constants, "ENDPOINT", "https://huggingface.co")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr("urllib.request.getproxies", lambda: proxies)
+    stay_offline_where_unreachable()
+    assert constants.HF_HUB_OFFLINE is offline

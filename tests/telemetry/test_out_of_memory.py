@@ -17,6 +17,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from lisa_dist.cli import COMMANDS
 from lisa_dist.config import Config, OutOfMemoryError, RunConfig
 from lisa_dist.config.loading import load, vary
 from lisa_dist.telemetry.out_of_memory import PREPARATION, advice, amounts, is_out_of_memory
@@ -102,6 +103,32 @@ def test_the_next_command_plans_the_run_on_its_ranks() -> None:
     assert advice(config, "forward", ranks=16, local_ranks=8, on_gpu=True).endswith(
         "added to: lisa-dist plan 'run.dir=runs/a run' parallel.nproc_per_node=8 parallel.nodes=2 plan.gpu=NAME"
     )
+
+
+def test_a_command_beside_training_is_advised_what_it_has(tmp_path: Path) -> None:
+    config = load(["model=llama2_7b", "train.micro_batch_size=8", "data.sequence_length=2048"])
+    assert keys_of(config, "evaluate") == [
+        "train.micro_batch_size=4", "model.loss_chunk=256", "parallel.offload=frozen", "data.sequence_length=1024",
+    ]  # fmt: skip
+    assert keys_of(config, "generate") == ["parallel.offload=frozen"]
+    for name in ("evaluate", "generate"):
+        assert "lisa-dist plan" not in advice(config, name, ranks=1, local_ranks=1, on_gpu=True)
+    assert keys_of(config, "bench") == keys_of(config)
+    planned = advice(config, "bench", ranks=1, local_ranks=1, on_gpu=False)
+    assert planned.endswith(
+        "lisa-dist plan ... parallel.nproc_per_node=1, with the settings given here in the place of the dots"
+    )
+
+
+@pytest.mark.parametrize("name", ["bench", "evaluate", "generate"])
+def test_every_command_ends_in_the_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(config: Config) -> int:
+        raise torch.OutOfMemoryError(CUDA)
+
+    folder = "lisa_dist.commands.bench.command" if name == "bench" else f"lisa_dist.commands.{name}"
+    monkeypatch.setattr(f"{folder}.run", run)
+    with pytest.raises(OutOfMemoryError, match=f"^out of memory in {name}, 20.00 MiB were asked for and 8.62 MiB were"):
+        COMMANDS[name].function(load([]))
 
 
 def train_hungrily(config: Config, hungry_step: int) -> str:

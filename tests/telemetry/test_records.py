@@ -1,30 +1,34 @@
 import json
 import math
+from contextlib import closing
 
 import pytest
 
+from lisa_dist.config import Config, RunConfig
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.telemetry import records
-from lisa_dist.telemetry.records import MetricsWriter, read_rows, read_summary, write_summary
+from lisa_dist.telemetry.recorder import Recorder
+from lisa_dist.telemetry.records import RowWriter, read_rows, read_summary, write_summary
 
-STEP = {
-    "epoch": 0.5, "period": 0, "active_layers": [1, 3], "loss": 2.5, "lr": 1e-5, "grad_norm": 0.5, "tokens": 100,
-    "label_tokens": 30, "step_seconds": 2.0, "data_seconds": 0.5, "peak_memory_gib": 1.5,
-}  # fmt: skip
+LAST = {"epoch": 0.5, "period": 0, "active_layers": [1, 3], "loss": 2.5, "lr": 1e-5, "grad_norm": 0.5}
 
 
 def test_a_row_is_on_disk_when_the_call_returns(tmp_path):
-    writer = MetricsWriter(RunDirectory(tmp_path / "run"))
-    writer.write_step(step=1, **STEP)
-    writer.write_eval(step=1, eval_loss=2.25)
-    writer.write_period(period=0, step=1, active_layers=[1, 3], num_blocks=4)
-    writer.write_period(period=1, step=21, active_layers=[0, 2], num_blocks=4, scores=[0.5, 0.25])
+    recorder = Recorder(Config(run=RunConfig(dir=str(tmp_path / "run"))), 9, num_blocks=4, started=0.0)
+    recorder.count_step(tokens=60, label_tokens=10, step_seconds=1.5, data_seconds=0.5, switch_seconds=0.25, flops=6.0)
+    recorder.count_step(tokens=40, label_tokens=20, step_seconds=2.5, data_seconds=0.25, flops=2.0)
+    recorder.record_step(step=2, **LAST, peak_flops=4.0)
+    recorder.record_evaluation(2, 2.25)
+    recorder.record_period(0, 1, [1, 3], None)
+    recorder.record_period(1, 21, [0, 2], [0.5, 0.25])
 
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[0]) == {
-        "step": 1, **STEP, "tokens_per_second": 50.0, "label_tokens_per_second": 15.0
+    row, validation = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert row.pop("peak_memory_gib") > 0
+    assert row == {
+        "step": 2, **LAST, "tokens": 100, "label_tokens": 30, "tokens_per_second": 25.0,
+        "label_tokens_per_second": 7.5, "step_seconds": 2.0, "data_seconds": 0.375, "switch_seconds": 0.25, "mfu": 0.5,
     }  # fmt: skip
-    assert json.loads(lines[1]) == {"step": 1, "eval_loss": 2.25}
+    assert validation == {"step": 2, "eval_loss": 2.25}
     assert read_rows(tmp_path / "run" / "layers.jsonl") == [
         {"period": 0, "step": 1, "active_layers": [1, 3], "num_blocks": 4},
         {"period": 1, "step": 21, "active_layers": [0, 2], "num_blocks": 4, "scores": [0.5, 0.25]},
@@ -32,35 +36,34 @@ def test_a_row_is_on_disk_when_the_call_returns(tmp_path):
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):
-    with MetricsWriter(RunDirectory(tmp_path)) as writer:
-        writer.write_step(step=1, **{**STEP, "loss": math.nan, "grad_norm": math.inf}, parts={"forward": -math.inf})
+    with closing(RowWriter(RunDirectory(tmp_path))) as writer:
+        writer.append(writer.run.metrics, {"loss": math.nan, "grad_norm": math.inf, "parts": {"forward": -math.inf}})
     write_summary(RunDirectory(tmp_path), exit_reason="finished", resumed_from=[], final_loss=math.nan)
 
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
-    row = json.loads(text)
-    assert (row["loss"], row["grad_norm"], row["parts"]) == (None, None, {"forward": None})
+    assert json.loads(text) == {"loss": None, "grad_norm": None, "parts": {"forward": None}}
     assert read_summary(RunDirectory(tmp_path)) == {"exit_reason": "finished", "resumed_from": [], "final_loss": None}
 
 
 def test_resume_cuts_rows_past_the_checkpoint_and_a_torn_last_line(tmp_path):
-    with MetricsWriter(RunDirectory(tmp_path)) as writer:
+    run = RunDirectory(tmp_path)
+    with closing(RowWriter(run)) as writer:
         for step in range(1, 8):
-            writer.write_step(step=step, **STEP)
-        writer.write_eval(step=4, eval_loss=1.0)
-        writer.write_period(period=0, step=1, active_layers=[0], num_blocks=4)
-        writer.write_period(period=1, step=5, active_layers=[1], num_blocks=4)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
+            writer.append(run.metrics, {"step": step})
+        writer.append(run.metrics, {"step": 4, "eval_loss": 1.0})
+        writer.append(run.layers, {"step": 1, "active_layers": [0]})
+        writer.append(run.layers, {"step": 5, "active_layers": [1]})
+    with run.metrics.open("a") as file:
         file.write('{"step": 8, "lo')
 
-    with MetricsWriter(RunDirectory(tmp_path)) as writer:
+    with closing(RowWriter(run)) as writer:
         writer.cut_after(4)
-        writer.write_step(step=5, **STEP)
-        writer.write_period(period=1, step=5, active_layers=[2], num_blocks=4)
+        writer.append(run.metrics, {"step": 5})
+        writer.append(run.layers, {"step": 5, "active_layers": [2]})
 
-    rows = read_rows(tmp_path / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 4, 5]
-    assert [row["active_layers"] for row in read_rows(tmp_path / "layers.jsonl")] == [[0], [2]]
+    assert [row["step"] for row in read_rows(run.metrics)] == [1, 2, 3, 4, 4, 5]
+    assert [row["active_layers"] for row in read_rows(run.layers)] == [[0], [2]]
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -85,9 +88,8 @@ def test_summary_replaces_the_old_one_whole(tmp_path):
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "is_main", lambda: False)
-    with MetricsWriter(RunDirectory(tmp_path / "run")) as writer:
-        assert writer.write_step(step=1, **STEP)["step"] == 1
-        writer.write_period(period=0, step=1, active_layers=[], num_blocks=4)
+    with closing(RowWriter(RunDirectory(tmp_path / "run"))) as writer:
+        writer.append(writer.run.metrics, {"step": 1})
         writer.cut_after(0)
     write_summary(RunDirectory(tmp_path / "run"), exit_reason="finished", resumed_from=[])
     assert not (tmp_path / "run").exists()

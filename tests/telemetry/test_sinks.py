@@ -8,7 +8,7 @@ from lisa_dist.config import Config, LaunchConfig, LoggerConfig, RunConfig, User
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.config.running import WandbConfig
 from lisa_dist.telemetry import sinks
-from lisa_dist.telemetry.sinks import NullSink, build_sink, numbers_of, public_config
+from lisa_dist.telemetry.sinks import build_sink, numbers_of, public_config
 
 ROW = {"step": 3, "loss": 2.5, "active_layers": [1, 2], "parts": {"forward": 0.5}, "skipped": True, "note": None}
 
@@ -22,9 +22,9 @@ def test_only_numbers_are_sent():
 
 
 def test_no_logger_and_other_ranks_send_nothing(tmp_path, monkeypatch):
-    assert isinstance(build_sink(config_with("none"), RunDirectory(tmp_path)), NullSink)
+    assert build_sink(config_with("none"), RunDirectory(tmp_path)) is None
     monkeypatch.setattr(sinks, "is_main", lambda: False)
-    assert isinstance(build_sink(config_with("wandb"), RunDirectory(tmp_path)), NullSink)
+    assert build_sink(config_with("wandb"), RunDirectory(tmp_path)) is None
 
 
 def test_shell_lines_are_not_sent():

@@ -58,27 +58,22 @@ def run(config: Config) -> int:
 
 def compare(config: Config) -> dict[str, Any]:
     """Measure the configured method and those of ``bench.compare``, taking turns. Collective: every rank."""
-    variants = {config.method: config}
+    builders: dict[str, tuple[Config, Builder]] = {config.method: (config, MethodTarget)}
     for name in config.bench.compare:
-        if name != FSDP_BASELINE:
-            check_choice("bench.compare", name, [*group_choices("method"), FSDP_BASELINE])
-            variants.setdefault(name, vary(config, [f"method={name}"]))
-    builders: dict[str, tuple[Config, Builder]] = {name: (variant, MethodTarget) for name, variant in variants.items()}
-    if FSDP_BASELINE in config.bench.compare:
-        builders[FSDP_BASELINE] = (config, FsdpBaseline)
+        check_choice("bench.compare", name, [*group_choices("method"), FSDP_BASELINE])
+        is_baseline = name == FSDP_BASELINE
+        target = (config, FsdpBaseline) if is_baseline else (vary(config, [f"method={name}"]), MethodTarget)
+        builders.setdefault(name, target)
     batches = bench_batches(config)
-    bench_runs = [enter(name, variant, build, batches) for name, (variant, build) in builders.items()]
-    interleave(bench_runs, config.bench.rounds, math.ceil(config.bench.steps / config.bench.rounds))
+    runs = {name: enter(name, variant, build, batches) for name, (variant, build) in builders.items()}
+    interleave(list(runs.values()), config.bench.rounds, math.ceil(config.bench.steps / config.bench.rounds))
     if config.bench.profile:
-        write_trace(bench_runs[0], Path(str(config.run.dir)))
-    figures = {bench_run.name: summarize(bench_run) for bench_run in bench_runs}
-    reference = FSDP_BASELINE if FSDP_BASELINE in figures else config.method
-    by_name = {bench_run.name: bench_run for bench_run in bench_runs}
-    for name, values in figures.items():
-        if name != reference:
-            values["ratio"] = {"to": reference, **ratio(by_name[name], by_name[reference])}
-    result = figures[config.method] | machine(config)
-    return result | ({"compare": {name: figures[name] for name in figures}} if config.bench.compare else {})
+        write_trace(runs[config.method], Path(str(config.run.dir)))
+    results = {name: summarize(bench_run) for name, bench_run in runs.items()}
+    reference = FSDP_BASELINE if FSDP_BASELINE in runs else config.method
+    for name in runs.keys() - {reference}:
+        results[name]["ratio"] = {"to": reference, **ratio(runs[name], runs[reference])}
+    return results[config.method] | machine(config) | ({"compare": results} if config.bench.compare else {})
 
 
 def sweep(config: Config) -> dict[str, Any]:
@@ -97,7 +92,7 @@ def bench_batches(config: Config) -> GlobalBatches:
     Collective: every rank.
     """
     dims = ParallelDims.of(config.parallel)
-    check_global_batch(config, dims.data_ranks)
+    check_global_batch(config.train, dims.data_ranks)
     check_accumulation(config, dims.data_ranks)
     if config.data.path is None:
         vocabulary = read_architecture(config.model).vocab_size
@@ -143,7 +138,7 @@ def write_trace(bench_run: BenchRun, directory: Path) -> None:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the figures as tables."""
+    """Print the results as a table. Nothing in it is markup: a path may hold [brackets]."""
     rows = list(result.get("compare", {result["method"]: result}).values()) + result.get("sweep", [])
     title = f"lisa-dist bench: {result['model']}, {result['ranks']} x {result['device']}"
     table = Table(title=title, title_justify="left")
@@ -163,7 +158,7 @@ def show(result: dict[str, Any]) -> None:
             "" if row["utilisation"] is None else f"{row['utilisation']:.0%}",
             "" if relative is None else f"{relative['median']:.3f} ± {relative['spread']:.3f}",
         )
-    console = Console(width=160, highlight=False)
+    console = Console(width=160, highlight=False, markup=False)
     console.print(table)
     console.print(
         f"{result['measured_steps']} steps each in {result['rounds']} rounds; tokens/s counts every token but "

@@ -31,9 +31,9 @@ class Step:
     seconds: float
     cpu_seconds: float  # that all threads of this rank spent on a processor: what other programs do, does not count
     parts: dict[str, float]
-    tokens: int = 0  # padding left out
-    label_tokens: int = 0
-    flops: float = 0.0
+    tokens: int  # padding left out
+    label_tokens: int
+    flops: float
 
 
 @dataclass
@@ -44,13 +44,9 @@ class Round:
     first: Step
     steps: list[Step]
 
-    def median(self) -> float:
-        """Return the median seconds of the measured steps."""
-        return statistics.median(step.seconds for step in self.steps)
-
-    def median_cpu(self) -> float:
-        """Return the median processor seconds of the measured steps."""
-        return statistics.median(step.cpu_seconds for step in self.steps)
+    def median(self, name: str = "seconds") -> float:
+        """Return the median of a field of the measured steps."""
+        return statistics.median(getattr(step, name) for step in self.steps)
 
 
 @dataclass
@@ -67,9 +63,7 @@ class BenchRun:
     rounds: list[Round] = field(default_factory=list)
 
 
-def enter(
-    name: str, config: Config, build: Callable[[Config, GlobalBatches], BenchTarget], batches: GlobalBatches
-) -> BenchRun:
+def enter(name: str, config: Config, build: Builder, batches: GlobalBatches) -> BenchRun:
     """Build a target, warm it up over a switch, and note the most memory it took. Collective: every rank."""
     logger.info("%s: warming up", name)
     with PeakMemory(distributed.device()) as peak:
@@ -101,8 +95,7 @@ def interleave(bench_runs: list[BenchRun], rounds: int, steps: int) -> None:
 
 def measure_step(bench_run: BenchRun) -> Step:
     """Make one step and measure it. Collective: every rank."""
-    device = distributed.device()
-    stopwatch = Stopwatch(device)
+    stopwatch = Stopwatch(distributed.device())
     started, cpu_started = now(), time.process_time()
     with stopwatch("data"):
         micro_batches = next(bench_run.batches)
@@ -117,32 +110,31 @@ def measure_step(bench_run: BenchRun) -> Step:
 
 
 def summarize(bench_run: BenchRun) -> dict[str, Any]:
-    """Return the figures of a target. Collective: every rank."""
-    steps = [step for round_ in bench_run.rounds for step in round_.steps]
+    """Return what was measured of a target in numbers. Collective: every rank."""
+    rounds, steps = bench_run.rounds, [step for round_ in bench_run.rounds for step in round_.steps]
     seconds = spread_of([step.seconds for step in steps])
+    switch = spread_of([round_.switch_seconds + round_.first.seconds - round_.median() for round_ in rounds])
     parts = {part: statistics.median(step.parts.get(part, 0.0) for step in steps) for part in PARTS}
-    switch = spread_of([round_.switch_seconds + round_.first.seconds - round_.median() for round_ in bench_run.rounds])
-    period = bench_run.config.sampler.period
-    parts["switch"] = switch.median / period
-    slowdown = 1 + switch.median / period / seconds.median
-    rate = statistics.median(step.tokens / step.seconds for step in steps) / slowdown
-    labels = statistics.median(step.label_tokens / step.seconds for step in steps) / slowdown
-    flops_rate = statistics.median(step.flops / step.seconds for step in steps) / slowdown
-    peak = peak_rate(distributed.device())
+    parts["switch"] = switch["median"] / bench_run.config.sampler.period
+    slowdown = 1 + parts["switch"] / seconds["median"]
+
+    def rate(name: str) -> float:
+        return statistics.median(getattr(step, name) / step.seconds for step in steps) / slowdown
+
+    flops_rate, peak = rate("flops"), peak_rate(distributed.device())
     peaks = distributed.gather_objects(bench_run.peak_bytes)
-    known = peak is not None and flops_rate > 0
     return {
         "method": bench_run.name,
-        "tokens_per_second": rate,
-        "label_tokens_per_second": labels,
-        "step_seconds": {**vars(seconds), "by_part": parts},
-        "cpu_seconds": vars(spread_of([step.cpu_seconds for step in steps])),
-        "switch_seconds": vars(switch),
-        "switch_in_steps": switch.median / seconds.median,
+        "tokens_per_second": rate("tokens"),
+        "label_tokens_per_second": rate("label_tokens"),
+        "step_seconds": {**seconds, "by_part": parts},
+        "cpu_seconds": spread_of([step.cpu_seconds for step in steps]),
+        "switch_seconds": switch,
+        "switch_in_steps": switch["median"] / seconds["median"],
         "peak_bytes": max(peaks),
         "peak_bytes_by_rank": peaks,
         "flops_per_second": flops_rate or None,
-        "utilisation": flops_rate / (peak * distributed.world_size()) if known else None,  # type: ignore[operator]
+        "utilisation": flops_rate / (peak * distributed.world_size()) if peak is not None and flops_rate else None,
         "measured_steps": len(steps),
     }
 
@@ -153,5 +145,8 @@ def ratio(bench_run: BenchRun, reference: BenchRun) -> dict[str, Any]:
     ``cpu`` is the same of processor seconds, which other programs on the machine disturb far less.
     """
     pairs = list(zip(bench_run.rounds, reference.rounds))
-    cpu = spread_of([own.median_cpu() / other.median_cpu() for own, other in pairs])
-    return {**vars(spread_of([own.median() / other.median() for own, other in pairs])), "cpu": vars(cpu)}
+    seconds, cpu = (
+        spread_of([own.median(name) / other.median(name) for own, other in pairs])
+        for name in ("seconds", "cpu_seconds")
+    )
+    return {**seconds, "cpu": cpu}

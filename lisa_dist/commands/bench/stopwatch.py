@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -19,20 +18,10 @@ PEAK_MEANINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A median and the distance from the first to the third quartile, in the unit of the values."""
-
-    median: float
-    spread: float
-
-
-def spread_of(values: list[float]) -> Spread:
-    """Return the median of at least one value and the interquartile range (0 for a single value)."""
-    if len(values) < 2:
-        return Spread(values[0], 0.0)
-    quartiles = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(quartiles[1], quartiles[2] - quartiles[0])
+def spread_of(values: list[float]) -> dict[str, float]:
+    """Return the ``median`` of values and their ``spread``, the distance from the first to the third quartile."""
+    first, median, third = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+    return {"median": median, "spread": third - first}
 
 
 class Stopwatch:
@@ -75,8 +64,7 @@ class PeakMemory:
     """The most bytes of tensors that the body held at a time since :meth:`start`, beyond those from before the body.
 
     On a GPU from the caching allocator (``max_memory_allocated``). On a CPU from the profiler's record of every
-    allocation: the resident set of the process, the other figure to be had, holds far more than tensors and its
-    peak can't be reset.
+    allocation: the resident set of the process holds far more than tensors, and its peak can't be reset.
     """
 
     def __init__(self, device: torch.device) -> None:

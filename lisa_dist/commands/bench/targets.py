@@ -77,8 +77,8 @@ class MethodTarget:
 
 class FsdpBaseline:
     """FSDP2 as its tutorial has it, over the same model: the blocks and the root wrapped, the optimizer of the
-    configuration, torch's clipping,
-    the model's own loss. It trains the parameters that the method trains in its first period, and no others ever.
+    configuration, torch's clipping, the model's own loss. It trains what the method trains in its first period, and
+    nothing else ever.
 
     Collective to build: every rank.
     """
@@ -103,21 +103,15 @@ class FsdpBaseline:
         for index, block in enumerate(layers.blocks):
             if index not in active:
                 block.requires_grad_(False).to(dtype_of(precision.frozen))
-        ends = ((layers.embeddings, always.embeddings), (layers.norm, always.norm), ([layers.head], always.head))
-        for modules, trains in ends:
+        outside = ((layers.embeddings, always.embeddings), (layers.norm, always.norm), ([layers.head], always.head))
+        for modules, trains in outside:
             for module in modules:
                 module.requires_grad_(trains)
-        policy = MixedPrecisionPolicy(
-            param_dtype=dtype_of(precision.compute), reduce_dtype=dtype_of(precision.reduce), cast_forward_inputs=False
-        )
-        mesh = ParallelDims.of(config.parallel).mesh
+        compute, reduce = dtype_of(precision.compute), dtype_of(precision.reduce)
+        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
+        mesh, reshards = ParallelDims.of(config.parallel).mesh, config.parallel.reshard_after_forward
         for module in (*layers.blocks, self.model):
-            fully_shard(
-                module,
-                mesh=mesh,
-                mp_policy=policy,
-                reshard_after_forward=config.parallel.reshard_after_forward,
-            )
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards)
         self.device = distributed.device()
         self.model.to_empty(device=self.device)
         restore_buffers(self.model)
@@ -156,5 +150,5 @@ class FsdpBaseline:
         return None
 
     def _loss(self, micro_batch: MicroBatch) -> torch.Tensor:
-        inputs: dict[str, Any] = {key: tensor.to(self.device, non_blocking=True) for key, tensor in micro_batch.items()}
+        inputs: Any = {key: tensor.to(self.device, non_blocking=True) for key, tensor in micro_batch.items()}
         return self.model(**inputs, use_cache=False).loss

@@ -6,17 +6,18 @@ import csv
 import io
 import shlex
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, UserError
-from lisa_dist.telemetry.reports.page import Card, render_page, table
-from lisa_dist.telemetry.reports.plots import Series, line_chart, moving_average
-from lisa_dist.telemetry.records import MetricsRow, read_rows, read_summary
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.units import format_count
+from lisa_dist.telemetry.records import MetricsRow, read_rows, read_summary
+from lisa_dist.telemetry.reports.page import Card, render_page, table
+from lisa_dist.telemetry.reports.plots import Series, line_chart, smoothed
 
 JOBS_FILE = "jobs.txt"  # a line a job, quoted for the shell: its folder, its overrides, RESUME and run.dir=
 EXIT_CODE_FILE = "exit_code"  # in a job's run directory, once it has ended
@@ -24,19 +25,8 @@ LOG_FILE = "job.log"  # in a job's run directory: what the job printed
 CSV_FILE = "sweep.csv"
 PAGE_FILE = "index.html"
 RESUME = "checkpoint.resume=auto"
-COLUMNS = (
-    "job",
-    "overrides",
-    "run_dir",
-    "state",
-    "exit_code",
-    "reason",
-    "final_loss",
-    "eval_loss",
-    "peak_memory_gib",
-    "tokens_per_second",
-)
-SMOOTH_FROM = 60  # steps from which on a loss curve is drawn smoothed
+NUMBERS = ("final_loss", "eval_loss", "peak_memory_gib", "tokens_per_second")
+COLUMNS = ("job", "overrides", "run_dir", "state", "exit_code", "reason", *NUMBERS)
 
 
 @dataclass
@@ -50,6 +40,17 @@ class JobRecord:
     summary: MetricsRow
     metrics: list[MetricsRow]
 
+    def __post_init__(self) -> None:
+        tokens, peaks = self.known("tokens_per_second"), self.known("peak_memory_gib")
+        self.final_loss = ([None, *self.known("loss")])[-1]  # of the last step
+        self.eval_loss = ([None, *self.known("eval_loss")])[-1]  # of the last evaluation
+        self.peak_memory_gib = self.summary.get("peak_memory_gib", max(peaks, default=None))  # of rank 0
+        self.tokens_per_second = statistics.median(tokens) if tokens else None  # of the steps, padding left out
+
+    def known(self, key: str) -> list[Any]:
+        """Return the values of a key in the rows that have one."""
+        return [row[key] for row in self.metrics if row.get(key) is not None]
+
     @property
     def state(self) -> str:
         """``finished``, ``failed``, or ``stopped``: by a signal, or never begun."""
@@ -60,36 +61,13 @@ class JobRecord:
     @property
     def reason(self) -> str:
         """Why the job did not finish, in a sentence; empty where it did."""
-        if self.state == "finished":
-            return ""
         if self.exit_code is None:
             return "not ended yet"
         if self.exit_code == EXIT_STOPPED:
             return "stopped on a signal, after a checkpoint"
         told = str(self.summary.get("exit_reason", ""))
-        return told.removeprefix("failed: ") if told.startswith("failed") else last_words(self.run_dir)
-
-    @property
-    def final_loss(self) -> float | None:
-        """The training loss of the last step."""
-        return _last(self.metrics, "loss")
-
-    @property
-    def eval_loss(self) -> float | None:
-        """The validation loss of the last evaluation."""
-        return _last(self.metrics, "eval_loss")
-
-    @property
-    def peak_memory_gib(self) -> float | None:
-        """The peak memory of rank 0."""
-        known = [row["peak_memory_gib"] for row in self.metrics if row.get("peak_memory_gib") is not None]
-        return self.summary.get("peak_memory_gib", max(known, default=None))
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Tokens a second, padding left out: the median of the steps."""
-        known = [row["tokens_per_second"] for row in self.metrics if row.get("tokens_per_second") is not None]
-        return statistics.median(known) if known else None
+        last = told.removeprefix("failed: ") if told.startswith("failed") else last_words(self.run_dir)
+        return "" if self.exit_code == EXIT_DONE else last
 
 
 def write_comparison(sweep_dir: Path) -> list[JobRecord]:
@@ -114,19 +92,13 @@ def read_jobs(sweep_dir: Path) -> list[JobRecord]:
 
 def _read_job(sweep_dir: Path, number: int, line: str) -> JobRecord:
     name, *overrides, _, _ = shlex.split(line)
-    run_dir = sweep_dir / name
-    code = run_dir / EXIT_CODE_FILE
+    run = RunDirectory(sweep_dir / name)
+    code = run.path / EXIT_CODE_FILE
     try:
-        return JobRecord(
-            number,
-            overrides,
-            run_dir,
-            int(code.read_text()) if code.is_file() else None,
-            read_summary(RunDirectory(run_dir)) or {},
-            read_rows(RunDirectory(run_dir).metrics),
-        )
+        exit_code = int(code.read_text()) if code.is_file() else None
+        return JobRecord(number, overrides, run.path, exit_code, read_summary(run) or {}, read_rows(run.metrics))
     except (ValueError, OSError) as error:
-        raise UserError(f"{run_dir}: the record of this job is damaged: {error}") from None
+        raise UserError(f"{run.path}: the record of this job is damaged: {error}") from None
 
 
 def best_job(jobs: list[JobRecord]) -> JobRecord | None:
@@ -149,12 +121,11 @@ def last_words(run_dir: Path) -> str:
 
 def _csv(jobs: list[JobRecord]) -> str:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text, lineterminator="\n")  # None becomes an empty cell
     writer.writerow(COLUMNS)
     for job in jobs:
-        figures = [job.final_loss, job.eval_loss, job.peak_memory_gib, job.tokens_per_second]
-        row: list[Any] = [job.number, " ".join(job.overrides), job.run_dir, job.state, job.exit_code, job.reason]
-        writer.writerow(["" if value is None else value for value in [*row, *figures]])
+        about = [job.number, " ".join(job.overrides), job.run_dir, job.state, job.exit_code, job.reason]
+        writer.writerow([*about, *(getattr(job, name) for name in NUMBERS)])
     return text.getvalue()
 
 
@@ -162,55 +133,34 @@ def _page(sweep_dir: Path, jobs: list[JobRecord]) -> str:
     states = [job.state for job in jobs]
     best = best_job(jobs)
     shared = [text for text in jobs[0].overrides if all(text in job.overrides for job in jobs)] if jobs else []
-    labels = {job.number: _label(job, shared) for job in jobs}
-    figures = {"jobs": str(len(jobs))} | {state: str(states.count(state)) for state in sorted(set(states))}
+    settings = [" ".join(text for text in job.overrides if text not in shared) for job in jobs]
+    headlines = {"jobs": str(len(jobs))} | {state: str(states.count(state)) for state in sorted(set(states))}
     if best is not None:
-        figures["best job"] = str(best.number)
+        headlines["best job"] = str(best.number)
     rows = [
         [
             str(job.number) + (" ★ best" if job is best else ""),
-            labels[job.number].partition(": ")[2],
+            setting,
             job.state + (f": {job.reason}" if job.reason else ""),
-            _number(job.final_loss, "{:.4f}"),
-            _number(job.eval_loss, "{:.4f}"),
-            _number(job.peak_memory_gib, "{:.3g}"),
-            "" if job.tokens_per_second is None else format_count(job.tokens_per_second),
+            _written(job.final_loss, "{:.4f}".format),
+            _written(job.eval_loss, "{:.4f}".format),
+            _written(job.peak_memory_gib, "{:.3g}".format),
+            _written(job.tokens_per_second, format_count),
         ]
-        for job in jobs
+        for job, setting in zip(jobs, settings)
     ]
     columns = ["job", "overrides", "state", "final loss", "validation loss", "peak memory, GiB", "tokens/s"]
-    training = [_loss_curve(job, labels[job.number]) for job in jobs]
-    validation = [Series(labels[job.number], *_points(job, "eval_loss"), dots=True, color=job.number) for job in jobs]
-    return render_page(
-        f"Sweep {sweep_dir.resolve().name}",
-        subtitle="  ·  ".join(shared),
-        figures=figures,
-        cards=[
-            Card("Jobs", table(columns, rows, numbers_from=3), wide=True),
-            Card("Training loss", line_chart(training)),
-            Card("Validation loss", line_chart(validation)),
-        ],
-    )
+    cards = [Card("Jobs", table(columns, rows, numbers_from=3), wide=True)]
+    for heading, key in (("Training loss", "loss"), ("Validation loss", "eval_loss")):
+        lines = []
+        for job, setting in zip(jobs, settings):
+            rows_of_key = [row for row in job.metrics if key in row]
+            steps, losses = [row["step"] for row in rows_of_key], [row[key] for row in rows_of_key]
+            drawn, dots = (losses, True) if key == "eval_loss" else (smoothed(losses) or losses, False)
+            lines.append(Series(f"{job.number}: {setting}", steps, drawn, dots=dots, color=job.number))
+        cards.append(Card(heading, line_chart(lines)))
+    return render_page(f"Sweep {sweep_dir.resolve().name}", subtitle="  ·  ".join(shared), numbers=headlines, cards=cards)
 
 
-def _label(job: JobRecord, shared: list[str]) -> str:
-    return f"{job.number}: {' '.join(text for text in job.overrides if text not in shared)}"
-
-
-def _loss_curve(job: JobRecord, label: str) -> Series:
-    steps, losses = _points(job, "loss")
-    smooth = len(losses) >= SMOOTH_FROM
-    return Series(label, steps, moving_average(losses, len(losses) / 60) if smooth else losses, color=job.number)
-
-
-def _points(job: JobRecord, key: str) -> tuple[list[float], list[float | None]]:
-    rows = [row for row in job.metrics if key in row]
-    return [row["step"] for row in rows], [row[key] for row in rows]
-
-
-def _last(rows: list[MetricsRow], key: str) -> float | None:
-    return next((row[key] for row in reversed(rows) if row.get(key) is not None), None)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+def _written(value: float | None, write: Callable[[float], str]) -> str:
+    return "" if value is None else write(value)

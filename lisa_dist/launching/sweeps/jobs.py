@@ -12,9 +12,9 @@ from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import load
 from lisa_dist.config.overrides import path_override
 from lisa_dist.config.paths import local_path
-from lisa_dist.config.sweeps import Interval, Space, SweptOverrides, combinations, read_space
+from lisa_dist.config.sweeps import Interval, Space, combinations, read_space, varies
 from lisa_dist.launching.sweeps.comparison import JOBS_FILE, RESUME, JobRecord, write_comparison
-from lisa_dist.runtime.files import write_atomically
+from lisa_dist.runtime.files import make_folder, write_atomically
 
 OF_THE_SWEEP = ("sweep.", "launch.")  # keys that are not a job's
 NAME_LENGTH = 80  # of a run directory
@@ -45,25 +45,13 @@ def list_jobs(space: Space, directory: Path) -> list[JobRecord]:
     Raises:
         UserError: ``directory`` holds another sweep, or can't be written.
     """
-    text = jobs_text(combinations(space), directory)
+    text = jobs_text(space, combinations(space), directory)
     path = directory / JOBS_FILE
     if path.is_file() and path.read_text() != text:
         raise UserError(f"sweep.dir={directory}: holds a sweep over other values, choose another directory")
-    make_sweep_dir(directory)
+    make_folder(directory, f"sweep.dir={directory}")
     write_atomically(path, text)
     return write_comparison(directory)
-
-
-def make_sweep_dir(directory: Path) -> None:
-    """Create ``sweep.dir`` where it is missing.
-
-    Raises:
-        UserError: it can't be created.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"sweep.dir={directory}: can't be written, {error.strerror}") from None
 
 
 def unfinished(jobs: list[JobRecord]) -> list[JobRecord]:
@@ -71,25 +59,27 @@ def unfinished(jobs: list[JobRecord]) -> list[JobRecord]:
     return [job for job in jobs if job.state != "finished"]
 
 
-def jobs_text(jobs: list[SweptOverrides], directory: Path) -> str:
-    """Return the content of the file of jobs: a line a job, its folder and its overrides, quoted for the shell."""
-    return "".join(f"{_job_line(number, job, directory)}\n" for number, job in enumerate(jobs))
+def jobs_text(space: Space, jobs: list[list[str]], directory: Path) -> str:
+    """Return the content of the file of jobs: a line a job, its folder and its overrides, quoted for the shell.
+
+    A folder is named by what differs between the jobs, of ``space``, each of which has an override of every key.
+    """
+    lines = []
+    for number, job in enumerate(jobs):
+        pairs = [text.partition("=") for text, values in zip(job, space.values()) if varies(values)]
+        settings = ",".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs)
+        name = re.sub(r"[^\w.=+-]+", "_", f"{number}_{settings or 'job'}")[:NAME_LENGTH]
+        own = [text for text in job if not text.startswith(OF_THE_SWEEP)]
+        lines.append(shlex.join([name, *own, RESUME, path_override("run.dir", str(directory / name))]) + "\n")
+    return "".join(lines)
 
 
-def _job_line(number: int, job: SweptOverrides, directory: Path) -> str:
-    pairs = [text.partition("=") for text in job.varied]
-    settings = ",".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs)
-    name = re.sub(r"[^\w.=+-]+", "_", f"{number}_{settings or 'job'}")[:NAME_LENGTH]
-    own = [text for text in job.overrides if not text.startswith(OF_THE_SWEEP)]
-    return shlex.join([name, *own, RESUME, path_override("run.dir", str(directory / name))])
-
-
-def _first_valid(jobs: list[SweptOverrides], config_dir: str | None) -> Config:
+def _first_valid(jobs: list[list[str]], config_dir: str | None) -> Config:
     """Return the configuration of the first job that has one; a mistake in some jobs is theirs, not the sweep's."""
     first_mistake: UserError | None = None
     for job in jobs:
         try:
-            return load(job.overrides, config_dir)
+            return load(job, config_dir)
         except UserError as mistake:
             first_mistake = first_mistake or mistake
     assert first_mistake is not None

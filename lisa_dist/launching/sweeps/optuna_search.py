@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lisa_dist.config import UserError
-from lisa_dist.config.sweeps import Interval, Space, SweptOverrides
-from lisa_dist.launching.sweeps.jobs import OF_THE_SWEEP, jobs_text, make_sweep_dir, unfinished
+from lisa_dist.config.sweeps import Interval, Space, varies
+from lisa_dist.launching.sweeps.jobs import OF_THE_SWEEP, jobs_text, unfinished
 from lisa_dist.launching.sweeps.comparison import JOBS_FILE, JobRecord, write_comparison
-from lisa_dist.runtime.files import write_atomically
+from lisa_dist.runtime.files import make_folder, write_atomically
 
 STUDY_FILE = "optuna.log"  # Optuna's journal: what it has chosen, and the losses
 STUDY_NAME = "sweep"
@@ -30,10 +30,6 @@ class OptunaSearch:
     def __init__(self, space: Space, sweep_dir: Path) -> None:
         """Open the study, or begin one.
 
-        Args:
-            space: the values of every key.
-            sweep_dir: where the sweep is.
-
         Raises:
             UserError: optuna is missing, there is nothing to choose, or ``sweep_dir`` holds another sweep.
         """
@@ -45,15 +41,13 @@ class OptunaSearch:
                 'sweep.trials: needs the package optuna; run pip install "lisa-dist[optuna]", or list the values'
             ) from None
         self.space, self.sweep_dir = space, sweep_dir
-        self.distributions = {
-            key: _distribution(values) for key, values in space.items() if isinstance(values, Interval) or values[1:]
-        }
+        self.distributions = {key: _distribution(values) for key, values in space.items() if varies(values)}
         if not self.distributions:
             raise UserError("sweep.trials: there is nothing to choose; write KEY=interval(LOW,HIGH) or KEY=A,B")
         is_new = not (sweep_dir / STUDY_FILE).exists()
         if is_new and (sweep_dir / JOBS_FILE).exists():
             raise UserError(f"sweep.dir={sweep_dir}: holds a sweep that Optuna did not begin, choose another directory")
-        make_sweep_dir(sweep_dir)
+        make_folder(sweep_dir, f"sweep.dir={sweep_dir}")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(sweep_dir / STUDY_FILE)))
         self.study = optuna.create_study(storage=storage, study_name=STUDY_NAME, load_if_exists=True)
@@ -76,7 +70,7 @@ class OptunaSearch:
     def record(self) -> list[JobRecord]:
         """List the jobs, compare them, tell the study the losses of those that have finished, and return them."""
         trials = self.study.get_trials(deepcopy=False)
-        text = jobs_text([self._overrides(trial.params) for trial in trials], self.sweep_dir)
+        text = jobs_text(self.space, [self._overrides(trial.params) for trial in trials], self.sweep_dir)
         write_atomically(self.sweep_dir / JOBS_FILE, text)
         jobs = write_comparison(self.sweep_dir)
         for job, trial in zip(jobs, trials, strict=True):
@@ -85,14 +79,11 @@ class OptunaSearch:
                 self.study.tell(job.number, loss)
         return jobs
 
-    def _overrides(self, chosen: dict[str, Any]) -> SweptOverrides:
-        texts = {}
-        for key, values in self.space.items():
-            if isinstance(values, Interval):
-                texts[key] = values.override(chosen[key])
-            else:
-                texts[key] = chosen.get(key, values[0])
-        return SweptOverrides(list(texts.values()), [texts[key] for key in chosen])
+    def _overrides(self, chosen: dict[str, Any]) -> list[str]:
+        return [
+            values.override(chosen[key]) if isinstance(values, Interval) else chosen.get(key, values[0])
+            for key, values in self.space.items()
+        ]
 
 
 def _distribution(values: list[str] | Interval) -> Any:

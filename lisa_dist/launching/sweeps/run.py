@@ -6,6 +6,7 @@ and goes on with the others from their newest checkpoints.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from lisa_dist.launching.sweeps.optuna_search import OptunaSearch
 from lisa_dist.launching.sweeps.jobs import list_jobs, read_sweep, unfinished
 from lisa_dist.runtime.signals import STOP_SIGNALS, die_with
 from lisa_dist.launching.sweeps.comparison import EXIT_CODE_FILE, LOG_FILE, RESUME, JobRecord, last_words, write_comparison
-from lisa_dist.telemetry.records import read_summary, write_summary
+from lisa_dist.telemetry.records import record_failure, summary_is_new
 from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.units import format_duration
 
@@ -102,23 +103,16 @@ def _start(record: JobRecord, place: int, gpus: str | None, config_dir: str | No
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / EXIT_CODE_FILE).unlink(missing_ok=True)
     more = ["--config-dir", config_dir] if config_dir else []
-    place_of_run = path_override("run.dir", str(run_dir))
-    command = [sys.executable, "-m", "lisa_dist", "train", *more, *record.overrides, RESUME, place_of_run]
-    environment = dict(os.environ) if gpus is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpus}
-    sweep_process = os.getpid()
-
-    def die_with_sweep() -> None:
-        die_with(sweep_process, signal.SIGTERM)
-
+    arguments = [*more, *record.overrides, RESUME, path_override("run.dir", str(run_dir))]
     with (run_dir / LOG_FILE).open("ab") as log:
         process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "lisa_dist", "train", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env={**os.environ, **({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus})},
             start_new_session=True,  # Ctrl-C reaches the sweep alone, which decides what it means
-            preexec_fn=die_with_sweep,
+            preexec_fn=functools.partial(die_with, os.getpid(), signal.SIGTERM),
         )
     return RunningJob(record, process, place, time.time())
 
@@ -131,15 +125,13 @@ def _finish(job: RunningJob, total: int, *, stopping: bool) -> None:
     code = 128 - code if code < 0 else code  # as a shell reports a signal
     if code not in (EXIT_DONE, EXIT_STOPPED):
         run = RunDirectory(run_dir)
-        if not (run.summary.exists() and run.summary.stat().st_mtime >= job.started):
-            known = read_summary(run) or {"resumed_from": []}
-            write_summary(run, **{**known, "exit_reason": f"failed: {last_words(run_dir)}"})
+        if not summary_is_new(run, job.started):
+            record_failure(run, last_words(run_dir))
     write_atomically(run_dir / EXIT_CODE_FILE, f"{code}\n")
     jobs = write_comparison(run_dir.parent)
     record = jobs[job.record.number]
-    figures = [("loss", record.final_loss), ("validation", record.eval_loss)]
-    found = ", ".join(f"{name} {value:.4f}" for name, value in figures if value is not None)
-    told = record.reason or found
+    losses = [("loss", record.final_loss), ("validation", record.eval_loss)]
+    told = record.reason or ", ".join(f"{name} {value:.4f}" for name, value in losses if value is not None)
     seconds = format_duration(time.time() - job.started)
     print(f"lisa-dist: job {record.number} of {total} {record.state} in {seconds}, {run_dir.name}: {told}", flush=True)
 

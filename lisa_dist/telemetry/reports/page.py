@@ -1,4 +1,4 @@
-"""One self-contained HTML page: headline figures, charts, text; light and dark, narrow and wide."""
+"""One self-contained HTML page: headline numbers, charts, text; light and dark, narrow and wide."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ h2 { font-size: .95rem; margin: 0 0 .5rem; font-weight: 600; }
 .note { font-size: .85rem; }
 .banner { margin: 1rem 0 0; padding: .6rem .9rem; border-radius: .6rem; border-left: .25rem solid var(--bad);
   background: var(--card); overflow-wrap: anywhere; }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .75rem; margin: 1.25rem 0; }
-.figures div, .card { background: var(--card); border: 1px solid var(--rule); border-radius: .75rem; }
-.figures div { padding: .7rem .9rem; }
-.figures b { display: block; font-size: 1.15rem; font-weight: 650; white-space: nowrap; }
-.figures span { color: var(--soft); font-size: .8rem; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .75rem; margin: 1.25rem 0; }
+.numbers div, .card { background: var(--card); border: 1px solid var(--rule); border-radius: .75rem; }
+.numbers div { padding: .7rem .9rem; }
+.numbers b { display: block; font-size: 1.15rem; font-weight: 650; white-space: nowrap; }
+.numbers span { color: var(--soft); font-size: .8rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
 .card { padding: .9rem 1rem; min-width: 0; }
 .card.wide { grid-column: 1 / -1; }
@@ -52,7 +52,7 @@ pre { margin: .6rem 0 0; overflow-x: auto; font-size: .82rem; line-height: 1.45;
 summary { cursor: pointer; font-weight: 600; font-size: .95rem; }
 .bad { color: var(--bad); } .good { color: var(--good); }
 @media (max-width: 34rem) { body { padding: .75rem; } .card { padding: .75rem; } svg text { font-size: 15px; }
-  .figures { grid-template-columns: 1fr 1fr; } }
+  .numbers { grid-template-columns: 1fr 1fr; } }
 """
 
 
@@ -66,9 +66,9 @@ class Card:
     wide: bool = False  # takes a row of its own
 
 
-def render_page(title: str, *, subtitle: str = "", banner: str = "", figures: dict[str, str], cards: list[Card]) -> str:
-    """Return the page. ``figures`` are the headline numbers: name to text; everything but card bodies is plain text."""
-    boxes = "".join(f"<div><b>{escape(text)}</b><span>{escape(name)}</span></div>" for name, text in figures.items())
+def render_page(title: str, *, subtitle: str = "", banner: str = "", numbers: dict[str, str], cards: list[Card]) -> str:
+    """Return the page. ``numbers`` are those at its top: name to text; everything but card bodies is plain text."""
+    boxes = "".join(f"<div><b>{escape(text)}</b><span>{escape(name)}</span></div>" for name, text in numbers.items())
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -76,7 +76,7 @@ def render_page(title: str, *, subtitle: str = "", banner: str = "", figures: di
         f"<h1>{escape(title)}</h1>"
         + (f'<p class="subtitle">{escape(subtitle)}</p>' if subtitle else "")
         + (f'<p class="banner">{escape(banner)}</p>' if banner else "")
-        + f'<section class="figures">{boxes}</section>\n<section class="cards">'
+        + f'<section class="numbers">{boxes}</section>\n<section class="cards">'
         + "\n".join(_card(card) for card in cards)
         + "</section></main></body></html>\n"
     )

@@ -12,9 +12,10 @@ from html import escape
 
 WIDTH, HEIGHT = 480, 260  # of the drawing; a page scales it to its column
 LEFT, RIGHT, TOP, BOTTOM = 62, 22, 12, 38
-MAX_POINTS = 500  # a line has; more are thinned to each stretch's lowest and highest
+MAX_POINTS = 500  # a line has; more are thinned to each piece's lowest and highest
 MAX_CELLS = 6000  # a heatmap has
 NUM_COLORS = 8  # of the style sheet
+SMOOTH_FROM = 60  # steps from which on a loss is drawn smoothed
 
 
 @dataclass
@@ -28,6 +29,10 @@ class Series:
     dots: bool = False  # each point marked
     color: int | None = None  # of the style sheet, counted from 0; None: the series' place in the chart
 
+    def points(self) -> list[tuple[float, float]]:
+        """Return the points that can be drawn."""
+        return [(x, y) for x, y in zip(self.x, self.y) if y is not None and math.isfinite(y)]
+
 
 @dataclass
 class Period:
@@ -40,28 +45,26 @@ class Period:
 def line_chart(
     series: list[Series],
     *,
-    x_label: str = "step",
     format_y: Callable[[float], str] | None = None,
     from_zero: bool = False,
     marks: Sequence[float] = (),
 ) -> str:
-    """Return a chart of one or several lines; with more than one, a legend.
+    """Return a chart of one or several lines over the steps; with more than one, a legend.
 
     Args:
         format_y: how the numbers at the y axis are written.
         from_zero: the y axis begins at 0.
         marks: x positions of dashed vertical lines, where a run was resumed.
     """
-    drawn = [one for one in series if any(_is_number(y) for y in one.y)]
+    drawn = [one for one in series if one.points()]
     if not drawn:
         return '<p class="empty">nothing recorded</p>'
-    xs = [x for one in drawn for x, y in zip(one.x, one.y) if _is_number(y)]
-    ys = [y for one in drawn for y in one.y if y is not None and math.isfinite(y)]
+    xs, ys = zip(*(point for one in drawn for point in one.points()))
     x_ticks = ticks(min(xs), max(xs), 5)
     y_ticks = ticks(0 if from_zero else min(ys), max(ys), 5)
     scale_x = _scale(*_span(min(xs), max(xs)), LEFT, WIDTH - RIGHT)
     scale_y = _scale(min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)), HEIGHT - BOTTOM, TOP)
-    parts = [_axes(x_ticks, y_ticks, scale_x, scale_y, x_label, format_y or tick_label(y_ticks))]
+    parts = [_axes(x_ticks, y_ticks, scale_x, scale_y, format_y or tick_label(y_ticks))]
     parts += [
         f'<line class="mark" x1="{scale_x(x):.1f}" x2="{scale_x(x):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
         for x in marks
@@ -157,6 +160,11 @@ def moving_average(values: Sequence[float | None], half_life: float) -> list[flo
     return smoothed
 
 
+def smoothed(values: Sequence[float | None]) -> list[float | None]:
+    """Return a loss of many steps as a moving average; of few steps an empty list: they are drawn as they are."""
+    return moving_average(values, len(values) / 60) if len(values) >= SMOOTH_FROM else []
+
+
 def ticks(low: float, high: float, count: int) -> list[float]:
     """Return about ``count`` round numbers from at most ``low`` to at least ``high``."""
     low, high = _span(low, high)
@@ -179,29 +187,29 @@ def tick_label(positions: list[float]) -> Callable[[float], str]:
 
 
 def thin(x: Sequence[float], y: Sequence[float | None]) -> tuple[list[float], list[float | None]]:
-    """Return at most about ``MAX_POINTS`` points: of each stretch the lowest and the highest, in their order."""
+    """Return at most about ``MAX_POINTS`` points: of each piece the lowest and the highest, in their order."""
     if len(x) <= MAX_POINTS:
         return list(x), list(y)
     size = math.ceil(2 * len(x) / MAX_POINTS)
     kept: list[int] = []
     for first in range(0, len(x), size):
-        stretch = range(first, min(first + size, len(x)))
-        numbers = [(value, index) for index in stretch if (value := y[index]) is not None and math.isfinite(value)]
+        piece = range(first, min(first + size, len(x)))
+        numbers = [(value, index) for index in piece if (value := y[index]) is not None and math.isfinite(value)]
         kept += sorted({min(numbers)[1], max(numbers)[1]}) if numbers else [first]
     return [x[index] for index in kept], [y[index] for index in kept]
 
 
 def _line(series: Series, color: int, scale_x: Callable[[float], float], scale_y: Callable[[float], float]) -> str:
     xs, ys = thin(series.x, series.y)
-    stretches: list[list[str]] = [[]]
+    pieces: list[list[str]] = [[]]
     for x, y in zip(xs, ys):
         if y is None or not math.isfinite(y):
-            stretches.append([])
+            pieces.append([])
         else:
-            stretches[-1].append(f"{scale_x(x):.1f},{scale_y(y):.1f}")
+            pieces[-1].append(f"{scale_x(x):.1f},{scale_y(y):.1f}")
     style = f"line color{color}{' faint' if series.faint else ''}"
-    parts = [f'<polyline class="{style}" points="{" ".join(points)}"/>' for points in stretches if len(points) > 1]
-    for points in stretches:
+    parts = [f'<polyline class="{style}" points="{" ".join(points)}"/>' for points in pieces if len(points) > 1]
+    for points in pieces:
         for point in points if series.dots or len(points) == 1 else []:
             x_text, y_text = point.split(",")
             parts.append(f'<circle class="dot color{color}" cx="{x_text}" cy="{y_text}" r="3"/>')
@@ -213,7 +221,6 @@ def _axes(
     y_ticks: list[float],
     scale_x: Callable[[float], float],
     scale_y: Callable[[float], float],
-    x_label: str,
     format_y: Callable[[float], str],
 ) -> str:
     parts = []
@@ -226,7 +233,7 @@ def _axes(
         if LEFT - 1 <= scale_x(x) <= WIDTH - RIGHT + 1 and x == int(x):
             parts.append(f'<text x="{scale_x(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{x:g}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">step</text>')
     return "".join(parts)
 
 
@@ -252,7 +259,3 @@ def _span(low: float, high: float) -> tuple[float, float]:
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     return lambda value: start + (value - low) / (high - low) * (end - start)
-
-
-def _is_number(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
