@@ -1,7 +1,8 @@
 """The store of one rank, and of replicas of one rank each: every weight lies whole where it is used.
 
 What the model computes with is a plain tensor in the compute dtype. The exact value of what trains, where its dtype is
-another one, lies beside it as the master. Nothing is gathered; between replicas the gradients of what trains travel.
+another one, lies beside it as the master. Embeddings need no copy: the rows that are looked up are cast instead.
+Nothing is gathered; between replicas the gradients of what trains travel.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, KeysView
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +58,12 @@ class ResidentStore(ParameterStore):
             for key, parameter in owner._parameters.items():
                 if parameter is not None:
                     self._owners[names[id(parameter)]].append((owner, key))
+        self._looked_up = {
+            name for name, owners in self._owners.items() if all(isinstance(owner, nn.Embedding) for owner, _ in owners)
+        }
+        for name in self._looked_up:
+            for owner, _ in self._owners[name]:
+                owner.register_forward_hook(self._cast_rows)
         group = mesh.get_group("replicate") if mesh.ndim > 1 else None
         self._sums = None if group is None else GradientSums(group, dtype_of(precision.reduce))
         self._grad_hooks: dict[str, GradHook] = {}
@@ -154,10 +162,15 @@ class ResidentStore(ParameterStore):
 
     def _put_exact(self, name: str, exact: Tensor, trained: bool) -> None:
         """Make ``exact`` the value of a parameter, by a copy where the model computes in another dtype."""
-        used = exact.to(dtype_of(self.precision.compute)) if exact.is_floating_point() else exact
+        used = exact
+        if exact.is_floating_point() and name not in self._looked_up:
+            used = exact.to(dtype_of(self.precision.compute))
         self._put(name, used, trained)
         if used is not exact:
             self._masters[name] = nn.Parameter(exact, requires_grad=trained)
+
+    def _cast_rows(self, module: nn.Module, args: Any, rows: Tensor) -> Tensor:
+        return rows.to(dtype_of(self.precision.compute))
 
     def _put(self, name: str, tensor: Tensor, trained: bool) -> None:
         parameter = self._parameters[name] = nn.Parameter(tensor, requires_grad=trained)

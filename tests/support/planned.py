@@ -21,7 +21,7 @@ from lisa_dist.method.module import (
 from lisa_dist.runtime import distributed
 from lisa_dist.training.loop import accumulate_gradients, train_step
 
-BLOCKS, TOKENS, VOCABULARY = 4, 96, 515
+BLOCKS, TOKENS, VOCABULARY, HIDDEN = 4, 96, 515, 90
 
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -64,7 +64,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
 
 def make_config(model: str, setting: str) -> Config:
     config = Config()
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 90, "num_hidden_layers": BLOCKS}
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": BLOCKS}
     config.model.architecture = {**sizes, "num_attention_heads": 5, **MODELS[model]}
     config.model.init = "random"
     config.model.loss_chunk = 64
