@@ -56,7 +56,8 @@ def drive(kind: str, method: str, precision: dict[str, str], tied: bool, directo
     """Train in a store, save there, and where another's checkpoint is, go on from it. Runs on one rank."""
     config = make_config(precision=precision, sampler={"period": PERIOD})
     config.model.architecture["tie_word_embeddings"] = tied
-    config.update, config.sampler = (chosen := load([f"method={method}"])).update, chosen.sampler
+    chosen = load([f"method={method}"])
+    config.update, config.sampler, config.always_active = chosen.update, chosen.sampler, chosen.always_active
     config.sampler.period = PERIOD
     with mock.patch("lisa_dist.method.module.build_store", STORES[kind]):
         train_module = build_train_module(config)
