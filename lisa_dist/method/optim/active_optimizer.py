@@ -1,4 +1,4 @@
-"""The optimizer over the parameters that train now: state exists for these only, as DTensors on the same mesh."""
+"""The optimizer over the parameters that train now: state exists for these only, sharded as their masters are."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ class OptimizedParam:
 class Update:
     """What is updated in an active block. The methods here are those of a full-rank update; others override them.
 
-    An update knows neither the sampler nor how the model is sharded: it sees parameters by name, as DTensors.
+    An update knows neither the sampler nor how the model is sharded: it sees masters by name, as DTensors where they
+    are sharded.
     """
 
     def prepare_model(self, model: nn.Module, layers: LayerMap) -> None:
