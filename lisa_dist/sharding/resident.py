@@ -7,6 +7,7 @@ Nothing is gathered; between replicas the gradients of what trains travel.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, KeysView
 from contextlib import contextmanager
 from functools import partial
@@ -69,6 +70,10 @@ class ResidentStore(ParameterStore):
         self._grad_hooks: dict[str, GradHook] = {}
         self._gradients_stay = False  # at the parameters, while a probe looks at them
         self._deferred = False
+        # Of a backward pass whose gradients are summed over the replicas, which need not bring them in one order, nor
+        # all of them: an expert that was sent no token has none.
+        self._awaited: deque[str] = deque()  # whose sums are still to be begun, in the order that replicas share
+        self._arrived: set[str] = set()
 
     @property
     def names(self) -> KeysView[str]:
@@ -182,20 +187,39 @@ class ResidentStore(ParameterStore):
 
     def _take_gradient(self, name: str, parameter: Tensor) -> None:
         """Add a gradient, as soon as a backward pass has it, to its master's, in the master's dtype."""
-        gradient = parameter.grad
+        gradient, master = parameter.grad, self.master(name)
         assert gradient is not None
-        if self._gradients_stay:
-            if self._sums is not None:
-                self._sums.add_up(gradient)
-            return
-        master = self.master(name)
-        if master is not parameter:
+        if master is not parameter and not self._gradients_stay:
             master.grad = gradient.to(master.dtype) if master.grad is None else master.grad.add_(gradient)
             parameter.grad = None
-        hook = self._grad_hooks.get(name)
-        if self._sums is None:
-            if hook is not None:
-                hook(master)
-        elif not self._deferred:
-            assert master.grad is not None
-            self._sums.begin(master.grad, None if hook is None else partial(hook, master))
+        if self._sums is not None:
+            if self._gradients_stay or not self._deferred:
+                self._sum_in_order(name, self._sums)
+        elif name in self._grad_hooks and not self._gradients_stay:
+            self._grad_hooks[name](master)
+
+    def _sum_in_order(self, arrived: str, sums: GradientSums) -> None:
+        """Begin the sums that are next, up to a gradient that has not come; the backward pass ends with all others."""
+
+        def begin_next() -> None:
+            name = self._awaited.popleft()
+            master = self.parameter(name) if self._gradients_stay else self.master(name)
+            hook = None if self._gradients_stay else self._grad_hooks.get(name)
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            sums.begin(master.grad, None if hook is None else partial(hook, master))
+
+        def end() -> None:
+            while self._awaited:
+                begin_next()
+            sums.end()
+            self._arrived.clear()
+
+        if not self._arrived:
+            self._awaited.extend(name for name in reversed(list(self.names)) if self.parameter(name).requires_grad)
+            # As FSDP2 and DDP have something done at the end of a backward pass; it has no public name.
+            engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+            engine.queue_callback(end)
+        self._arrived.add(arrived)
+        while self._awaited and self._awaited[0] in self._arrived:
+            begin_next()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,9 +21,11 @@ from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config.loading import load, to_yaml
 from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
+from lisa_dist.models.layer_map import LayerMap
 from lisa_dist.planning.simulation import simulate
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import local_shard
+from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.sharding.resident import ResidentStore
 from lisa_dist.sharding.sharded import ShardedStore
 from lisa_dist.training.loop import accumulate_gradients, train_step
@@ -169,8 +173,44 @@ def test_between_replicas_only_gradients_of_what_trains_travel_once_a_step(micro
     for seen in run_on_ranks(2, traffic_of_a_step, micro_batches):
         assert seen.counts == {"allreduce_": len(seen.masters)}
         assert sorted(seen.sizes) == sorted(4 * master.numel() for master in seen.masters)
-        if micro_batches == 1:  # each is sent while the backward pass goes on
-            assert seen.gradients == list(range(1, len(seen.masters) + 1))
+        if micro_batches == 1:  # they are sent while the backward pass goes on, a block's before the next block's
+            assert seen.gradients[0] == 1 and seen.gradients[len(seen.masters) // 2] < len(seen.masters)
+
+
+class Experts(nn.Module):
+    """Two layers, each of which only some inputs are sent to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 1, bias=False), nn.Linear(3, 1, bias=False)
+
+    def forward(self, expert: str) -> torch.Tensor:
+        return getattr(self, expert)(torch.ones(3)).sum()
+
+
+def gradients_of_experts(sent_to: list[list[str]], probes: bool) -> list[float]:
+    """The sums of the experts' gradients after the micro-batches that this rank sends to them. Runs on every rank."""
+    module = Experts()
+    config = make_config(parallel=REPLICAS)
+    mesh = ParallelDims.of(config.parallel).mesh
+    store = ResidentStore(module, cast(LayerMap, None), mesh, config.parallel, config.precision)
+    store.set_trainable(store.names, trained=True)
+    experts = sent_to[distributed.rank()]
+    with store.also_trained(store.names) if probes else nullcontext():
+        for index, expert in enumerate(experts):
+            store.defer_reduction(index < len(experts) - 1)
+            module(expert).backward()
+        return [float(store.parameter(name).grad.sum()) for name in store.names]
+
+
+@pytest.mark.parametrize("probes", [False, True])
+def test_experts_that_a_replica_sends_nothing_to_get_the_gradients_of_the_others(probes: bool) -> None:
+    assert run_on_ranks(2, gradients_of_experts, [["first"], ["second"]], probes) == [[3, 3]] * 2
+
+
+def test_gradients_of_earlier_micro_batches_are_summed_where_the_last_brings_none() -> None:
+    sent_to = [["first", "second"], ["first", "first"]]
+    assert run_on_ranks(2, gradients_of_experts, sent_to, False) == [[9, 3]] * 2
 
 
 @pytest.mark.parametrize(
