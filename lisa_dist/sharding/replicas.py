@@ -39,6 +39,11 @@ class GradientSums:
             self.end()
         self._under_way.append(end)
 
+    def add_up(self, gradient: Tensor) -> None:
+        """Sum a gradient in place, and wait for it. Collective: every rank of the group."""
+        self.begin(gradient)
+        self.end()
+
     def end(self) -> None:
         """Wait for all that was begun."""
         while self._under_way:

@@ -189,22 +189,25 @@ class ResidentStore(ParameterStore):
         """Add a gradient, as soon as a backward pass has it, to its master's, in the master's dtype."""
         gradient, master = parameter.grad, self.master(name)
         assert gradient is not None
-        if master is not parameter and not self._gradients_stay:
+        if self._gradients_stay:
+            if self._sums is not None:  # at once: a probe may look at it and drop it before the next one comes
+                self._sums.add_up(gradient)
+            return
+        if master is not parameter:
             master.grad = gradient.to(master.dtype) if master.grad is None else master.grad.add_(gradient)
             parameter.grad = None
-        if self._sums is not None:
-            if self._gradients_stay or not self._deferred:
-                self._sum_in_order(name, self._sums)
-        elif name in self._grad_hooks and not self._gradients_stay:
-            self._grad_hooks[name](master)
+        if self._sums is None:
+            if name in self._grad_hooks:
+                self._grad_hooks[name](master)
+        elif not self._deferred:
+            self._sum_in_order(name, self._sums)
 
     def _sum_in_order(self, arrived: str, sums: GradientSums) -> None:
         """Begin the sums that are next, up to a gradient that has not come; the backward pass ends with all others."""
 
         def begin_next() -> None:
             name = self._awaited.popleft()
-            master = self.parameter(name) if self._gradients_stay else self.master(name)
-            hook = None if self._gradients_stay else self._grad_hooks.get(name)
+            master, hook = self.master(name), self._grad_hooks.get(name)
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
             sums.begin(master.grad, None if hook is None else partial(hook, master))

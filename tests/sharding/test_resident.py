@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -188,7 +187,7 @@ class Experts(nn.Module):
         return getattr(self, expert)(torch.ones(3)).sum()
 
 
-def gradients_of_experts(sent_to: list[list[str]], probes: bool) -> list[float]:
+def gradients_of_experts(sent_to: list[list[str]]) -> list[float]:
     """The sums of the experts' gradients after the micro-batches that this rank sends to them. Runs on every rank."""
     module = Experts()
     config = make_config(parallel=REPLICAS)
@@ -196,21 +195,19 @@ def gradients_of_experts(sent_to: list[list[str]], probes: bool) -> list[float]:
     store = ResidentStore(module, cast(LayerMap, None), mesh, config.parallel, config.precision)
     store.set_trainable(store.names, trained=True)
     experts = sent_to[distributed.rank()]
-    with store.also_trained(store.names) if probes else nullcontext():
-        for index, expert in enumerate(experts):
-            store.defer_reduction(index < len(experts) - 1)
-            module(expert).backward()
-        return [float(store.parameter(name).grad.sum()) for name in store.names]
+    for index, expert in enumerate(experts):
+        store.defer_reduction(index < len(experts) - 1)
+        module(expert).backward()
+    return [float(store.master(name).grad.sum()) for name in store.names]
 
 
-@pytest.mark.parametrize("probes", [False, True])
-def test_experts_that_a_replica_sends_nothing_to_get_the_gradients_of_the_others(probes: bool) -> None:
-    assert run_on_ranks(2, gradients_of_experts, [["first"], ["second"]], probes) == [[3, 3]] * 2
+def test_experts_that_a_replica_sends_nothing_to_get_the_gradients_of_the_others() -> None:
+    assert run_on_ranks(2, gradients_of_experts, [["first"], ["second"]]) == [[3, 3]] * 2
 
 
 def test_gradients_of_earlier_micro_batches_are_summed_where_the_last_brings_none() -> None:
     sent_to = [["first", "second"], ["first", "first"]]
-    assert run_on_ranks(2, gradients_of_experts, sent_to, False) == [[9, 3]] * 2
+    assert run_on_ranks(2, gradients_of_experts, sent_to) == [[9, 3]] * 2
 
 
 @pytest.mark.parametrize(
