@@ -28,9 +28,7 @@ def build_store(
     keeps_precision: Callable[[str], bool] = lambda name: False,
 ) -> ParameterStore:
     """Put a model on ``meta`` into the store that the configuration asks for. Nothing is allocated."""
-    kind: type[WorldMastersStore | ShardedStore | ResidentStore] = ShardedStore
     if stay_whole(parallel, precision, mesh["shard"].size()):
-        kind = ResidentStore
-    elif parallel.optimizer_shard == "world" and parallel.replicate > 1:
-        kind = WorldMastersStore
+        return ResidentStore(module, layers, mesh, precision, keeps_precision)
+    kind = WorldMastersStore if parallel.optimizer_shard == "world" and parallel.replicate > 1 else ShardedStore
     return kind(module, layers, mesh, parallel, precision, keeps_precision)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lisa_dist.config import ParallelConfig, PrecisionConfig
+from lisa_dist.config import PrecisionConfig
 from lisa_dist.models.layer_map import LayerMap
 from lisa_dist.sharding.replicas import GradientSums
 from lisa_dist.sharding.rounding import convert, dtype_of, rounding_seed
@@ -35,7 +35,6 @@ class ResidentStore(ParameterStore):
         module: nn.Module,
         layers: LayerMap,
         mesh: DeviceMesh,
-        parallel: ParallelConfig,
         precision: PrecisionConfig,
         keeps_precision: Callable[[str], bool] = lambda name: False,
     ) -> None:
@@ -45,7 +44,6 @@ class ResidentStore(ParameterStore):
             module: the model.
             layers: its layers.
             mesh: ``shard`` of one rank, or ``replicate`` x ``shard``.
-            parallel: of which nothing is asked here.
             precision: storage and arithmetic; frozen parameters are stored in the dtype of the arithmetic.
             keeps_precision: whether a frozen parameter is stored as what trains.
         """

@@ -26,7 +26,6 @@ from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import local_shard
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.sharding.resident import ResidentStore
-from lisa_dist.sharding.sharded import ShardedStore
 from lisa_dist.training.loop import accumulate_gradients, train_step
 from tests.support import planned
 from tests.support.ranks import run_on_ranks
@@ -36,7 +35,6 @@ CPU = torch.device("cpu")
 PERIOD, STEPS, SAVED = 2, 6, 3
 BF16 = {"frozen": "bfloat16", "compute": "bfloat16"}
 REPLICAS = {"replicate": 2}
-STORES = {"sharded": ShardedStore, "resident": ResidentStore}
 
 
 def weights(train_module: TrainModule) -> dict[str, torch.Tensor]:
@@ -62,7 +60,7 @@ def drive(kind: str, method: str, precision: dict[str, str], tied: bool, directo
     chosen = load([f"method={method}"])
     config.update, config.sampler, config.always_active = chosen.update, chosen.sampler, chosen.always_active
     config.sampler.period = PERIOD
-    with mock.patch("lisa_dist.method.module.build_store", STORES[kind]):
+    with mock.patch("lisa_dist.sharding.stay_whole", lambda *_: kind == "resident"):
         train_module = build_train_module(config)
         load_initial_weights(train_module, CPU)
         losses = run_steps(train_module, 0, STEPS, directory)
@@ -115,7 +113,7 @@ def test_replicas_in_bf16_stay_equal_and_follow_two_shards() -> None:
 
 def error_of_a_frequent_token(kind: str) -> float:
     """By how much the gradient of a token that fills the batch misses the sum over its places. Runs on one rank."""
-    with mock.patch("lisa_dist.method.module.build_store", STORES[kind]):
+    with mock.patch("lisa_dist.sharding.stay_whole", lambda *_: kind == "resident"):
         train_module = build_train_module(make_config(precision=BF16))
         load_initial_weights(train_module, CPU)
         incoming: list[torch.Tensor] = []
@@ -192,7 +190,7 @@ def gradients_of_experts(sent_to: list[list[str]]) -> list[float]:
     module = Experts()
     config = make_config(parallel=REPLICAS)
     mesh = ParallelDims.of(config.parallel).mesh
-    store = ResidentStore(module, cast(LayerMap, None), mesh, config.parallel, config.precision)
+    store = ResidentStore(module, cast(LayerMap, None), mesh, config.precision)
     store.set_trainable(store.names, trained=True)
     experts = sent_to[distributed.rank()]
     for index, expert in enumerate(experts):
