@@ -40,13 +40,6 @@ class JobRecord:
     summary: MetricsRow
     metrics: list[MetricsRow]
 
-    def __post_init__(self) -> None:
-        tokens, peaks = self.known("tokens_per_second"), self.known("peak_memory_gib")
-        self.final_loss = ([None, *self.known("loss")])[-1]  # of the last step
-        self.eval_loss = ([None, *self.known("eval_loss")])[-1]  # of the last evaluation
-        self.peak_memory_gib = self.summary.get("peak_memory_gib", max(peaks, default=None))  # of rank 0
-        self.tokens_per_second = statistics.median(tokens) if tokens else None  # of the steps, padding left out
-
     def known(self, key: str) -> list[Any]:
         """Return the values of a key in the rows that have one."""
         return [row[key] for row in self.metrics if row.get(key) is not None]
@@ -61,13 +54,35 @@ class JobRecord:
     @property
     def reason(self) -> str:
         """Why the job did not finish, in a sentence; empty where it did."""
+        if self.state == "finished":
+            return ""
         if self.exit_code is None:
             return "not ended yet"
         if self.exit_code == EXIT_STOPPED:
             return "stopped on a signal, after a checkpoint"
         told = str(self.summary.get("exit_reason", ""))
-        last = told.removeprefix("failed: ") if told.startswith("failed") else last_words(self.run_dir)
-        return "" if self.exit_code == EXIT_DONE else last
+        return told.removeprefix("failed: ") if told.startswith("failed") else last_words(self.run_dir)
+
+    @property
+    def final_loss(self) -> float | None:
+        """The training loss of the last step."""
+        return next(reversed(self.known("loss")), None)
+
+    @property
+    def eval_loss(self) -> float | None:
+        """The validation loss of the last evaluation."""
+        return next(reversed(self.known("eval_loss")), None)
+
+    @property
+    def peak_memory_gib(self) -> float | None:
+        """The peak memory of rank 0."""
+        return self.summary.get("peak_memory_gib", max(self.known("peak_memory_gib"), default=None))
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens a second, padding left out: the median of the steps."""
+        known = self.known("tokens_per_second")
+        return statistics.median(known) if known else None
 
 
 def write_comparison(sweep_dir: Path) -> list[JobRecord]:
@@ -151,15 +166,18 @@ def _page(sweep_dir: Path, jobs: list[JobRecord]) -> str:
     ]
     columns = ["job", "overrides", "state", "final loss", "validation loss", "peak memory, GiB", "tokens/s"]
     cards = [Card("Jobs", table(columns, rows, numbers_from=3), wide=True)]
-    for heading, key in (("Training loss", "loss"), ("Validation loss", "eval_loss")):
-        lines = []
-        for job, setting in zip(jobs, settings):
-            rows_of_key = [row for row in job.metrics if key in row]
-            steps, losses = [row["step"] for row in rows_of_key], [row[key] for row in rows_of_key]
-            drawn, dots = (losses, True) if key == "eval_loss" else (smoothed(losses) or losses, False)
-            lines.append(Series(f"{job.number}: {setting}", steps, drawn, dots=dots, color=job.number))
-        cards.append(Card(heading, line_chart(lines)))
+    training = [_curve(job, setting, "loss") for job, setting in zip(jobs, settings)]
+    for line in training:
+        line.y = smoothed(line.y) or line.y
+    validation = [_curve(job, setting, "eval_loss", dots=True) for job, setting in zip(jobs, settings)]
+    cards += [Card("Training loss", line_chart(training)), Card("Validation loss", line_chart(validation))]
     return render_page(f"Sweep {sweep_dir.resolve().name}", subtitle="  ·  ".join(shared), numbers=headlines, cards=cards)
+
+
+def _curve(job: JobRecord, setting: str, key: str, *, dots: bool = False) -> Series:
+    rows = [row for row in job.metrics if key in row]
+    label = f"{job.number}: {setting}"
+    return Series(label, [row["step"] for row in rows], [row[key] for row in rows], dots=dots, color=job.number)
 
 
 def _written(value: float | None, write: Callable[[float], str]) -> str:
