@@ -43,9 +43,10 @@ def map_in_order(
         WorkerDiedError: a process was killed.
     """
     source = iter(chunks)
-    yield from map(function, source if num_proc == 1 else islice(source, first_here))
     if num_proc == 1:
+        yield from map(function, source)
         return
+    yield from map(function, islice(source, first_here))
     # A forked process has none of tokenizers' threads, and would wait for them for ever.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     pool = ProcessPoolExecutor(num_proc, get_context("fork"), _start, (function, os.getpid()))

@@ -72,46 +72,94 @@ NUMBERS = (
 
 # Per family: the answer, then the wordings of the question; {a} is what is asked about, {an} the same
 # with its article, {b} the answer's word.
-FAMILIES: dict[str, tuple[str, str]] = {
+FAMILIES: dict[str, tuple[str, list[str]]] = {
     "opposite": (
         "The opposite of {a} is {b}.",
-        "What is the opposite of {a}?|Give me the opposite of {a}.|Name the opposite of the word {a}.|"
-        "Which word means the opposite of {a}?|Tell me the contrary of {a}.|What is not {a}, but its opposite?",
+        [
+            "What is the opposite of {a}?",
+            "Give me the opposite of {a}.",
+            "Name the opposite of the word {a}.",
+            "Which word means the opposite of {a}?",
+            "Tell me the contrary of {a}.",
+            "What is not {a}, but its opposite?",
+        ],
     ),
     "colour": (
         "The colour of {a} is {b}.",
-        "What colour is {a}?|Which colour does {a} have?|Tell me the colour of {a}.|Name the colour of {a}.|"
-        "What is the usual colour of {a}?|How would you paint {a}?",
+        [
+            "What colour is {a}?",
+            "Which colour does {a} have?",
+            "Tell me the colour of {a}.",
+            "Name the colour of {a}.",
+            "What is the usual colour of {a}?",
+            "How would you paint {a}?",
+        ],
     ),
     "sound": (
         "{an} {b}.",
-        "What sound does {an} make?|Which noise do you hear from {an}?|Tell me what {an} does to be heard.|"
-        "How does {an} sound?|What does {an} say?|Name the sound of {an}.",
+        [
+            "What sound does {an} make?",
+            "Which noise do you hear from {an}?",
+            "Tell me what {an} does to be heard.",
+            "How does {an} sound?",
+            "What does {an} say?",
+            "Name the sound of {an}.",
+        ],
     ),
     "capital": (
         "The capital of {a} is {b}.",
-        "What is the capital of {a}?|Name the capital of {a}.|Which city is the capital of {a}?|"
-        "Tell me the capital city of {a}.|Where does the government of {a} sit?|Which capital does {a} have?",
+        [
+            "What is the capital of {a}?",
+            "Name the capital of {a}.",
+            "Which city is the capital of {a}?",
+            "Tell me the capital city of {a}.",
+            "Where does the government of {a} sit?",
+            "Which capital does {a} have?",
+        ],
     ),
     "plural": (
         "One {a}, two {b}.",
-        "What is the plural of {a}?|Give me the plural of {a}.|How do you say more than one {a}?|"
-        "Tell me the plural of the word {a}.|One {a}, two what?|Write {a} in the plural.",
+        [
+            "What is the plural of {a}?",
+            "Give me the plural of {a}.",
+            "How do you say more than one {a}?",
+            "Tell me the plural of the word {a}.",
+            "One {a}, two what?",
+            "Write {a} in the plural.",
+        ],
     ),
     "kind": (
         "{an} is a kind of {b}.",
-        "What kind of thing is {an}?|What is {an}?|Tell me what {an} is.|To which group does {an} belong?|"
-        "How would you class {an}?|Name the kind of thing that {an} is.",
+        [
+            "What kind of thing is {an}?",
+            "What is {an}?",
+            "Tell me what {an} is.",
+            "To which group does {an} belong?",
+            "How would you class {an}?",
+            "Name the kind of thing that {an} is.",
+        ],
     ),
     "next": (
         "After {a} comes {b}.",
-        "What comes after {a}?|What follows {a}?|Name what comes right after {a}.|Tell me what is next after {a}.|"
-        "Which one comes next after {a}?|Say what you find behind {a}.",
+        [
+            "What comes after {a}?",
+            "What follows {a}?",
+            "Name what comes right after {a}.",
+            "Tell me what is next after {a}.",
+            "Which one comes next after {a}?",
+            "Say what you find behind {a}.",
+        ],
     ),
     "previous": (
         "Before {a} comes {b}.",
-        "What comes before {a}?|What precedes {a}?|Name what comes right before {a}.|"
-        "Tell me what is just before {a}.|Which one comes just before {a}?|What do you find ahead of {a}?",
+        [
+            "What comes before {a}?",
+            "What precedes {a}?",
+            "Name what comes right before {a}.",
+            "Tell me what is just before {a}.",
+            "Which one comes just before {a}?",
+            "What do you find ahead of {a}?",
+        ],
     ),
 }
 
@@ -157,7 +205,7 @@ def make_rows() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     train: list[dict[str, str]] = []
     validation: list[dict[str, str]] = []
     for family, known in facts().items():
-        answer, wordings = FAMILIES[family][0], FAMILIES[family][1].split("|")
+        answer, wordings = FAMILIES[family]
         for a, b in known:
             held_out = generator.randrange(len(wordings)) if generator.random() < HELD_OUT_SHARE else -1
             for index, wording in enumerate(wordings):
