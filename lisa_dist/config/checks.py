@@ -167,13 +167,13 @@ def _of_placement(config: Config, ranks: int) -> Iterator[IdleOption]:
     yield "parallel.offload", parallel.offload == "frozen" and nothing_frozen, all_train
     unread = parallel.memory_limit is not None and parallel.activation_checkpointing != "auto"
     yield "parallel.memory_limit", unread, "only parallel.activation_checkpointing=auto reads it"
-    at_once = train.global_batch_size <= train.micro_batch_size * ranks
+    one_micro_batch = train.global_batch_size <= train.micro_batch_size * ranks
     whole = stay_whole(parallel, config.precision, parallel.ranks_of_replica(ranks))
-    deferred, one_batch = parallel.defer_reduction, "a step is one micro-batch of each rank"
-    yield "parallel.defer_reduction", not whole and deferred and at_once, one_batch
+    once_anyway = "gradients of whole weights are reduced once a step anyway"
+    why_idle = once_anyway if whole else "a step is one micro-batch of each rank"
+    yield "parallel.defer_reduction", parallel.defer_reduction and (whole or one_micro_batch), why_idle
     ungathered = "weights that lie whole on each rank are never gathered"
     yield "parallel.reshard_after_forward", whole and not parallel.reshard_after_forward, ungathered
-    yield "parallel.defer_reduction", whole and deferred, "gradients of whole weights are reduced once a step anyway"
     one_replica = parallel.optimizer_shard == "world" and parallel.replicate == 1
     yield "parallel.optimizer_shard", one_replica, "with parallel.replicate=1 a replica is the world"
     yield "precision.frozen", chosen("precision.frozen") and nothing_frozen, all_train

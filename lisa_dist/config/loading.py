@@ -236,12 +236,15 @@ def resume_run(run_dir: str, overrides: list[str], config_dir: str | None = None
     changes: dict[str, Any] = {}
     for group in groups.keys() - {"experiment"}:
         parts = VARIED.get(group, (group,))
-        own, other = ([getattr(getattr(one, part), "name", one.method) for part in parts] for one in (run, fresh))
-        if own != other:
+        if any(_name_of(getattr(run, part)) != _name_of(getattr(fresh, part)) for part in parts):
             changes |= {part: getattr(fresh, part) for part in parts}
     config = OmegaConf.structured(replace(run, **changes))
     config.checkpoint.new_data = False
     return _with_keys(config, [*parsed, _run_dir_override(run_dir)])
+
+
+def _name_of(part: Any) -> str | None:
+    return part if isinstance(part, str) else getattr(part, "name", None)
 
 
 def vary(config: Config, overrides: list[str]) -> Config:

@@ -48,7 +48,7 @@ class ActiveOptimizer:
     A parameter that is added starts with zero moments and a step count of zero, so a bias correction
     starts anew; a parameter that is released leaves nothing behind. With ``optimizer.state_on_freeze=offload`` its
     state waits in host memory instead and is taken up again, bit for bit. What is stepped is the parameter
-    itself, or the update's stand-in for it.
+    itself, or what the update steps in its place.
     """
 
     def __init__(

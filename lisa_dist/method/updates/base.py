@@ -18,7 +18,7 @@ class OptimizedParam:
     """A parameter that trains, with what the optimizer steps for it."""
 
     parameter: nn.Parameter  # the store's master; its gradient is the mean over the global batch, clipped
-    stepped: nn.Parameter  # what the optimizer steps: the parameter itself, or a stand-in
+    stepped: nn.Parameter  # what the optimizer steps: the parameter itself, or another in its place
     extra: dict[str, Tensor] = field(default_factory=dict)  # sharded state beside the optimizer's moments, by kind
     step: int = 0  # optimizer steps since it was added
     # Where the gradient of what is stepped has another basis than before: brings a moment there, the second where True.
@@ -59,7 +59,7 @@ class Update:
         """
 
     def apply_steps(self, trained: Mapping[str, OptimizedParam], decay: float) -> None:
-        """Carry the steps that the optimizer made on stand-ins over to the parameters. May be collective: every rank.
+        """Carry the steps that the optimizer made on other parameters over to these. May be collective: every rank.
 
         Args:
             decay: the share of a parameter that its weight decay takes away (learning rate times weight decay).

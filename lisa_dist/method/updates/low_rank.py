@@ -77,7 +77,7 @@ class LowRank(Update):
             )  # fmt: skip
 
     def optimized_param(self, name: str, parameter: nn.Parameter) -> OptimizedParam:
-        """Return a stand-in of the projected gradient's shape, and room for the projector."""
+        """Return a parameter of the projected gradient's shape to be stepped, and room for the projector."""
         if name not in self.ranks:
             return OptimizedParam(parameter, parameter)
         (*experts, rows, columns), rank = parameter.shape, self.ranks[name]
@@ -116,7 +116,7 @@ class LowRank(Update):
         )
 
     def apply_steps(self, trained: Mapping[str, OptimizedParam], decay: float) -> None:
-        """Project the steps of the stand-ins back onto the parameters. Collective: every rank."""
+        """Project the steps of what was stepped back onto the parameters. Collective: every rank."""
         for entry in trained.values():
             if PROJECTOR not in entry.extra or entry.stepped.grad is None:
                 continue
@@ -238,7 +238,7 @@ def turn_local(moment: Tensor, squared: bool, overlap: Tensor, tall: bool) -> Te
 
 
 def project(entry: OptimizedParam, held: Tensor | None) -> Tensor:
-    """Return the projected gradient, sharded as the stand-in is. Collective, every rank of the mesh, for a matrix.
+    """Return the projected gradient, sharded as what is stepped. Collective, every rank of the mesh, for a matrix.
 
     Args:
         entry: what trains.
