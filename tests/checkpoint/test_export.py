@@ -20,7 +20,7 @@ from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.method.module import build_train_module, load_initial_weights
 from lisa_dist.models.architecture import read_architecture
 from tests.support.private_memory import peak_private_bytes
-from tests.support.ranks import run_on_ranks
+from tests.support.ranks import run_on_fresh_ranks
 from tests.support.runs import make_config, tensors_of, train
 
 MIB = 2**20
@@ -111,7 +111,7 @@ def peak_while_exporting(folder: str) -> tuple[int, int, int]:
 
 
 def test_the_model_is_never_in_memory(tmp_path: Path) -> None:
-    [(peak, model, largest)] = run_on_ranks(1, peak_while_exporting, str(tmp_path))
+    [(peak, model, largest)] = run_on_fresh_ranks(1, peak_while_exporting, str(tmp_path))
     print(f"peak {peak / MIB:.0f} MiB, model {model / MIB:.0f} MiB, largest tensor {largest / MIB:.0f} MiB")
     assert model > 200 * MIB
     assert peak > 16 * MIB, "the measurement sees the tensors of a file"

@@ -19,7 +19,7 @@ from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
 from tests.support.families import FAMILIES, tiny_config
 from tests.support.private_memory import peak_private_bytes
-from tests.support.ranks import RankPool, run_on_ranks
+from tests.support.ranks import run_on_fresh_ranks, run_on_ranks
 
 MIB = 1 << 20
 
@@ -139,9 +139,6 @@ def test_peak_memory_is_below_the_shard_and_the_largest_tensor(tmp_path: Path) -
     config.save_pretrained(tmp_path)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     del weights
-    ranks = RankPool(2)  # fresh ones: what other tests have freed would be taken again, and not be seen
-    measured = ranks.run(peak_while_loading, str(tmp_path))
-    ranks.close()
-    for peak, shard, largest in measured:
+    for peak, shard, largest in run_on_fresh_ranks(2, peak_while_loading, str(tmp_path)):
         assert shard == pytest.approx(total / 2, rel=0.01)
         assert shard * 0.9 < peak < 1.3 * shard + largest, "the lower bound shows that the measurement sees the shard"

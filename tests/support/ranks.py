@@ -78,6 +78,15 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> l
         raise
 
 
+def run_on_fresh_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """As :func:`run_on_ranks`, on ranks of its own: to measure memory, of which others have what tests before freed."""
+    ranks = RankPool(world_size)
+    try:
+        return ranks.run(function, *args)
+    finally:
+        ranks.close()
+
+
 @atexit.register
 def _close_all() -> None:
     for pool in _pools.values():
