@@ -8,13 +8,15 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH_FOR_CPU := https://download.pytorch.org/whl/cpu
 CONSTRAINTS := constraints.txt
+# Two files of tests at a time, each test and rank on one thread: more threads than cores wait for each other.
+TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" --numprocesses 2 --dist loadfile
 RUN_DIR ?= runs/demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 
 # The first Python of at least 3.11 that can make virtual environments; PYTHON=... chooses another.
 PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13 python3.14 python; do \
 	$$name -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
 
-.PHONY: demo check test soak oldest gpu-check install
+.PHONY: demo check test soak oldest numbers gpu-check install
 
 demo: $(INSTALLED)
 	$(BIN)/lisa-dist train parallel.nproc_per_node=2 run.dir=$(RUN_DIR)
@@ -25,11 +27,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not soak" tests/config tests/data tests/method/optim tests/method/sampling tests/runtime
+	$(TESTS) tests/config tests/data tests/method/optim tests/method/sampling tests/runtime
 
-# Two files of tests at a time, each test and rank on one thread: more threads than cores wait for each other.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" --numprocesses 2 --dist loadfile
+	$(TESTS)
 
 soak: $(INSTALLED)
 	$(BIN)/python -m pytest -m soak --timeout=0
@@ -39,9 +40,10 @@ soak: $(INSTALLED)
 oldest:
 	sed -e 's/^torch==.*/torch==2.11.0/' -e 's/^transformers==.*/transformers==5.17.0/' \
 		-e 's/^huggingface_hub==.*/huggingface_hub<2/' constraints.txt > .oldest.txt
-	$(MAKE) install VENV=.venv-oldest CONSTRAINTS=.oldest.txt
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -m "not soak" --numprocesses 2 --dist loadfile \
-		tests/golden tests/sharding tests/distributed/test_training.py tests/distributed/test_resume.py
+	$(MAKE) numbers VENV=.venv-oldest CONSTRAINTS=.oldest.txt
+
+numbers: $(INSTALLED)
+	$(TESTS) tests/golden tests/sharding tests/distributed/test_training.py tests/distributed/test_resume.py
 
 gpu-check: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no GPU, gpu-check needs one")'
