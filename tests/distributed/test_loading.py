@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
 from tests.support.families import FAMILIES, tiny_config
-from tests.support.private_memory import peak_private_bytes
+from tests.support.private_memory import give_freed_tensors_back_at_once, peak_private_bytes
 from tests.support.ranks import run_on_fresh_ranks, run_on_ranks
 
 MIB = 1 << 20
@@ -111,6 +111,7 @@ def test_random_weights_do_not_depend_on_the_number_of_ranks() -> None:
 
 def peak_while_loading(directory: str) -> tuple[int, int, int]:
     """Return the peak private bytes above those before allocation, the shard's bytes and the largest tensor's."""
+    give_freed_tensors_back_at_once()
     model = sharded(LlamaConfig.from_pretrained(directory), torch.float32)
     load_pretrained(model, directory)  # once before: imports, thread pools and allocator pools are no part of it
     del model
