@@ -23,7 +23,7 @@ TINY = ["model=custom", ARCHITECTURE, "data.sequence_length=256", "parallel.npro
 TINY += ["train.global_batch_size=4", "plan.gpu=rtx4090"]
 # Where many plans are made.
 SHALLOW = [ARCHITECTURE.replace("num_hidden_layers:8", "num_hidden_layers:2"), "sampler.active_layers=1"]
-SHALLOW += ["train.global_batch_size=2"]
+SHALLOW += ["train.global_batch_size=2", "model.loss_chunk=65536"]
 PARAMETERS = 2 * 4096 * 512 + 8 * (4 * 512**2 + 3 * 512 * 1024 + 2 * 512) + 512
 ACTIVE = 2 * 4096 * 512 + 2 * (4 * 512**2 + 3 * 512 * 1024 + 2 * 512) + 512
 
