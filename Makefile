@@ -1,5 +1,6 @@
 # make demo       set up .venv and train the demonstration on two CPU ranks
-# make check      format, lint, types, the import contract and unit tests: before each commit
+# make lint       format, lint, types and the import contract
+# make check      those and the unit tests: before each commit
 # make test       set up .venv and run the tests
 # make soak       the long tests: many kills, many switches, errors put into the code, the oldest torch and transformers
 # make gpu-check  the tests that need a GPU, and the standing benchmark, on one GPU
@@ -16,17 +17,19 @@ RUN_DIR ?= runs/demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13 python3.14 python; do \
 	$$name -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
 
-.PHONY: demo check test soak oldest numbers gpu-check install
+.PHONY: demo lint check test soak oldest numbers gpu-check install
 
 demo: $(INSTALLED)
 	$(BIN)/lisa-dist train parallel.nproc_per_node=2 run.dir=$(RUN_DIR)
 	$(BIN)/lisa-dist report run.dir=$(RUN_DIR)
 
-check: $(INSTALLED)
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+check: lint
 	$(TESTS) tests/config tests/data tests/method/optim tests/method/sampling tests/runtime
 
 test: $(INSTALLED)
@@ -45,7 +48,7 @@ oldest:
 numbers: $(INSTALLED)
 	$(TESTS) tests/golden tests/sharding tests/distributed/test_training.py tests/distributed/test_resume.py
 
-gpu-check: $(INSTALLED)
+gpu-lint: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no GPU, gpu-check needs one")'
 	$(BIN)/python -m pytest -m gpu tests/gpu
 	$(BIN)/lisa-dist bench model=tinyllama model.init=random data=custom data.sequence_length=2048 \

@@ -83,7 +83,6 @@ def own_sizes() -> list[int]:
         for step in range(STEPS_A_PERIOD):
             train_step(train_module, [batch], period * STEPS_A_PERIOD + step, PERIODS * STEPS_A_PERIOD)
         sizes.append(train_module.optimizer.state_bytes())
-    distributed.shutdown()
     return sizes
 
 

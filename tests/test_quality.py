@@ -1,4 +1,4 @@
-"""The habits that tools can check: style, types, the import contract, links of the docs, keys that nobody reads."""
+"""Habits: the docs' links, commands, imports and scripts lead somewhere, every key is read, tests share by support."""
 
 from __future__ import annotations
 
@@ -26,21 +26,6 @@ from lisa_dist.config.updates import UPDATE_CONFIGS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        [sys.executable, "-m", "ruff", "check", "."],
-        [sys.executable, "-m", "ruff", "format", "--check", "."],
-        [sys.executable, "-m", "mypy"],
-        [str(Path(sys.executable).with_name("lint-imports"))],
-    ],
-    ids=["ruff check", "ruff format", "mypy", "import contract"],
-)
-def test_tools_are_content(command: list[str]) -> None:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_links_of_the_docs_lead_somewhere() -> None:
@@ -108,6 +93,21 @@ def test_what_the_docs_import_is_there() -> None:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lisa_dist"):
                 module = importlib.import_module(str(node.module))
                 assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+@pytest.mark.soak
+def test_the_table_of_optimizer_state_is_what_its_script_prints() -> None:
+    """Half a minute of computing."""
+    script = [sys.executable, "docs/optimizer_state_growth.py"]
+    printed = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    rows = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+)$", printed, re.MULTILINE)
+    sizes = {int(period): (round(float(naive)), round(float(own))) for period, naive, own in rows}
+    page = (ROOT / "docs" / "memory.md").read_text()
+    table = [
+        [int(cell) for cell in cells.split("|")]
+        for cells in re.findall(r"^\| (?:period|a callback[^|]*|lisa_dist) \| ([\d |]+) \|$", page, re.MULTILINE)
+    ]
+    assert dict(zip(table[0], zip(*table[1:]))) == {period: sizes[period] for period in table[0]}
 
 
 def test_every_target_of_make_that_the_docs_name_exists() -> None:

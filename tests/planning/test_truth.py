@@ -11,7 +11,6 @@ from lisa_dist.planning.simulation import Trace, simulate
 from tests.support.planned import SETTINGS, make_config, measure
 from tests.support.ranks import run_on_ranks
 
-
 # Every setting once, and each family with the settings that its tied weights or capped logits could change.
 FAMILIES = {
     "llama": set(SETTINGS) - {"checkpointing that fits, chosen block by block"},
