@@ -162,7 +162,7 @@ def check_tokenizer(config: Config) -> Iterator[Finding]:
     """Load the tokenizer of the configured model."""
     name = config.model.tokenizer or config.model.path
     try:
-        tokenizer = open_tokenizer(config)
+        tokenizer = open_tokenizer(config.model)
     except UserError as error:
         yield Finding("tokenizer", BROKEN, str(error), "name another model.path, or model.tokenizer")
         return

@@ -50,7 +50,7 @@ def open_model(config: Config, path: str | None, step: int | None, command: str)
     """
     frozen = without_training(config, path)
     if path is not None:
-        tokenizer = open_tokenizer(frozen)
+        tokenizer = open_tokenizer(frozen.model)
         train_module = build_train_module(frozen)
         allocate(train_module, [], distributed.device())
         load_pretrained(train_module.store.module, path)

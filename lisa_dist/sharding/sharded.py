@@ -185,6 +185,6 @@ def check_torch_for_integers() -> None:
     """Raise :class:`UserError` where this torch can't shard quantised weights."""
     if tuple(int(number) for number in torch.__version__.split(".")[:2]) < (2, 13):
         raise UserError(
-            f"model.quantization: needs torch 2.13 or later, here is {torch.__version__}, whose FSDP2 shards no "
-            "integers; or keep weights whole on each rank, with parallel.replicate=<ranks> parallel.offload=none"
+            f"model.quantization must be none with torch {torch.__version__}, whose FSDP2 shards no integers; install "
+            "torch 2.13, or keep weights whole on each rank, with parallel.replicate=<ranks> parallel.offload=none"
         )

@@ -20,7 +20,7 @@ from lisa_dist.checkpoint.protocol import remove_leftovers
 from lisa_dist.checkpoint.restore import newest_complete, restore_checkpoint
 from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.checkpoint.state import Progress, read_state
-from lisa_dist.config import Config, LaunchConfig, UserError
+from lisa_dist.config import Config, LaunchConfig, ModelConfig, TrainConfig, UserError
 from lisa_dist.config.checks import check_global_batch, options_without_effect
 from lisa_dist.config.loading import to_yaml
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
@@ -122,13 +122,13 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
         if newest is None:
             check_global_batch(config.train, dims.data_ranks)
         architecture = open_architecture(config)
-    tokenizer = open_tokenizer(config)
+    tokenizer = open_tokenizer(config.model)
     with distributed.longer_timeout(config.parallel.timeout):
         order_seed = config.train.seed if newest is None else first_seed(newest)
     data = prepare_data(config.data, tokenizer, order_seed)  # waits by itself, as long as it takes
     with distributed.longer_timeout(config.parallel.timeout):
         described = distributed.on_rank_zero(lambda: fingerprint(config.data, data, tokenizer))
-    warn_of_positions(config, architecture)
+    warn_of_positions(config.data.sequence_length, architecture)
     show_preview(config.data, data, tokenizer)
     pad = int(tokenizer.pad_token_id or 0)
     batches = make_batches(config, dims, data.train, pad, order_seed)
@@ -143,7 +143,7 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
         else:
             progress = go_on(train_module, checkpoints, newest, device, described)
             distributed.on_rank_zero(lambda: settle_run_directory(config, tokenizer))
-    max_steps = planned_steps(config, batches, progress)
+    max_steps = planned_steps(config.train, batches, progress)
     announce_run(config, train_module, data, batches, max_steps, progress)
     if distributed.is_main():
         for sentence in options_without_effect(config, dims.data_ranks, validation is not None):
@@ -198,24 +198,24 @@ def settle_run_directory(config: Config, tokenizer: PreTrainedTokenizerBase) -> 
     write_tokenizer(run.tokenizer, config.model, tokenizer)
 
 
-def planned_steps(config: Config, batches: GlobalBatches, progress: Progress) -> int:
+def planned_steps(config: TrainConfig, batches: GlobalBatches, progress: Progress) -> int:
     """Return after how many optimizer steps the run ends; with epochs, what is left of the data decides."""
-    if config.train.max_steps is not None:
-        return config.train.max_steps
-    return progress.step + batches.steps(config.train.epochs, progress.sequences)
+    if config.max_steps is not None:
+        return config.max_steps
+    return progress.step + batches.steps(config.epochs, progress.sequences)
 
 
-def open_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer of the model.
 
     Raises:
         UserError: there is none, or it has more tokens than the model knows.
     """
-    source = config.model.tokenizer or config.model.path
+    source = config.tokenizer or config.path
     if source is None:
         raise UserError("model.path=null: name a Hugging Face directory, a hub id or builtin:demo, or choose a preset")
-    known = read_architecture(config.model).vocab_size
-    tokenizer = load_tokenizer(source, config.model.trust_remote_code)
+    known = read_architecture(config).vocab_size
+    tokenizer = load_tokenizer(source, config.trust_remote_code)
     if len(tokenizer) > known:
         raise UserError(
             f"model.tokenizer={source}: has {len(tokenizer)} tokens but the model knows {known}; "
@@ -224,15 +224,15 @@ def open_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def warn_of_positions(config: Config, architecture: PretrainedConfig) -> None:
+def warn_of_positions(sequence_length: int, architecture: PretrainedConfig) -> None:
     """Warn where sequences may be longer than what the model was made for."""
     names = ("max_position_embeddings", "max_seq_len", "n_positions")
     positions = next((found for name in names if isinstance(found := getattr(architecture, name, None), int)), None)
-    if positions is not None and config.data.sequence_length > positions:
+    if positions is not None and sequence_length > positions:
         logger.warning(
             "data.sequence_length=%d: is above the %d positions of the model; what is longer trains positions that it "
             "has never seen, or fails where positions are a table",
-            config.data.sequence_length,
+            sequence_length,
             positions,
         )
 

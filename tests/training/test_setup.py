@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lisa_dist.config import Config, DataConfig, ModelConfig, UserError
+from lisa_dist.config import DataConfig, ModelConfig, UserError
 from lisa_dist.config.loading import load
 from lisa_dist.data.prepare import prepare_data
 from lisa_dist.data.tokenizer import load_tokenizer
@@ -25,11 +25,10 @@ from lisa_dist.training.setup import rows_of, warn_of_positions
     ],
 )
 def test_sequences_longer_than_the_models_positions_are_warned_of(architecture, positions, caplog):
-    model = ModelConfig(init="random", architecture=architecture)
-    built = read_architecture(model)
-    warn_of_positions(Config(model=model, data=DataConfig(sequence_length=positions)), built)
+    built = read_architecture(ModelConfig(init="random", architecture=architecture))
+    warn_of_positions(positions, built)
     assert caplog.text == ""
-    warn_of_positions(Config(model=model, data=DataConfig(sequence_length=positions + 1)), built)
+    warn_of_positions(positions + 1, built)
     assert f"data.sequence_length={positions + 1}: is above the {positions} positions of the model" in caplog.text
 
 

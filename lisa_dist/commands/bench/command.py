@@ -97,7 +97,7 @@ def bench_batches(config: Config) -> GlobalBatches:
     if config.data.path is None:
         vocabulary = read_architecture(config.model).vocab_size
         return make_batches(config, dims, random_sequences(config.data.sequence_length, vocabulary), 0)
-    tokenizer = open_tokenizer(config)
+    tokenizer = open_tokenizer(config.model)
     data = prepare_data(config.data, tokenizer, config.train.seed)
     return make_batches(config, dims, data.train, int(tokenizer.pad_token_id or 0))
 
