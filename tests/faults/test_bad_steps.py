@@ -22,7 +22,6 @@ from lisa_dist.training.recovery import LossSpikeError, NonFiniteError, is_spike
 from tests.support import runs
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import (
-    STEPS,
     Kill,
     assert_same_run,
     final_state,
@@ -33,10 +32,12 @@ from tests.support.runs import (
     train_here,
 )
 
+STEPS = 9
+
 
 def make_config(run_dir: Path, *overrides: str) -> Config:
-    """A run in which each of two ranks has two micro-batches a step."""
-    return runs.make_config(run_dir, "train.global_batch_size=4", *overrides)
+    """A run of nine steps, long enough for a spike and what follows."""
+    return runs.make_config(run_dir, f"train.max_steps={STEPS}", "sampler.period=3", *overrides)
 
 
 def train_with_bad_batches(config: Config, kind: str, bad: list[int], kill: Kill | None = None) -> Any:

@@ -14,7 +14,7 @@ from lisa_dist.method.updates import build_update
 from lisa_dist.sharding.activation_checkpointing import KINDS, OPERATIONS_PER_BYTE, Cost, choose, set_checkpointing
 from lisa_dist.sharding.checkpointing_policy import measure_costs
 from tests.support.ranks import run_on_ranks
-from tests.support.small_training import make_config, train_on_rank
+from tests.support.small_training import PERIOD, make_config, train_on_rank
 
 TOKENS, HIDDEN, MIDDLE = 64, 96, 160
 COSTS = {
@@ -79,10 +79,10 @@ def test_a_block_of_another_making_is_refused() -> None:
 
 
 def train_with(kind: str, limit: float | None) -> dict[str, Any]:
-    """Three periods with a kind of checkpointing. Runs on every rank."""
+    """Two periods with a kind of checkpointing. Runs on every rank."""
     config = make_config(parallel={"activation_checkpointing": kind, "memory_limit": limit})
     config.data.sequence_length = 17
-    result = train_on_rank(config)
+    result = train_on_rank(config, 2 * PERIOD)
     return {"losses": result["losses"], "final": result["final"]}
 
 

@@ -11,7 +11,7 @@ from lisa_dist.method.module import begin_period, build_train_module, load_initi
 from lisa_dist.planning.simulation import simulate
 from tests.support.planned import make_config as make_planned_config
 from tests.support.ranks import run_on_ranks
-from tests.support.small_training import make_config, train_on_rank
+from tests.support.small_training import PERIOD, make_config, train_on_rank
 
 
 def places_after_switches() -> list[bool]:
@@ -27,8 +27,8 @@ def places_after_switches() -> list[bool]:
 
 
 def train_with(offload: str) -> dict[str, Any]:
-    """Three periods with parameters in host memory. Runs on every rank."""
-    result = train_on_rank(make_config(parallel={"offload": offload}))
+    """Two periods with parameters in host memory. Runs on every rank."""
+    result = train_on_rank(make_config(parallel={"offload": offload}), 2 * PERIOD)
     return {"losses": result["losses"], "final": result["final"]}
 
 

@@ -29,10 +29,18 @@ from lisa_dist.sharding.resident import ResidentStore
 from lisa_dist.training.loop import accumulate_gradients, train_step
 from tests.support import planned
 from tests.support.ranks import run_on_ranks
-from tests.support.small_training import ROUNDED, make_config, make_global_batches, train_on_rank, train_reference
+from tests.support.small_training import (
+    PERIOD,
+    ROUNDED,
+    STEPS,
+    make_config,
+    make_global_batches,
+    train_on_rank,
+    train_reference,
+)
 
 CPU = torch.device("cpu")
-PERIOD, STEPS, SAVED = 2, 6, 3
+SAVED = 3
 BF16 = {"frozen": "bfloat16", "compute": "bfloat16"}
 REPLICAS = {"replicate": 2}
 
@@ -55,7 +63,7 @@ def run_steps(train_module: TrainModule, first: int, last: int, directory: Path 
 
 def drive(kind: str, method: str, precision: dict[str, str], tied: bool, directory: Path, other: Path | None) -> Any:
     """Train in a store, save there, and where another's checkpoint is, go on from it. Runs on one rank."""
-    config = make_config(precision=precision, sampler={"period": PERIOD})
+    config = make_config(precision=precision)
     config.model.architecture["tie_word_embeddings"] = tied
     chosen = load([f"method={method}"])
     config.update, config.sampler, config.always_active = chosen.update, chosen.sampler, chosen.always_active
@@ -76,8 +84,12 @@ def drive(kind: str, method: str, precision: dict[str, str], tied: bool, directo
 
 @pytest.mark.parametrize(
     ("method", "precision", "tied"),
-    [("lisa", {}, False), ("grass", BF16, True), ("owlore", BF16, True), ("lora", BF16, False)],
-    ids=["lisa", "grass", "owlore", "lora"],
+    [
+        pytest.param("lisa", {}, False, id="lisa", marks=pytest.mark.soak),
+        pytest.param("grass", BF16, True, id="grass"),
+        pytest.param("owlore", BF16, True, id="owlore"),
+        pytest.param("lora", BF16, False, id="lora"),
+    ],
 )
 def test_numbers_are_those_of_fsdp2_and_checkpoints_go_both_ways(
     method: str, precision: dict[str, str], tied: bool, tmp_path: Path
@@ -159,9 +171,9 @@ def traffic_of_a_step(micro_batches: int) -> Collectives:
     train_module = build_train_module(make_config(precision=BF16, parallel=REPLICAS))
     load_initial_weights(train_module, CPU)
     begin_period(train_module, 0)
-    batches = make_global_batches(1)[0][distributed.rank() :: 2]
+    batches = make_global_batches(1, 2 * micro_batches)[0][distributed.rank() :: 2]
     with Collectives(train_module.optimizer.parameters.values()) as seen:
-        accumulate_gradients(train_module, batches[:micro_batches])
+        accumulate_gradients(train_module, batches)
     return seen
 
 

@@ -23,7 +23,7 @@ from lisa_dist.telemetry.records import read_rows, read_summary
 from lisa_dist.training import loop
 from tests.support.ranks import run_on_ranks
 
-STEPS, PERIOD = 9, 3
+STEPS, PERIOD = 6, 2
 # No size is divisible by two ranks; dropout, so that a wrong random state shows.
 ARCHITECTURE = (
     "{model_type:llama,vocab_size:1024,hidden_size:18,intermediate_size:27,num_hidden_layers:5,"
@@ -33,7 +33,7 @@ ARCHITECTURE = (
 
 
 def make_config(run_dir: Path | str, *overrides: str, dropout: float = 0.1) -> Config:
-    """A run of 9 steps in 3 periods with a checkpoint after every step; ``overrides`` as on the command line."""
+    """A run of 6 steps in 3 periods with a checkpoint after every step; ``overrides`` as on the command line."""
     return load(
         [
             "model=custom",
@@ -45,7 +45,7 @@ def make_config(run_dir: Path | str, *overrides: str, dropout: float = 0.1) -> C
             "data.sequence_length=64",
             f"train.max_steps={STEPS}",
             "train.eval_batches=2",
-            "train.global_batch_size=8",
+            "train.global_batch_size=4",
             "train.micro_batch_size=1",
             "optimizer.lr=0.01",
             "scheduler.warmup_steps=2",

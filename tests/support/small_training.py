@@ -38,7 +38,7 @@ ARCHITECTURE = {
 }
 
 
-STEPS, PERIOD, GLOBAL_BATCH = 9, 3, 8
+STEPS, PERIOD, GLOBAL_BATCH = 6, 2, 4
 
 
 # Of weights that moved by some 5%. Sums in another order, as libraries choose by the place in memory, differ by 1e-7,
@@ -62,14 +62,14 @@ def make_config(**changes: Any) -> Config:
     return config
 
 
-def make_global_batches(steps: int = STEPS) -> list[list[dict[str, torch.Tensor]]]:
+def make_global_batches(steps: int = STEPS, size: int = GLOBAL_BATCH) -> list[list[dict[str, torch.Tensor]]]:
     """Micro-batches of one sequence of unequal lengths, some tokens without loss; as many for each step."""
     generator = torch.Generator().manual_seed(11)
     lengths = random.Random(5)
     batches = []
     for _ in range(steps):
         step = []
-        for _ in range(GLOBAL_BATCH):
+        for _ in range(size):
             length = lengths.randint(3, 17)
             ids = torch.randint(0, 127, (1, length), generator=generator)
             labels = ids.clone()
@@ -121,14 +121,14 @@ def to_be_trained(train_module: TrainModule) -> set[str]:
     }
 
 
-def train_on_rank(config: Config, steps: int = STEPS) -> dict[str, Any]:
+def train_on_rank(config: Config, steps: int = STEPS, size: int = GLOBAL_BATCH) -> dict[str, Any]:
     """Build, train, and return what the tests compare. Runs on every rank."""
     device = torch.device("cpu")
     train_module = build_train_module(config)
     load_initial_weights(train_module, device)
     initial = full_parameters(train_module)
     losses, draws, reduce_dtypes, bytes_counted = [], [], [], []
-    for step, micro_batches in enumerate(make_global_batches(steps)):
+    for step, micro_batches in enumerate(make_global_batches(steps, size)):
         if step % config.sampler.period == 0:
             begin_period(train_module, step // config.sampler.period)
             draws.append(list(train_module.active.blocks))

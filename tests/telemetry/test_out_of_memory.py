@@ -154,7 +154,8 @@ def train_hungrily(config: Config, hungry_step: int) -> str:
 
 
 def test_a_step_that_does_not_fit_ends_in_a_sentence_and_the_log_has_the_traceback(tmp_path: Path) -> None:
-    sentences = run_on_ranks(2, train_hungrily, make_config(tmp_path, "train.micro_batch_size=4"), 2)
+    config = make_config(tmp_path, "train.global_batch_size=8", "train.micro_batch_size=4")
+    sentences = run_on_ranks(2, train_hungrily, config, 2)
     for rank, sentence in enumerate(sentences):
         assert sentence.startswith("out of memory in forward of step 3, 1024.0 TiB were asked for and "), sentence
         assert "free now; what needs less, in the order to try it: train.micro_batch_size=2 (now 4), " in sentence
@@ -183,8 +184,9 @@ def train_within(config: Config, spare: int) -> str:
 
 def test_memory_that_really_runs_out_is_found_by_the_dry_run(tmp_path: Path) -> None:
     """The address space is limited, so that an allocation of the forward pass fails as it would on a full machine."""
-    long = ["data.sequence_length=2048", "data.packing=true", "train.micro_batch_size=8", "model.loss_chunk=16384"]
-    (sentence,) = run_on_ranks(1, train_within, make_config(tmp_path, *long), 64 * 2**20)
+    long = ["data.sequence_length=2048", "data.packing=true", "train.global_batch_size=8", "train.micro_batch_size=8"]
+    config = make_config(tmp_path, *long, "model.loss_chunk=16384")
+    (sentence,) = run_on_ranks(1, train_within, config, 64 * 2**20)
     assert sentence.startswith("out of memory in the dry run of the longest micro-batch of step 1, "), sentence
     free = re.search(r"MiB were asked for and ([\d.]+) MiB are free now; ", sentence)
     assert free is not None and float(free[1]) <= 64, "what the limit leaves, not what the machine has"

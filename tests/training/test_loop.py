@@ -36,8 +36,8 @@ WAIT, SAVE, RATE = 0.25, 10_000.0, 2e9
 
 def config_of(run_dir: Path, *overrides: str) -> Config:
     """Two epochs of sixteen rows in four steps, two periods, with a validation after every step."""
-    settings = ["data.limit=20", "data.validation=0.2", "train.max_steps=null", "train.epochs=2", "sampler.period=2"]
-    return make_config(run_dir, *settings, "train.eval_every=1", *overrides)
+    settings = ["data.limit=20", "data.validation=0.2", "train.max_steps=null", "train.epochs=2"]
+    return make_config(run_dir, *settings, "train.global_batch_size=8", "train.eval_every=1", *overrides)
 
 
 def train_by_a_clock_of_its_own(config: Config) -> None:

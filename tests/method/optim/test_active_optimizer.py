@@ -20,18 +20,19 @@ from tests.support.small_training import full_parameters, make_config, make_glob
 
 def states_over_periods() -> dict[str, Any]:
     """The state of a block before its freeze, while frozen and after its return. Runs on every rank."""
-    config = make_config(optimizer={"state_on_freeze": "offload"}, sampler={"period": 2, "active_layers": 1, "seed": 1})
+    config = make_config(optimizer={"state_on_freeze": "offload"}, sampler={"active_layers": 1, "seed": 1})
+    config.model.architecture["num_hidden_layers"] = 3
     train_module = build_train_module(config)
     load_initial_weights(train_module, torch.device("cpu"))
     batches = make_global_batches(2)
     seen: list[dict[str, Any]] = []
-    for period in range(8):
+    for period in range(5):
         begin_period(train_module, period)
         begun = {name: tensor.to_local().clone() for name, tensor in train_module.optimizer.moment_tensors().items()}
         counts = train_module.optimizer.step_counts()
         for step, micro_batches in enumerate(batches):
             train_step(
-                train_module, micro_batches[distributed.rank() :: distributed.world_size()], 2 * period + step, 16
+                train_module, micro_batches[distributed.rank() :: distributed.world_size()], 2 * period + step, 10
             )
         ended = {name: tensor.to_local().clone() for name, tensor in train_module.optimizer.moment_tensors().items()}
         entry = {"block": train_module.active.blocks[0], "begun": begun, "counts": counts, "ended": ended}
@@ -64,15 +65,15 @@ def test_offloaded_state_returns_bit_for_bit_and_is_counted() -> None:
 
 
 def train_in_backward(in_backward: bool, parallel: dict[str, Any]) -> dict[str, Any]:
-    """Nine steps of one sequence a rank, unclipped. Runs on every rank."""
+    """Two periods of one sequence a rank, unclipped. Runs on every rank."""
     config = make_config(optimizer={"in_backward": in_backward, "grad_clip": 0.0}, parallel=parallel)
     train_module = build_train_module(config)
     load_initial_weights(train_module, torch.device("cpu"))
     results = []
-    for step, micro_batches in enumerate(make_global_batches(9)):
-        if step % 3 == 0:
-            begin_period(train_module, step // 3)
-        results.append(train_step(train_module, [micro_batches[distributed.rank()]], step, 9))
+    for step, micro_batches in enumerate(make_global_batches(4)):
+        if step % 2 == 0:
+            begin_period(train_module, step // 2)
+        results.append(train_step(train_module, [micro_batches[distributed.rank()]], step, 4))
     assert all(parameter.grad is None for parameter in train_module.optimizer.parameters.values())
     losses, norms = [result.loss for result in results], [result.grad_norm for result in results]
     return {"losses": losses, "norms": norms, "final": full_parameters(train_module)}

@@ -1,9 +1,9 @@
-"""Lion against its formula, its bytes against AdamW's, and its state across freezes and resumes, on real ranks."""
+"""Lion against its formula, its bytes against AdamW's, and its state across freezes, on real ranks."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+import functools
 from typing import Any
 
 import pytest
@@ -20,7 +20,6 @@ from lisa_dist.planning.simulation import simulate
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding.checkpointing_policy import activation_budget
 from lisa_dist.training.loop import train_step
-from tests.support import runs
 from tests.support.plain_methods import PlainAdamW, PlainGaLore, plain_model, train_by_hand
 from tests.support.ranks import run_on_ranks
 from tests.support.small_training import full_parameters, make_config, make_global_batches
@@ -35,6 +34,12 @@ def config_of(name: str, **settings: Any) -> Config:
     config.parallel.memory_limit = 8.0
     config.optimizer = OPTIMIZER_CONFIGS[name](lr=1e-3, weight_decay=0.1, grad_clip=0.5, **settings)
     return config
+
+
+@functools.cache
+def trained(name: str, world_size: int) -> dict[str, Any]:
+    """Two periods of full-rank updates on ranks, of which several tests look at the results."""
+    return run_on_ranks(world_size, train, config_of(name))[0]
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -81,8 +86,7 @@ def assert_equals_plain_lion(config: Config, result: dict[str, Any], direction: 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_steps_are_those_of_the_formula(world_size: int) -> None:
-    config = config_of("lion")
-    result = run_on_ranks(world_size, train, config)[0]
+    config, result = config_of("lion"), trained("lion", world_size)
     assert set(result["trained"][0]) != set(result["trained"][-1]), "a seed whose draws differ is needed"
     assert_equals_plain_lion(config, result, by_formula)
     assert result["kinds"] == {"exp_avg"}
@@ -110,20 +114,13 @@ def test_its_one_moment_follows_the_projection_of_a_low_rank_update() -> None:
 
 
 def test_its_state_is_half_of_adamws_and_what_a_plan_and_its_specification_say() -> None:
-    lion, adamw = (run_on_ranks(2, train, config_of(name))[0] for name in ("lion", "adamw"))
+    lion, adamw = (trained(name, 2) for name in ("lion", "adamw"))
     assert 2 * lion["bytes"] == adamw["bytes"] > 0
     assert (lion["by_spec"], adamw["by_spec"]) == (lion["bytes"], adamw["bytes"])
     assert lion["budget"] - adamw["budget"] == lion["bytes"], "what it saves is there for activations"
     config = config_of("lion")
     config.parallel.nproc_per_node = "2"
     assert simulate(config).persistent_bytes["optimizer_state"] == lion["bytes"]
-
-
-def test_a_run_that_is_cut_goes_on_exactly_with_state_that_waits_in_host_memory(tmp_path: Path) -> None:
-    overrides = ["optimizer=lion", "optimizer.lr=1e-3", "optimizer.state_on_freeze=offload"]
-    runs.train(2, runs.make_config(tmp_path / "whole", *overrides))
-    runs.train(2, runs.make_config(tmp_path / "cut", *overrides), runs.Kill("inside", runs.STEPS - 1))
-    runs.assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_its_defaults_are_its_own_and_what_was_set_stays_where_it_is_varied() -> None:
