@@ -6,16 +6,17 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from lisa_dist.config import ParallelConfig, UserError
-from lisa_dist.launching.local import count_local_ranks, launch_ranks
+from lisa_dist.launching.local import Entry, count_local_ranks, launch_ranks
 from tests.support import programs
-from tests.support.launcher import PATIENCE, Launcher, local_ranks
+from tests.support.launcher import Launcher, local_ranks
+from tests.support.processes import PATIENCE
 
 
 def summary(run_dir: Path) -> dict[str, object]:
@@ -51,49 +52,66 @@ def test_ranks_that_are_no_grid_are_refused_before_they_start(tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
-def test_first_failure_alone_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert launch_ranks(local_ranks(tmp_path), programs.fail) == 1
-    shown = capfd.readouterr().err
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Launcher]]:
+    """Start a launcher of an entry."""
+    (tmp_path / "run").mkdir()
+    started: list[Launcher] = []
+
+    def launch(entry: Entry, *, seconds_to_save: float = 0, ranks: int = 2, forked: bool = True) -> Launcher:
+        config = local_ranks(tmp_path / "run", str(seconds_to_save), ranks)
+        started.append(Launcher(config, entry, forked=forked))
+        return started[-1]
+
+    yield launch
+    for launcher in started:
+        launcher.close()
+
+
+def test_first_failure_alone_is_shown(launch: Callable[..., Launcher]) -> None:
+    launcher = launch(programs.fail)
+    code, shown = launcher.finish()
+    assert code == 1
     assert shown.count("Traceback") == 1 and 'raise ValueError("the first failure")' in shown
     assert "rank 1 failed: ValueError: the first failure" in shown and "rank_1.log" in shown
     assert "a connection was lost" not in shown
-    assert "a connection was lost" in (tmp_path / "logs" / "rank_0.log").read_text()
-    assert "the first failure" in (tmp_path / "logs" / "rank_1.log").read_text()
+    assert "a connection was lost" in (launcher.run_dir / "logs" / "rank_0.log").read_text()
+    assert "the first failure" in (launcher.run_dir / "logs" / "rank_1.log").read_text()
     # Rank 0 has summed up with a reason of its own, which only follows from the first.
-    assert summary(tmp_path) == {"exit_reason": "failed: ValueError: the first failure", "resumed_from": [3]}
+    assert summary(launcher.run_dir) == {"exit_reason": "failed: ValueError: the first failure", "resumed_from": [3]}
 
 
-def test_killed_rank_is_the_first_failure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert launch_ranks(local_ranks(tmp_path), programs.die) == 1
-    shown = capfd.readouterr().err
-    assert "rank 1 failed: it was killed by SIGKILL" in shown
+def test_killed_rank_is_the_first_failure(launch: Callable[..., Launcher]) -> None:
+    launcher = launch(programs.die)
+    code, shown = launcher.finish()
+    assert code == 1 and "rank 1 failed: it was killed by SIGKILL" in shown
     if not torch.cuda.is_available():
         assert "when memory runs out; what needs less, in the order to try it: " in shown
-        assert f"lisa-dist plan run.dir={tmp_path} parallel.nproc_per_node=2; its log is" in shown
+        assert f"lisa-dist plan run.dir={launcher.run_dir} parallel.nproc_per_node=2; its log is" in shown
     assert "a connection was lost" not in shown
 
 
-def test_memory_that_runs_out_is_told_in_a_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert launch_ranks(local_ranks(tmp_path, ranks=1), programs.run_out_of_memory) == 1
-    log = tmp_path / "logs" / "rank_0.log"
-    shown = capfd.readouterr().err
+def test_memory_that_runs_out_is_told_in_a_sentence(launch: Callable[..., Launcher]) -> None:
+    launcher = launch(programs.run_out_of_memory, ranks=1)
+    log = launcher.run_dir / "logs" / "rank_0.log"
+    code, shown = launcher.finish()
+    assert code == 1
     assert shown.splitlines()[-1].startswith("lisa-dist: rank 0 failed: out of memory in forward of step 3, ")
     assert shown.endswith(f"its log is {log}\n") and "Traceback" not in shown
     assert log.read_text().count("Traceback") == 1 and "MemoryError: all of it" in log.read_text()
-    assert str(summary(tmp_path)["exit_reason"]).startswith("failed: out of memory in forward of step 3, ")
+    assert str(summary(launcher.run_dir)["exit_reason"]).startswith("failed: out of memory in forward of step 3, ")
 
 
-def test_mistake_of_the_user_is_raised_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "summary.json").write_text('{"exit_reason": "finished"}')
-    with pytest.raises(UserError, match=r"^data\.path=nowhere: must be a file$"):
-        launch_ranks(local_ranks(tmp_path), programs.mistake)
-    assert "Traceback" not in capfd.readouterr().err
-    assert summary(tmp_path)["exit_reason"] == "finished"  # a mistake writes over nothing
+def test_mistake_of_the_user_is_raised_once(launch: Callable[..., Launcher], tmp_path: Path) -> None:
+    (tmp_path / "run" / "summary.json").write_text('{"exit_reason": "finished"}')
+    launcher = launch(programs.mistake)
+    assert launcher.finish() == (2, "data.path=nowhere: must be a file\n")
+    assert summary(launcher.run_dir)["exit_reason"] == "finished"  # a mistake writes over nothing
 
 
-def test_ranks_that_disagree_have_failed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert launch_ranks(local_ranks(tmp_path), programs.disagree) == 1
-    assert "rank 1 failed: it ended with code 75" in capfd.readouterr().err
+def test_ranks_that_disagree_have_failed(launch: Callable[..., Launcher]) -> None:
+    code, shown = launch(programs.disagree).finish()
+    assert code == 1 and "rank 1 failed: it ended with code 75" in shown
 
 
 def test_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
@@ -112,26 +130,6 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(UserError, match=r"parallel\.nproc_per_node=3: must be at most 2"):
         count_local_ranks(ParallelConfig(nproc_per_node="3"))
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    (tmp_path / "run").mkdir()
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def quick(run_dir: Path) -> Iterator[Launcher]:
-    launcher = Launcher(run_dir, seconds_to_save=0.3, ranks=2)
-    yield launcher
-    launcher.close()
-
-
-@pytest.fixture
-def slow(run_dir: Path) -> Iterator[Launcher]:
-    launcher = Launcher(run_dir, seconds_to_save=600, ranks=1)
-    yield launcher
-    launcher.close()
 
 
 def gone(process: int) -> bool:
@@ -153,41 +151,44 @@ def all_gone(processes: list[int]) -> bool:
     return True
 
 
-def test_control_c_saves_and_stops(quick: Launcher) -> None:
+def test_control_c_saves_and_stops(launch: Callable[..., Launcher]) -> None:
+    quick = launch(programs.train_until_stopped, seconds_to_save=0.3)
     ranks = quick.ranks()
     assert quick.wait_for("training_0_*")[0].read_text() == "terminal: True"
     assert quick.wait_for("training_1_*")[0].read_text() == "terminal: False"
     quick.press_control_c()
-    _, stderr = quick.process.communicate(timeout=PATIENCE)
-    assert quick.process.returncode == 75
+    code, shown = quick.finish()
+    assert code == 75
     assert (quick.run_dir / "saved_0").exists() and (quick.run_dir / "saved_1").exists()
-    assert stderr.count("saves a checkpoint") == 1 and "Traceback" not in stderr
+    assert shown.count("saves a checkpoint") == 1 and "Traceback" not in shown
     assert all_gone(ranks)
 
 
-def test_signal_while_the_ranks_start_is_not_lost(quick: Launcher) -> None:
-    quick.wait_for("logs")  # the launcher listens; its ranks have not even imported torch
-    quick.process.send_signal(signal.SIGUSR1)
-    quick.process.communicate(timeout=PATIENCE)
-    assert quick.process.returncode == 75
-    assert (quick.run_dir / "saved_0").exists() and (quick.run_dir / "saved_1").exists()
+def test_signal_while_the_ranks_start_is_not_lost(launch: Callable[..., Launcher]) -> None:
+    quick = launch(programs.train_until_stopped, ranks=1, forked=False)
+    quick.wait_for("logs")  # the launcher listens; its rank has not even imported torch
+    quick.send(signal.SIGUSR1)
+    assert quick.finish()[0] == 75
+    assert (quick.run_dir / "saved_0").exists()
 
 
-def test_control_c_twice_kills(slow: Launcher) -> None:
+def test_control_c_twice_kills(launch: Callable[..., Launcher]) -> None:
+    slow = launch(programs.train_until_stopped, seconds_to_save=600, ranks=1)
     ranks = slow.ranks()
     slow.press_control_c()
     slow.wait_for("saving_0")
     slow.press_control_c()
-    _, stderr = slow.process.communicate(timeout=PATIENCE)
-    assert slow.process.returncode == 1
-    assert "the ranks are killed" in stderr
+    code, shown = slow.finish()
+    assert code == 1
+    assert "the ranks are killed" in shown
     assert not (slow.run_dir / "saved_0").exists()
     assert all_gone(ranks)
 
 
-def test_no_rank_outlives_a_killed_launcher(slow: Launcher) -> None:
+def test_no_rank_outlives_a_killed_launcher(launch: Callable[..., Launcher]) -> None:
+    slow = launch(programs.train_until_stopped, seconds_to_save=600, ranks=1)
     ranks = slow.ranks()
     assert not any(gone(rank) for rank in ranks)
-    slow.process.kill()
-    slow.process.wait()
+    slow.send(signal.SIGKILL)
+    slow.finish()
     assert all_gone(ranks)

@@ -1,4 +1,4 @@
-"""The command line, in whose first start rank 1 is killed before its fourth step: ``python -m tests.support.dying``."""
+"""The command line, in whose first start rank 1 is killed before its fourth step; a script for torchrun."""
 
 from __future__ import annotations
 
@@ -28,4 +28,5 @@ def die_after_the_last_step() -> None:
 if __name__ == "__main__":
     if os.environ["RANK"] == "1" and restart_count() == 0:
         die_after_the_last_step()
-    sys.exit(main())
+    if code := main():  # torchrun waits for a forked rank that leaves with 0 by sys.exit
+        sys.exit(code)

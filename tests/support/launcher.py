@@ -5,41 +5,46 @@ from __future__ import annotations
 import os
 import pty
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from lisa_dist.config import Config, ParallelConfig, RunConfig
-
-PATIENCE = 600  # seconds for what hangs
+from lisa_dist.config import EXIT_USER_ERROR, Config, ParallelConfig, RunConfig, UserError
+from lisa_dist.launching.local import Entry, launch_ranks
+from tests.support.forkserver import FORKSERVER
+from tests.support.processes import PATIENCE, fork_ranks, send_output_to
 
 
 def local_ranks(run_dir: Path, name: str | None = None, ranks: int = 2) -> Config:
     return Config(parallel=ParallelConfig(nproc_per_node=str(ranks)), run=RunConfig(dir=str(run_dir), name=name))
 
 
-class Launcher:
-    """A launcher in a process group of its own, training until it is stopped; its stdout is a terminal."""
+def _launch(config: Config, entry: Entry, terminal: Path, stderr: Path, forked: bool) -> None:
+    """Be a launcher."""
+    os.setsid()
+    send_output_to(terminal, stderr)
+    if forked:
+        fork_ranks()
+    try:
+        code = launch_ranks(config, entry)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        code = EXIT_USER_ERROR
+    sys.exit(code)
 
-    def __init__(self, run_dir: Path, seconds_to_save: float, ranks: int) -> None:
-        self.run_dir, self.num_ranks = run_dir, ranks
-        terminal, its_end = pty.openpty()
-        call = (
-            "import sys; from pathlib import Path; from lisa_dist.launching.local import launch_ranks;"
-            "from tests.support import programs; from tests.support.launcher import local_ranks;"
-            f"sys.exit(launch_ranks(local_ranks(Path({str(run_dir)!r}), '{seconds_to_save}', {ranks}),"
-            " programs.train_until_stopped))"
-        )
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", call],
-            stdout=its_end,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        os.close(its_end)
-        self.terminal = terminal
+
+class Launcher:
+    """A launcher in a process group of its own, whose stdout is a terminal; ranks are interpreters where not forked."""
+
+    def __init__(self, config: Config, entry: Entry, *, forked: bool = True) -> None:
+        self.run_dir = Path(str(config.run.dir))
+        self.num_ranks = int(config.parallel.nproc_per_node)
+        self.terminal, its_end = pty.openpty()
+        self.output = self.run_dir.parent / f"{self.run_dir.name}_stderr"
+        arguments = (config, entry, Path(os.ttyname(its_end)), self.output, forked)
+        self.process = FORKSERVER.Process(target=_launch, args=arguments)
+        self.process.start()
+        self.its_end = its_end  # open, so that the terminal is there whenever the launcher comes to it
 
     def wait_for(self, *patterns: str) -> list[Path]:
         """Wait for a file of each pattern and return them."""
@@ -48,7 +53,7 @@ class Launcher:
             found = [next(self.run_dir.glob(pattern), None) for pattern in patterns]
             if None not in found:
                 return [path for path in found if path is not None]
-            assert time.monotonic() < deadline and self.process.poll() is None, (patterns, self.process.poll())
+            assert time.monotonic() < deadline and self.process.is_alive(), (patterns, self.process.exitcode)
             time.sleep(0.05)
 
     def ranks(self) -> list[int]:
@@ -58,12 +63,25 @@ class Launcher:
     def every_rank(self, pattern: str) -> list[str]:
         return [pattern.format(rank) for rank in range(self.num_ranks)]
 
+    def send(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
     def press_control_c(self) -> None:
         """What a terminal does: INT to the whole foreground group."""
+        assert self.process.pid is not None
         os.killpg(self.process.pid, signal.SIGINT)
 
+    def finish(self) -> tuple[int, str]:
+        """The exit code, and what was printed on stderr."""
+        self.process.join(PATIENCE)
+        assert self.process.exitcode is not None, f"the launcher goes on after {PATIENCE} s"
+        return self.process.exitcode, self.output.read_text()
+
     def close(self) -> None:
-        if self.process.poll() is None:
+        if self.process.is_alive():
+            assert self.process.pid is not None
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
+        self.process.join()
         os.close(self.terminal)
+        os.close(self.its_end)

@@ -52,16 +52,26 @@ def _run_forked_rank(*args: Any) -> int:
     return local.run_rank(*args)
 
 
-def _launch(arguments: list[str], output: Path, temporary: Path) -> None:
-    """Be a launcher: the command line, with output to a file and a folder of its own for temporary files."""
-    os.setsid()
-    with output.open("wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    tempfile.tempdir = str(temporary)
+def fork_ranks() -> None:
+    """Let launchers in this process fork their ranks, which is quick, in place of starting an interpreter for each."""
     elastic_launch = local.elastic_launch
     local.elastic_launch = lambda config, entry: elastic_launch(config, _run_forked_rank)
     local.LaunchConfig = _fork_ranks
+
+
+def send_output_to(stdout: Path, stderr: Path) -> None:
+    """Append what this process and its children print."""
+    for number, file in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY), number)
+
+
+def _launch(arguments: list[str], output: Path, temporary: Path) -> None:
+    """Be a launcher: the command line, with output to a file and a folder of its own for temporary files."""
+    os.setsid()
+    output.unlink(missing_ok=True)
+    send_output_to(output, output)
+    tempfile.tempdir = str(temporary)
+    fork_ranks()
     sys.exit(main(["train", *arguments]))
 
 

@@ -22,6 +22,7 @@ TINY = [
     "data.sequence_length=64",
     "train.global_batch_size=4",
     "train.micro_batch_size=1",
+    "train.eval_batches=1",
     "optimizer.lr=0.01",
     "sampler.period=3",
     "parallel.cpu_threads=1",
