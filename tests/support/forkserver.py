@@ -1,6 +1,7 @@
 """Processes that start at once: forked from one server, which has imported what a run needs.
 
-Importing takes 6 s of computing, more than most tests. Tests of torchrun_node.sh and of the command line start theirs as a user does.
+Importing takes 6 s of computing, more than most tests. Those of torchrun_node.sh, of sweeps and of Slurm start
+theirs as a user does.
 """
 
 from __future__ import annotations
