@@ -1,13 +1,14 @@
-"""Real ranks for tests: processes that join one gloo process group and stay for the whole session.
+"""Real ranks for tests: processes that stay for the whole session, and join a gloo process group for each call.
 
 ``run_on_ranks(4, function, *args)`` calls ``function(*args)`` on every rank and returns the results in rank
 order. The function must be importable (module level). An exception on any rank is raised here with that
-rank's traceback, and the group is started afresh for the next test.
+rank's traceback, and the next call has new processes.
 """
 
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import tempfile
 import traceback
@@ -101,20 +102,22 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=120),
-    )
-    while True:
+    for number in itertools.count():
         try:
             function, args = pipe.recv()
         except EOFError:
             os._exit(0)
         try:
+            # A group for each call: those that a call makes have threads, which wake 100 times a second for ever.
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{store}.{number}",
+                rank=rank,
+                world_size=world_size,
+                timeout=datetime.timedelta(seconds=120),
+            )
             answer = (False, function(*args))
+            dist.destroy_process_group()
         except BaseException:
             answer = (True, f"rank {rank}:\n{traceback.format_exc()}")
         pipe.send(answer)
