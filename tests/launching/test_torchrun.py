@@ -17,7 +17,7 @@ from tests.support.tiny import TINY, free_ports, held, read_summary, rows_of_ste
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "torchrun_node.sh"
 PATIENCE = 600  # seconds for what hangs
-STEPS, HELD_AT = 45, 6
+STEPS, HELD_AT = 30, 6
 
 
 class Machines:

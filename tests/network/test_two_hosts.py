@@ -18,7 +18,7 @@ from tests.support.ranks import run_on_ranks
 from tests.support.tiny import TINY, missing, read_summary, rows_of_steps, steps_recorded
 
 TIMEOUT = 15  # seconds for a collective
-SAVED_EVERY = 20  # steps
+SAVED_EVERY = 8  # steps
 LAYERS, ACTIVE, WIDTH, INNER = 4, 1, 128, 384
 SETTINGS = [
     *TINY,
