@@ -48,7 +48,7 @@ oldest:
 numbers: $(INSTALLED)
 	$(TESTS) tests/golden tests/sharding tests/distributed/test_training.py tests/distributed/test_resume.py
 
-gpu-lint: $(INSTALLED)
+gpu-check: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no GPU, gpu-check needs one")'
 	$(BIN)/python -m pytest -m gpu tests/gpu
 	$(BIN)/lisa-dist bench model=tinyllama model.init=random data=custom data.sequence_length=2048 \
