@@ -186,5 +186,5 @@ def check_torch_for_integers() -> None:
     if tuple(int(number) for number in torch.__version__.split(".")[:2]) < (2, 13):
         raise UserError(
             f"model.quantization must be none with torch {torch.__version__}, whose FSDP2 shards no integers; install "
-            "torch 2.13, or keep weights whole on each rank, with parallel.replicate=<ranks> parallel.offload=none"
+            "2.13 or later, or keep weights whole on each rank, with parallel.replicate=<ranks> parallel.offload=none"
         )

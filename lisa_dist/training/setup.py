@@ -134,15 +134,16 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
     batches = make_batches(config, dims, data.train, pad, order_seed)
     validation = None if data.validation is None else make_batches(config, dims, data.validation, pad, order_seed)
     train_module = build_train_module(config, architecture, dims)
-    checkpoints = CheckpointSaver(train_module, directory, public_yaml(config))
+    settings = public_yaml(config)
+    checkpoints = CheckpointSaver(train_module, directory, settings)
     progress = Progress(order_seed=order_seed, data=described)
     with distributed.longer_timeout(config.parallel.timeout):
         if newest is None:
-            distributed.on_rank_zero(lambda: settle_run_directory(config, tokenizer))
+            distributed.on_rank_zero(lambda: settle_run_directory(config, settings, tokenizer))
             load_initial_weights(train_module, device)
         else:
             progress = go_on(train_module, checkpoints, newest, device, described)
-            distributed.on_rank_zero(lambda: settle_run_directory(config, tokenizer))
+            distributed.on_rank_zero(lambda: settle_run_directory(config, settings, tokenizer))
     max_steps = planned_steps(config.train, batches, progress)
     announce_run(config, train_module, data, batches, max_steps, progress)
     if distributed.is_main():
@@ -191,10 +192,10 @@ def first_seed(checkpoint: Path) -> int:
     return distributed.on_rank_zero(lambda: read_state(checkpoint)["progress"]["order_seed"])
 
 
-def settle_run_directory(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write what the run starts or goes on with, configuration and tokenizer, once nothing of it can be refused."""
+def settle_run_directory(config: Config, settings: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write what the run starts or goes on with, its settings and tokenizer, once nothing of it can be refused."""
     run = RunDirectory.of(config)
-    write_atomically(run.config, public_yaml(config))
+    write_atomically(run.config, settings)
     write_tokenizer(run.tokenizer, config.model, tokenizer)
 
 
