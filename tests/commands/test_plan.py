@@ -21,7 +21,7 @@ ARCHITECTURE = (
 )
 TINY = ["model=custom", ARCHITECTURE, "data.sequence_length=256", "parallel.nproc_per_node=2", "plan.format=json"]
 TINY += ["train.global_batch_size=4", "plan.gpu=rtx4090"]
-# Where many plans are made.
+# Where many plans are made: at each size the search tries, a chunk of the head's is simulated operator by operator.
 SHALLOW = [ARCHITECTURE.replace("num_hidden_layers:8", "num_hidden_layers:2"), "sampler.active_layers=1"]
 SHALLOW += ["train.global_batch_size=2", "model.loss_chunk=65536"]
 PARAMETERS = 2 * 4096 * 512 + 8 * (4 * 512**2 + 3 * 512 * 1024 + 2 * 512) + 512

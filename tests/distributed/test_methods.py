@@ -108,10 +108,12 @@ def compare(
     assert all(not torch.equal(result["final"][name], result["initial"][name]) for name in result["trained"][-1])
 
 
+# One rank keeps its weights in another store than two.
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("changed", [False, True], ids=["plain", "rslora and dora"])
-def test_lora_equals_peft(changed: bool) -> None:
+def test_lora_equals_peft(changed: bool, world_size: int) -> None:
     config = make_method("all", "lora", always=False, rank=RANK, alpha=7.0, rslora=changed, dora=changed)
-    result = run_on_ranks(2, train_on_rank, config)[0]
+    result = run_on_ranks(world_size, train_on_rank, config)[0]
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     theirs = LoraConfig(r=RANK, lora_alpha=7.0, target_modules=targets, use_rslora=changed, use_dora=changed)
     model = inject_adapter_in_model(theirs, plain_model(config))
@@ -162,9 +164,10 @@ def initial_weights(config: Config) -> dict[str, torch.Tensor]:
     return full_parameters(train_module)
 
 
-def test_lora_fa_equals_its_formula() -> None:
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_lora_fa_equals_its_formula(world_size: int) -> None:
     config = make_method("all", "lora_fa", always=False, rank=RANK, alpha=7.0, target_modules=["q_proj", "down_proj"])
-    result = run_on_ranks(2, train_on_rank, config)[0]
+    result = run_on_ranks(world_size, train_on_rank, config)[0]
     theirs = LoraConfig(r=RANK, lora_alpha=7.0, target_modules=["q_proj", "down_proj"])
     model = inject_adapter_in_model(theirs, plain_model(config))
     assert result["trained"][0] == sorted(name for name, _ in model.named_parameters() if ".lora_B." in name)

@@ -34,7 +34,7 @@ def train_undisturbed(run_dir: Path, *overrides: str) -> Path:
 
 @pytest.mark.timeout(3000)
 def test_kills_and_signals_in_a_row(tmp_path: Path) -> None:
-    """All ranks killed; the launcher killed; SIGTERM; SIGUSR1 to one rank: then to the end."""
+    """One rank killed; all killed; the launcher killed; SIGTERM; SIGUSR1 to one rank: then to the end."""
     common = (CONSTANT, "checkpoint.every=2")
     settings = (*common, "checkpoint.async=true", "checkpoint.full_every=3", RESUME)
     run_dir = tmp_path / "run"
@@ -44,6 +44,11 @@ def test_kills_and_signals_in_a_row(tmp_path: Path) -> None:
         run = Launched(run_dir, *settings, ENDLESS)
         run.wait_for_checkpoint()
         return run
+
+    run = start()
+    os.kill(run.rank_process(1), signal.SIGKILL)
+    code, output = run.finish()
+    assert code == EXIT_FAILED and "rank 1 failed: it was killed" in output, output
 
     run = start()
     for rank in (0, 1):
@@ -69,7 +74,7 @@ def test_kills_and_signals_in_a_row(tmp_path: Path) -> None:
     end = f"train.max_steps={last_step(run_dir) + 3}"
     code, output = Launched(run_dir, *settings, end).finish()
     assert code == EXIT_DONE, output
-    assert len(read_summary(run_dir)["resumed_from"]) == 4
+    assert len(read_summary(run_dir)["resumed_from"]) == 5
     assert_same_run(run_dir, train_undisturbed(tmp_path / "reference", *common, end))
 
 
