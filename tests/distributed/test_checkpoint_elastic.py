@@ -24,8 +24,15 @@ class Placement:
     offload: str = "none"
 
 
-# Plain and hybrid sharding one after the other, more ranks and fewer; and each kind of offload after each other one.
+# More ranks and fewer, plain and hybrid sharding, each kind of offload, the resident store in between.
 PLACEMENTS = [
+    Placement(4, replicate=2, offload="all"),
+    Placement(3, offload="frozen"),
+    Placement(1),
+    Placement(2, offload="all"),
+]
+# Plain and hybrid sharding one after the other; and each kind of offload after each other one.
+MORE = [
     Placement(4, replicate=2, offload="all"),
     Placement(4),
     Placement(2, offload="frozen"),
@@ -50,9 +57,9 @@ def figures(rows: list[dict[str, Any]], key: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "placements",  # eight ranks take long to start on two cores
-    [PLACEMENTS, pytest.param(ON_EIGHT, marks=pytest.mark.soak)],
-    ids=["up to 4", "8"],
+    "placements",
+    [PLACEMENTS, pytest.param(MORE, marks=pytest.mark.soak), pytest.param(ON_EIGHT, marks=pytest.mark.soak)],
+    ids=["up to 4", "more", "8"],
 )
 def test_other_placements_go_on(placements: list[Placement], tmp_path: Path) -> None:
     """Each placement makes one step and is cut short; all steps are those of a run that stayed on one rank."""

@@ -76,10 +76,10 @@ def train_with_bad_batches(config: Config, kind: str, bad: list[int], kill: Kill
 
 @pytest.mark.parametrize("kind", ["gradient", "loss"])
 def test_bad_steps_are_left_out_and_kept(kind: str, tmp_path: Path) -> None:
-    config = make_config(tmp_path, "train.on_nonfinite=skip")
+    config = runs.make_config(tmp_path, "train.on_nonfinite=skip")
     assert run_on_ranks(2, train_with_bad_batches, config, kind, [3, 5]) == [0, 0]
     rows = [row for row in metrics(tmp_path) if "loss" in row]
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows] == list(range(1, runs.STEPS + 1))
     measured = "grad_norm" if kind == "gradient" else "loss"
     assert [row["step"] for row in rows if row[measured] is None] == [3, 5]
     assert all(row["loss"] is not None for row in rows if row["step"] not in (3, 5)), "the parameters stayed finite"

@@ -17,7 +17,7 @@ from tests.support.tiny import TINY, free_ports, held, read_summary, rows_of_ste
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "torchrun_node.sh"
 PATIENCE = 600  # seconds for what hangs
-STEPS, HELD_AT = 30, 6
+STEPS, HELD_AT = 16, 6
 
 
 class Machines:
@@ -86,7 +86,7 @@ def step_of_rank_1(run_dir: Path) -> int:
 
 def test_run_goes_on_without_a_lost_machine(machines: Machines, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    overrides = [f"train.max_steps={STEPS}", "checkpoint.every=5", "checkpoint.keep=2", f"run.dir={run_dir}"]
+    overrides = [f"train.max_steps={STEPS}", "data.limit=32", "checkpoint.every=5", f"run.dir={run_dir}"]
     lost = tmp_path / "lost"
     first, second = (machines.start(rank, "1:2", *overrides, **held(HELD_AT, lost)) for rank in (0, 1))
     # Where the second is late, the first begins alone, saves when it joins, and both go on from there.
@@ -100,8 +100,8 @@ def test_run_goes_on_without_a_lost_machine(machines: Machines, tmp_path: Path) 
     assert 5 <= summary["resumed_from"][-1] <= HELD_AT + 2
     rows = rows_of_steps(run_dir)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    # 60 rows are 15 global batches: however many ranks train it, an epoch has the same label tokens.
-    epochs = [sum(row["label_tokens"] for row in rows[first : first + 15]) for first in range(0, STEPS, 15)]
+    # 32 rows are 8 global batches: however many ranks train it, an epoch has the same label tokens.
+    epochs = [sum(row["label_tokens"] for row in rows[first : first + 8]) for first in range(0, STEPS, 8)]
     assert len(set(epochs)) == 1
 
 

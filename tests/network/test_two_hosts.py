@@ -26,6 +26,7 @@ SETTINGS = [
     f"num_hidden_layers:{LAYERS},num_attention_heads:2,num_key_value_heads:2,max_position_embeddings:256}}",
     f"sampler.active_layers={ACTIVE}",
     "sampler.period=1000",
+    "precision.compute=float32",  # which any CPU computes fast
     "scheduler=constant",  # whatever train.max_steps is
     "train.global_batch_size=2",
     "train.max_steps=100000",
@@ -90,16 +91,17 @@ def test_a_bad_network_costs_time_and_in_the_end_a_restart(
     run.wait_until(lambda: len(steps_recorded(run_dir)) > SAVED_EVERY)
     for rank in (0, 1):
         assert run.bytes_of_a_step(rank) == pytest.approx(planned_bytes(ACTIVE), rel=0.05)
-    # Frozen blocks send no gradients: those of all blocks would be more by far.
-    assert planned_bytes(LAYERS) > 1.5 * planned_bytes(ACTIVE)
+    # Frozen blocks send no gradients: those of all blocks would be far outside of what is allowed above.
+    assert planned_bytes(LAYERS) > 1.25 * planned_bytes(ACTIVE)
 
+    # First, while TCP knows an answer to take no time: it sends again after twice as long each time.
+    with hosts.cut():
+        time.sleep(TIMEOUT / 4)
+    train_steps(2)
     with hosts.far_apart(seconds=0.05):
         train_steps(1)  # of some 100 answers that are waited for
     with hosts.slow("100mbit"):
         train_steps(2)
-    with hosts.cut():
-        time.sleep(TIMEOUT / 4)
-    train_steps(2)
     with hosts.cut():
         assert run.wait() == [1, 1]  # both, and neither hangs
     for rank, log in enumerate(run.logs):

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support.forkserver import FORKSERVER
+from tests.support.network_program import run_rank
 from tests.support.tiny import SYSTEM_PATH
 
 PATIENCE = 600  # seconds for what hangs
@@ -100,22 +102,14 @@ class Run:
 
     def __init__(self, hosts: Hosts, folder: Path, *overrides: str) -> None:
         self.folder = folder
-        self.processes: list[subprocess.Popen[bytes]] = []
         self.logs = [folder / f"host_{rank}.log" for rank in (0, 1)]
+        self.processes = []
         for rank, host in enumerate(hosts.names):
             settings = {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(PORT), "WORLD_SIZE": "2", "RANK": str(rank)}
             settings |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-            program = ["ip", "netns", "exec", host, sys.executable, "-m", "tests.support.network_program"]
-            with self.logs[rank].open("wb") as log:
-                self.processes.append(
-                    subprocess.Popen(
-                        [*program, str(self._counts(rank)), *overrides],
-                        env={**os.environ, **settings},
-                        stdout=log,
-                        stderr=log,
-                        cwd=Path(__file__).parents[2],
-                    )
-                )
+            arguments = (host, settings, self.logs[rank], self._counts(rank), list(overrides))
+            self.processes.append(FORKSERVER.Process(target=run_rank, args=arguments))
+            self.processes[-1].start()
 
     def _counts(self, rank: int) -> Path:
         return self.folder / f"bytes_{rank}.json"
@@ -123,7 +117,7 @@ class Run:
     def wait_until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE
         while not condition():
-            running = all(process.poll() is None for process in self.processes)
+            running = all(process.is_alive() for process in self.processes)
             assert running and time.monotonic() < deadline, [log.read_text()[-3000:] for log in self.logs]
             time.sleep(0.1)
 
@@ -131,12 +125,13 @@ class Run:
         """Return the median over the steps so far, the first ones left out: they open connections."""
         return statistics.median(json.loads(self._counts(rank).read_text())[2:])
 
-    def wait(self) -> list[int]:
+    def wait(self) -> list[int | None]:
         """Wait for the end of both ranks and return their codes."""
-        return [process.wait(PATIENCE) for process in self.processes]
+        for process in self.processes:
+            process.join(PATIENCE)
+        return [process.exitcode for process in self.processes]
 
     def close(self) -> None:
         for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+            process.kill()
+            process.join()

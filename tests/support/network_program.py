@@ -1,11 +1,10 @@
-"""What a host runs in the tests of the network: the trainer, and a count of the bytes that each step sends.
-
-``python -m tests.support.network_program FILE [overrides]`` writes into FILE a list with a number for each step.
-"""
+"""What a host runs in the tests of the network: the trainer, and a count of the bytes that each step sends."""
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,30 @@ from lisa_dist.config.loading import load
 from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.signals import install_stop_handlers
 from lisa_dist.training import loop
+from tests.support.processes import send_output_to
+
+NETWORK = 0x40000000  # setns's CLONE_NEWNET
+
+
+def move_to(host: str) -> None:
+    """Move this process, which has one thread, into a network namespace."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with Path("/run/netns", host).open() as namespace:
+        if libc.setns(namespace.fileno(), NETWORK):
+            raise OSError(ctypes.get_errno(), f"{host} can't be entered")
 
 
 def bytes_sent() -> int:
     """Return the bytes that have left this host."""
-    devices = [folder for folder in Path("/sys/class/net").iterdir() if folder.name.startswith("v")]
-    return sum(int((device / "statistics" / "tx_bytes").read_text()) for device in devices)
+    devices = [line.split() for line in Path("/proc/self/net/dev").read_text().splitlines()]
+    return sum(int(device[9]) for device in devices if device[0].startswith("v"))
 
 
-def main() -> int:
-    file, *overrides = sys.argv[1:]
+def run_rank(host: str, settings: dict[str, str], log: Path, counts_of_bytes: Path, overrides: list[str]) -> None:
+    """Be a rank on ``host``: train, and write a number for each step into ``counts_of_bytes``."""
+    move_to(host)
+    send_output_to(log, log)
+    os.environ.update(settings)
     install_stop_handlers()
     counts: list[int] = []
     train_step = loop.train_step
@@ -32,12 +45,8 @@ def main() -> int:
         before = bytes_sent()
         result = train_step(*arguments, **more)
         counts.append(bytes_sent() - before)
-        write_atomically(Path(file), json.dumps(counts))
+        write_atomically(counts_of_bytes, json.dumps(counts))
         return result
 
     loop.train_step = counted
-    return loop.train(load(overrides))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(loop.train(load(overrides)))
