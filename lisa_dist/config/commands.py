@@ -63,7 +63,9 @@ class BenchConfig:
     steps: int = 20  # measured steps of a method, after warm-up
     warmup_steps: int = 3  # steps that are not measured, first of all
     rounds: int = 7  # the steps are made in so many rounds, each after a switch; compared methods take turns
-    compare: list[str] = field(default_factory=list)  # methods in the same run; fsdp_baseline: a plain FSDP2 loop
+    compare: list[str] = field(
+        default_factory=list
+    )  # in the same run: methods, fsdp_baseline (a plain FSDP2 loop), peer_full, peer_lora, peer_lisa (transformers)
     sweep: list[str] = field(default_factory=list)  # override lines measured one after the other
     profile: bool = False  # write a trace of one step into the run directory
     format: str = "table"  # table, json

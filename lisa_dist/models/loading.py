@@ -53,17 +53,18 @@ def load_pretrained(model: nn.Module, path: str | Path) -> list[str]:
 def initialize_random(model: nn.Module, seed: int) -> list[str]:
     """Fill a sharded model with the weights of its own initialisation; return the parameters left alone (adapters).
 
-    The same weights at any number of ranks and on any device: each block is made in full on the CPU, from a
-    generator keyed by ``seed`` and the block's name, and cut to the shard.
+    The same weights at any number of ranks: each block is made in full on this rank's device, in fp32, from a generator
+    keyed by ``seed`` and the block's name, and cut to the shard. A GPU has other random numbers than a CPU.
     """
+    device = distributed.device()
     replica = meta_replica(model)
     tensors, added = _own_tensors(model, replica)
     for name, part, recurse in _parts(replica):
         if not any(key in tensors for key in _part_state(name, part, recurse)):
             continue
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(_keyed_seed(seed, name))
-            _initialize(replica, name, part, recurse)
+            _initialize(replica, name, part, recurse, device)
         for key, value in _part_state(name, part, recurse).items():
             if key in tensors:  # a tied head is not: its weight was made with the embeddings
                 _copy_region(tensors[key], value)
@@ -183,9 +184,9 @@ def _part_state(name: str, part: nn.Module, recurse: bool) -> dict[str, Tensor]:
     return {f"{prefix}{key}": tensor for key, tensor in named_state(part).items() if recurse or "." not in key}
 
 
-def _initialize(replica: nn.Module, name: str, part: nn.Module, recurse: bool) -> None:
-    """Allocate a part on the CPU and run the model's initialisation on it, children first."""
-    part.to_empty(device="cpu", recurse=recurse)
+def _initialize(replica: nn.Module, name: str, part: nn.Module, recurse: bool, device: torch.device) -> None:
+    """Allocate a part and run the model's initialisation on it, children first."""
+    part.to_empty(device=device, recurse=recurse)
     inner = list(part.named_modules(prefix=name)) if recurse else [(name, part)]
     for path, module in reversed(inner):
         _owner(replica, path)._init_weights(module)

@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import profile
 
-from lisa_dist.commands.bench.rounds import PARTS, BenchRun, Builder, enter, interleave, measure_step, ratio, summarize
+from lisa_dist.commands.bench.peers import PEERS
+from lisa_dist.commands.bench.rounds import BenchRun, Builder, enter, interleave, measure_steps, ratio, summarize
+from lisa_dist.commands.bench.steps import PARTS
 from lisa_dist.commands.bench.stopwatch import PEAK_MEANINGS
 from lisa_dist.commands.bench.targets import FSDP_BASELINE, FsdpBaseline, MethodTarget
 from lisa_dist.config import EXIT_DONE, Config, UserError
@@ -59,10 +61,11 @@ def run(config: Config) -> int:
 def compare(config: Config) -> dict[str, Any]:
     """Measure the configured method and those of ``bench.compare``, taking turns. Collective: every rank."""
     builders: dict[str, tuple[Config, Builder]] = {config.method: (config, MethodTarget)}
+    others: dict[str, Builder] = {FSDP_BASELINE: FsdpBaseline, **PEERS}
     for name in config.bench.compare:
-        check_choice("bench.compare", name, [*group_choices("method"), FSDP_BASELINE])
-        is_baseline = name == FSDP_BASELINE
-        target = (config, FsdpBaseline) if is_baseline else (vary(config, [f"method={name}"]), MethodTarget)
+        check_choice("bench.compare", name, [*group_choices("method"), *others])
+        is_method = name not in others
+        target = (vary(config, [f"method={name}"]), MethodTarget) if is_method else (config, others[name])
         builders.setdefault(name, target)
     batches = bench_batches(config)
     runs = {name: enter(name, variant, build, batches) for name, (variant, build) in builders.items()}
@@ -131,7 +134,7 @@ def write_trace(bench_run: BenchRun, directory: Path) -> None:
     """Write a trace of one step of each rank, for chrome://tracing or Perfetto. Collective: every rank."""
     directory.mkdir(parents=True, exist_ok=True)
     with profile() as recorded:
-        measure_step(bench_run)
+        measure_steps(bench_run, 1)
     file = directory / f"trace_rank_{distributed.rank()}.json"
     recorded.export_chrome_trace(str(file))
     logger.info("trace of one step of %s: %s", bench_run.name, file)
@@ -142,17 +145,18 @@ def show(result: dict[str, Any]) -> None:
     rows = list(result.get("compare", {result["method"]: result}).values()) + result.get("sweep", [])
     title = f"lisa-dist bench: {result['model']}, {result['ranks']} x {result['device']}"
     table = Table(title=title, title_justify="left")
-    parts = [f"{part} s" for part in PARTS]
-    for heading in ("", "tokens/s", "label tokens/s", "step s", *parts, "switch in steps", "peak", "use", "ratio"):
+    timed = [f"{part} s" for part in PARTS]
+    for heading in ("", "tokens/s", "label tokens/s", "step s", *timed, "switch in steps", "peak", "use", "ratio"):
         table.add_column(heading, justify="right" if heading else "left")
     for row in rows:
         step, relative = row["step_seconds"], row.get("ratio")
+        parts = step["by_part"]
         table.add_row(
             row.get("overrides") or row["method"],
             format_count(row["tokens_per_second"]),
             format_count(row["label_tokens_per_second"]),
             f"{step['median']:.4f} ± {step['spread']:.4f}",
-            *(f"{step['by_part'][part]:.4f}" for part in PARTS),
+            *(f"{parts[part]:.4f}" if part in parts else "" for part in PARTS),
             f"{row['switch_in_steps']:.2f}",
             format_bytes(row["peak_bytes"]),
             "" if row["utilisation"] is None else f"{row['utilisation']:.0%}",

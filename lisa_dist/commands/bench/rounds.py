@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lisa_dist.commands.bench.stopwatch import PeakMemory, Stopwatch, spread_of
-from lisa_dist.commands.bench.targets import HORIZON, BenchTarget
+from lisa_dist.commands.bench.steps import PARTS, Step, StepClock
+from lisa_dist.commands.bench.stopwatch import PeakMemory, spread_of
+from lisa_dist.commands.bench.targets import BenchTarget
 from lisa_dist.config import Config
-from lisa_dist.data.batches import GlobalBatches, MicroBatch, label_tokens
+from lisa_dist.data.batches import GlobalBatches
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import now
 from lisa_dist.training.flops import peak_rate
@@ -20,20 +20,6 @@ from lisa_dist.training.flops import peak_rate
 logger = logging.getLogger(__name__)
 
 Builder = Callable[[Config, GlobalBatches], BenchTarget]
-
-PARTS = ("data", "forward", "backward", "optimizer", "other", "switch")
-
-
-@dataclass
-class Step:
-    """One measured optimizer step: seconds by this rank's clock, the rest of all ranks."""
-
-    seconds: float
-    cpu_seconds: float  # that all threads of this rank spent on a processor: what other programs do, does not count
-    parts: dict[str, float]
-    tokens: int  # padding left out
-    label_tokens: int
-    flops: float
 
 
 @dataclass
@@ -56,10 +42,8 @@ class BenchRun:
     name: str
     config: Config
     target: BenchTarget
-    data: GlobalBatches
-    batches: Iterator[list[MicroBatch]]
+    clock: StepClock
     peak_bytes: int = 0
-    seen: int = 0  # sequences
     rounds: list[Round] = field(default_factory=list)
 
 
@@ -69,13 +53,12 @@ def enter(name: str, config: Config, build: Builder, batches: GlobalBatches) -> 
     with PeakMemory(distributed.device()) as peak:
         target = build(config, batches)
         peak.start()
-        bench_run = BenchRun(name, config, target, batches, batches.iterate(0, HORIZON))
+        bench_run = BenchRun(name, config, target, StepClock(batches))
         target.switch()
         target.dry_run_batch(batches.longest_micro_batch())
-        for _ in range(config.bench.warmup_steps):
-            measure_step(bench_run)
+        measure_steps(bench_run, config.bench.warmup_steps)
         target.switch()
-        measure_step(bench_run)
+        measure_steps(bench_run, 1)
     bench_run.peak_bytes = peak.bytes
     return bench_run
 
@@ -88,25 +71,15 @@ def interleave(bench_runs: list[BenchRun], rounds: int, steps: int) -> None:
             started = now()
             bench_run.target.switch()
             switch_seconds = now() - started
-            first = measure_step(bench_run)
-            bench_run.rounds.append(Round(switch_seconds, first, [measure_step(bench_run) for _ in range(steps)]))
+            first, *measured = measure_steps(bench_run, 1 + steps)
+            bench_run.rounds.append(Round(switch_seconds, first, measured))
         logger.info("round %d of %d", turn + 1, rounds)
 
 
-def measure_step(bench_run: BenchRun) -> Step:
-    """Make one step and measure it. Collective: every rank."""
-    stopwatch = Stopwatch(distributed.device())
-    started, cpu_started = now(), time.process_time()
-    with stopwatch("data"):
-        micro_batches = next(bench_run.batches)
-    bench_run.target.step(micro_batches, stopwatch)
-    seconds, cpu_seconds = now() - started, time.process_time() - cpu_started
-    parts = {part: spent for part, spent in stopwatch.take().items() if part in PARTS}
-    parts["other"] = seconds - sum(parts.values())
-    lengths = bench_run.data.lengths(bench_run.seen)
-    bench_run.seen += bench_run.data.global_batch_size
-    (labels,) = distributed.all_reduce_sum([float(sum(map(label_tokens, micro_batches)))])
-    return Step(seconds, cpu_seconds, parts, int(lengths.sum()), int(labels), bench_run.target.flops(lengths) or 0.0)
+def measure_steps(bench_run: BenchRun, count: int) -> list[Step]:
+    """Make steps and measure them. Collective: every rank."""
+    bench_run.target.make_steps(bench_run.clock, count)
+    return bench_run.clock.take()
 
 
 def summarize(bench_run: BenchRun) -> dict[str, Any]:
@@ -114,7 +87,8 @@ def summarize(bench_run: BenchRun) -> dict[str, Any]:
     rounds, steps = bench_run.rounds, [step for round_ in bench_run.rounds for step in round_.steps]
     seconds = spread_of([step.seconds for step in steps])
     switch = spread_of([round_.switch_seconds + round_.first.seconds - round_.median() for round_ in rounds])
-    parts = {part: statistics.median(step.parts.get(part, 0.0) for step in steps) for part in PARTS}
+    timed = {part for step in steps for part in step.parts}
+    parts = {part: statistics.median(step.parts.get(part, 0.0) for step in steps) for part in PARTS if part in timed}
     parts["switch"] = switch["median"] / bench_run.config.sampler.period
     slowdown = 1 + parts["switch"] / seconds["median"]
 

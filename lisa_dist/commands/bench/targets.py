@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from lisa_dist.config import Config, UserError
+from lisa_dist.commands.bench.steps import HORIZON, StepClock
+from lisa_dist.config import Config, ModelConfig, UserError
 from lisa_dist.data.batches import GlobalBatches, MicroBatch
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.method.optim import optimizer_spec
@@ -27,7 +29,10 @@ from lisa_dist.training.flops import step_flops
 from lisa_dist.training.loop import PhaseTimer, dry_run_batch, train_step
 
 FSDP_BASELINE = "fsdp_baseline"
-HORIZON = 1 << 30  # the length of the schedule: the learning rate plays no part
+
+
+MakeStep = Callable[[list[MicroBatch], PhaseTimer], None]
+Flops = Callable[[np.ndarray], float | None]
 
 
 class BenchTarget(Protocol):
@@ -39,11 +44,20 @@ class BenchTarget(Protocol):
     def switch(self) -> None:
         """Begin a period."""
 
-    def step(self, micro_batches: list[MicroBatch], stopwatch: PhaseTimer) -> None:
-        """Make one optimizer step."""
+    def make_steps(self, clock: StepClock, count: int) -> None:
+        """Make optimizer steps, each of them measured."""
 
-    def flops(self, lengths: np.ndarray) -> float | None:
-        """Return the operations, of all ranks, of a step over sequences of so many tokens; None: not counted."""
+
+def uncounted(lengths: np.ndarray) -> None:
+    """Say of a step over sequences of so many tokens that its operations are not counted."""
+
+
+def measure_each(step: MakeStep, flops: Flops, clock: StepClock, count: int) -> None:
+    """Call ``step`` so often, each time with the micro-batches of a step. Collective: every rank."""
+    for _ in range(count):
+        clock.start()
+        step(clock.next_batches(), clock.stopwatch)
+        clock.stop(flops)
 
 
 class MethodTarget:
@@ -67,12 +81,22 @@ class MethodTarget:
         )
         self.period += 1
 
-    def step(self, micro_batches: list[MicroBatch], stopwatch: PhaseTimer) -> None:
+    def make_steps(self, clock: StepClock, count: int) -> None:
+        measure_each(self._step, partial(step_flops, self.train_module), clock, count)
+
+    def _step(self, micro_batches: list[MicroBatch], stopwatch: PhaseTimer) -> None:
         train_step(self.train_module, micro_batches, self.steps, HORIZON, stopwatch=stopwatch)
         self.steps += 1
 
-    def flops(self, lengths: np.ndarray) -> float:
-        return step_flops(self.train_module, lengths)
+
+def fill_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Allocate a model on ``meta`` on this rank's device, with the weights to start from. Collective: every rank."""
+    model.to_empty(device=distributed.device())
+    restore_buffers(model)
+    if config.initialization == "random":
+        initialize_random(model, seed)
+    else:
+        load_pretrained(model, str(config.path))
 
 
 class FsdpBaseline:
@@ -113,12 +137,7 @@ class FsdpBaseline:
         for module in (*layers.blocks, self.model):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards)
         self.device = distributed.device()
-        self.model.to_empty(device=self.device)
-        restore_buffers(self.model)
-        if config.model.initialization == "random":
-            initialize_random(self.model, config.train.seed)
-        else:
-            load_pretrained(self.model, str(config.model.path))
+        fill_weights(self.model, config.model, config.train.seed)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         # One group for all, decayed alike: it changes no step's time.
         group = {"params": self.trained, "weight_decay": config.optimizer.weight_decay}
@@ -131,7 +150,10 @@ class FsdpBaseline:
     def switch(self) -> None:
         """Nothing switches here."""
 
-    def step(self, micro_batches: list[MicroBatch], stopwatch: PhaseTimer) -> None:
+    def make_steps(self, clock: StepClock, count: int) -> None:
+        measure_each(self._step, uncounted, clock, count)
+
+    def _step(self, micro_batches: list[MicroBatch], stopwatch: PhaseTimer) -> None:
         total = torch.zeros((), device=self.device)
         for micro_batch in micro_batches:
             with stopwatch("forward"):
@@ -145,9 +167,6 @@ class FsdpBaseline:
             self.optimizer.step()
             self.optimizer.zero_grad()
         total.item()
-
-    def flops(self, lengths: np.ndarray) -> None:
-        return None
 
     def _loss(self, micro_batch: MicroBatch) -> torch.Tensor:
         inputs: Any = {key: tensor.to(self.device, non_blocking=True) for key, tensor in micro_batch.items()}
