@@ -174,6 +174,8 @@ def _of_placement(config: Config, ranks: int) -> Iterator[IdleOption]:
     yield "parallel.defer_reduction", parallel.defer_reduction and (whole or one_micro_batch), why_idle
     ungathered = "weights that lie whole on each rank are never gathered"
     yield "parallel.reshard_after_forward", whole and not parallel.reshard_after_forward, ungathered
+    alone = parallel.ranks_of_replica(ranks) == 1
+    yield "parallel.prefetch", chosen("parallel.prefetch") and alone, "a replica of one rank gathers nothing"
     one_replica = parallel.optimizer_shard == "world" and parallel.replicate == 1
     yield "parallel.optimizer_shard", one_replica, "with parallel.replicate=1 a replica is the world"
     yield "precision.frozen", chosen("precision.frozen") and nothing_frozen, all_train

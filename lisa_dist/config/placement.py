@@ -14,6 +14,7 @@ class ParallelConfig:
     replicate: int = 1  # replicas of the model (hybrid sharding)
     shard: str = "auto"  # ranks a replica is sharded over, 1: weights stay whole; auto: all ranks / replicate
     reshard_after_forward: bool = True  # free a block's gathered weights between forward and backward
+    prefetch: int = 1  # blocks that are gathered ahead of the one in use, in both passes; 0: none
     offload: str = "none"  # none, frozen (frozen blocks live in host memory), all (FSDP2's CPU offload)
     activation_checkpointing: str = "none"  # none, selective, full, auto (what fits, each block by itself)
     memory_limit: float | None = None  # GiB of its device that a rank may use, for auto; null: all of a GPU
@@ -27,7 +28,7 @@ class ParallelConfig:
         check_auto_or_count("parallel.nproc_per_node", self.nproc_per_node)
         check_auto_or_count("parallel.shard", self.shard)
         check_auto_or_count("parallel.cpu_threads", self.cpu_threads)
-        check_minimums("parallel", self, nodes=1, replicate=1, timeout=1, memory_limit=0)
+        check_minimums("parallel", self, nodes=1, replicate=1, prefetch=0, timeout=1, memory_limit=0)
         check_choices("parallel", self, optimizer_shard=["replica", "world"], offload=["none", "frozen", "all"])
         check_choices("parallel", self, activation_checkpointing=["none", "full", "selective", "auto"])
 

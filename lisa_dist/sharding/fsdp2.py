@@ -118,3 +118,11 @@ def free_allreduce_buffer(group: Any) -> None:
     if group._all_reduce_state is not None and group._post_reduce_event is not None:
         group.comm_ctx.reduce_scatter_stream.wait_event(group._post_reduce_event)
     group._all_reduce_state = None
+
+
+def gather_in_background(module: FSDPModule) -> None:
+    """Have every gather begun without waiting for it (private: ``_set_unshard_async_op``).
+
+    On a GPU a stream of its own does it. Gloo's gathers have none: whoever begins one waits until it is done.
+    """
+    module._set_unshard_async_op(True)

@@ -50,10 +50,13 @@ class ShardedStore(ParameterStore):
         """
         if not all(parameter.is_floating_point() for parameter in module.parameters()):
             check_torch_for_integers()
-        wrap(module, layers, mesh, parallel, precision)
+        self._stages = wrap(module, layers, mesh, parallel, precision)
         self.module, self.layers, self.mesh, self.precision = module, layers, mesh, precision
         self.keeps_precision = keeps_precision
         self.handles: dict[str, tuple[Any, Any]] = fsdp2.fsdp_parameters(module)  # (FSDPParam, its group) by name
+        self._prefetch = parallel.prefetch
+        if mesh.device_type == "cpu" and not distributed.is_simulated():
+            fsdp2.gather_in_background(module)  # type: ignore[arg-type]
         self._offloads_frozen = parallel.offload == "frozen"
         self._defers_reduction = parallel.defer_reduction
 
@@ -78,6 +81,7 @@ class ShardedStore(ParameterStore):
     def allocate(self, trained: Iterable[str], device: torch.device) -> None:
         """Allocate every shard, and every buffer."""
         active = set(trained)
+        fsdp2.reshard_all(self.module)
         for name in self.names:
             old, is_active = self.parameter(name), name in active
             # An integer holds the codes of a quantised weight.
@@ -145,12 +149,13 @@ class ShardedStore(ParameterStore):
             self.module.set_requires_gradient_sync(not deferred)  # type: ignore[operator]
 
     def transient_bytes(self) -> int:
-        """Return the bytes of two gathered groups with their buffers, and of the largest group's gradients."""
+        """Return the bytes of the groups gathered at a time with their buffers, and of the largest one's gradients."""
         sizes: dict[str, int] = {}
         for name in self.names:
             part = self.layers.group_of(name)
             sizes[part] = sizes.get(part, 0) + self.parameter(name).numel()
-        gathered = 2 * dtype_of(self.precision.compute).itemsize * sum(sorted(sizes.values())[-2:])
+        largest = sorted(sizes.values())[-max(2, 1 + self._prefetch) :]
+        gathered = 2 * dtype_of(self.precision.compute).itemsize * sum(largest)
         return gathered + 6 * max(sizes.values())  # a gradient as computed, and its copy in fp32 to be reduced
 
     def _storage_dtype(self, name: str, trained: bool) -> torch.dtype:
@@ -175,6 +180,22 @@ class ShardedStore(ParameterStore):
     def _refresh_groups(self, names: Iterable[str]) -> None:
         for group in {id(self.handles[name][1]): self.handles[name][1] for name in names}.values():
             fsdp2.refresh_group(group, self._gradient_dtype(group))
+        self._set_prefetch()
+
+    def _set_prefetch(self) -> None:
+        """Say what each group gathers ahead; in the backward pass nothing that it does not reach."""
+        trained = {self.layers.group_of(name) for name in self.names if self.parameter(name).requires_grad}
+        lowest = next((index for index, part in enumerate(self._stages) if part in trained), len(self._stages))
+        stages = list(self._stages.values())
+        for index, stage in enumerate(stages):
+            ahead = stages[index + 1 : index + 1 + self._prefetch]
+            behind = stages[max(lowest, index - self._prefetch) : index]
+            for module in stage:
+                module.set_modules_to_forward_prefetch([module for modules in ahead for module in modules])
+                # An empty list would leave the choice to FSDP2; what is gathered already is not gathered again.
+                module.set_modules_to_backward_prefetch(
+                    [module for modules in reversed(behind) for module in reversed(modules)] or [module]
+                )
 
     def _gradient_dtype(self, group: Any) -> torch.dtype | None:
         """Return the dtype of a group's reduced gradients, None for that of its trained parameters."""

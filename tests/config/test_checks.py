@@ -49,6 +49,7 @@ WITHOUT_EFFECT = [
         "parallel.reshard_after_forward=false",
         ["parallel.offload=frozen"],
     ),
+    (["parallel.replicate=8", "parallel.prefetch=2"], "parallel.prefetch=2", ["parallel.replicate=4"]),
     (["parallel.optimizer_shard=world"], "parallel.optimizer_shard=world", ["parallel.replicate=2"]),
     (["method=full", "precision.frozen=float32"], "precision.frozen=float32", ["method=lora"]),
     (["method=ist", "precision.on_freeze=nearest"], "precision.on_freeze=nearest", ["update=full_rank"]),
