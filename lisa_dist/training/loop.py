@@ -7,7 +7,6 @@ checkpoint on schedule or on a signal.
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from time import perf_counter
@@ -26,10 +25,11 @@ from lisa_dist.method.module import (
     observe_step,
     observed_blocks,
 )
-from lisa_dist.method.optim.clipping import normalize_and_clip, norms_of_squares
+from lisa_dist.method.optim.clipping import clipping_divisor, mean_norms, norms_of_squares
 from lisa_dist.method.optim.schedule import learning_rates
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import garbage_collected_when_asked, now
+from lisa_dist.runtime.host_copy import HostCopy
 from lisa_dist.runtime.signals import ignore_stop_signals, stop_requested
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.telemetry.logs import setup_logging
@@ -161,9 +161,11 @@ def train_step(
     """Make optimizer step ``step`` (counted from 0). Collective: every rank.
 
     Where the loss or the gradient is not finite, the result says ``skipped`` and parameters stay as they are. Not so
-    with ``optimizer.in_backward``, which changes them before that is known.
+    with ``optimizer.in_backward``, which changes them before that is known. The host waits for its device where an
+    optimizer or an update does not leave such a step out by itself (:attr:`ActiveOptimizer.steps_on_device`), and
+    where the sampler learns from the step; else it may go on while the device works.
     """
-    config, dims, optimizer = train_module.config, train_module.dims, train_module.optimizer
+    config, dims = train_module.config, train_module.dims
     # Dropout depends on the step and the rank alone, so a resumed run draws the same.
     torch.manual_seed(hash((config.train.seed, step, dims.data_rank)) % 2**63)
     rates = learning_rates(config.scheduler, config.optimizer, step, max_steps)
@@ -182,17 +184,13 @@ def train_step(
         if at_once:
             norms = norms_of_squares(squares, list(observed.values()), dims)
         else:
-            norms = clip_gradients(train_module, max(divisor, 1), observed)
-        # The one place of a step where the host waits for the device.
-        loss, norm, *of_blocks = torch.cat([loss_sum[None].to(norms.device), norms]).tolist()
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite:
-            if not at_once:
-                optimizer.step(rates)
-            observe_step(train_module, {block: value**2 for block, value in zip(observed, of_blocks)})
-        else:
-            optimizer.drop_gradients()
-    return StepResult(loss / max(divisor, 1), norm, int(tokens), rates["blocks"], stops > 0, skipped=not finite)
+            norms = step_clipped(train_module, rates, loss_sum, max(divisor, 1), observed)
+        measured = HostCopy(torch.cat([loss_sum[None].to(norms.device), norms]))
+    result = StepResult(measured, max(divisor, 1), int(tokens), rates["blocks"], stops > 0)
+    if observed and not result.skipped:
+        squares_of_blocks = {block: norm**2 for block, norm in zip(observed, result.block_norms)}
+        observe_step(train_module, squares_of_blocks)
+    return result
 
 
 def accumulate_gradients(
@@ -217,15 +215,23 @@ def accumulate_gradients(
     return loss_sum, divisor
 
 
-def clip_gradients(train_module: TrainModule, divisor: float, observed: dict[int, list[str]]) -> Tensor:
-    """Divide the gradients and clip them to ``optimizer.grad_clip``. Collective: every rank.
+def step_clipped(
+    train_module: TrainModule, rates: dict[str, float], loss_sum: Tensor, divisor: float, observed: dict[int, list[str]]
+) -> Tensor:
+    """Step by the gradients over ``divisor``, clipped to ``optimizer.grad_clip``, where they and the loss are finite.
+
+    Collective: every rank.
 
     Returns:
         Their norms before clipping, float32: of all, then of each observed block, [1 + blocks].
     """
-    gradients = train_module.optimizer.gradients()
+    optimizer = train_module.optimizer
+    gradients = optimizer.gradients()
     blocks = [[gradients[name] for name in names if name in gradients] for names in observed.values()]
-    return normalize_and_clip(list(gradients.values()), divisor, train_module.config.optimizer.grad_clip, blocks)
+    norms = mean_norms(list(gradients.values()), divisor, blocks)
+    finite = loss_sum.isfinite().to(norms.device) & norms[0].isfinite()
+    optimizer.step(rates, clipping_divisor(norms[0], divisor, train_module.config.optimizer.grad_clip), finite)
+    return norms
 
 
 def step_in_backward(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lisa_dist.method.module import TrainModule, count_trained_parameters
 from lisa_dist.runtime import distributed
+from lisa_dist.runtime.host_copy import HostCopy
 from lisa_dist.runtime.units import format_bytes, format_count
 from lisa_dist.telemetry.memory import free_memory_bytes, memory_kind, peak_memory_gib
 from lisa_dist.telemetry.progress import announce
@@ -15,14 +17,33 @@ from lisa_dist.training.setup import Run
 
 @dataclass
 class StepResult:
-    """What one optimizer step found, equal on every rank."""
+    """What one optimizer step found, equal on every rank. What its device measured is waited for when it is read."""
 
-    loss: float  # of the global batch: the sum over what the objective divides it by
-    grad_norm: float  # before clipping
+    measured: HostCopy  # the sum of the losses, the gradient norm before clipping, those of observed blocks
+    divisor: float  # what the objective divides the sum of the losses by
     label_tokens: int  # of the global batch
     lr: float
     stop_requested: bool  # a rank was asked to stop
-    skipped: bool = False  # the loss or the gradient was not finite
+
+    @property
+    def loss(self) -> float:
+        """Of the global batch."""
+        return self.measured.read()[0] / self.divisor
+
+    @property
+    def grad_norm(self) -> float:
+        """Before clipping."""
+        return self.measured.read()[1]
+
+    @property
+    def block_norms(self) -> list[float]:
+        """The same of each block that the sampler learns from."""
+        return self.measured.read()[2:]
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the loss or the gradient is not finite."""
+        return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
 
 
 def record(run: Run, result: StepResult, seconds: dict[str, float], *, has_row: bool) -> None:

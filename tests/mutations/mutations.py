@@ -54,8 +54,8 @@ STEP = [
     Mutation(
         "gradients are clipped before they are divided by the label tokens",
         "method/optim/clipping.py",
-        "max_norm / (norms[0] + 1e-6)",
-        "max_norm / (label_tokens * norms[0] + 1e-6)",
+        "max_norm / (norm.double() + 1e-6)",
+        "max_norm / (label_tokens * norm.double() + 1e-6)",
         f"{THREE_PERIODS}[1]",
     ),
     Mutation(
@@ -68,8 +68,8 @@ STEP = [
     Mutation(
         "the loss is divided by a rank's own label tokens",
         "training/loop.py",
-        "clip_gradients(train_module, max(divisor, 1), observed)",
-        "clip_gradients(train_module, max(own_divisor * dims.num_ranks, 1), observed)",
+        "step_clipped(train_module, rates, loss_sum, max(divisor, 1), observed)",
+        "step_clipped(train_module, rates, loss_sum, max(own_divisor * dims.num_ranks, 1), observed)",
         f"{THREE_PERIODS}[2]",
     ),
     Mutation(
@@ -95,9 +95,9 @@ STEP = [
     ),
     Mutation(
         "a step that is not finite is made all the same",
-        "training/loop.py",
-        "        if finite:\n",
-        "        if True:\n",
+        "method/optim/active_optimizer.py",
+        "stepper.found_inf = None if finite is None else (~finite).float()",
+        "stepper.found_inf = None",
         "faults/test_bad_steps.py::test_a_left_out_step_changes_nothing",
     ),
     Mutation(

@@ -39,7 +39,7 @@ class StepInBackward:
 
     rates: Mapping[str, float]  # learning rates by part of the model
     label_tokens: float  # of the global batch, by which gradients are divided
-    squares: dict[str, torch.Tensor] = field(default_factory=dict)  # of this rank's shard of each gradient
+    squares: dict[str, torch.Tensor] = field(default_factory=dict)  # of this rank's shard of each mean gradient
 
 
 class ActiveOptimizer:
@@ -119,26 +119,52 @@ class ActiveOptimizer:
         for name in names:
             if self.config.state_on_freeze == "offload":
                 tensors = {kind: _to_host(tensor) for kind, tensor in self._state_of(name).items()}
-                self.offloaded[name] = Offloaded(self.trained[name].step, tensors)
+                self.offloaded[name] = Offloaded(self._step_count(name), tensors)
             entry = self.trained.pop(name)
             entry.parameter.grad = None
             self._stepper.state.pop(entry.stepped, None)
         self._point_at(self.trained)
 
-    def step(self, rates: Mapping[str, float]) -> None:
-        """Make one step and drop the gradients.
+    def step(
+        self, rates: Mapping[str, float], divisor: torch.Tensor | None = None, finite: torch.Tensor | None = None
+    ) -> None:
+        """Make one step and drop the gradients. The host waits for no device where ``steps_on_device``.
 
         Collective: every rank of the mesh, where the update's transformation of gradients is.
 
         Args:
             rates: the learning rates by part of the model, as :func:`schedule.learning_rates` returns them.
+            divisor: what gradients are to be divided by, a float32 scalar on their device; None: nothing.
+            finite: whether the step is made, a scalar there; otherwise parameters, moments and step counts stay.
         """
-        if self.trained:
-            self._step(self.trained, rates)
+        if not self.trained:
+            return
+        if finite is not None and not self.steps_on_device and not bool(finite):
+            self.drop_gradients()
+            return
+        self._step(self.trained, rates, divisor, finite)
 
-    def _step(self, trained: Mapping[str, OptimizedParam], rates: Mapping[str, float]) -> None:
+    @property
+    def steps_on_device(self) -> bool:
+        """Whether the optimizer divides gradients and leaves a step out by itself, in the pass that makes the step."""
+        return self.spec.scales_gradients and not self.update.needs_finite_gradients
+
+    def _step(
+        self,
+        trained: Mapping[str, OptimizedParam],
+        rates: Mapping[str, float],
+        divisor: torch.Tensor | None,
+        finite: torch.Tensor | None = None,
+    ) -> None:
         self.before_change()
         with torch.no_grad():
+            if self.steps_on_device:
+                stepper: Any = self._stepper  # which has both attributes by duck typing, as GradScaler knows them
+                stepper.grad_scale = divisor
+                stepper.found_inf = None if finite is None else (~finite).float()
+            elif divisor is not None:
+                sums = [entry.parameter.grad for entry in trained.values() if entry.parameter.grad is not None]
+                torch._foreach_div_([local_shard(gradient) for gradient in sums], divisor)
             self.update.transform_gradients(trained)
             for entry in trained.values():
                 self._turn_moments(entry)
@@ -186,9 +212,9 @@ class ActiveOptimizer:
             if step is None or parameter.grad is None:
                 return  # a rehearsal or a probe
             gradient = local_shard(parameter.grad)
-            gradient.div_(step.label_tokens)
-            step.squares[name] = gradient.square().sum()
-            self._step({name: self.trained[name]}, step.rates)
+            step.squares[name] = (torch.linalg.vector_norm(gradient) / step.label_tokens).square()
+            divisor = gradient.new_full((), step.label_tokens, dtype=torch.float32)
+            self._step({name: self.trained[name]}, step.rates, divisor)
 
         return step_at_once
 
@@ -231,7 +257,7 @@ class ActiveOptimizer:
 
     def step_counts(self) -> dict[str, int]:
         """Return how many steps each parameter with state has made since it was added."""
-        counts = {name: entry.step for name, entry in self.trained.items()}
+        counts = {name: self._step_count(name) for name in self.trained}
         return counts | {name: waiting.step for name, waiting in self.offloaded.items()}
 
     def set_step_counts(self, counts: Mapping[str, int]) -> None:
@@ -240,6 +266,12 @@ class ActiveOptimizer:
             waiting.step = counts[name]
         for name in self.trained:
             self._set_step_count(name, counts[name])
+
+    def _step_count(self, name: str) -> int:
+        """Return how many steps a parameter has made; the device counts them where it leaves steps out by itself."""
+        entry = self.trained[name]
+        counted = self._stepper.state[entry.stepped].get("step") if self.steps_on_device else None
+        return entry.step if counted is None else int(counted)
 
     def _set_step_count(self, name: str, count: int) -> None:
         entry = self.trained[name]

@@ -26,7 +26,7 @@ def adamw(config: AdamWConfig) -> OptimizerSpec:
             fused=True,  # no temporaries; foreach would hold several times the parameters
         )
 
-    return OptimizerSpec(MOMENTS, build, zero_state, lambda shard: len(MOMENTS) * shard.nbytes)
+    return OptimizerSpec(MOMENTS, build, zero_state, lambda shard: len(MOMENTS) * shard.nbytes, scales_gradients=True)
 
 
 def zero_state(optimizer: torch.optim.Optimizer, stepped: Tensor) -> dict[str, Tensor]:

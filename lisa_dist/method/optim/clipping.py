@@ -14,45 +14,54 @@ from lisa_dist.sharding.dimensions import ParallelDims
 
 
 @torch.no_grad()
-def normalize_and_clip(
-    gradients: list[torch.Tensor],
-    label_tokens: float,
-    max_norm: float,
-    parts: Sequence[list[torch.Tensor]] = (),
+def mean_norms(
+    gradients: list[torch.Tensor], label_tokens: float, parts: Sequence[list[torch.Tensor]] = ()
 ) -> torch.Tensor:
-    """Divide gradients by ``label_tokens``, then clip their global norm to ``max_norm``.
+    """Return the norms of gradients divided by ``label_tokens``, which are read once and left as they are.
 
     Collective: every rank of the mesh (one number, and one a part, is summed over each axis that shards).
 
     Args:
-        gradients: of all that trains, sums over the global batch, sharded alike; changed in place.
+        gradients: of all that trains, sums over the global batch, sharded alike.
         label_tokens: label tokens of the global batch.
-        max_norm: the largest norm; 0 leaves gradients unclipped.
         parts: of the gradients, lists whose own norms are wanted too.
 
     Returns:
-        The norms before clipping, fp32 on the gradients' device: that of all, then those of the parts, [1 + parts].
+        That of all, then those of the parts, fp32 on the gradients' device, [1 + parts].
     """
     if not gradients:
         return torch.zeros(1 + len(parts))
     shards = [local_shard(gradient) for gradient in gradients]
-    torch._foreach_div_(shards, label_tokens)
     wanted = [shards, *([local_shard(gradient) for gradient in part] for part in parts)]
     own = torch.stack([nn.utils.get_total_norm(part).to(shards[0].device) for part in wanted])
     norms = _over_ranks(own, gradients[0])
-    if max_norm > 0:
-        factor = torch.clamp(max_norm / (norms[0] + 1e-6), max=1.0)
-        torch._foreach_mul_(shards, factor)
-    return norms
+    return (norms.double() / label_tokens).float()
+
+
+def clipping_divisor(norm: torch.Tensor, label_tokens: float, max_norm: float) -> torch.Tensor:
+    """Return what brings gradients from sums over label tokens to their mean, clipped to ``max_norm``: a divisor.
+
+    Args:
+        norm: of the mean, a scalar.
+        label_tokens: label tokens of the global batch.
+        max_norm: the largest norm; 0 leaves gradients unclipped.
+
+    Returns:
+        A scalar, fp32 where ``norm`` is; the host waits for nothing.
+    """
+    if max_norm <= 0:
+        return torch.full_like(norm, label_tokens)
+    factor = torch.clamp(max_norm / (norm.double() + 1e-6), max=1.0)
+    return (label_tokens / factor).float()
 
 
 def norms_of_squares(
     squares: Mapping[str, torch.Tensor], parts: Sequence[list[str]], dims: ParallelDims
 ) -> torch.Tensor:
-    """Return the norms that :func:`normalize_and_clip` does, of gradients that are gone. Collective: every rank.
+    """Return the norms that :func:`mean_norms` does, of gradients that are gone. Collective: every rank.
 
     Args:
-        squares: by parameter name the sum of squares of this rank's shard of its gradient.
+        squares: by parameter name the sum of squares of this rank's shard of its mean gradient.
         parts: of these names, lists whose own norms are wanted too.
         dims: which ranks hold which shard.
     """

@@ -34,12 +34,15 @@ class OptimizerSpec:
         zero_state: from such an optimizer and what it steps, to the state that it would itself make at a first step,
             sharded alike. ``step`` is among it where the optimizer counts its steps.
         state_bytes: from the shard that is stepped, to the bytes of its moments on this rank.
+        scales_gradients: whether a step itself divides gradients by the optimizer's attribute ``grad_scale``, and
+            changes nothing where ``found_inf`` is 1, both scalars on the device, as torch's fused optimizers do.
     """
 
     moments: tuple[Moment, ...]
     build: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
     zero_state: Callable[[torch.optim.Optimizer, Tensor], dict[str, Tensor]]
     state_bytes: Callable[[Tensor], int]
+    scales_gradients: bool = False
 
 
 def stored_bytes(tensor: Tensor) -> int:

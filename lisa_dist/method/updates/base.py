@@ -20,7 +20,7 @@ class OptimizedParam:
     parameter: nn.Parameter  # the store's master; its gradient is the mean over the global batch, clipped
     stepped: nn.Parameter  # what the optimizer steps: the parameter itself, or another in its place
     extra: dict[str, Tensor] = field(default_factory=dict)  # sharded state beside the optimizer's moments, by kind
-    step: int = 0  # optimizer steps since it was added
+    step: int = 0  # optimizer steps since it was added, those included that the device left out by itself
     # Where the gradient of what is stepped has another basis than before: brings a moment there, the second where True.
     turn_moment: Callable[[Tensor, bool], Tensor] | None = None
 
@@ -30,7 +30,13 @@ class Update:
 
     An update knows neither the sampler nor how the model is sharded: it sees masters by name, as DTensors where they
     are sharded.
+
+    Attributes:
+        needs_finite_gradients: whether ``transform_gradients`` or ``apply_steps`` would do harm at a step that is left
+            out, so that the host must know first whether its gradients are finite.
     """
+
+    needs_finite_gradients = False
 
     def prepare_model(self, model: nn.Module, layers: LayerMap) -> None:
         """Change the model on ``meta``, before sharding: where adapters are put in."""

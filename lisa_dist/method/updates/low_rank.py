@@ -48,6 +48,8 @@ class LowRank(Update):
     layer for ever and runs on one device; here a freeze drops both.
     """
 
+    needs_finite_gradients = True  # projections are made of them
+
     def __init__(self, config: LowRankUpdateConfig) -> None:
         self.config = config
         self.ranks: dict[str, int] = {}  # of the parameters that are projected
