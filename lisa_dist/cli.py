@@ -26,7 +26,7 @@ from lisa_dist.config.overrides import parse_overrides
 from lisa_dist.config.paths import local_path
 from lisa_dist.config.reference import keys_of
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
-from lisa_dist.runtime.environment import environment_rank, has_ranks
+from lisa_dist.runtime.environment import environment_rank, expand_segments, has_ranks
 from lisa_dist.runtime.signals import ignore_stop_signals, install_stop_handlers, stops_within
 
 Function = Callable[[Config], int]
@@ -154,6 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     Any other exception than :class:`UserError` is a fault of the program and leaves with its full traceback.
     """
+    expand_segments()
     if has_ranks():
         install_stop_handlers()  # as early as can be: a signal that comes while torch is imported counts too
     try:

@@ -7,7 +7,20 @@ import os
 import socket
 import struct
 
+# torch 2.11 and 2.13 read each of them, once; the first is the newer name
+# (https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-alloc-conf).
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 SIOCGIFADDR = 0x8915  # of ioctl(2): the address of a network interface
+
+
+def expand_segments() -> None:
+    """Have torch's allocator on a GPU let its segments grow, in this process and those that it starts.
+
+    Memory that one period freed then serves the next, whose blocks have other sizes. To be called before torch is
+    imported; whoever has chosen any setting of the allocator keeps theirs as it is.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
 
 
 def in_slurm_step() -> bool:

@@ -46,6 +46,15 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")  # see proc(5); Linux alone has it
 
 
+def allocator_retries() -> int | None:
+    """Return how often this rank's GPU had no room until the allocator gave back what it kept for later; None on a CPU.
+
+    Each time the host waits for the GPU, and what was given back is asked for anew.
+    """
+    here = device()
+    return int(torch.cuda.memory_stats(here).get("num_alloc_retries", 0)) if here.type == "cuda" else None
+
+
 def free_memory_bytes() -> int | None:
     """Return the free memory of this rank's GPU, without one what the machine has and this process may take of it.
 

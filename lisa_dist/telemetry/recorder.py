@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 from lisa_dist.config import Config
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.distributed import is_main
-from lisa_dist.telemetry.memory import peak_memory_gib, reset_peak_memory
+from lisa_dist.telemetry.memory import allocator_retries, peak_memory_gib, reset_peak_memory
 from lisa_dist.telemetry.progress import ProgressDisplay
 from lisa_dist.telemetry.records import MetricsRow, RowWriter, read_rows, read_summary, write_summary
 from lisa_dist.telemetry.sinks import build_sink
+
+logger = logging.getLogger(__name__)
 
 SPEEDS = ("tokens_per_second", "label_tokens_per_second")
 OF_THE_FIRST_STEP = ("trained_parameters", "persistent_bytes")  # kept by a resume that has nothing to do
@@ -49,6 +52,7 @@ class Recorder:
         self.started = started
         self.num_blocks = num_blocks
         self.peak_memory_gib = 0.0  # until the step that is under way
+        self.retries = 0  # of the GPU's allocator, until the last row
         self.speeds: dict[str, list[float]] = {key: [] for key in SPEEDS}  # a speed a row
         self.counted: dict[str, float] = {}  # what the steps since the last row add up to
         self.writer = RowWriter(self.run)
@@ -118,12 +122,29 @@ class Recorder:
         }
         if "switch_seconds" in counted:
             row["switch_seconds"] = counted["switch_seconds"]
+        row |= self._new_retries()
         if "flops" in counted and peak_flops is not None:
             row["mfu"] = counted["flops"] / seconds / peak_flops
         self._write(row)
         for key in SPEEDS:
             self.speeds[key].append(row[key])
         self.summary |= {"final_step": row["step"], "final_loss": row["loss"]}
+
+    def _new_retries(self) -> dict[str, int]:
+        """Return how often the allocator of rank 0's GPU had to try again since the last row; say the first time."""
+        retries = allocator_retries()
+        if retries is None:
+            return {}
+        if retries > 0 and self.retries == 0:
+            logger.warning(
+                "the GPU's memory is full: its allocator had to give back what it kept and to ask anew (%d times so "
+                "far), which makes steps slow; parallel.activation_checkpointing=auto or a smaller "
+                "train.micro_batch_size needs less",
+                retries,
+            )
+        new, self.retries = retries - self.retries, retries
+        self.summary["allocator_retries"] = retries
+        return {"allocator_retries": new}
 
     def record_evaluation(self, step: int, eval_loss: float) -> None:
         """The validation set was run through the model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from lisa_dist.config.loading import load
 from lisa_dist.method.module import begin_period, build_train_module, count_persistent_bytes, load_initial_weights
 from lisa_dist.objectives.chunked_head import ChunkedCrossEntropy, LogitTransform, liger_cross_entropy
 from lisa_dist.runtime import distributed
+from lisa_dist.runtime.environment import ALLOCATOR_SETTINGS
 from lisa_dist.training.loop import accumulate_gradients, train_step
 from tests.support.small_training import (
     PERIOD,
@@ -118,6 +120,21 @@ def test_the_peak_is_the_planned_one() -> None:
     planned = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert planned["peak_bytes"] == pytest.approx(measured["peak_bytes"], rel=0.05)
     assert measured["utilisation"] is None or 0 < measured["utilisation"] < 1
+
+
+def test_segments_grow_and_a_run_that_fits_asks_for_nothing_twice(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lisa_dist", "train", "train.max_steps=5", "sampler.period=2"]
+    unset = {key: value for key, value in os.environ.items() if key not in ALLOCATOR_SETTINGS}
+    subprocess.run([*command, "parallel.nproc_per_node=1", f"run.dir={tmp_path}/run"], env=unset, check=True)
+    rows = [json.loads(line) for line in Path(tmp_path, "run", "metrics.jsonl").read_text().splitlines()]
+    assert [row["allocator_retries"] for row in rows if "loss" in row] == [0] * 5
+    assert json.loads(Path(tmp_path, "run", "summary.json").read_text())["allocator_retries"] == 0
+    code = (
+        "from lisa_dist.runtime.environment import expand_segments; expand_segments(); import torch; "
+        "x = torch.ones(9, device='cuda'); print(torch.cuda.memory_snapshot()[0]['is_expandable'])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], env=unset, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "True"
 
 
 def test_a_checkpoint_holds_what_was_written(tmp_path: Path) -> None:

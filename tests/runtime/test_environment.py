@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
-from lisa_dist.runtime.environment import interface_towards
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lisa_dist.runtime.environment import ALLOCATOR_SETTINGS, interface_towards
 
 
 def test_interface_by_which_a_host_is_reached() -> None:
     assert interface_towards("127.0.0.1") == "lo"
     assert interface_towards("no-such-host.invalid") is None
+
+
+@pytest.mark.parametrize(
+    "chosen", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_ALLOC_CONF": ""}]
+)
+def test_segments_grow_where_nothing_was_chosen_before_torch_is_imported(chosen: dict[str, str]) -> None:
+    code = (
+        "import os, sys; from unittest import mock; from lisa_dist import cli\n"
+        "with mock.patch.object(cli, '_run', lambda _: print('torch' in sys.modules, "
+        "{key: value for key, value in os.environ.items() if 'ALLOC_CONF' in key})): cli.main([])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in ALLOCATOR_SETTINGS}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**environment, **chosen}
+    )
+    assert run.stdout.strip() == f"False {chosen or {'PYTORCH_ALLOC_CONF': 'expandable_segments:True'}}"

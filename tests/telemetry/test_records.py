@@ -93,3 +93,16 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
         writer.cut_after(0)
     write_summary(RunDirectory(tmp_path / "run"), exit_reason="finished", resumed_from=[])
     assert not (tmp_path / "run").exists()
+
+
+def test_what_the_allocator_had_to_try_again_is_counted_by_row_and_said_once(tmp_path, monkeypatch, caplog):
+    found = iter([0, 3, 7])
+    monkeypatch.setattr("lisa_dist.telemetry.recorder.allocator_retries", lambda: next(found))
+    recorder = Recorder(Config(run=RunConfig(dir=str(tmp_path / "run"))), 9, num_blocks=4, started=0.0)
+    for step in (1, 2, 3):
+        recorder.count_step(tokens=60, label_tokens=10, step_seconds=1.5, data_seconds=0.5)
+        recorder.record_step(step=step, **LAST)
+    recorder.write_summary("finished")
+    assert [row["allocator_retries"] for row in read_rows(recorder.run.metrics)] == [0, 3, 4]
+    assert json.loads(recorder.run.summary.read_text())["allocator_retries"] == 7
+    assert caplog.text.count("(3 times so far)") == caplog.text.count("times so far") == 1
