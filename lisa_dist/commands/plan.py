@@ -53,8 +53,8 @@ def notes_on(plan: Plan) -> list[str]:
             f"train would refuse {config.train.global_batch_size}"
         )
     notes += options_without_effect(config, dims.data_ranks)
-    if config.parallel.compile:
-        notes.append("activations are those of the model that is not compiled: parallel.compile saves some of them")
+    if config.model.kernels != "eager":
+        notes.append(f"activations are those of model.kernels=eager: with {config.model.kernels} a GPU keeps fewer")
     if not plan.fits:
         notes.append(
             f"does not fit: {format_bytes(-plan.head_room)} too much on each rank, "

@@ -10,7 +10,7 @@ import importlib.util
 import itertools
 from collections.abc import Iterator
 
-from lisa_dist.config import Config, OptimizerConfig, SamplerConfig, TrainConfig
+from lisa_dist.config import Config, ModelConfig, OptimizerConfig, SamplerConfig, TrainConfig
 from lisa_dist.config.errors import UserError, as_written
 from lisa_dist.config.optimization import PARTS
 from lisa_dist.config.placement import stay_whole
@@ -20,7 +20,7 @@ from lisa_dist.config.sampling import PROBE_KINDS
 def check_combinations(config: Config) -> None:
     """Raise :class:`UserError` for options that exclude each other, whatever the model and the ranks."""
     _check_sampler(config.sampler)
-    _check_packages(config.optimizer)
+    _check_packages(config.optimizer, config.model)
     _check_quantization(config)
     _check_optimizer_shard(config)
     _check_step_in_backward(config)
@@ -34,8 +34,13 @@ def _check_sampler(sampler: SamplerConfig) -> None:
         )
 
 
-def _check_packages(optimizer: OptimizerConfig) -> None:
-    """Refuse an optimizer whose package is missing."""
+def _check_packages(optimizer: OptimizerConfig, model: ModelConfig) -> None:
+    """Refuse an optimizer, or kernels, whose package is missing."""
+    if model.kernels == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        raise UserError(
+            "model.kernels=liger: needs the package liger-kernel; run "
+            'pip install "lisa-dist[liger]", or choose model.kernels=compile'
+        )
     package = optimizer.needs_package
     if package is not None and importlib.util.find_spec(package) is None:
         raise UserError(
@@ -181,8 +186,6 @@ def _of_placement(config: Config, ranks: int) -> Iterator[IdleOption]:
     yield "precision.frozen", chosen("precision.frozen") and nothing_frozen, all_train
     never_rounded = _why_nothing_is_rounded(config)
     yield "precision.on_freeze", chosen("precision.on_freeze") and never_rounded != "", never_rounded
-    liger = config.model.loss_kernel == "liger"
-    yield "model.loss_chunk", chosen("model.loss_chunk") and liger, "model.loss_kernel=liger chooses its own chunks"
 
 
 def _why_nothing_is_rounded(config: Config) -> str:

@@ -23,13 +23,13 @@ class ModelConfig:
     trust_remote_code: bool = False  # run Python code that comes with the model
     attention: str | None = None  # sdpa, eager, flash_attention_2, flex_attention; null: sdpa where the model has it
     loss_chunk: int = 1024  # tokens whose logits the loss head holds at a time
-    loss_kernel: str = "chunked"  # chunked; liger: Liger's fused kernel, on a GPU, which chooses its own chunks
+    kernels: str = "auto"  # what runs the blocks: eager, liger, compile; auto: on a GPU the faster, on a CPU eager
     router_aux_loss: bool = False  # add a mixture-of-experts model's router loss
 
     def __post_init__(self) -> None:
         attention = ["sdpa", "eager", "flash_attention_2", "flex_attention"]
         check_choices("model", self, init=["pretrained", "random"], quantization=["none", "int8", "nf4"])
-        check_choices("model", self, attention=attention, loss_kernel=["chunked", "liger"])
+        check_choices("model", self, attention=attention, kernels=["auto", "eager", "liger", "compile"])
         check_minimums("model", self, loss_chunk=1)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,6 +19,8 @@ from lisa_dist.config.paths import local_path, path_exists
 from lisa_dist.config.sampling import SAMPLER_CONFIGS
 from lisa_dist.config.updates import UPDATE_CONFIGS
 
+# Keys that another one took in.
+RENAMED = {"model.loss_kernel": "model.kernels", "parallel.compile": "model.kernels"}
 # The groups whose dataclass depends on the name that is chosen.
 SCHEMAS: dict[str, Mapping[str, type[Any]]] = {
     "sampler": SAMPLER_CONFIGS,
@@ -183,12 +185,17 @@ def all_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
             yield key
 
 
+def nearest_key(key: str, keys: Iterable[str]) -> str:
+    """Return ``; did you mean X?`` for a key that does not exist: what took it in, or the one spelled most alike."""
+    return f"; did you mean {RENAMED[key]}?" if key in RENAMED else nearest(key, keys)
+
+
 def _suggestion(config: DictConfig, key: str) -> str:
     """Return ``; did you mean X?`` or what the group has, for a key that does not exist."""
     keys = list(all_keys(config))
     last = key.rpartition(".")[2]
     same_last = [candidate for candidate in keys if candidate.rpartition(".")[2] == last]
-    hint = f"; did you mean {same_last[0]}?" if len(same_last) == 1 else nearest(key, keys)
+    hint = f"; did you mean {same_last[0]}?" if len(same_last) == 1 else nearest_key(key, keys)
     group = key.partition(".")[0]
     siblings = [candidate.partition(".")[2] for candidate in keys if candidate.startswith(f"{group}.")]
     owners = [name for name, schema in SCHEMAS.get(group, {}).items() if last in {own.name for own in fields(schema)}]

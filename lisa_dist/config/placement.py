@@ -18,7 +18,6 @@ class ParallelConfig:
     offload: str = "none"  # none, frozen (frozen blocks live in host memory), all (FSDP2's CPU offload)
     activation_checkpointing: str = "none"  # none, selective, full, auto (what fits, each block by itself)
     memory_limit: float | None = None  # GiB of its device that a rank may use, for auto; null: all of a GPU
-    compile: bool = False  # torch.compile, block by block
     defer_reduction: bool = False  # reduce gradients once an optimizer step instead of once a micro-batch
     optimizer_shard: str = "replica"  # where masters and moments are sharded: replica, world (over all replicas too)
     timeout: int = 600  # seconds for a collective; longer while loading, saving and in the first step

@@ -29,6 +29,7 @@ from lisa_dist.method.switch import (
 from lisa_dist.method.updates import Update, build_update
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.inspection import pretrained_architecture
+from lisa_dist.models.kernels import choose_kernels, install_liger
 from lisa_dist.models.layer_map import LayerMap, find_layers
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
 from lisa_dist.models.masking import Separation, find_separation, install_position_handling
@@ -61,6 +62,7 @@ class TrainModule:
     active: ActiveSet
     checkpointing: CheckpointingPolicy
     objective: Objective
+    kernels: str  # eager, liger or compile
 
     @property
     def period_length(self) -> int:
@@ -102,14 +104,29 @@ def build_train_module(
     state_bytes = optimizer_spec(config.optimizer).state_bytes
     checkpointing = CheckpointingPolicy(config, lambda: build_update(config.update), state_bytes)
     checkpointing.measure(module)
-    if config.parallel.compile:
-        compile_blocks(layers.blocks)
+    kernels = install_kernels(config, module, layers)
     dims = dims or ParallelDims.of(config.parallel)
     store = build_store(module, layers, dims.mesh, config.parallel, config.precision, update.keeps_precision)
     active = ActiveSet(always_active_parameters(store, config.always_active))
     groups = ParameterGroups(layers.part_of, undecayed)
     optimizer = ActiveOptimizer(config.optimizer, update, groups, store.masters_to_params, store.register_grad_hook)
-    return TrainModule(config, dims, store, update, optimizer, sampler, active, checkpointing, objective)
+    return TrainModule(config, dims, store, update, optimizer, sampler, active, checkpointing, objective, kernels)
+
+
+def install_kernels(config: Config, module: nn.Module, layers: LayerMap) -> str:
+    """Let the kernels of ``model.kernels`` run the blocks; return which. Call it when nothing else changes a forward.
+
+    Raises:
+        UserError: they can't run here, or not with this model.
+    """
+    # Compiled blocks were tried with weights on the device alone, and never with quantised ones.
+    may_compile = config.parallel.offload == "none" and config.model.quantization == "none"
+    kernels = choose_kernels(config.model.kernels, module, may_compile=may_compile)
+    if kernels == "liger":
+        install_liger(module, keep_inputs=config.parallel.activation_checkpointing in ("selective", "auto"))
+    elif kernels == "compile":
+        compile_blocks(module, layers.blocks, lengths_vary=not config.data.packing)
+    return kernels
 
 
 def separate_packed_samples(config: Config, module: nn.Module, layers: LayerMap) -> Separation | None:

@@ -9,7 +9,6 @@ of FSDP2 on head and root fire as they do for any forward.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import inspect
 import logging
 from collections.abc import Callable
@@ -24,7 +23,6 @@ from torch import Tensor, nn
 from lisa_dist.config import UserError
 from lisa_dist.data.encode import UNTRAINED
 from lisa_dist.models.layer_map import LayerMap
-from lisa_dist.runtime import distributed
 
 logger = logging.getLogger(__name__)
 
@@ -94,31 +92,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return *(None if gradient is None else gradient.mul_(incoming[0]) for gradient in gradients), *(None,) * 4
 
 
-def liger_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
-) -> Tensor:
-    """Return the sum of the cross-entropy by Liger's fused kernel (arXiv 2410.10989), a float32 scalar.
-
-    Shapes are those of :class:`ChunkedCrossEntropy`. Needs a GPU.
-    """
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    loss = LigerFusedLinearCrossEntropyLoss(
-        ignore_index=UNTRAINED, reduction="sum", softcap=transform.cap, accum_dtype=torch.float32
-    )
-    if transform.scale != 1.0:  # which the kernel does not know
-        hidden, bias = hidden * transform.scale, None if bias is None else bias * transform.scale
-    return loss(weight, hidden, targets, bias)
-
-
-def check_liger() -> None:
-    """Raise :class:`UserError` where Liger's kernel can't run: without the package or without a GPU."""
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise UserError('model.loss_kernel=liger: needs liger-kernel; run pip install "lisa-dist[liger]"')
-    if distributed.device().type != "cuda":
-        raise UserError("model.loss_kernel=liger: needs a GPU; use model.loss_kernel=chunked")
-
-
 def _chunk(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
 ) -> tuple[Tensor, Tensor]:
@@ -159,25 +132,20 @@ def install_loss_head(
     layer_map: LayerMap,
     chunk_tokens: int,
     router_aux_loss: bool = False,
-    kernel: str = "chunked",
 ) -> LogitTransform | None:
     """Make ``model(input_ids=..., labels=...)`` return the summed loss, computed in chunks of ``chunk_tokens`` tokens.
 
     Call it before ``fully_shard``, on any device, but outside ``FakeTensorMode``: it looks at a few values. Labels
     are unshifted [b, t], -100 where there is no loss; the result is a float32 scalar, the sum over label tokens. With
     ``labels=None`` the model answers as before. With ``router_aux_loss`` the router's loss times its coefficient is
-    added for each label token. ``kernel`` is ``chunked`` or ``liger``; in a simulated world, which has no GPU, the
-    first takes the place of the second.
+    added for each label token.
 
     Returns what the model does to the head's product; None where it does something else (or has a head of its own
     kind), in which case the model's own head and the plain float32 loss are used, and that is logged.
 
     Raises:
-        UserError: ``router_aux_loss`` for a model without experts; ``liger`` without the package or a GPU.
+        UserError: ``router_aux_loss`` for a model without experts.
     """
-    fused = kernel == "liger" and not distributed.is_simulated()
-    if fused:
-        check_liger()
     original = model.forward
     head = layer_map.head
     balance = _router_loss(model) if router_aux_loss else None
@@ -187,7 +155,7 @@ def install_loss_head(
             "%s has a head of its own kind: the logits of a micro-batch are held in full", type(model).__name__
         )
     else:
-        head.forward = _loss_head(head, transform, chunk_tokens, fused)
+        head.forward = _loss_head(head, transform, chunk_tokens)
 
     @functools.wraps(original)
     def forward(*args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
@@ -210,15 +178,13 @@ def install_loss_head(
     return transform
 
 
-def _loss_head(head: nn.Module, transform: LogitTransform, chunk_tokens: int, fused: bool) -> Callable[..., Tensor]:
+def _loss_head(head: nn.Module, transform: LogitTransform, chunk_tokens: int) -> Callable[..., Tensor]:
     product = head.forward
 
     def forward(hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
             return product(hidden)
         inputs: Any = hidden.flatten(0, 1), head.weight, head.bias, shift_labels(labels).flatten(), transform
-        if fused:
-            return liger_cross_entropy(*inputs)
         return ChunkedCrossEntropy.apply(*inputs, chunk_tokens, torch.is_grad_enabled())
 
     return forward

@@ -16,7 +16,7 @@ def prepare_supervised(model: nn.Module, layers: LayerMap, config: ModelConfig) 
 
     See :func:`install_loss_head`, which does the first.
     """
-    install_loss_head(model, layers, config.loss_chunk, config.router_aux_loss, config.loss_kernel)
+    install_loss_head(model, layers, config.loss_chunk, config.router_aux_loss)
     return supervised
 
 

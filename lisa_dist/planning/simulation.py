@@ -150,8 +150,7 @@ def simulate(config: Config, num_blocks: int | None = None) -> Trace:
     if num_blocks is not None:
         set_depth(architecture, num_blocks)
     sampler = FixedSamplerConfig(blocks=blocks, period=config.sampler.period)
-    # Fake tensors can't be compiled, so a compiled model is planned as one that is not, which needs more.
-    config = replace(config, sampler=sampler, parallel=replace(config.parallel, compile=False))
+    config = replace(config, sampler=sampler)
     micro_batches = micro_batches_per_step(config)
     dims = cluster_dims(config.parallel)
     check_accumulation(config, dims.data_ranks)

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
-# Blocks share their code, and each combination of what trains, what is checkpointed and how long rows are is a
-# graph of its own; at the limit torch would go on without compiling, or stop where the whole block must be one graph.
+# Blocks share their code, and each combination of what trains, what is checkpointed and which inputs need a gradient
+# is a graph of its own; at the limit torch would go on without compiling, or stop where a block must be one graph.
 GRAPHS_OF_A_BLOCK = 32
 
 
-def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Let each block be compiled at its first forward pass, whole: a break in its graph is an error."""
+def compile_blocks(model: nn.Module, blocks: Iterable[nn.Module], *, lengths_vary: bool) -> None:
+    """Let each block be compiled at its first forward pass, whole: a break in its graph is an error.
+
+    Without gradients (validation, answers) the blocks run as they are: those would be further graphs. Call it when
+    the root's forward is otherwise final.
+
+    Args:
+        model: the root, whose forward runs the blocks.
+        blocks: of the model.
+        lengths_vary: make graphs that serve sequences of any length, where not all have the same.
+    """
     torch._dynamo.config.recompile_limit = GRAPHS_OF_A_BLOCK
     for block in blocks:
-        block.compile(fullgraph=True)
+        block.compile(fullgraph=True, dynamic=True if lengths_vary else None)
+    original = model.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return original(*args, **kwargs)
+        with torch.compiler.set_stance("force_eager"):
+            return original(*args, **kwargs)
+
+    model.forward = forward  # type: ignore[method-assign]

@@ -118,7 +118,7 @@ def savings(config: Config, phase: str, on_gpu: bool) -> list[tuple[str, object,
         if checkpointing != "full" and phase != EVALUATE:
             found.append(("parallel.activation_checkpointing", "full", checkpointing))
         smaller_chunk = min(chunk, micro * length) // 4
-        if config.model.loss_kernel == "chunked" and smaller_chunk >= SMALLEST_LOSS_CHUNK:
+        if smaller_chunk >= SMALLEST_LOSS_CHUNK:
             found.append(("model.loss_chunk", smaller_chunk, chunk))
     offload = config.parallel.offload
     if on_gpu:  # without one, host memory is what ran out

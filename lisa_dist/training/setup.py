@@ -257,7 +257,7 @@ def make_batches(
         rank=dims.data_rank,
         num_ranks=dims.data_ranks,
         pad_token_id=pad_token_id,
-        fixed_length=config.data.packing or config.parallel.compile,
+        fixed_length=config.data.packing,
     )
 
 
@@ -312,6 +312,7 @@ def announce_run(
             "storage": f"frozen {precision.frozen}, active {precision.active}, compute {precision.compute}, "
             f"gradients reduced in {precision.reduce}, {precision.on_freeze} rounding on freeze",
             "attention": str(architecture._attn_implementation),
+            "kernels": f"{train_module.kernels} (model.kernels={config.model.kernels})",
             "data": f"{config.data.path}: {batches.num_sequences} sequences, format {data.format}, {trained}",
             "rows": data.counts.describe(),
             **({} if data.validation_counts is None else {"validation rows": data.validation_counts.describe()}),

@@ -59,7 +59,6 @@ WITHOUT_EFFECT = [
         "precision.on_freeze=nearest",
         ["precision.frozen=bfloat16"],
     ),
-    (["model.loss_kernel=liger", "model.loss_chunk=99"], "model.loss_chunk=99", ["model.loss_kernel=chunked"]),
     (["checkpoint.full_every=4"], "checkpoint.full_every=4", ["checkpoint.every=10"]),
     (["checkpoint.async=true"], "checkpoint.async=true", ["checkpoint.every=10"]),
     (["logger.wandb.project=x"], "logger.wandb.project=x", ["logger=wandb"]),

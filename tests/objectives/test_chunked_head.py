@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 
 import pytest
 import torch
@@ -223,15 +222,3 @@ def test_router_loss_of_a_dense_model_is_refused() -> None:
     model = _model(tiny_config("llama"))
     with pytest.raises(UserError, match=r"model\.router_aux_loss"):
         install_loss_head(model, find_layers(model), 4, router_aux_loss=True)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel can run where a GPU is")
-def test_ligers_kernel_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    for found, told in (
-        (None, "liger-kernel; run pip install"),
-        (object(), "a GPU; use model.loss_kernel=chunked"),
-    ):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=found: found)
-        model = _model(tiny_config("llama"))
-        with pytest.raises(UserError, match=f"model.loss_kernel=liger: needs {told}"):
-            install_loss_head(model, find_layers(model), 4, kernel="liger")

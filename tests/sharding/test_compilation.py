@@ -1,8 +1,7 @@
-"""Blocks compiled one by one: the same training, and two graphs however often the active set changes."""
+"""Blocks compiled one by one: the same training, and two graphs whatever changes from step to step."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 from unittest import mock
 
@@ -11,39 +10,59 @@ import torch
 from torch._dynamo.utils import counters
 
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
+from lisa_dist.method.probes import mean_loss
 from lisa_dist.training.loop import train_step
 from tests.support.ranks import run_on_ranks
 from tests.support.small_training import make_config
 
+ROWS = ((2, 16), (2, 8), (3, 24), (2, 40), (2, 16), (4, 8))  # rows and tokens of each period's micro-batch
 
-def train(compiled: bool) -> dict[str, Any]:
+
+def train(kernels: str, machine_code: bool = False) -> dict[str, Any]:
     """Train with a fresh compiler. Runs on every rank."""
     torch._dynamo.reset()
     counters.clear()
+    compiles = torch.nn.Module.compile
     # The graphs are what is tested here; making machine code of them takes most of the time.
-    without_code = functools.partial(torch.nn.Module.compile, backend="aot_eager")
-    with mock.patch.object(torch.nn.Module, "compile", lambda block, **settings: without_code(block, **settings)):
-        return train_four_periods(compiled)
+    backend = "inductor" if machine_code else "aot_eager"
+    with mock.patch.object(
+        torch.nn.Module, "compile", lambda block, **settings: compiles(block, backend=backend, **settings)
+    ):
+        return train_periods(kernels, 2 if machine_code else len(ROWS))
 
 
-def train_four_periods(compiled: bool) -> dict[str, Any]:
-    """Four periods of one step, rows of one length."""
-    config = make_config(parallel={"compile": compiled}, sampler={"period": 1, "active_layers": 1})
+def train_periods(kernels: str, periods: int) -> dict[str, Any]:
+    """Periods of one step each, of rows of another length and number, with an evaluation after it."""
+    config = make_config(
+        model={"kernels": kernels},
+        sampler={"period": 1, "active_layers": 1},
+    )
     train_module = build_train_module(config)
     load_initial_weights(train_module, torch.device("cpu"))
-    ids = torch.arange(16)[None] % 127
-    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(16)[None]}
     losses, drawn = [], []
-    for period in range(4):
+    for period in range(periods):
         begin_period(train_module, period)
         drawn.append(tuple(train_module.active.blocks))
-        losses.append(train_step(train_module, [batch], period, 4).loss)
+        batch = make_batch(*ROWS[period])
+        losses.append(train_step(train_module, [batch], period, periods).loss)
+        losses.append(mean_loss(train_module.store.module, train_module.objective, train_module.dims, [batch]))
     return {"losses": losses, "graphs": counters["stats"]["unique_graphs"], "sets": len(set(drawn))}
 
 
-def test_two_graphs_serve_every_active_set() -> None:
-    plain = run_on_ranks(1, train, False)[0]
-    compiled = run_on_ranks(1, train, True)[0]
+def make_batch(rows: int, tokens: int) -> dict[str, torch.Tensor]:
+    ids = torch.arange(rows * tokens).view(rows, tokens) % 127
+    return {"input_ids": ids, "labels": ids, "position_ids": torch.arange(tokens).expand(rows, tokens).contiguous()}
+
+
+def test_two_graphs_serve_every_active_set_length_and_evaluation() -> None:
+    plain = run_on_ranks(1, train, "eager")[0]
+    compiled = run_on_ranks(1, train, "compile")[0]
     assert plain["graphs"] == 0 and plain["sets"] > 2
     assert compiled["graphs"] == 2  # a block that trains, and one that is frozen
     assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-4)
+
+
+@pytest.mark.soak
+def test_machine_code_of_the_graphs_gives_the_same_losses() -> None:
+    plain = run_on_ranks(1, train, "eager", True)[0]
+    assert run_on_ranks(1, train, "compile", True)[0]["losses"] == pytest.approx(plain["losses"], rel=1e-4)

@@ -1,0 +1,184 @@
+"""Which kernels run a model's blocks: transformers' own operators, Liger's, or what torch.compile makes of them.
+
+Liger's (arXiv 2410.10989) are put on the instances of one model: its classes, and other models, stay as they were.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import os
+import shutil
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lisa_dist.config import UserError
+from lisa_dist.runtime import distributed
+
+ROTARY = "apply_rotary_pos_emb"  # what the modules of transformers call their rotary embedding
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What Liger's kernels must be told of an architecture."""
+
+    offset: float = 0.0  # a norm multiplies by its weight + offset
+    casting: str = "llama"  # where a norm goes back from float32: before its weight (llama), after it (gemma)
+    gate: str | None = "silu"  # the activation of the gate; None: its MLPs are of another kind
+    joined: bool = False  # gate and up are one linear layer
+
+
+_GEMMA = _Family(offset=1.0, casting="gemma", gate="gelu")
+LIGER_FAMILIES = {
+    "llama": _Family(),
+    "mistral": _Family(),
+    "qwen2": _Family(),
+    "qwen3": _Family(),
+    "phi3": _Family(joined=True),
+    "olmo2": _Family(casting="gemma"),
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "mixtral": _Family(gate=None),
+    "qwen3_moe": _Family(gate=None),
+}
+_GATES = {"silu": ("silu", "swish"), "gelu": ("gelu_pytorch_tanh",)}
+
+
+def choose_kernels(wanted: str, model: nn.Module, *, may_compile: bool) -> str:
+    """Return what ``model.kernels`` comes to: ``eager``, ``liger`` or ``compile``.
+
+    ``auto`` takes what docs/performance.md found faster: on a CPU ``eager``; on a GPU ``liger`` where the package is
+    installed and knows the architecture, else ``compile`` where that is known to work, else ``eager``.
+
+    Args:
+        wanted: ``model.kernels``.
+        model: the causal language model, as transformers builds it.
+        may_compile: whether the rest of the configuration was ever run compiled.
+
+    Raises:
+        UserError: what is wanted can't run here, or not with this model.
+    """
+    on_gpu = distributed.device().type == "cuda"
+    if distributed.is_simulated() or wanted == "eager":
+        return "eager"
+    if wanted == "liger":
+        _check_liger(model, on_gpu)
+    if wanted == "compile" and (missing := missing_for_compiling(on_gpu)):
+        raise UserError(f"model.kernels=compile: needs {missing}; install one, or use model.kernels=eager")
+    if wanted != "auto":
+        return wanted
+    if on_gpu and has_liger() and _family_of(model) is not None:
+        return "liger"
+    compiles = may_compile and getattr(model, "_can_compile_fullgraph", False) and not missing_for_compiling(on_gpu)
+    return "compile" if on_gpu and compiles else "eager"
+
+
+def has_liger() -> bool:
+    """Whether the package with Liger's kernels is installed."""
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+def missing_for_compiling(on_gpu: bool) -> str | None:
+    """Return the compiler that torch.compile needs here and that is not found, in words; None where there is one."""
+    variable, names = ("CC", ("cc", "gcc", "clang")) if on_gpu else ("CXX", ("g++", "clang++"))
+    own = [os.environ[variable]] if os.environ.get(variable) else []
+    if any(shutil.which(name) for name in (*own, *names)):
+        return None
+    return f"a {'C' if on_gpu else 'C++'} compiler ({' or '.join(names)})"
+
+
+def install_liger(model: nn.Module, *, keep_inputs: bool) -> None:
+    """Let Liger's kernels run the norms, gated MLPs and rotary embedding of ``model``, which its family allows.
+
+    Call it before the model is sharded, on any device; the kernels need a GPU. The loss stays the chunked head's.
+
+    Args:
+        model: a causal language model of :data:`LIGER_FAMILIES`, maybe with adapters in it.
+        keep_inputs: copy what the rotary embedding turns in place, for checkpointing that keeps products by value.
+    """
+    from liger_kernel.ops.geglu import LigerGELUMulFunction
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+    family = _family_of(model)
+    assert family is not None, "choose_kernels takes Liger for the families that it knows"
+    multiply = {"silu": LigerSiLUMulFunction.apply, "gelu": LigerGELUMulFunction.apply}
+
+    def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if keep_inputs:
+            query, key = query.clone(), key.clone()
+        return liger_rotary_pos_emb(query, key, cos, sin, *args, **kwargs)
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = _norm(module, family, LigerRMSNormFunction.apply)  # type: ignore[method-assign]
+        elif family.gate is not None and type(module).__name__.endswith("MLP") and _has_gate(module, family):
+            module.forward = _mlp(module, family, multiply[family.gate])  # type: ignore[method-assign]
+        elif ROTARY in inspect.unwrap(type(module).forward).__code__.co_names:
+            module.forward = types.MethodType(  # type: ignore[method-assign]
+                _with_global(type(module).forward, ROTARY, rotate), module
+            )
+
+
+def _check_liger(model: nn.Module, on_gpu: bool) -> None:
+    if not has_liger():
+        raise UserError('model.kernels=liger: needs liger-kernel; run pip install "lisa-dist[liger]"')
+    if not on_gpu:
+        raise UserError("model.kernels=liger: needs a GPU; use model.kernels=eager or compile")
+    if _family_of(model) is None:
+        architecture: Any = model.config
+        raise UserError(
+            f"model.kernels=liger: is not known to fit model_type={architecture.model_type}, but "
+            f"{', '.join(LIGER_FAMILIES)}; use model.kernels=compile or eager"
+        )
+
+
+def _family_of(model: nn.Module) -> _Family | None:
+    architecture: Any = model.config
+    return LIGER_FAMILIES.get(architecture.model_type)
+
+
+def _norm(module: Any, family: _Family, apply: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+    epsilon = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+
+    def forward(hidden: Tensor) -> Tensor:
+        # Its gradient must not overwrite what comes in: it may be a residual's too.
+        return apply(hidden, module.weight, epsilon, family.offset, family.casting, False)
+
+    return forward
+
+
+def _has_gate(module: Any, family: _Family) -> bool:
+    """Whether an MLP is gated by the activation that the family has unless a configuration changes it."""
+    activation = getattr(module.config, "hidden_activation", None) or module.config.hidden_act
+    return activation in _GATES[str(family.gate)]
+
+
+def _mlp(module: Any, family: _Family, multiply: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+    def split(hidden: Tensor) -> tuple[Tensor, ...]:
+        if family.joined:
+            return module.gate_up_proj(hidden).chunk(2, dim=-1)
+        return module.gate_proj(hidden), module.up_proj(hidden)
+
+    return lambda hidden: module.down_proj(multiply(*split(hidden)))
+
+
+def _with_global(function: Any, name: str, value: Any) -> Callable[..., Any]:
+    """Return ``function`` with another value of one of the globals that it uses; decorators are left out."""
+    original = inspect.unwrap(function)
+    replaced = types.FunctionType(
+        original.__code__,
+        {**original.__globals__, name: value},
+        original.__name__,
+        original.__defaults__,
+        original.__closure__,
+    )
+    replaced.__kwdefaults__ = original.__kwdefaults__
+    return functools.update_wrapper(replaced, original)

@@ -1,0 +1,185 @@
+"""Kernels that run the blocks: which are chosen, what is refused, and Liger's against transformers' own numbers."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import shutil
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from lisa_dist.config import ModelConfig, UserError
+from lisa_dist.models import kernels
+from lisa_dist.models.architecture import build_meta_model
+from lisa_dist.models.kernels import LIGER_FAMILIES, choose_kernels, install_liger
+from lisa_dist.runtime import distributed
+from tests.support.families import FAMILIES, tiny_config
+
+LIGER_ONES = [family for family in FAMILIES if tiny_config(family).model_type in LIGER_FAMILIES]
+
+
+def _meta(family: str) -> Any:
+    return build_meta_model(ModelConfig(), tiny_config(family))
+
+
+def test_auto_is_eager_without_a_gpu() -> None:
+    assert choose_kernels("auto", _meta("llama"), may_compile=True) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("installed", "family", "may_compile", "chosen"),
+    [
+        (True, "llama", True, "liger"),
+        (True, "gpt2", True, "compile"),
+        (False, "llama", True, "compile"),
+        (False, "llama", False, "eager"),
+    ],
+)
+def test_auto_on_a_gpu_takes_what_was_measured_faster(
+    installed: bool, family: str, may_compile: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(kernels, "has_liger", lambda: installed)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    model = _meta(family)
+    model._can_compile_fullgraph = True
+    assert choose_kernels("auto", model, may_compile=may_compile) == chosen
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert choose_kernels("auto", model, may_compile=True) == ("liger" if chosen == "liger" else "eager")
+
+
+@pytest.mark.parametrize(
+    ("installed", "device", "family", "wanted", "told"),
+    [
+        (False, "cuda", "llama", "liger", 'needs liger-kernel; run pip install "lisa-dist\\[liger\\]"'),
+        (True, "cpu", "llama", "liger", "needs a GPU; use model.kernels=eager"),
+        (True, "cuda", "gpt2", "liger", "not known to fit model_type=gpt2, but llama, .*; use model.kernels=compile"),
+        (True, "cpu", "llama", "compile", r"needs a C\+\+ compiler \(g\+\+ or clang\+\+\)"),
+        (True, "cuda", "llama", "compile", r"needs a C compiler \(cc or gcc or clang\)"),
+    ],
+)
+def test_kernels_that_can_not_run_are_refused_with_the_remedy(
+    installed: bool, device: str, family: str, wanted: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "device", lambda: torch.device(device))
+    monkeypatch.setattr(kernels, "has_liger", lambda: installed)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=f"model.kernels={wanted}: .*{told}"):
+        choose_kernels(wanted, _meta(family), may_compile=True)
+
+
+@pytest.mark.parametrize("family", LIGER_ONES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_liger_gives_the_numbers_of_transformers(family: str, dtype: torch.dtype, liger: None) -> None:
+    """Float32 within rounding; bfloat16 as near to float32 as transformers' own, its gradient no less straight."""
+    torch.manual_seed(0)
+    eager = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in eager.parameters():  # norms' weights too, which begin at one or zero
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    exact = _loss_and_gradients(eager)
+    fast = copy.deepcopy(eager).to(dtype)
+    install_liger(fast, keep_inputs=True)
+    found = _loss_and_gradients(fast)
+    if dtype == torch.float32:
+        assert found[0] == pytest.approx(exact[0], rel=1e-5)
+        for name, gradient in exact[1].items():
+            torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    rounded = _loss_and_gradients(eager.to(dtype))
+    assert abs(found[0] - exact[0]) <= abs(rounded[0] - exact[0]) + 5e-3 * exact[0]
+    assert _cosine(found[1], exact[1]) > min(0.999, _cosine(rounded[1], exact[1]) - 5e-4)  # a router may choose anew
+
+
+def test_liger_is_put_on_one_model_alone(liger: None) -> None:
+    patched, other = (AutoModelForCausalLM.from_config(tiny_config("llama")) for _ in range(2))
+    forwards = {type(module): type(module).forward for module in other.modules()}
+    install_liger(patched, keep_inputs=False)
+    block, same = patched.model.layers[0], other.model.layers[0]
+    for name in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"):
+        assert "forward" in vars(block.get_submodule(name)) and "forward" not in vars(same.get_submodule(name))
+    assert forwards == {type(module): type(module).forward for module in other.modules()}
+
+
+def _cosine(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    together = [torch.cat(list(gradients.values())) for gradients in (found, expected)]
+    return F.cosine_similarity(*together, dim=0).item()
+
+
+def _loss_and_gradients(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    ids = torch.arange(40).view(2, 20) * 7 % 120 + 3
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    gradients = {name: parameter.grad.flatten().float().clone() for name, parameter in model.named_parameters()}
+    return loss.item(), gradients
+
+
+class _Number(float):
+    """A float whose dtype may be set, as in a compiled kernel; Triton's interpreter gives plain ones."""
+
+    def to(self, dtype: Any) -> _Number:
+        return self
+
+
+@pytest.fixture
+def liger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger's kernels by Triton's interpreter where both packages are; elsewhere what they compute, in plain torch."""
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec("liger_kernel") is None:
+        for name, contents in _stand_ins().items():
+            monkeypatch.setitem(sys.modules, name, contents)
+        return
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    convert = interpreter._implicit_cvt
+    monkeypatch.setattr(
+        interpreter, "_implicit_cvt", lambda value: _Number(value) if type(value) is float else convert(value)
+    )
+    language = importlib.import_module("triton.language")
+    # Functions of a GPU's own library, which the interpreter can't call.
+    monkeypatch.setattr("liger_kernel.ops.rms_norm.rsqrt", lambda x: language.math.rsqrt(x))
+    monkeypatch.setattr("liger_kernel.ops.geglu.tanh", lambda x: 2 * language.sigmoid(2 * x) - 1)
+
+
+def _stand_ins() -> dict[str, types.ModuleType]:
+    def rms_norm(hidden: Any, weight: Any, epsilon: float, offset: float, casting: str, in_place: bool) -> Any:
+        assert not in_place
+        wide = hidden.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+        if casting == "llama":
+            return (weight + offset) * normed.to(hidden.dtype)
+        return ((weight.float() + offset) * normed).to(hidden.dtype)
+
+    def rotate(query: Any, key: Any, cos: Any, sin: Any, position_ids: Any = None, unsqueeze_dim: int = 1) -> Any:
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        size = cos.shape[-1]
+
+        def turn(states: Any) -> Any:
+            turned, rest = states[..., :size], states[..., size:]
+            first, second = turned.chunk(2, dim=-1)
+            return torch.cat([turned * cos + torch.cat([-second, first], -1) * sin, rest], -1).to(states.dtype)
+
+        return turn(query), turn(key)
+
+    contents: dict[str, dict[str, Any]] = {
+        "liger_kernel": {},
+        "liger_kernel.ops": {},
+        "liger_kernel.transformers": {},
+        "liger_kernel.ops.geglu": {"LigerGELUMulFunction": _applied(lambda a, b: F.gelu(a, approximate="tanh") * b)},
+        "liger_kernel.ops.swiglu": {"LigerSiLUMulFunction": _applied(lambda a, b: F.silu(a) * b)},
+        "liger_kernel.ops.rms_norm": {"LigerRMSNormFunction": _applied(rms_norm)},
+        "liger_kernel.transformers.rope": {"liger_rotary_pos_emb": rotate},
+    }
+    modules = {name: types.ModuleType(name) for name in contents}
+    for name, module in modules.items():
+        vars(module).update(contents[name], __path__=[])
+    return modules
+
+
+def _applied(function: Any) -> Any:
+    return types.SimpleNamespace(apply=function)
