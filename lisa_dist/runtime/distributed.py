@@ -256,15 +256,18 @@ def garbage_collected_when_asked() -> Iterator[None]:
 
     By itself it would do so on each rank at another time, and every time all ranks would wait for the one. What is
     there before the body, imported modules above all, is left out: it makes each search long and finds nothing.
+    Where the caller has left something out already, that stays so, and nothing is added.
     """
-    was_enabled = gc.isenabled()
+    was_enabled, has_frozen = gc.isenabled(), gc.get_freeze_count() > 0
     gc.collect()
-    gc.freeze()
+    if not has_frozen:
+        gc.freeze()
     gc.disable()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not has_frozen:
+            gc.unfreeze()
         if was_enabled:
             gc.enable()
 

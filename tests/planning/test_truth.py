@@ -33,7 +33,10 @@ def test_predicted_bytes_are_those_of_a_real_rank(model: str, setting: str) -> N
     assert predicted.peak_bytes == pytest.approx(peak, rel=0.1)
 
 
-@pytest.mark.parametrize(("model", "update"), [("mixtral", "low_rank"), ("llama", "lora"), ("llama", "lora_fa")])
+@pytest.mark.parametrize(
+    ("model", "update"),
+    [("mixtral", "low_rank"), pytest.param("llama", "lora", marks=pytest.mark.soak), ("llama", "lora_fa")],
+)
 def test_projected_experts_and_frozen_adapters_are_planned_as_they_are_stored(model: str, update: str) -> None:
     config = make_config(model, "lisa")
     config.update = load([f"update={update}", "update.rank=4"]).update
@@ -41,14 +44,13 @@ def test_projected_experts_and_frozen_adapters_are_planned_as_they_are_stored(mo
     assert simulate(config).persistent_bytes == counted
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.soak), "nf4"])
 def test_a_quantised_base_is_planned_as_it_is_stored(kind: str) -> None:
-    config = make_config("llama", "full, two micro-batches")
+    config = make_config("llama", "lisa")
     config.update = load(["update=lora"]).update
     config.always_active = dataclasses.replace(config.always_active, embeddings=False, norm=False, head=False)
     config.model.quantization = kind
-    # The smaller peak of two: a process' first one may hold what is made once, and what earlier tests left.
-    (counted, first), (_, second) = (run_on_ranks(2, measure, config)[0] for _ in range(2))
-    predicted, peak = simulate(config), min(first, second)
+    counted, peak = run_on_ranks(2, measure, config)[0]
+    predicted = simulate(config)
     assert predicted.persistent_bytes == counted
     assert predicted.peak_bytes == pytest.approx(peak, rel=0.1)
