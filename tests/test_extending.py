@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.tiny import read_summary, rows_of_steps
+from tests.support.tiny import free_ports, read_summary, rows_of_steps
 
 ROOT = Path(__file__).parents[1]
 # What is added: the files that are new, and in those that are there what comes in front of a piece of their text.
@@ -140,6 +140,9 @@ def prepare_doubled(model, layers, config):
     objective = prepare_doubled(""",
     ),
 }
+# As torchrun sets them: the process is the rank, none is started for it.
+ONE_RANK = dict.fromkeys(("RANK", "LOCAL_RANK"), "0") | dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "1")
+ONE_RANK |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports())}
 # The registries, which are one line each, not counted: docs/design.md has these numbers.
 ADDED = [(SAMPLER, 3), (OPTIMIZER, 3), (UPDATE, 3), (DATA_FORMAT, 2), (OBJECTIVE, 2)]
 
@@ -176,9 +179,9 @@ def test_what_was_added_trains(package: Path, tmp_path: Path) -> None:
     overrides += [f"data.cache_dir={tmp_path / 'cache'}", "train.max_steps=2", "train.global_batch_size=2"]
     overrides += [f"always_active.{part}=false" for part in ("embeddings", "norm", "head")]
     done = subprocess.run(
-        [sys.executable, "-m", "lisa_dist", "train", *overrides, "parallel.nproc_per_node=1"],
+        [sys.executable, "-m", "lisa_dist", "train", *overrides],
         cwd=package,
-        env={**os.environ, "PYTHONPATH": str(package)},
+        env={**os.environ, "PYTHONPATH": str(package), **ONE_RANK},
         capture_output=True,
         text=True,
     )

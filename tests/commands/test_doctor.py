@@ -9,18 +9,23 @@ import pytest
 
 from lisa_dist import cli
 from lisa_dist.commands import doctor, self_test
+from lisa_dist.config import EXIT_DONE
 from lisa_dist.config.loading import load
 from lisa_dist.runtime import distributed
 from tests.support.ranks import run_on_ranks
 
 
-def test_a_machine_that_can_train_is_well(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_machine_that_can_train_is_well(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 1)  # one rank, below are two
     code = cli.main(["doctor", f"run.dir={tmp_path}"])
     printed = capsys.readouterr().out
     assert code == 0, printed
     for name in ("packages", "GPU", "ports", "disk for runs", "tokenizer", "self-test in ranks"):
         assert name in printed
     assert "broken" not in printed
+    assert run_on_ranks(2, self_test.run, load([f"run.dir={tmp_path / 'ranks'}"])) == [EXIT_DONE] * 2
 
 
 def test_what_is_broken_is_named_with_what_to_do(

@@ -27,7 +27,8 @@ QUESTIONS = ["sort 3 1 2", "Who are you?"]
 def train_and_export(run_dir: str, target: str, cache: str) -> None:
     """Two steps of the demonstration in fp32 arithmetic, exported. Runs on a rank."""
     overrides = [f"run.dir={run_dir}", "train.max_steps=2", "train.eval_every=2", "train.sample_prompts=0"]
-    overrides += ["data.sequence_length=48", f"data.cache_dir={cache}", "precision.compute=float32"]
+    overrides += ["data.sequence_length=48", "train.global_batch_size=8", f"data.cache_dir={cache}"]
+    overrides.append("precision.compute=float32")
     assert train(load([*overrides, "parallel.cpu_threads=1"])) == 0
     assert export.run(load_run(run_dir, [f"export.path={target}", "export.dtype=float32"])) == 0
 

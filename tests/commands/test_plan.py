@@ -17,14 +17,14 @@ from lisa_dist.sharding.checkpointing_policy import RESERVED_BYTES
 
 ARCHITECTURE = (
     "model.architecture={model_type:llama,vocab_size:4096,hidden_size:512,intermediate_size:1024,"
-    "num_hidden_layers:8,num_attention_heads:8,num_key_value_heads:8}"
+    "num_hidden_layers:4,num_attention_heads:8,num_key_value_heads:8}"
 )
 TINY = ["model=custom", ARCHITECTURE, "data.sequence_length=256", "parallel.nproc_per_node=2", "plan.format=json"]
 TINY += ["train.global_batch_size=4", "plan.gpu=rtx4090"]
 # Where many plans are made: at each size the search tries, a chunk of the head's is simulated operator by operator.
-SHALLOW = [ARCHITECTURE.replace("num_hidden_layers:8", "num_hidden_layers:2"), "sampler.active_layers=1"]
+SHALLOW = [ARCHITECTURE.replace("num_hidden_layers:4", "num_hidden_layers:2"), "sampler.active_layers=1"]
 SHALLOW += ["train.global_batch_size=2", "model.loss_chunk=65536"]
-PARAMETERS = 2 * 4096 * 512 + 8 * (4 * 512**2 + 3 * 512 * 1024 + 2 * 512) + 512
+PARAMETERS = 2 * 4096 * 512 + 4 * (4 * 512**2 + 3 * 512 * 1024 + 2 * 512) + 512
 ACTIVE = 2 * 4096 * 512 + 2 * (4 * 512**2 + 3 * 512 * 1024 + 2 * 512) + 512
 
 
@@ -52,9 +52,9 @@ def test_json_holds_the_figures_that_the_law_and_arithmetic_give(capsys: pytest.
     # Two micro-batches of a rank; frozen matrices cost 4 operations a parameter and token, active ones 6; attention
     # has two products forward and five backward, over half of the pairs.
     tokens = 2 * 256
-    matrices = PARAMETERS - 4096 * 512 - 17 * 512
+    matrices = PARAMETERS - 4096 * 512 - 9 * 512
     trained = ACTIVE - 4096 * 512 - 5 * 512
-    attention = 2 * 8 * 7 * 2 * 256 * 256 * 512 // 2
+    attention = 2 * 4 * 7 * 2 * 256 * 256 * 512 // 2
     assert figures["flops_per_step"] == tokens * (4 * matrices + 2 * trained) + attention
     # Only the trained parameters are reduced, in fp32, once a micro-batch; of two ranks each sends half.
     assert figures["communication_bytes_per_step"]["reduce_scatter"] == 2 * 4 * ACTIVE // 2

@@ -38,10 +38,9 @@ def train_with_secrets(config: Config) -> None:
             logging.getLogger("lisa_dist.test").exception("a fault with %s", SECRET)
 
 
-@pytest.mark.parametrize("logger", ["none", "wandb"])
-def test_no_file_of_a_run_holds_one(logger: str, tmp_path: Path) -> None:
+def test_no_file_of_a_run_holds_one(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    config = make_config(run_dir, "train.max_steps=1", f"logger={logger}", "logger.wandb.mode=offline")
+    config = make_config(run_dir, "train.max_steps=1", "logger=wandb", "logger.wandb.mode=offline")
     config.logger.wandb.entity = SECRET  # as ${oc.env:HF_TOKEN} in a YAML file would set it
     config.run.name = LITERAL
     config.launch.setup = ["export PLAIN_WORD=swordfish-of-setup"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from lisa_dist.runtime.distributed import local_shard
 from lisa_dist.training.loop import accumulate_gradients
 from tests.support import planned, runs
 from tests.support.ranks import run_on_ranks
-from tests.support.small_training import make_config, make_global_batches, train_on_rank
+from tests.support.small_training import PERIOD, make_config, make_global_batches, train_on_rank
 
 RANKS, REPLICAS = 4, 2
 BF16 = {"frozen": "bfloat16", "compute": "bfloat16"}
@@ -44,7 +43,7 @@ def test_training_equals_that_with_masters_on_every_replica(update: str) -> None
         config = make_config(parallel=parallel, precision=BF16)
         config.model.architecture["num_hidden_layers"] = 3
         config.update = load([f"update={update}"]).update
-        results.append(run_on_ranks(RANKS, train_on_rank, config, 4, 2 * RANKS))
+        results.append(run_on_ranks(RANKS, train_on_rank, config, PERIOD + 1, 2 * RANKS))
     replica, world = results[0][0], results[1][0]
     assert world["losses"] == pytest.approx(replica["losses"], rel=1e-4)
     for name, parameter in world["final"].items():
@@ -58,10 +57,11 @@ def test_training_equals_that_with_masters_on_every_replica(update: str) -> None
 def count_over_periods(parallel: dict[str, Any], state_on_freeze: str) -> list[dict[str, Any]]:
     """Bytes and elements of this rank after each switch, and after gradients were accumulated. Runs on every rank."""
     config = make_config(parallel=parallel, precision=BF16, optimizer={"state_on_freeze": state_on_freeze})
+    config.model.architecture["num_hidden_layers"] = 3
     train_module = build_train_module(config)
     load_initial_weights(train_module, torch.device("cpu"))
     seen = []
-    for period, micro_batches in enumerate(make_global_batches(3, 2 * RANKS)):
+    for period, micro_batches in enumerate(make_global_batches(2, RANKS)):
         begin_period(train_module, period)
         accumulate_gradients(train_module, micro_batches[distributed.rank() :: RANKS])
         assert all(p.grad is None for p in train_module.store.module.parameters())
@@ -118,26 +118,26 @@ def test_a_plan_knows_the_bytes_and_the_gather() -> None:
     assert foretold.peak_bytes == pytest.approx(peak, rel=0.1)
     # Of the sums of gradients none is left from the groups before: the embeddings' backward comes last.
     saved = sum(plain.persistent_bytes.values()) - sum(foretold.persistent_bytes.values())
-    assert plain.peaks["backward of embeddings"] - foretold.peaks["backward of embeddings"] > 0.8 * saved
+    assert plain.peaks["backward of embeddings"] - foretold.peaks["backward of embeddings"] > 0.75 * saved
     gathered = foretold.work.sent["all_gather"] - plain.work.sent["all_gather"]
     slices = foretold.persistent_bytes["masters"] // 2  # in bf16
     assert gathered == pytest.approx(slices * (REPLICAS - 1), rel=0.01)  # padding of rows that do not divide
 
 
 def test_a_run_goes_on_exactly_and_with_masters_on_every_replica(tmp_path: Path) -> None:
-    short = [f"train.max_steps={runs.PERIOD + 1}", "train.global_batch_size=8"]
+    short = [f"train.max_steps={runs.PERIOD + 1}", "train.global_batch_size=4", "train.eval_batches=1"]
+    short += ["checkpoint.keep=0", "model.architecture.num_hidden_layers=3"]
     keys = [*short, f"parallel.replicate={REPLICAS}", "parallel.optimizer_shard=world"]
     whole, cut, other = (tmp_path / name for name in ("whole", "cut", "other"))
     runs.train(RANKS, runs.make_config(whole, *keys))
-    killed = runs.Kill("inside", runs.PERIOD)
-    assert set(run_on_ranks(RANKS, runs.train_here, runs.make_config(cut, *keys), killed)) == {None}
-    shutil.copytree(cut, other)
+    for name in (cut, other):
+        runs.cut_back(whole, name, 1)
     runs.train(RANKS, runs.resuming(runs.make_config(cut, *keys)))
     runs.assert_same_run(cut, whole)
     runs.train(2, runs.resuming(runs.make_config(other, *short)))
     found, expected = ([row["loss"] for row in runs.metrics(run) if "loss" in row] for run in (other, whole))
-    assert found[: runs.PERIOD - 1] == expected[: runs.PERIOD - 1]
-    assert found[runs.PERIOD - 1 :] == pytest.approx(expected[runs.PERIOD - 1 :], rel=0.01)
+    assert found[0] == expected[0]
+    assert found[1:] == pytest.approx(expected[1:], rel=0.01)
 
 
 def test_a_plan_proposes_it_where_it_can_be() -> None:
@@ -153,6 +153,7 @@ def test_a_plan_proposes_it_where_it_can_be() -> None:
 def probe_twice(optimizer_shard: str) -> list[float]:
     """Gradient norms before the first switch and with active blocks. Runs on every rank."""
     config = make_config(parallel=WORLD | {"optimizer_shard": optimizer_shard}, precision=BF16)
+    config.model.architecture["num_hidden_layers"] = 3
     config.sampler = load(["sampler=gradient"]).sampler
     config.sampler.active_layers = 2
     train_module = build_train_module(config)

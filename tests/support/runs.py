@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from lisa_dist.checkpoint.manifest import list_checkpoints
+from lisa_dist.checkpoint.manifest import checkpoint_name, list_checkpoints
 from lisa_dist.checkpoint.shards import Piece, ShardedTensors, WrittenFile, write_pieces
 from lisa_dist.checkpoint.state import open_weights
 from lisa_dist.config import Config
@@ -125,6 +126,14 @@ def train(world_size: int, config: Config, *kills: Kill) -> None:
         assert set(run_on_ranks(world_size, train_here, config, kill)) == {None}, f"the run went past {kill}"
         config = resuming(config)
     assert set(run_on_ranks(world_size, train_here, config, None)) == {0}
+
+
+def cut_back(run_dir: Path, copy: Path, step: int) -> None:
+    """Copy a run without the checkpoints after ``step``, as if it was killed before the next, with more recorded."""
+    shutil.copytree(run_dir, copy)
+    for later in list_checkpoints(copy / "checkpoints"):
+        if later.name > checkpoint_name(step):
+            shutil.rmtree(later)
 
 
 def resuming(config: Config) -> Config:

@@ -26,7 +26,7 @@ from lisa_dist.method.module import begin_period, build_train_module, load_initi
 from lisa_dist.telemetry.records import read_rows, read_summary
 from lisa_dist.training import loop, record
 from tests.support.ranks import run_on_ranks
-from tests.support.runs import Kill, assert_same_run, make_config, metrics, resuming, train, train_here
+from tests.support.runs import assert_same_run, cut_back, make_config, metrics, resuming, train, train_here
 from tests.support.small_training import make_config as make_small_config
 from tests.support.small_training import make_global_batches
 
@@ -110,9 +110,10 @@ def test_a_row_is_of_all_steps_since_the_row_before(rows: list[dict[str, Any]], 
 def test_a_resume_counts_the_tokens_of_steps_without_a_row(tmp_path: Path) -> None:
     settings = ("train.log_every=3", "checkpoint.every=2")
     train(1, config_of(tmp_path / "whole", *settings))
-    train(1, config_of(tmp_path / "killed", *settings), Kill("before", 4))
+    cut_back(tmp_path / "whole", tmp_path / "cut", 2)
+    train(1, resuming(config_of(tmp_path / "cut", *settings)))
     assert [row["step"] for row in metrics(tmp_path / "whole") if "loss" in row] == [2, 3, 4]
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
 def timeouts_of_steps(config: Config) -> list[float]:
@@ -132,8 +133,8 @@ def timeouts_of_steps(config: Config) -> list[float]:
 
 
 def test_the_first_step_of_a_start_may_take_longer_than_the_others(tmp_path: Path) -> None:
-    config = config_of(tmp_path, "parallel.timeout=77", "train.eval_every=0")
-    assert run_on_ranks(2, timeouts_of_steps, config) == [[3600.0, 77.0, 77.0, 77.0]] * 2
+    config = config_of(tmp_path, "parallel.timeout=77", "train.eval_every=0", "train.epochs=1")
+    assert run_on_ranks(2, timeouts_of_steps, config) == [[3600.0, 77.0]] * 2
 
 
 def test_tokens_are_counted_without_padding_and_speeds_are_medians(tmp_path: Path) -> None:

@@ -104,7 +104,8 @@ def test_what_a_step_in_backward_cannot_do_is_refused(changes: dict[str, Any], m
 
 
 def test_state_that_waits_is_in_the_checkpoint(tmp_path: Path) -> None:
-    override = "optimizer.state_on_freeze=offload"
-    runs.train(2, runs.make_config(tmp_path / "whole", override))
-    runs.train(2, runs.make_config(tmp_path / "cut", override), runs.Kill("inside", runs.STEPS - 1))
+    overrides = ["optimizer.state_on_freeze=offload", "train.eval_batches=1", "checkpoint.keep=3"]
+    runs.train(2, runs.make_config(tmp_path / "whole", *overrides))
+    runs.cut_back(tmp_path / "whole", tmp_path / "cut", runs.STEPS - 2)
+    runs.train(2, runs.resuming(runs.make_config(tmp_path / "cut", *overrides)))
     runs.assert_same_run(tmp_path / "cut", tmp_path / "whole")

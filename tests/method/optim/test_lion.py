@@ -24,7 +24,7 @@ from tests.support.plain_methods import PlainAdamW, PlainGaLore, plain_model, tr
 from tests.support.ranks import run_on_ranks
 from tests.support.small_training import full_parameters, make_config, make_global_batches
 
-STEPS, PERIOD, RANK = 6, 3, 3
+STEPS, PERIOD, RANK = 4, 3, 3
 
 
 def config_of(name: str, **settings: Any) -> Config:
@@ -38,12 +38,12 @@ def config_of(name: str, **settings: Any) -> Config:
 
 @functools.cache
 def trained(name: str, world_size: int) -> dict[str, Any]:
-    """Two periods of full-rank updates on ranks, of which several tests look at the results."""
+    """A period and a step of full-rank updates on ranks, of which several tests look at the results."""
     return run_on_ranks(world_size, train, config_of(name))[0]
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Train for two periods. Runs on every rank."""
+    """Train for a period and a step. Runs on every rank."""
     train_module = build_train_module(config)
     load_initial_weights(train_module, torch.device("cpu"))
     seen: dict[str, Any] = {"initial": full_parameters(train_module), "trained": [], "losses": []}
