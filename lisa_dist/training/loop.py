@@ -35,7 +35,7 @@ from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.telemetry.logs import setup_logging
 from lisa_dist.telemetry.out_of_memory import PREPARATION, explaining_out_of_memory
 from lisa_dist.training.evaluation import evaluate, show_answers
-from lisa_dist.training.record import StepResult, announce_trained, record
+from lisa_dist.training.record import MadeStep, StepResult, announce_trained, count_step, write_row
 from lisa_dist.training.recovery import is_spike, remember_loss, roll_back, skip_nonfinite_step
 from lisa_dist.training.setup import Run, forget_start, open_run_directory, prepare_run
 
@@ -108,46 +108,77 @@ def train_until_spike(run: Run, first_step: int, start_up: ExitStack) -> float |
     """
     config, progress, heartbeat = run.config, run.progress, run.heartbeat
     global_batches = run.batches.iterate(progress.sequences, run.max_steps - progress.step, progress.place_of)
+    unread: MadeStep | None = None  # the last one, where its device may still be at work
     with closing(global_batches):
         for step in range(progress.step, run.max_steps):
-            heartbeat.begin_step(step + 1, may_take_long=step == first_step)
-            seconds = {}
-            if step % run.train_module.period_length == 0:
-                with heartbeat.phase("the draw and switch of active blocks"):
-                    seconds["switch_seconds"] = switch(run, step)
-            if step == first_step:
-                with heartbeat.phase("the dry run of the longest micro-batch"):
-                    log_first_period(run)
-            if is_due(COLLECT_EVERY, step):
-                gc.collect()
-            run.recorder.begin_step()
+            seconds = begin_step(run, step, first_step)
             started = perf_counter()
             with heartbeat.phase("the wait for data"):
                 micro_batches = next(global_batches)
             seconds["data_seconds"] = perf_counter() - started
             stop = stop_requested() or run.checkpoints.must_stop()
             result = train_step(run.train_module, micro_batches, step, run.max_steps, stop, heartbeat.phase)
+            ends = step + 1 == run.max_steps
+            saves = ends or result.stop_requested or is_due(config.checkpoint.every, step + 1)
+            evaluates = ends or is_due(config.train.eval_every, step + 1)
+            # A step is read once the device has the next one to go on with, but before whatever else comes after it.
+            reads = saves or evaluates or step == first_step or config.train.spike_factor > 0
+            reads = reads or is_due(run.train_module.period_length, step + 1)
+            with heartbeat.phase("the wait for the device"):
+                for waited_for in ([] if unread is None else [unread.result]) + ([result] if reads else []):
+                    waited_for.measured.read()
             seconds["step_seconds"] = perf_counter() - started
             start_up.close()  # no later step compiles, connects and allocates as the first does
-            if is_spike(config.train, progress.recent_losses, result.loss):
-                return result.loss
+            if unread is not None:
+                finish_step(run, unread)
+            if config.train.spike_factor > 0:
+                if is_spike(config.train, progress.recent_losses, result.loss):
+                    return result.loss
+                remember_loss(config.train, progress.recent_losses, result.loss)
             progress.step += 1
             progress.sequences += run.batches.global_batch_size
-            remember_loss(config.train, progress.recent_losses, result.loss)
-            ends = progress.step == run.max_steps
-            saves = ends or result.stop_requested or is_due(config.checkpoint.every, progress.step)
+            count_step(run, result, seconds)
             # Whatever is saved has a row: a resume finds in the rows what was counted until then.
-            has_row = saves or result.skipped or is_due(config.train.log_every, progress.step)
-            record(run, result, seconds, has_row=has_row)
-            if result.skipped:
-                skip_nonfinite_step(run, micro_batches, result.loss, result.grad_norm)
-            if ends or is_due(config.train.eval_every, progress.step):
+            has_row = saves or is_due(config.train.log_every, progress.step)
+            unread = MadeStep(result, micro_batches, progress.step, progress.sequences, has_row)
+            if reads:
+                finish_step(run, unread)
+                unread = None
+            if evaluates:
                 evaluate(run)
             if saves:
                 save_checkpoint(run)
             if result.stop_requested:
                 break
     return None
+
+
+def begin_step(run: Run, step: int, first_step: int) -> dict[str, float]:
+    """Do what comes before a step: the switch, and the dry run before the first. Collective: every rank.
+
+    Returns:
+        ``switch_seconds``, where there was one.
+    """
+    run.heartbeat.begin_step(step + 1, may_take_long=step == first_step)
+    seconds = {}
+    if step % run.train_module.period_length == 0:
+        with run.heartbeat.phase("the draw and switch of active blocks"):
+            seconds["switch_seconds"] = switch(run, step)
+    if step == first_step:
+        with run.heartbeat.phase("the dry run of the longest micro-batch"):
+            log_first_period(run)
+    if is_due(COLLECT_EVERY, step):
+        gc.collect()
+    run.recorder.begin_step()
+    return seconds
+
+
+def finish_step(run: Run, made: MadeStep) -> None:
+    """Write the row of a step, where it has one, and do what is to be done where it was left out."""
+    if made.has_row or made.result.skipped:
+        write_row(run, made)
+    if made.result.skipped:
+        skip_nonfinite_step(run, made)
 
 
 def train_step(

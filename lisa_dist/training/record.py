@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lisa_dist.data.batches import MicroBatch
 from lisa_dist.method.module import TrainModule, count_trained_parameters
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.host_copy import HostCopy
@@ -46,33 +47,49 @@ class StepResult:
         return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
 
 
-def record(run: Run, result: StepResult, seconds: dict[str, float], *, has_row: bool) -> None:
-    """Count the step that was just made, and write the row of it and of those since the row before, where it has one.
+@dataclass
+class MadeStep:
+    """A step that is made and counted, whose numbers may still be unread."""
+
+    result: StepResult
+    micro_batches: list[MicroBatch]  # this rank's
+    step: int  # counted from 1
+    sequences: int  # that the run has seen, those of the step included
+    has_row: bool  # whatever its numbers are
+
+
+def count_step(run: Run, result: StepResult, seconds: dict[str, float]) -> None:
+    """Count the step that was just made for the next row.
 
     Args:
         run: after that step.
-        result: of the step.
+        result: of the step; what was measured is not read.
         seconds: its times by name, see :meth:`Recorder.count_step`.
-        has_row: whether it has one.
     """
     if not distributed.is_main():
         return
-    batches, progress, train_module = run.batches, run.progress, run.train_module
+    batches, progress = run.batches, run.progress
     lengths = batches.lengths(progress.sequences - batches.global_batch_size, progress.place_of)
-    rate = peak_rate(distributed.device())
-    flops = None if rate is None else step_flops(train_module, lengths)
+    flops = None if peak_rate(distributed.device()) is None else step_flops(run.train_module, lengths)
     run.recorder.count_step(tokens=int(lengths.sum()), label_tokens=result.label_tokens, flops=flops, **seconds)
-    if has_row:
-        run.recorder.record_step(
-            step=progress.step,
-            epoch=batches.epoch(progress.sequences),
-            period=train_module.active.period,
-            active_layers=train_module.active.blocks,
-            loss=result.loss,
-            lr=result.lr,
-            grad_norm=result.grad_norm,
-            peak_flops=None if rate is None else rate * train_module.dims.num_ranks,
-        )
+
+
+def write_row(run: Run, made: MadeStep) -> None:
+    """Write the row of the step that was counted last, and of those since the row before. No switch came since."""
+    if not distributed.is_main():
+        return
+    train_module, result = run.train_module, made.result
+    rate = peak_rate(distributed.device())
+    run.recorder.record_step(
+        step=made.step,
+        epoch=run.batches.epoch(made.sequences),
+        period=train_module.active.period,
+        active_layers=train_module.active.blocks,
+        loss=result.loss,
+        lr=result.lr,
+        grad_norm=result.grad_norm,
+        peak_flops=None if rate is None else rate * train_module.dims.num_ranks,
+    )
 
 
 def announce_trained(train_module: TrainModule, counted: dict[str, int]) -> None:

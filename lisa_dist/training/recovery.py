@@ -14,24 +14,24 @@ from lisa_dist.checkpoint.restore import newest_complete, restore_checkpoint
 from lisa_dist.checkpoint.shards import write_safetensors
 from lisa_dist.config import TrainConfig
 from lisa_dist.config.run_directory import RunDirectory
-from lisa_dist.data.batches import MicroBatch
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.files import to_json, write_atomically
+from lisa_dist.training.record import MadeStep
 from lisa_dist.training.setup import Run
 
 logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or a gradient is not finite; parameters are as they were before the step."""
+    """The loss or a gradient is not finite; that step has changed no parameter."""
 
 
 class LossSpikeError(RuntimeError):
     """The loss spiked again after as many roll-backs as are allowed."""
 
 
-def skip_nonfinite_step(run: Run, micro_batches: list[MicroBatch], loss: float, grad_norm: float) -> None:
-    """Count the step of ``run.progress.step`` as left out and keep its batch for inspection.
+def skip_nonfinite_step(run: Run, made: MadeStep) -> None:
+    """Count a step as left out and keep its batch for inspection.
 
     Raises:
         NonFiniteError: with ``train.on_nonfinite=stop``, or at the limit of steps left out.
@@ -39,8 +39,9 @@ def skip_nonfinite_step(run: Run, micro_batches: list[MicroBatch], loss: float, 
     config, progress = run.config.train, run.progress
     progress.skipped_steps += 1
     run.recorder.summary["skipped_steps"] = progress.skipped_steps
-    kept = keep_batch(run, micro_batches, loss, grad_norm)
-    found = f"step {progress.step}: loss {loss} and gradient norm {grad_norm} are not both finite"
+    kept = keep_batch(run, made)
+    loss, grad_norm = made.result.loss, made.result.grad_norm
+    found = f"step {made.step}: loss {loss} and gradient norm {grad_norm} are not both finite"
     if config.on_nonfinite == "stop":
         raise NonFiniteError(f"{found}; the batch is in {kept}, train.on_nonfinite=skip leaves such steps out")
     if progress.skipped_steps > config.nonfinite_limit:
@@ -52,19 +53,18 @@ def skip_nonfinite_step(run: Run, micro_batches: list[MicroBatch], loss: float, 
         logger.warning("%s: the step is left out, the %dth; its batch is in %s", found, progress.skipped_steps, kept)
 
 
-def keep_batch(run: Run, micro_batches: list[MicroBatch], loss: float, grad_norm: float) -> Path:
+def keep_batch(run: Run, made: MadeStep) -> Path:
     """Write this rank's micro-batches, and on rank 0 what is known of the step, below ``run.dir/faults``."""
-    step = run.progress.step
-    folder = RunDirectory.of(run.config).faults / f"step_{step:08d}"
+    folder = RunDirectory.of(run.config).faults / f"step_{made.step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{index}.{name}": t for index, batch in enumerate(micro_batches) for name, t in batch.items()}
+    tensors = {f"{index}.{name}": t for index, batch in enumerate(made.micro_batches) for name, t in batch.items()}
     write_safetensors(tensors, folder / f"rank_{distributed.rank():05d}.safetensors", {})
     if distributed.is_main():
-        seen = run.progress.sequences - run.batches.global_batch_size
+        seen = made.sequences - run.batches.global_batch_size
         facts = {
-            "step": step,
-            "loss": str(loss),  # JSON has no word for inf
-            "grad_norm": str(grad_norm),
+            "step": made.step,
+            "loss": str(made.result.loss),  # JSON has no word for inf
+            "grad_norm": str(made.result.grad_norm),
             "active_layers": run.train_module.active.blocks,
             "sequences": run.batches.micro_batch_indices(seen, run.progress.place_of),  # i mod ranks: whose
         }

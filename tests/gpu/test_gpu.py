@@ -23,6 +23,7 @@ from lisa_dist.method.module import begin_period, build_train_module, count_pers
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.environment import ALLOCATOR_SETTINGS
 from lisa_dist.training.loop import accumulate_gradients, train_step
+from tests.method.optim.test_steps_on_device import leave_out
 from tests.support.small_training import (
     PERIOD,
     STEPS,
@@ -110,6 +111,27 @@ def test_persistent_bytes_obey_the_law_and_the_allocator_holds_little_more() -> 
         held = torch.cuda.memory_allocated() - before
         assert held < 1.05 * counted, f"period {period}: {held} bytes are held, {counted} are accounted for"
         train_module.optimizer.drop_gradients()
+
+
+def test_the_host_waits_for_the_gpu_nowhere_in_a_step() -> None:
+    train_module = build_train_module(load(MIDDLING))
+    load_initial_weights(train_module, distributed.device())
+    begin_period(train_module, 0)
+    ids = torch.randint(0, 32000, (2, 64))
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(64).expand(2, 64).contiguous()}
+    batches = [{name: tensor.pin_memory() for name, tensor in batch.items()}] * 2
+    train_step(train_module, batches, 0, 2)  # a first one allocates, and tries what its kernels can do
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = train_step(train_module, batches, 1, 2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert 0 < result.loss < 20 and result.grad_norm > 0
+
+
+def test_a_step_that_is_not_finite_changes_nothing_on_a_gpu() -> None:
+    leave_out("resident", "optimizer=adamw")
 
 
 def test_the_peak_is_the_planned_one() -> None:

@@ -161,6 +161,9 @@ def test_tokens_are_counted_without_padding_and_speeds_are_medians(tmp_path: Pat
         assert again[key] == summary[key]
 
 
+LOOKS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "bincount")
+
+
 class Looks(TorchDispatchMode):
     """Collects the looks at a tensor's value, for which the host would wait for a GPU."""
 
@@ -169,16 +172,23 @@ class Looks(TorchDispatchMode):
         self.made: list[str] = []
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if operator is torch.ops.aten._local_scalar_dense.default:
+        name = operator.overloadpacket.__name__
+        by_mask = name == "index" and any(place is not None and place.dtype == torch.bool for place in args[1])
+        if name in LOOKS or by_mask:
             where = "".join(traceback.format_stack(limit=8))
-            if "in label_tokens" not in where:  # labels are counted in host memory, where the batch is
-                self.made.append(where)
+            # Labels are counted in host memory, where the batch is. Whether rows are packed, transformers' mask looks
+            # up by itself, once a forward pass.
+            if "in label_tokens" not in where and "in find_packed_sequence_indices" not in where:
+                self.made.append(f"{name}: {where}")
         return operator(*args, **(kwargs or {}))
 
 
-def looks_of_a_step() -> tuple[list[str], int]:
-    """The looks of a step of two micro-batches, and how often numbers were asked for. Runs on every rank."""
-    train_module = build_train_module(make_small_config(precision={"frozen": "bfloat16", "compute": "bfloat16"}))
+def looks_of_a_step(kind: str, packing: bool) -> tuple[list[str], int]:
+    """The looks of a step of two micro-batches, and how often numbers were asked for. Runs on one rank."""
+    config = make_small_config(precision={"frozen": "bfloat16", "compute": "bfloat16"}, data={"packing": packing})
+    config.model.architecture |= {"hidden_size": 64, "num_attention_heads": 4}  # a tiny copy of it can be made
+    with mock.patch("lisa_dist.sharding.stay_whole", lambda *_: kind == "resident"):
+        train_module = build_train_module(config)
     load_initial_weights(train_module, torch.device("cpu"))
     begin_period(train_module, 0)
     batches, asked = make_global_batches(1)[0][:2], []
@@ -193,7 +203,45 @@ def looks_of_a_step() -> tuple[list[str], int]:
     return looks.made, len(asked)
 
 
-def test_in_a_step_the_host_asks_its_device_nothing() -> None:
-    looks, asked = run_on_ranks(1, looks_of_a_step)[0]
+@pytest.mark.parametrize("packing", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("kind", ["resident", "sharded"])
+def test_in_a_step_the_host_asks_its_device_nothing(kind: str, packing: bool) -> None:
+    looks, asked = run_on_ranks(1, looks_of_a_step, kind, packing)[0]
     assert not looks, looks[0]
     assert asked == 0
+
+
+def events_of_a_run(config: Config) -> list[str]:
+    """In which order steps are made and their numbers waited for, blocks drawn, and checkpoints saved."""
+    events: list[str] = []
+    train_step, draw, save = loop.train_step, loop.begin_period, CheckpointSaver.save
+
+    def step(train_module: Any, micro_batches: Any, number: int, *rest: Any, **more: Any) -> Any:
+        result = train_step(train_module, micro_batches, number, *rest, **more)
+        events.append(f"made {number + 1}")
+        read = result.measured.read
+
+        def note() -> list[float]:
+            if f"read {number + 1}" not in events:
+                events.append(f"read {number + 1}")
+            return read()
+
+        result.measured.read = note
+        return result
+
+    def noted(event: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, **named: (events.append(event), function(*arguments, **named))[1]
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.multiple(loop, train_step=step, begin_period=noted("drawn", draw)))
+        stack.enter_context(mock.patch.object(CheckpointSaver, "save", noted("saved", save)))
+        train_here(config)
+    return events
+
+
+def test_a_step_is_waited_for_once_the_next_one_is_on_its_way_or_something_else_is_due(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "train.max_steps=7", "sampler.period=4", "checkpoint.every=6")
+    expected = ["drawn", "made 1", "read 1", "made 2", "made 3", "read 2", "made 4", "read 3", "read 4"]
+    expected += ["drawn", "made 5", "made 6", "read 5", "read 6", "saved", "made 7", "read 7", "saved"]
+    assert run_on_ranks(1, events_of_a_run, config)[0] == expected
+    assert [row["step"] for row in metrics(tmp_path) if "loss" in row] == [1, 2, 3, 4, 5, 6, 7]

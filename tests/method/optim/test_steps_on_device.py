@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from lisa_dist.config.loading import load
 from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
 from lisa_dist.method.optim.clipping import clipping_divisor, mean_norms
+from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import local_shard
 from lisa_dist.training import loop
 from tests.support.ranks import run_on_ranks
@@ -32,7 +33,7 @@ def build(kind: str, *overrides: str, precision: dict[str, str] = BF16) -> Train
     config.optimizer, config.update = chosen.optimizer, chosen.update
     with mock.patch("lisa_dist.sharding.stay_whole", lambda *_: kind == "resident"):
         train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    load_initial_weights(train_module, distributed.device())
     begin_period(train_module, 0)
     return train_module
 
