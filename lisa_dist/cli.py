@@ -20,8 +20,10 @@ from typing import NoReturn
 from lisa_dist import __version__
 from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, Config, OutOfMemoryError, UserError
 from lisa_dist.config.checks import check_combinations
+from lisa_dist.config.config_file import file_overrides, names_config_file
 from lisa_dist.config.errors import check_choice
 from lisa_dist.config.loading import GROUPS, group_choices, load, load_run, resume_run, to_yaml
+from lisa_dist.config.other_trainers import key_here
 from lisa_dist.config.overrides import parse_overrides
 from lisa_dist.config.paths import local_path
 from lisa_dist.config.reference import keys_of
@@ -104,6 +106,13 @@ def launch(config: Config, overrides: list[str], config_dir: str | None) -> int:
     return run(config, overrides, config_dir)
 
 
+def init(config: Config, file: str, groups: tuple[str, ...]) -> int:
+    """Writes a commented configuration file: init [FILE] [key=value ...]."""
+    from lisa_dist.commands.init import run
+
+    return run(config, file, groups)
+
+
 def doctor(config: Config) -> int:
     """Checks torch, GPUs, NCCL, ports, disk and tokenizers, and says what to fix."""
     from lisa_dist.commands.doctor import run
@@ -115,7 +124,7 @@ def doctor(config: Config) -> int:
 class Command:
     """A command's function and the keys that its help lists."""
 
-    function: Callable[..., int]  # of a Config, for launch of the overrides too; returns the exit code
+    function: Callable[..., int]  # of a Config, for launch and init of more; returns the exit code
     keys: tuple[str, ...]
     in_ranks: bool = False  # runs in every rank
     reads_run: bool = False  # takes its configuration from the run in run.dir
@@ -140,12 +149,17 @@ COMMANDS = {
     "generate": Command(generate, ("generate", "run", "parallel"), in_ranks=True, reads_run=True),
     "report": Command(report, ("run", "sweep"), reads_run=True),
     "launch": Command(launch, ("launch", "run", "sweep")),
+    "init": Command(init, tuple(TRAINING_KEYS.split())),
     "doctor": Command(doctor, ("parallel",)),
 }
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        if unknown:
+            option = unknown[0].partition("=")[0]
+            raise UserError(f"{option}: is no option, keys are written KEY=VALUE{key_here(option)}")
         raise UserError(f"{message}; see lisa-dist --help")
 
 
@@ -201,6 +215,12 @@ def _run(arguments: argparse.Namespace) -> int:
         if overrides[:1] != ["slurm"]:
             raise UserError("launch: must be followed by slurm, as in lisa-dist launch slurm experiment=NAME")
         overrides = overrides[1:]
+    if name == "init":
+        files = [word for word in overrides if names_config_file(word)]
+        keys = [word for word in overrides if word not in files]
+        return init(load(keys, arguments.config_dir), *(files or ["lisa.yaml"]), COMMANDS[name].keys)
+    if name in TRAINING:
+        overrides = _with_config_file(overrides, arguments.config_dir)
     if arguments.multirun:
         return _multirun(name, overrides, arguments.config_dir)
     config = _configuration(name, overrides, arguments.config_dir)
@@ -213,6 +233,17 @@ def _run(arguments: argparse.Namespace) -> int:
     if name == "launch":  # the script repeats the overrides, which a reader understands, not the whole configuration
         return launch(config, overrides, arguments.config_dir)
     return _dispatch(name, config)
+
+
+def _with_config_file(words: list[str], config_dir: str | None) -> list[str]:
+    """Return the overrides of a configuration file among ``words``, and after them the others, which so count."""
+    files = [word for word in words if names_config_file(word)]
+    if not files:
+        return words
+    if len(files) > 1:
+        raise UserError(f"{files[1]}: one configuration file is read, and {files[0]} is given already")
+    others = [word for word in words if word != files[0]]
+    return [*file_overrides(files[0], others, config_dir), *others]
 
 
 def _configuration(name: str, overrides: list[str], config_dir: str | None) -> Config:
@@ -282,11 +313,12 @@ def _multirun(name: str, overrides: list[str], config_dir: str | None) -> int:
 def help_text() -> str:
     """Return what ``lisa-dist --help`` prints."""
     commands = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
-    return f"""lisa-dist COMMAND [key=value ...] [--cfg job] [--config-dir DIR] [--multirun]
+    return f"""lisa-dist COMMAND [FILE.yaml] [key=value ...] [--cfg job] [--config-dir DIR] [--multirun]
 
 Commands:
 {commands}
 
+  FILE.yaml         your own keys and values, for train, plan, bench and launch; lisa-dist init writes one
   --cfg job         prints the resolved configuration and does nothing else
   --config-dir DIR  a folder with your own groups: DIR/model/NAME.yaml, DIR/experiment/NAME.yaml, ...
   -m, --multirun    train once for every combination of values: optimizer.lr=1e-5,5e-5

@@ -18,15 +18,15 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from lisa_dist.config import Config
-from lisa_dist.config.errors import UserError, check_choice
+from lisa_dist.config.errors import UserError, check_choice, nearest
 from lisa_dist.config.optimization import OptimizerConfig
+from lisa_dist.config.other_trainers import key_here
 from lisa_dist.config.overrides import (
     SCHEMAS,
     KeyOverride,
     all_keys,
     apply_override,
     describe_type,
-    nearest_key,
     node_of,
     parse_overrides,
 )
@@ -187,7 +187,7 @@ def _sentence(error: BaseException) -> str:
     key = keyed[-1].full_key  # type: ignore[attr-defined]
     schema = OmegaConf.structured(Config)
     if isinstance(keyed[-1], ConfigKeyError | ConfigAttributeError):
-        return f"{key}: there is no such key{where}{nearest_key(key, all_keys(schema))}"
+        return f"{key}: there is no such key{where}{key_here(key) or nearest(key, all_keys(schema))}"
     if isinstance(keyed[-1], ValidationError) and key in all_keys(schema):
         return f"{key}: must be {describe_type(node_of(schema, key))}{where}"
     return f"{key}: {str(keyed[-1]).splitlines()[0]}{where}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,14 +13,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lisa_dist.config.errors import UserError, nearest
+from lisa_dist.config.errors import UserError, as_written, nearest
 from lisa_dist.config.optimization import OPTIMIZER_CONFIGS
+from lisa_dist.config.other_trainers import key_here
 from lisa_dist.config.paths import local_path, path_exists
 from lisa_dist.config.sampling import SAMPLER_CONFIGS
 from lisa_dist.config.updates import UPDATE_CONFIGS
 
-# Keys that another one took in.
-RENAMED = {"model.loss_kernel": "model.kernels", "parallel.compile": "model.kernels"}
 # The groups whose dataclass depends on the name that is chosen.
 SCHEMAS: dict[str, Mapping[str, type[Any]]] = {
     "sampler": SAMPLER_CONFIGS,
@@ -44,7 +43,7 @@ class KeyOverride:
     text: str
 
 
-# Keys whose value is a path: what exists is meant by its very name, and what Hydra can't read is a name too.
+# Keys whose value is a path, which is meant as it is written.
 PATH_KEYS = (
     *("data.path", "data.validation", "data.preview_file", "data.cache_dir", "model.path", "model.tokenizer"),
     *("run.dir", "sweep.dir", "export.path", "evaluate.path", "evaluate.data", "evaluate.task_dir", "evaluate.output"),
@@ -61,34 +60,51 @@ def parse_overrides(texts: list[str]) -> list[KeyOverride]:
     return [_parse(text) for text in texts]
 
 
-def path_override(key: str, path: str) -> str:
-    """Return ``key=path``, the path in quotes where Hydra's grammar would read something else in it."""
-    if re.fullmatch(r"/[\w./+%@:-]*", path):
-        return f"{key}={path}"
-    escaped = path.replace("'", "\\'")
-    return f"{key}='{escaped}'"
+def write_override(key: str, value: Any) -> str:
+    """Return ``key=value`` in Hydra's grammar for a value as YAML knows it: null, numbers, texts, lists, mappings."""
+    return f"{key}={_written(value)}"
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(_written(item) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{name}:{_written(item)}' for name, item in value.items())}}}"
+    if not isinstance(value, str) or re.fullmatch(r"/[\w./+%@:-]*", value):
+        return as_written(value)
+    # Backslashes count where they stand before a quote.
+    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def literal_path(text: str) -> KeyOverride | None:
-    """Return ``key=path`` as it is written where ``key`` takes a path and ``path`` exists; else None.
-
-    So brackets, blanks, commas and parentheses of a path need no quotes. ``null`` stays null.
-    """
+    """Return ``key=path`` as it is written where ``key`` takes a path and ``path`` exists; else None."""
     key, _, path = text.lstrip("+").partition("=")
     path = path.strip()
     means_path = key in PATH_KEYS and path not in ("", "null") and path_exists(local_path(path))
     return KeyOverride(key, path, text) if means_path else None
 
 
+def _path_override(text: str) -> KeyOverride | None:
+    """Return ``key=path`` of a key that takes a path: as it is written, whatever letters the path holds.
+
+    But ``null`` stays null, a path that stands in quotes as a whole loses them, and prompts may be a list.
+    """
+    key, _, path = text.lstrip("+").partition("=")
+    path = path.strip()
+    in_quotes = len(path) > 1 and path[0] in "'\"" and path[-1] == path[0]
+    is_list = key == "generate.prompts" and path.startswith("[")
+    if key not in PATH_KEYS or path in ("", "null") or in_quotes or is_list:
+        return literal_path(text)
+    return KeyOverride(key, path, text)
+
+
 def _parse(text: str) -> KeyOverride:
-    if (literal := literal_path(text)) is not None:
+    if (literal := _path_override(text)) is not None:
         return literal
     try:
         override: Override = OverridesParser.create().parse_override(text)
     except HydraException:
-        key, _, path = text.lstrip("+").partition("=")
-        if key in PATH_KEYS:
-            return KeyOverride(key, path.strip(), text)
         raise UserError(
             f"{text}: cannot be read, it must be KEY=VALUE where a value that holds brackets, commas or = "
             "stands in quotes, as in 'run.name=\"a=b\"'"
@@ -185,17 +201,12 @@ def all_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
             yield key
 
 
-def nearest_key(key: str, keys: Iterable[str]) -> str:
-    """Return ``; did you mean X?`` for a key that does not exist: what took it in, or the one spelled most alike."""
-    return f"; did you mean {RENAMED[key]}?" if key in RENAMED else nearest(key, keys)
-
-
 def _suggestion(config: DictConfig, key: str) -> str:
     """Return ``; did you mean X?`` or what the group has, for a key that does not exist."""
     keys = list(all_keys(config))
     last = key.rpartition(".")[2]
     same_last = [candidate for candidate in keys if candidate.rpartition(".")[2] == last]
-    hint = f"; did you mean {same_last[0]}?" if len(same_last) == 1 else nearest_key(key, keys)
+    hint = f"; did you mean {same_last[0]}?" if len(same_last) == 1 else key_here(last) or nearest(key, keys)
     group = key.partition(".")[0]
     siblings = [candidate.partition(".")[2] for candidate in keys if candidate.startswith(f"{group}.")]
     owners = [name for name, schema in SCHEMAS.get(group, {}).items() if last in {own.name for own in fields(schema)}]
@@ -204,4 +215,4 @@ def _suggestion(config: DictConfig, key: str) -> str:
     if "." in key and siblings:
         return f", {group} has {', '.join(siblings)}{hint}"
     groups = [str(name) for name in config]
-    return f", the keys begin with {', '.join(groups)}{hint or nearest(group, groups)}"
+    return hint if key_here(last) else f", the keys begin with {', '.join(groups)}{hint or nearest(group, groups)}"

@@ -66,25 +66,26 @@ def page() -> str:
 
 def _shared_keys(group: str) -> list[Key]:
     """Return the keys of a group; of one with a dataclass for each name, those that all of them have."""
-    keys = list(_keys(getattr(Config(), group), f"{group}."))
-    others = [{key.name for key in _keys(schema(), f"{group}.")} for schema in SCHEMAS.get(group, {}).values()]
+    keys = list(keys_in(getattr(Config(), group), f"{group}."))
+    others = [{key.name for key in keys_in(schema(), f"{group}.")} for schema in SCHEMAS.get(group, {}).values()]
     return [key for key in keys if all(key.name in names for names in others)]
 
 
 def _own_keys(group: str, name: str) -> list[Key]:
     """Return the keys that not all of a group have, or whose default or meaning is another."""
     shared = _shared_keys(group)
-    keys = _keys(SCHEMAS[group][name](), f"{group}.")
+    keys = keys_in(SCHEMAS[group][name](), f"{group}.")
     return [key for key in keys if key not in shared and key.name != f"{group}.name"]
 
 
-def _keys(part: object, prefix: str) -> Iterator[Key]:
+def keys_in(part: object, prefix: str) -> Iterator[Key]:
+    """Yield the keys of a dataclass and of those inside it; the default is the value that ``part`` has."""
     assert dataclasses.is_dataclass(part)
     comments = _comments(type(part))
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         if dataclasses.is_dataclass(value):
-            yield from _keys(value, f"{prefix}{field.name}.")
+            yield from keys_in(value, f"{prefix}{field.name}.")
         else:
             meaning = field.metadata.get("meaning", comments.get(field.name, ""))
             type_name = str(field.type).replace(" | None", " or null")

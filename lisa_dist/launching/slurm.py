@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, LaunchConfig, UserError
-from lisa_dist.config.overrides import path_override
+from lisa_dist.config.overrides import write_override
 from lisa_dist.config.paths import local_path
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
 from lisa_dist.launching.sweeps.comparison import EXIT_CODE_FILE, JOBS_FILE, RESUME
@@ -101,7 +101,7 @@ def run_script(config: Config, overrides: Sequence[str], config_dir: str | None 
     run = RunDirectory.of(config)
     header = _header(config, config.run.name or run.path.name, f"{_literal(run.logs)}/slurm-%j.log")
     logs = shlex.quote(f"{_literal(run.logs)}/slurm-%j.n%n.t%t.log")
-    arguments = shlex.join([*overrides, RESUME, path_override("run.dir", str(run.path))])
+    arguments = shlex.join([*overrides, RESUME, write_override("run.dir", str(run.path))])
     srun = _srun(config, run.path, config_dir, logs, arguments)
     return "\n".join([*header, RENDEZVOUS, srun, "code=$?", "job=$SLURM_JOB_ID", REQUEUE])
 

@@ -21,7 +21,8 @@ from lisa_dist.config.loading import (
     to_yaml,
     vary,
 )
-from lisa_dist.config.overrides import PATH_KEYS, all_keys, parse_overrides
+from lisa_dist.config.other_trainers import KEYS_HERE
+from lisa_dist.config.overrides import PATH_KEYS, SCHEMAS, all_keys, parse_overrides
 from lisa_dist.config.sampling import SAMPLER_CONFIGS, AllSamplerConfig, FixedSamplerConfig, UniformSamplerConfig
 from lisa_dist.config.sweeps import read_space
 
@@ -63,9 +64,13 @@ WRONG_OVERRIDES = [
     ("sampler.name=all", ["choosing sampler=NAME"]),
     ("sampler=schema_all", ["must be one of all"]),
     ("experiment=demmo", ["did you mean demo?"]),
-    ("data.path=a,b", ["--multirun", "data.path=[A,B]"]),
+    ("run.name=a,b", ["--multirun", "run.name=[A,B]"]),
     ("run.name=a=b", ["KEY=VALUE", "quotes"]),
     ("foo", ["KEY=VALUE"]),
+    ("learning_rate=1e-5", ["no key learning_rate; here it is optimizer.lr"]),
+    ("training.num_train_epochs=3", ["here it is train.epochs"]),
+    ("per-device-train-batch-size=3", ["here it is train.micro_batch_size"]),
+    ("lora_r=8", ["here it is update.rank"]),
     ("hydra.run.dir=x", ["run.dir"]),
     ("run.dir=${nowhere}", ["run.dir"]),
 ]
@@ -123,6 +128,20 @@ def test_every_key_can_be_overridden() -> None:
     result = OmegaConf.structured(config)
     assert {key: OmegaConf.select(result, key) for key in values} == values
     assert sum(values[key] != OmegaConf.select(defaults, key) for key in values) > 30
+
+
+def test_words_of_other_trainers_lead_to_keys_that_exist() -> None:
+    keys = {key for name in GROUPS if name in SCHEMAS for part in SCHEMAS[name].values()
+            for key in all_keys(OmegaConf.structured(part), f"{name}.")}  # fmt: skip
+    keys |= {*all_keys(OmegaConf.structured(Config)), *GROUPS}
+    assert not {re.split("[=,]", here)[0] for here in KEYS_HERE.values()} - keys
+
+
+@pytest.mark.parametrize("path", ["a,b", "x y (1)", "[a] {b}", "~/it's", "a=b", "1e3", "$(x)", "ä#!", "'"])
+def test_a_path_is_meant_as_it_is_written(path: str) -> None:
+    for key in ("data.path", "run.dir", "export.path", "model.path"):
+        name, part = key.split(".")
+        assert getattr(getattr(load([f"{key}={path}"]), name), part) == path
 
 
 def test_every_key_of_a_path_exists() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from lisa_dist.config import UserError
 from lisa_dist.config.loading import group_choices, load
-from lisa_dist.config.overrides import path_override
+from lisa_dist.config.overrides import write_override
 from lisa_dist.config.sweeps import Interval, combinations, read_space, varies
 
 
@@ -96,4 +96,4 @@ def test_intervals() -> None:
 
 @pytest.mark.parametrize("path", ["/runs/a", "/runs/a b", "/runs/a,b=c", "/runs/it's", "/runs/{x}", "/1e3"])
 def test_paths_of_every_kind_arrive(path: str) -> None:
-    assert load([path_override("run.dir", path)]).run.dir == path
+    assert load([write_override("run.dir", path)]).run.dir == path

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import load
-from lisa_dist.config.overrides import path_override
+from lisa_dist.config.overrides import write_override
 from lisa_dist.config.paths import local_path
 from lisa_dist.config.sweeps import Interval, Space, combinations, read_space, varies
 from lisa_dist.launching.sweeps.comparison import JOBS_FILE, RESUME, JobRecord, write_comparison
@@ -70,7 +70,7 @@ def jobs_text(space: Space, jobs: list[list[str]], directory: Path) -> str:
         settings = ",".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs)
         name = re.sub(r"[^\w.=+-]+", "_", f"{number}_{settings or 'job'}")[:NAME_LENGTH]
         own = [text for text in job if not text.startswith(OF_THE_SWEEP)]
-        lines.append(shlex.join([name, *own, RESUME, path_override("run.dir", str(directory / name))]) + "\n")
+        lines.append(shlex.join([name, *own, RESUME, write_override("run.dir", str(directory / name))]) + "\n")
     return "".join(lines)
 
 

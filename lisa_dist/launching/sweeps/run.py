@@ -22,7 +22,7 @@ import torch
 
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Config
-from lisa_dist.config.overrides import path_override
+from lisa_dist.config.overrides import write_override
 from lisa_dist.launching.sweeps.optuna_search import OptunaSearch
 from lisa_dist.launching.sweeps.jobs import list_jobs, read_sweep, unfinished
 from lisa_dist.runtime.signals import STOP_SIGNALS, die_with
@@ -103,7 +103,7 @@ def _start(record: JobRecord, place: int, gpus: str | None, config_dir: str | No
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / EXIT_CODE_FILE).unlink(missing_ok=True)
     more = ["--config-dir", config_dir] if config_dir else []
-    arguments = [*more, *record.overrides, RESUME, path_override("run.dir", str(run_dir))]
+    arguments = [*more, *record.overrides, RESUME, write_override("run.dir", str(run_dir))]
     with (run_dir / LOG_FILE).open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "lisa_dist", "train", *arguments],

@@ -1,0 +1,90 @@
+"""A configuration file of the user's: plain YAML with the keys of the command line, in the demonstration's place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lisa_dist.config import Config
+from lisa_dist.config.errors import UserError, in_one_line
+from lisa_dist.config.loading import load
+from lisa_dist.config.overrides import SCHEMAS, parse_overrides, write_override
+from lisa_dist.config.paths import local_path, nearest_path
+
+SUFFIXES = (".yaml", ".yml")
+
+
+def names_config_file(word: str) -> bool:
+    """Whether a word of the command line is a configuration file and no ``key=value``."""
+    removes_key = word.startswith("~") and "/" not in word  # in Hydra's grammar
+    return ("=" not in word and not removes_key) or (word.endswith(SUFFIXES) and local_path(word).is_file())
+
+
+def file_overrides(word: str, others: list[str], config_dir: str | None = None) -> list[str]:
+    """Return what a configuration file says as overrides, so that it goes wherever overrides go: to jobs and sweeps.
+
+    Keys are written as on the command line, ``optimizer.lr: 1e-5``, or one below the other. Nothing of the
+    demonstration is taken where a file is given: model and data are the file's or those of ``others``.
+
+    Args:
+        word: the path of the file.
+        others: the overrides of the command line, which count before the file's.
+        config_dir: a folder with the user's own groups.
+
+    Raises:
+        UserError: there is no such file, it is no YAML, or a key or value in it is wrong.
+    """
+    path = local_path(word)
+    if not path.is_file():
+        near = nearest_path(path) if word.endswith(SUFFIXES) else ""
+        raise UserError(f"{word}: must be KEY=VALUE, or a YAML file that exists{near}")
+    content = _read(path, word)
+    if "defaults" in content:
+        raise UserError(f"{word}: defaults: a preset is chosen by its group's name, as in method: lora, without a list")
+    overrides = [write_override(key, value) for key, value in _flat(content, Config)]
+    try:
+        load(["model=custom", *overrides], config_dir)
+    except UserError as error:
+        raise UserError(f"{word}: {error}") from None
+    chosen = {override.key for override in parse_overrides([*overrides, *others])}
+    needed = [group for group in ("model", "data") if not {group, "experiment"} & chosen]
+    return [*(f"{group}=custom" for group in needed), *overrides]
+
+
+def _read(path: Path, word: str) -> dict[str, Any]:
+    try:
+        content = OmegaConf.load(path)
+        found = OmegaConf.to_container(content) if isinstance(content, DictConfig) else None
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"{in_one_line(error.problem_mark)}: cannot be read as YAML, {error.problem}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{word}: cannot be read as YAML ({in_one_line(error)})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{word}: must hold keys and values, such as train.epochs: 3")
+    return {str(key): value for key, value in found.items()}
+
+
+def _flat(content: Mapping[str, Any], schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every key with its value; what stands below a group of keys is a key, a free mapping is a value.
+
+    The name of a sampler, an update or an optimizer chooses it, as the group does.
+    """
+    parts = {
+        field.name: type(field.default_factory())
+        for field in dataclasses.fields(schema)
+        if field.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(field.default_factory())
+    }
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if key.removesuffix(".name") in SCHEMAS:
+            key = key.removesuffix(".name")
+        if isinstance(value, Mapping) and name in parts:
+            yield from _flat(value, parts[name], f"{key}.")
+        elif value is not None or name not in parts:  # else a heading without keys
+            yield key, value
