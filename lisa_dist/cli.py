@@ -27,7 +27,7 @@ from lisa_dist.config.other_trainers import key_here
 from lisa_dist.config.overrides import parse_overrides
 from lisa_dist.config.paths import local_path
 from lisa_dist.config.reference import keys_of
-from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
+from lisa_dist.config.run_directory import RunDirectory, resolve_run_dir
 from lisa_dist.runtime.environment import environment_rank, expand_segments, has_ranks
 from lisa_dist.runtime.signals import ignore_stop_signals, install_stop_handlers, stops_within
 
@@ -218,7 +218,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if name == "init":
         files = [word for word in overrides if names_config_file(word)]
         keys = [word for word in overrides if word not in files]
-        return init(load(keys, arguments.config_dir), *(files or ["lisa.yaml"]), COMMANDS[name].keys)
+        return init(load(keys, arguments.config_dir), files[0] if files else "lisa.yaml", COMMANDS[name].keys)
     if name in TRAINING:
         overrides = _with_config_file(overrides, arguments.config_dir)
     if arguments.multirun:
@@ -268,6 +268,11 @@ def _configuration(name: str, overrides: list[str], config_dir: str | None) -> C
 def _dispatch(name: str, config: Config) -> int:
     """Run the command here, or start the ranks that run it where no launcher has."""
     command = COMMANDS[name]
+    if not has_ranks():
+        from lisa_dist.launching.inputs import CHECKS  # needs pyarrow, which --help should not wait for
+
+        config = resolve_run_dir(config) if name == "train" else config
+        CHECKS.get(name, lambda config: None)(config)
     if not command.in_ranks:
         from lisa_dist.telemetry.logs import setup_logging
 
@@ -280,8 +285,6 @@ def _dispatch(name: str, config: Config) -> int:
     from lisa_dist.launching.local import launch_ranks
 
     if name == "train":
-        config = resolve_run_dir(config)
-        check_run_dir_is_free(config)
         return launch_ranks(config, command.function)
     logs = Path(tempfile.mkdtemp(prefix=f"lisa-dist-{name}-"))  # the run's own logs are its training's
     exit_code = EXIT_FAILED

@@ -68,7 +68,8 @@ def test_help_of_a_command_lists_its_keys(name: str, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_function_of_a_command_runs_what_it_imports(name: str, calls: list[tuple[Any, ...]]) -> None:
-    given = (Config(), ["train.seed=1"], None) if name == "launch" else (Config(),)
+    more = {"launch": (["train.seed=1"], None), "init": ("my.yaml", ("train",))}
+    given = (Config(), *more.get(name, ()))
     assert COMMANDS[name].function.__name__ == name and COMMANDS[name].function(*given) == 7
     elsewhere = {"train": "training.loop.train", "bench": "commands.bench.command.run", "launch": "launching.slurm.run"}
     assert calls == [(f"lisa_dist.{elsewhere.get(name, f'commands.{name}.run')}", *given)]
@@ -199,15 +200,12 @@ def test_a_run_that_goes_on_takes_its_own_settings(
     assert main([*command, *overrides]) == 7
     assert calls[-1][1].model == load([]).model, "in an empty directory a run starts with the defaults"
     run_dir.mkdir()
-    (run_dir / "config.yaml").write_text(to_yaml(load(["train.seed=11", "model.path=/models/mine", "method=full"])))
+    mine = ["model.path=builtin:demo", "model=custom", "data=demo"]
+    (run_dir / "config.yaml").write_text(to_yaml(load([*mine, "train.seed=11", "method=full"])))
     assert main([*command, *overrides, "optimizer.lr=0.25"]) == 7
     config = calls[-1][1]
-    assert (config.train.seed, config.model.path, config.method, config.optimizer.lr) == (
-        11,
-        "/models/mine",
-        "full",
-        0.25,
-    )
+    assert (config.train.seed, config.model.name, config.method) == (11, "custom", "full")
+    assert config.optimizer.lr == 0.25
     assert (config.run.dir, config.checkpoint.resume) == (str(run_dir), "auto")
     assert f"settings that are not given here are those of {run_dir}/config.yaml" in capsys.readouterr().err
     assert main([*command, f"run.dir='{run_dir}'"]) == 7

@@ -16,6 +16,7 @@ from lisa_dist.checkpoint.manifest import check_format, checkpoint_name, list_ch
 from lisa_dist.checkpoint.shards import write_safetensors
 from lisa_dist.checkpoint.state import open_weights
 from lisa_dist.config import Config, UserError
+from lisa_dist.config.paths import check_is_new
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.models.architecture import CONFIG_FILE, build_meta_model, read_architecture
 from lisa_dist.models.conversion import export_conversion
@@ -73,8 +74,7 @@ def export_checkpoint(config: Config, checkpoint: Path, target: Path) -> list[st
     Raises:
         UserError: ``target`` holds something already, or can't be written.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"export.path={target}: must be a new or an empty directory, nothing is written over")
+    check_is_new(target, "export.path")
     write = write_adapter if config.export.adapter else write_model
     try:
         with new_folder(target) as unfinished:

@@ -13,9 +13,9 @@ from lisa_dist.commands.inference import OpenedModel, open_model
 from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.config.paths import local_path
 from lisa_dist.config.run_directory import RunDirectory
+from lisa_dist.data.locate import has_subset
 from lisa_dist.data.prepare import prepare_data, validation_split
 from lisa_dist.data.sequences import Sequences
-from lisa_dist.data.sources import has_subset
 from lisa_dist.method.probes import mean_loss
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.files import write_atomically
@@ -36,8 +36,6 @@ def run(config: Config) -> int:
     distributed.initialize(config.parallel)
     setup_logging()
     choice = config.evaluate
-    if choice.path is not None and choice.data is None and config.run.dir is None and not choice.tasks:
-        raise UserError("evaluate.data=null: name the data to evaluate evaluate.path on, or a run by run.dir=DIR")
     opened = open_model(config, choice.path, choice.step, "evaluate")
     results: dict[str, Any] = {"model": opened.source, "step": opened.step}
     if choice.data is not None or not choice.tasks:
@@ -88,15 +86,10 @@ def run_tasks(config: Config, opened: OpenedModel) -> dict[str, Any]:
     """Run ``evaluate.tasks`` and return the harness' results by task. Collective: every rank.
 
     Raises:
-        UserError: lm-evaluation-harness is not installed, or does not know a task.
+        UserError: lm-evaluation-harness does not know a task.
     """
-    try:
-        from lisa_dist.commands.harness import evaluate_tasks  # needs the optional package
-    except ImportError as error:
-        raise UserError(
-            f"evaluate.tasks={config.evaluate.tasks}: needs lm-evaluation-harness, "
-            f"pip install 'lisa-dist[eval]' ({error})"
-        ) from error
+    from lisa_dist.commands.harness import evaluate_tasks  # needs the optional package lm-eval
+
     return evaluate_tasks(opened, config.evaluate, config.train.micro_batch_size, config.data.sequence_length)
 
 

@@ -10,7 +10,7 @@ import importlib.util
 import itertools
 from collections.abc import Iterator
 
-from lisa_dist.config import Config, ModelConfig, OptimizerConfig, SamplerConfig, TrainConfig
+from lisa_dist.config import Config, SamplerConfig, TrainConfig
 from lisa_dist.config.errors import UserError, as_written
 from lisa_dist.config.optimization import PARTS
 from lisa_dist.config.placement import stay_whole
@@ -20,7 +20,7 @@ from lisa_dist.config.sampling import PROBE_KINDS
 def check_combinations(config: Config) -> None:
     """Raise :class:`UserError` for options that exclude each other, whatever the model and the ranks."""
     _check_sampler(config.sampler)
-    _check_packages(config.optimizer, config.model)
+    _check_packages(config)
     _check_quantization(config)
     _check_optimizer_shard(config)
     _check_step_in_backward(config)
@@ -34,19 +34,26 @@ def _check_sampler(sampler: SamplerConfig) -> None:
         )
 
 
-def _check_packages(optimizer: OptimizerConfig, model: ModelConfig) -> None:
-    """Refuse an optimizer, or kernels, whose package is missing."""
-    if model.kernels == "liger" and importlib.util.find_spec("liger_kernel") is None:
-        raise UserError(
-            "model.kernels=liger: needs the package liger-kernel; run "
-            'pip install "lisa-dist[liger]", or choose model.kernels=compile'
-        )
-    package = optimizer.needs_package
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"optimizer={optimizer.name}: needs the package {package}; run "
-            f'pip install "lisa-dist[{package}]", or choose optimizer=adamw'
-        )
+def _check_packages(config: Config) -> None:
+    """Refuse kernels, an optimizer or a logger whose package is missing."""
+    if config.model.kernels == "liger":
+        check_package("liger_kernel", "model.kernels=liger", "liger-kernel")
+    if config.optimizer.needs_package is not None:
+        check_package(config.optimizer.needs_package, f"optimizer={config.optimizer.name}")
+    if config.logger.name == "tensorboard":
+        check_package("tensorboard", "logger=tensorboard")
+
+
+def check_package(name: str, key: str, distribution: str | None = None) -> None:
+    """Raise :class:`UserError` where a package that ``key`` needs can't be imported.
+
+    Args:
+        name: what is imported.
+        key: what needs it, as the user writes it.
+        distribution: what pip calls it, where that differs.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"{key}: needs the package {distribution or name}; run pip install {distribution or name}")
 
 
 def _check_quantization(config: Config) -> None:

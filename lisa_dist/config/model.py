@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lisa_dist.config.errors import check_choices, check_minimums
+from lisa_dist.config.errors import UserError, check_choices, check_minimums
 from lisa_dist.config.paths import BUILTIN_PREFIX
 
 
@@ -31,6 +31,13 @@ class ModelConfig:
         check_choices("model", self, init=["pretrained", "random"], quantization=["none", "int8", "nf4"])
         check_choices("model", self, attention=attention, kernels=["auto", "eager", "liger", "compile"])
         check_minimums("model", self, loss_chunk=1)
+
+    def check_is_named(self) -> None:
+        """Raise :class:`UserError` where neither a path nor the fields of an architecture say which model."""
+        if self.path is None and not self.architecture:
+            raise UserError(
+                "model.path=null: name a Hugging Face directory, a hub id or builtin:demo, or choose a preset"
+            )
 
     @property
     def initialization(self) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from lisa_dist.config.errors import UserError, nearest
 
 BUILTIN_PREFIX = "builtin:"
+MODEL_CONFIG = "config.json"  # of a Hugging Face model
 MODELS = Path(__file__).parents[1] / "models"  # bundled model directories lie here, one a name
 
 
@@ -54,6 +55,18 @@ def builtin_directory(path: str, key: str, root: Path, file: str) -> Path:
     return root / path.removeprefix(BUILTIN_PREFIX)
 
 
+def check_model_directory(directory: Path, key: str) -> None:
+    """Raise :class:`UserError` where a directory, which ``key`` names as ``model.path=DIR``, holds no model."""
+    if not (directory / MODEL_CONFIG).is_file():
+        raise UserError(f"{key}: the directory has no {MODEL_CONFIG}, so it is no Hugging Face model")
+
+
+def check_is_new(directory: Path, key: str) -> None:
+    """Raise :class:`UserError` where a directory to be written, the value of ``key``, holds something already."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{key}={directory}: must be a new or an empty directory, nothing is written over")
+
+
 def model_directory(path: str, key: str = "model.path") -> Path | None:
     """Return the directory that ``path`` names, ``builtin:NAME`` one of this package; None where it is a hub id.
 
@@ -61,7 +74,7 @@ def model_directory(path: str, key: str = "model.path") -> Path | None:
         UserError: ``path`` can only be a directory, and there is none.
     """
     if path.startswith(BUILTIN_PREFIX):
-        return builtin_directory(path, key, MODELS, "config.json")
+        return builtin_directory(path, key, MODELS, MODEL_CONFIG)
     directory = local_path(path)
     if path_exists(directory):
         if directory.is_dir():

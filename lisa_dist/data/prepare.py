@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lisa_dist.config import DataConfig, UserError
 from lisa_dist.data.encode_rows import DataCounts
+from lisa_dist.data.locate import has_subset, is_local, path_of
 from lisa_dist.data.sequences import Sequences
-from lisa_dist.data.sources import has_split, has_subset, is_local
+from lisa_dist.data.sources import has_split
 from lisa_dist.data.tokenized import TokenizedRows, tokenize
 from lisa_dist.runtime.files import write_atomically
 
@@ -50,9 +51,8 @@ def prepare_data(
     Raises:
         UserError: there are no data, or rows that can't be used and ``data.on_bad_row=error``.
     """
-    if config.path is None:
-        raise UserError(f"{key}=null: must name a file, a glob, a directory, a hub id, or builtin:demo")
-    train = tokenize(config, config.path, config.split, tokenizer, key=key, subset=config.subset, limit=config.limit)
+    source = path_of(config, key)
+    train = tokenize(config, source, config.split, tokenizer, key=key, subset=config.subset, limit=config.limit)
     held_out: TokenizedRows | None = None
     validation_rows: datasets.Dataset | None = None
     fraction = config.validation_fraction
@@ -61,10 +61,10 @@ def prepare_data(
     else:
         train_rows = train.rows
         path = config.validation
-        if path is None and config.split == "train" and has_split(config.path, "validation", config.subset):
-            path = config.path
+        if path is None and config.split == "train" and has_split(source, "validation", config.subset):
+            path = source
         if path is not None:
-            subset = config.subset if path == config.path or has_subset(path, config.subset) else None
+            subset = config.subset if path == source or has_subset(path, config.subset) else None
             split = validation_split(path, subset)
             held_out = tokenize(config, path, split, tokenizer, key="data.validation", subset=subset)
             validation_rows = held_out.rows

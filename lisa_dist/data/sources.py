@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,13 +12,11 @@ import datasets
 
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import in_one_line, nearest
-from lisa_dist.config.paths import BUILTIN_PREFIX, builtin_directory, local_path, nearest_path, path_exists
-from lisa_dist.data.folders import find_files, find_split, subsets_of
-from lisa_dist.data.readers import READERS, BrokenRow, Row, count_rows, kind_of, read_rows
+from lisa_dist.config.paths import nearest_path
+from lisa_dist.data.folders import find_split
+from lisa_dist.data.locate import folder_of, locate
+from lisa_dist.data.readers import BrokenRow, Row, count_rows, kind_of, read_rows
 from lisa_dist.runtime.files import stay_offline_where_unreachable
-
-# owner/name, and after a colon a subset of the data set
-HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$")
 
 
 @dataclass(frozen=True)
@@ -29,9 +25,9 @@ class Source:
 
     name: str
     files: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was decided that the user should know
     dataset: datasets.Dataset | None = None
     fingerprint: str = ""  # of ``dataset``
-    notes: list[str] = field(default_factory=list)  # what was decided that the user should know
 
     def rows(self) -> Iterator[Row | BrokenRow]:
         """Yield every row in order, broken ones as :class:`BrokenRow`.
@@ -83,80 +79,18 @@ def find_source(path: str, split: str = "train", key: str = "data.path", subset:
     Raises:
         UserError: nothing is there, or it holds nothing that can be read.
     """
-    if not path.strip():
-        raise UserError(f"{key}={path}: must name a file, a glob, a directory, a hub id, or builtin:demo")
-    folder = _folder(path, key)
-    if folder is not None:
-        return _find_directory(folder, path, split, key, subset)
-    here = local_path(path)
-    if path_exists(here) or glob.has_magic(path):
-        if split != "train":
-            raise UserError(f"{key}={path}: a file has no splits, so split {split} can't be chosen; name its own file")
-        if subset is not None:
-            raise UserError(f"data.subset={subset}: {path} is a file, and only data sets have subsets")
-    if path_exists(here):
-        return Source(path, [_checked(here, key)])
-    if glob.has_magic(path):
-        files = _match(path)
-        if not files:
-            raise UserError(f"{key}={path}: no file matches, looked from {Path.cwd()}")
-        return Source(path, [_checked(file, key) for file in files])
-    if HUB_ID.match(path) and not kind_of(here):
-        return _find_on_hub(path, split, key, subset)
-    raise UserError(f"{key}={path}: no such file or directory, looked at {here.absolute()}{nearest_path(here)}")
-
-
-def _match(pattern: str) -> list[Path]:
-    """Return the files that match; the folders at its beginning that exist under their very names are no patterns."""
-    parts = list(local_path(pattern).parts)
-    root = Path(parts.pop(0)) if Path(parts[0]).is_absolute() else Path()
-    while len(parts) > 1 and path_exists(root / parts[0]):
-        root = root / parts.pop(0)
-    names = glob.glob(str(Path(*parts)), root_dir=root, recursive=True)  # noqa: PTH207 (takes brackets in the root)
-    return [root / name for name in sorted(names) if (root / name).is_file()]
-
-
-def is_local(path: str) -> bool:
-    """Whether ``path`` names something on this machine rather than on the hub."""
-    return path.startswith(BUILTIN_PREFIX) or path_exists(local_path(path)) or glob.has_magic(path)
-
-
-def _folder(path: str, key: str = "data.path") -> Path | None:
-    """Return the directory that ``path`` names, ``builtin:NAME`` one of this package; None where it is no directory."""
-    if path.startswith(BUILTIN_PREFIX):
-        return builtin_directory(path, key, Path(__file__).parent, "train.jsonl")
-    here = local_path(path)
-    return here if path_exists(here) and here.is_dir() else None
+    files = locate(path, split, key, subset)
+    if files is not None:
+        return Source(path, *files)
+    folder = folder_of(path, key)
+    return _find_on_hub(path, split, key, subset) if folder is None else _open_saved(folder, path, split, key)
 
 
 def has_split(path: str, split: str, subset: str | None = None) -> bool:
     """Whether ``path`` is a directory, or bundled, that has ``split``; the hub is not asked."""
     with suppress(UserError):
-        return _folder(path) is not None and find_source(path, split, subset=subset) is not None
+        return folder_of(path) is not None and find_source(path, split, subset=subset) is not None
     return False
-
-
-def has_subset(path: str, subset: str | None) -> bool:
-    """Whether ``path`` is a directory whose README lists ``subset``; the hub is not asked."""
-    with suppress(UserError):  # which is raised under the right key when the data are read
-        folder = _folder(path)
-        return folder is not None and subset in subsets_of(folder)
-    return False
-
-
-def _checked(file: Path, key: str) -> Path:
-    if not kind_of(file):
-        raise UserError(f"{key}={file}: the name must end in one of {', '.join(READERS)}")
-    return file
-
-
-def _find_directory(folder: Path, path: str, split: str, key: str, subset: str | None) -> Source:
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        if subset is not None:
-            raise UserError(f"data.subset={subset}: {path} was saved by save_to_disk, which keeps no subsets")
-        return _open_saved(folder, path, split, key)
-    files, notes = find_files(folder, path, split, subset, key)
-    return Source(path, files, notes=notes)
 
 
 def _open_saved(folder: Path, path: str, split: str, key: str) -> Source:

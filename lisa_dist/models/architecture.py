@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from lisa_dist.config import ModelConfig, UserError
 from lisa_dist.config.errors import in_one_line, nearest
-from lisa_dist.config.paths import model_directory
+from lisa_dist.config.paths import check_model_directory, model_directory
 from lisa_dist.models.model_kinds import check_is_decoder
 from lisa_dist.runtime.files import read_json_object, stay_offline_where_unreachable
 
@@ -36,14 +36,13 @@ def read_architecture(config: ModelConfig, *, without_weights: bool = False) -> 
         UserError: no architecture is to be found, its type is unknown, it needs code that comes with the model, its
             weights are quantised, it is the language model of several modalities, or no decoder.
     """
+    config.check_is_named()
     directory = None if config.path is None else model_directory(config.path)
     weightless = without_weights or config.initialization == "random"
     if directory is None and config.architecture and (config.path is None or weightless):
         architecture = from_fields(config.architecture)
-    elif config.path is not None:
-        architecture = _read(config, directory)
     else:
-        raise UserError("model.path=null: name a Hugging Face directory, a hub id or builtin:demo, or choose a preset")
+        architecture = _read(config, directory)
     whole, architecture = architecture, _text_alone(config, architecture)
     check_is_decoder(config.path, whole)
     architecture.use_cache = False
@@ -114,12 +113,9 @@ def meta_replica(model: nn.Module) -> Any:
 def _read(config: ModelConfig, directory: Path | None) -> PretrainedConfig:
     """Read the config.json of a directory, or of the hub id ``model.path``."""
     if directory is not None:
-        file = directory / CONFIG_FILE
-        if not file.is_file():
-            raise UserError(
-                f"model.path={config.path}: the directory has no {CONFIG_FILE}, so it is no Hugging Face model"
-            )
-        fields = read_json_object(file, f"model.path={config.path}")
+        key = f"model.path={config.path}"
+        check_model_directory(directory, key)
+        fields = read_json_object(directory / CONFIG_FILE, key)
     else:
         stay_offline_where_unreachable()
         try:

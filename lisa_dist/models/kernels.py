@@ -129,7 +129,7 @@ def install_liger(model: nn.Module, *, keep_inputs: bool) -> None:
 
 def _check_liger(model: nn.Module, on_gpu: bool) -> None:
     if not has_liger():
-        raise UserError('model.kernels=liger: needs liger-kernel; run pip install "lisa-dist[liger]"')
+        raise UserError("model.kernels=liger: needs the package liger-kernel; run pip install liger-kernel")
     if not on_gpu:
         raise UserError("model.kernels=liger: needs a GPU; use model.kernels=eager or compile")
     if _family_of(model) is None:

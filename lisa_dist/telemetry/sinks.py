@@ -60,13 +60,8 @@ class TensorBoardSink:
     """Writes event files to ``tensorboard/`` in the run directory."""
 
     def __init__(self, run: RunDirectory, first_step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError(
-                "logger=tensorboard: needs the package tensorboard, to be installed by "
-                "`pip install lisa-dist[tensorboard]`"
-            ) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1)
 
     def log(self, row: dict[str, Any]) -> None:

@@ -29,8 +29,8 @@ from lisa_dist.config.sweeps import read_space
 # An override, and what its sentence must name beside the override itself.
 WRONG_OVERRIDES = [
     ("sampler.perod=3", ["no key sampler.perod", "active_layers, period, seed", "did you mean sampler.period?"]),
-    ("model.loss_kernel=liger", ["no key model.loss_kernel", "did you mean model.kernels?"]),
-    ("parallel.compile=true", ["no key parallel.compile", "did you mean model.kernels?"]),
+    ("model.loss_kernel=liger", ["no key model.loss_kernel", "here it is model.kernels"]),
+    ("parallel.compile=true", ["no key parallel.compile", "here it is model.kernels=compile"]),
     ("lr=3", ["no key lr", "did you mean optimizer.lr?"]),
     ("lisa.train_embeddings=false", ["did you mean always_active.embeddings?"]),
     ("+sampler.foo=1", ["no key sampler.foo"]),

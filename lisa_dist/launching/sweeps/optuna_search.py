@@ -38,7 +38,7 @@ class OptunaSearch:
             from optuna.storages.journal import JournalFileBackend
         except ImportError:
             raise UserError(
-                'sweep.trials: needs the package optuna; run pip install "lisa-dist[optuna]", or list the values'
+                'sweep.trials: needs the package optuna; run pip install optuna, or list the values'
             ) from None
         self.space, self.sweep_dir = space, sweep_dir
         self.distributions = {key: _distribution(values) for key, values in space.items() if varies(values)}

@@ -108,7 +108,7 @@ def test_missing_package_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert main(["train", "--multirun", *SPACE, "sweep.trials=2", f"sweep.dir={tmp_path / 'sweep'}"]) == 2
-    assert 'pip install "lisa-dist[optuna]"' in capsys.readouterr().err
+    assert 'pip install optuna' in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
     assert main(["launch", "slurm", "--multirun", *SPACE, "sweep.trials=2", "launch.dry_run=true"]) == 2
     assert "an array can't wait for" in capsys.readouterr().err

@@ -1,0 +1,67 @@
+"""What can be known of a command's inputs without torch: told within a second, before there are ranks or files.
+
+What it takes torch, transformers or the hub to know is told by the ranks, as early as they know it.
+"""
+
+from __future__ import annotations
+
+from lisa_dist.config import Config, ModelConfig, UserError
+from lisa_dist.config.checks import check_global_batch, check_package
+from lisa_dist.config.errors import as_written
+from lisa_dist.config.paths import check_is_new, check_model_directory, local_path, model_directory, path_exists
+from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free
+from lisa_dist.data.locate import check_data, is_local, locate
+
+
+def check_training(config: Config) -> None:
+    """Raise :class:`UserError` where training, with ``run.dir`` settled, can't begin."""
+    check_run_dir_is_free(config)
+    _check_model(config.model)
+    check_data(config.data)
+    if config.checkpoint.resume == "none":
+        local = config.parallel.nproc_per_node
+        check_global_batch(config.train, 1 if local == "auto" else int(local))
+
+
+def check_export(config: Config) -> None:
+    """Raise :class:`UserError` where there is no run to export, or no place for it."""
+    if config.run.dir is None:
+        raise UserError("run.dir=null: name the directory of the run to export")
+    if config.export.path is None:
+        raise UserError("export.path=null: name the Hugging Face directory to write")
+    check_is_new(local_path(config.export.path), "export.path")
+
+
+def check_evaluate(config: Config) -> None:
+    """Raise :class:`UserError` where no model or no data to evaluate are named, or are not there."""
+    choice = config.evaluate
+    check_opened(config, choice.path, "evaluate")
+    if choice.path is not None and choice.data is None and config.run.dir is None and not choice.tasks:
+        raise UserError("evaluate.data=null: name the data to evaluate evaluate.path on, or a run by run.dir=DIR")
+    if choice.data is not None and not is_local(choice.data):
+        locate(choice.data, key="evaluate.data")
+    if choice.tasks:
+        check_package("lm_eval", f"evaluate.tasks={as_written(choice.tasks)}", "lm-eval")
+
+
+def check_opened(config: Config, path: str | None, command: str) -> None:
+    """Raise :class:`UserError` where neither ``path``, the key COMMAND.path, nor ``run.dir`` names a model."""
+    if path is not None:
+        directory = model_directory(path, f"{command}.path")
+        if directory is not None:
+            check_model_directory(directory, f"{command}.path={path}")
+    elif config.run.dir is None:
+        raise UserError(f"{command}.path=null: name a Hugging Face directory, or a run by run.dir=DIR")
+    elif not path_exists(RunDirectory.of(config).checkpoints):
+        raise UserError(f"run.dir={config.run.dir}: has no checkpoint yet")
+
+
+def _check_model(model: ModelConfig) -> None:
+    model.check_is_named()
+    for key, path in (("model.path", model.path), ("model.tokenizer", model.tokenizer)):
+        directory = None if path is None else model_directory(path, key)
+        if directory is not None and key == "model.path":
+            check_model_directory(directory, f"{key}={path}")
+
+
+CHECKS = {"train": check_training, "export": check_export, "evaluate": check_evaluate}  # by command

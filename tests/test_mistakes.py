@@ -1,0 +1,120 @@
+"""Mistakes that a user makes: each is one sentence and exit code 2, told without torch, and nothing is left behind.
+
+A fresh Python that must not import torch takes them all, one after the other, so that what is slow fails here.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Arguments (FOLDER is where the test is), and what the sentence must hold. In FOLDER lie: rows.jsonl, model/ (a model),
+# empty/, used/ (a run that has trained), my.yaml (a configuration file).
+MISTAKES = [
+    (["trian"], "command=trian: must be one of train, plan"),
+    ([], "a command is missing"),
+    (["train", "train.sede=3"], "did you mean train.seed?"),
+    (["train", "learning_rate=1e-5"], "here it is optimizer.lr"),
+    (["train", "--learning_rate", "1e-5"], "keys are written KEY=VALUE; here it is optimizer.lr"),
+    (["train", "num_train_epochs=3"], "here it is train.epochs"),
+    (["train", "per_device_train_batch_size=3"], "here it is train.micro_batch_size"),
+    (["train", "gradient_accumulation_steps=4"], "here it is train.global_batch_size"),
+    (["train", "max_seq_length=4096"], "here it is data.sequence_length"),
+    (["train", "lora_r=8"], "here it is update.rank"),
+    (["train", "optimizer.lr=fast"], "must be a number"),
+    (["train", "optimizer.lr=1e-5,5e-5"], "several values need --multirun"),
+    (["train", "train.max_steps=0"], "must be at least 1"),
+    (["train", "method=lsa"], "did you mean lisa?"),
+    (["train", "sampler.blocks=[1]"], "it belongs to sampler=fixed"),
+    (["train", "model=FOLDER/model"], "a path goes into model.path=FOLDER/model"),
+    (["train", "model.path=FOLDER/modle"], "no such directory; did you mean FOLDER/model?"),
+    (["train", "model.path=FOLDER/empty"], "has no config.json"),
+    (["train", "model.path=FOLDER/rows.jsonl"], "must be a directory or a hub id, not a file"),
+    (["train", "model.path=builtin:dmo"], "did you mean builtin:demo?"),
+    (["train", "model.tokenizer=FOLDER/nowhere"], "model.tokenizer=FOLDER/nowhere: no such directory"),
+    (["train", "data.path=FOLDER/row.jsonl"], "no such file or directory"),
+    (["train", "data.path=FOLDER/rows (1), [2].jsonl"], "data.path=FOLDER/rows (1), [2].jsonl: no"),
+    (["train", "data.path=FOLDER/empty"], "holds no file that ends in one of"),
+    (["train", "data.path=FOLDER/*.csv"], "no file matches"),
+    (["train", "data.path=FOLDER/rows.jsonl", "data.split=test"], "a file has no splits"),
+    (["train", "data.path=FOLDER/my.yaml"], "the name must end in one of"),
+    (["train", "data.validation=FOLDER/nowhere.jsonl"], "data.validation=FOLDER/nowhere.jsonl: no such file"),
+    (["train", "data.validation=1.5"], "must lie between 0 and 1"),
+    (["train", "data.format=alpcaa"], "did you mean alpaca?"),
+    (["train", "run.dir=FOLDER/used"], "holds a run already"),
+    (["train", "run.dir=FOLDER/rows.jsonl"], "must be a directory, but is a file"),
+    (["train", "train.global_batch_size=7", "train.micro_batch_size=2"], "near are 6 and 8"),
+    (["train", "train.global_batch_size=2", "train.micro_batch_size=1", "parallel.nproc_per_node=4"], "near are 4"),
+    (["train", "optimizer.in_backward=true", "train.on_nonfinite=skip"], "can't leave steps out"),
+    (["train", "model.quantization=nf4"], "quantised weights can't be trained by update=full_rank"),
+    (["train", "--config-dir", "FOLDER/nowhere"], "must be a folder that exists"),
+    (["train", "FOLDER/mine.yaml"], "or a YAML file that exists; did you mean FOLDER/my.yaml?"),
+    (["train", "FOLDER/my.yaml"], "data.path=null: must name a file"),
+    (["train", "FOLDER/my.yaml", "FOLDER/my.yml"], "one configuration file is read"),
+    (["init", "FOLDER/my.yaml"], "is there already and is not written over"),
+    (["launch", "slrm"], "launch: must be followed by slurm"),
+    (["evaluate"], "evaluate.path=null: name a Hugging Face directory, or a run"),
+    (["evaluate", "evaluate.path=FOLDER/model"], "evaluate.data=null: name the data"),
+    (["evaluate", "evaluate.path=FOLDER/model", "evaluate.data=FOLDER/no.jsonl"], "evaluate.data=FOLDER/no.jsonl: no"),
+    (["evaluate", "run.dir=FOLDER/empty"], "must be the directory of a run"),
+    (["export", "export.path=FOLDER/out"], "run.dir=null: name the directory of the run"),
+    (["export", "run.dir=FOLDER/used"], "export.path=null"),
+    (["export", "run.dir=FOLDER/used", "export.path=FOLDER/model"], "must be a new or an empty directory"),
+]
+
+PROGRAM = """
+import contextlib, io, json, sys, time
+
+sys.modules["torch"] = None  # importing it raises ImportError
+from lisa_dist.cli import main
+
+results = []
+for arguments in json.load(sys.stdin):
+    said, start = io.StringIO(), time.process_time()
+    with contextlib.redirect_stderr(said):
+        try:
+            code = main(arguments)
+        except ImportError as error:
+            code = str(error)
+    results.append((code, said.getvalue(), time.process_time() - start))
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mistakes")
+    (folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    for name in ("model", "empty", "used"):
+        (folder / name).mkdir()
+    (folder / "model" / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "used" / "config.yaml").write_text("method: lisa\n")
+    (folder / "used" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    (folder / "my.yaml").write_text("model: demo\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def told(folder: Path) -> list[tuple[int | str, str, float]]:
+    """The exit code, the sentence and the seconds of computing of each mistake; nothing may have been written."""
+    before = sorted(folder.rglob("*"))
+    given = [[word.replace("FOLDER", str(folder)) for word in arguments] for arguments, _ in MISTAKES]
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAM], input=json.dumps(given), capture_output=True, text=True, cwd=folder
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(folder.rglob("*")) == before, "something is left behind"
+    return [tuple(result) for result in json.loads(ran.stdout)]
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[" ".join(arguments) for arguments, _ in MISTAKES])
+def test_a_mistake_is_told_in_a_sentence(number: int, told: list[tuple[int | str, str, float]], folder: Path) -> None:
+    code, said, seconds = told[number]
+    assert code == 2, said
+    assert said.startswith("lisa-dist: ") and said.count("\n") == 1
+    assert MISTAKES[number][1].replace("FOLDER", str(folder)) in said
+    assert seconds < 1, "of computing"
