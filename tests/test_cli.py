@@ -16,7 +16,7 @@ from lisa_dist.config import Config, OutOfMemoryError, UserError
 from lisa_dist.config.loading import load, load_run, to_yaml
 
 TARGETS = [
-    *(f"lisa_dist.commands.{name}.run" for name in ("plan", "export", "evaluate", "generate", "report", "doctor")),
+    *(f"lisa_dist.commands.{name}.run" for name in COMMANDS if name not in ("train", "bench", "launch")),
     "lisa_dist.commands.bench.command.run",
     "lisa_dist.training.loop.train",
     "lisa_dist.launching.local.launch_ranks",
