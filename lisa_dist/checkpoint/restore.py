@@ -75,7 +75,7 @@ def restore_checkpoint(
     state = distributed.on_rank_zero(lambda: read_state(checkpoint))
     check_identity(train_module, checkpoint, state["identity"])
     progress = place_in_data(Progress(**state["progress"]), checkpoint, data, train_module.config)
-    allocate(train_module, state["active_layers"], device)
+    allocate(train_module, state["active_layers"], device, state["active_modules"])
     train_module.active.period = state["period"]
     restore_weights(train_module, checkpoint, state)
     add_trained_params(train_module)

@@ -55,6 +55,7 @@ def state_of(train_module: TrainModule, progress: Progress) -> dict[str, Any]:
         "progress": asdict(progress),
         "period": train_module.active.period,
         "active_layers": list(train_module.active.blocks),
+        "active_modules": list(train_module.active.modules),
         "sampler": train_module.sampler.state_dict(),
         "moments": hash_of_shapes(train_module.optimizer.moment_tensors()),
         "optimizer_steps": train_module.optimizer.step_counts(),
@@ -79,6 +80,7 @@ def identity(train_module: TrainModule) -> dict[str, Any]:
         "update.name": config.update.name,
         "sampler.name": config.sampler.name,
         "sampler.period": config.sampler.period,
+        "sampler.non_block_modules": config.sampler.draws_non_block_modules,
         "optimizer.name": config.optimizer.name,
         **{f"always_active.{part}": trains for part, trains in asdict(config.always_active).items()},
     }

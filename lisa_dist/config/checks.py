@@ -20,6 +20,7 @@ from lisa_dist.config.sampling import PROBE_KINDS
 def check_combinations(config: Config) -> None:
     """Raise :class:`UserError` for options that exclude each other, whatever the model and the ranks."""
     _check_sampler(config.sampler)
+    _check_non_block_modules(config)
     _check_packages(config)
     _check_quantization(config)
     _check_optimizer_shard(config)
@@ -31,6 +32,21 @@ def _check_sampler(sampler: SamplerConfig) -> None:
     if sampler.probe is not None and sampler.probe.kind not in PROBE_KINDS:
         raise UserError(
             f"sampler={sampler.name}: asks for the probe {sampler.probe.kind}, and there are {', '.join(PROBE_KINDS)}"
+        )
+
+
+def _check_non_block_modules(config: Config) -> None:
+    """Refuse to draw what trains anyway, or what the update leaves alone."""
+    if not config.sampler.draws_non_block_modules:
+        return
+    always = [part for part in ("embeddings", "head") if getattr(config.always_active, part)]
+    if always:
+        keys = " ".join(f"always_active.{part}=false" for part in always)
+        raise UserError(f"sampler.non_block_modules=true: draws what would train in every period anyway; add {keys}")
+    if config.update.adapters is not None:
+        raise UserError(
+            f"sampler.non_block_modules=true: update={config.update.name} has no adapters for embeddings and head; "
+            "choose update=full_rank, or sampler.non_block_modules=false"
         )
 
 
@@ -152,7 +168,8 @@ def _of_optimization(config: Config, has_validation: bool) -> Iterator[IdleOptio
     undecayed = optimizer.decay_norms_and_biases and optimizer.weight_decay == 0
     yield "optimizer.decay_norms_and_biases", undecayed, "optimizer.weight_decay is 0"
     for part in optimizer.part_lr:
-        frozen = not getattr(config.always_active, part, True)
+        drawn = part != "norm" and config.sampler.draws_non_block_modules
+        frozen = not drawn and not getattr(config.always_active, part, True)
         yield f"optimizer.part_lr.{part}", frozen, f"always_active.{part} is false"
     has_all = len(optimizer.part_lr) == len(PARTS)
     yield "optimizer.lr", chosen("optimizer.lr") and has_all, "optimizer.part_lr has a learning rate for every part"

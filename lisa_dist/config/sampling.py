@@ -53,6 +53,11 @@ class SamplerConfig:
         return None
 
     @property
+    def draws_non_block_modules(self) -> bool:
+        """Whether embeddings and head are drawn among the blocks."""
+        return False
+
+    @property
     def idle_keys(self) -> dict[str, str]:
         """Its own keys that have no effect with its other ones, and why."""
         return {}
@@ -63,6 +68,12 @@ class UniformSamplerConfig(SamplerConfig):
     """LISA: uniform draws without replacement."""
 
     name: str = "uniform"
+    non_block_modules: bool = False  # draw embeddings and head too, each as if it were a block (tied: as one)
+
+    @property
+    def draws_non_block_modules(self) -> bool:
+        """Where ``sampler.non_block_modules`` says so."""
+        return self.non_block_modules
 
 
 @dataclass

@@ -69,6 +69,10 @@ class LisaCallback(TrainerCallback):
         wanted = "learns from the gradients of every step" if self.config.observes_steps else ""
         if probe is not None:
             wanted = f"needs {'calibration data' if probe.batches else probe.kind.replace('_', ' ')}"
+        if self.config.draws_non_block_modules:
+            raise UserError(
+                "sampler.non_block_modules=true: a callback draws blocks alone; use lisa-dist train method=lisa_lean"
+            )
         if wanted:
             raise UserError(
                 f"sampler={self.config.name}: {wanted}, and there are none in a callback; "

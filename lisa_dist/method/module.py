@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,8 @@ from lisa_dist.method.switch import (
     ActiveSet,
     RankSynchronizedSampler,
     always_active_parameters,
+    drawable_modules,
+    drawn_parts,
     switch_active_blocks,
     trained_parameters,
 )
@@ -94,7 +96,8 @@ def build_train_module(
     config.optimizer.check_tied(layers.tied)
     separation = separate_packed_samples(config, module, layers)
     update.prepare_model(module, layers)
-    sampler = RankSynchronizedSampler(build_sampler(config.sampler, len(layers.blocks), config.train.seed))
+    drawable = len(layers.blocks) + len(drawable_modules(config.sampler, layers))
+    sampler = RankSynchronizedSampler(build_sampler(config.sampler, drawable, config.train.seed))
     kind = config.model.quantization
     if kind != "none" and not quantize_linears(layers.blocks, kind):
         raise UserError(f"model.quantization={kind}: this model has no layers for it")
@@ -151,9 +154,11 @@ def separate_packed_samples(config: Config, module: nn.Module, layers: LayerMap)
     return separation
 
 
-def allocate(train_module: TrainModule, active_blocks: list[int], device: torch.device) -> None:
-    """Allocate the shards for a set of active blocks; weights are not yet filled."""
-    train_module.active.blocks = list(active_blocks)
+def allocate(
+    train_module: TrainModule, active_blocks: list[int], device: torch.device, active_modules: Iterable[str] = ()
+) -> None:
+    """Allocate the shards for a set of active blocks, and of modules drawn beside them; weights are not yet filled."""
+    train_module.active.blocks, train_module.active.modules = list(active_blocks), list(active_modules)
     trained = trained_parameters(train_module.store, train_module.update, train_module.active)
     train_module.store.allocate(trained, device)
     restore_buffers(train_module.store.module)
@@ -192,7 +197,9 @@ def begin_period(train_module: TrainModule, period: int, coming: ComingBatches |
     request = train_module.sampler.request(period)
     if request is not None:
         train_module.sampler.observe(probe(train_module, request, coming))
-    blocks = train_module.sampler.draw(period)
+    layers = train_module.store.layers
+    modules = drawable_modules(train_module.config.sampler, layers)
+    blocks, drawn_modules = drawn_parts(train_module.sampler.draw(period), len(layers.blocks), modules)
     switch_active_blocks(
         train_module.store,
         train_module.optimizer,
@@ -201,6 +208,7 @@ def begin_period(train_module: TrainModule, period: int, coming: ComingBatches |
         blocks,
         period,
         train_module.config.train.seed,
+        drawn_modules,
     )
     train_module.checkpointing.apply(train_module.store, train_module.active.blocks)
 

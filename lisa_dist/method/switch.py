@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from lisa_dist.config import AlwaysActiveConfig
-from lisa_dist.config.sampling import ProbeRequest
+from lisa_dist.config.sampling import ProbeRequest, SamplerConfig
 from lisa_dist.method.optim.active_optimizer import ActiveOptimizer
 from lisa_dist.method.sampling import Sampler
 from lisa_dist.method.updates import Update
+from lisa_dist.models.layer_map import LayerMap
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding.store import ParameterStore
 
@@ -93,11 +94,35 @@ def verify_agreement(period: int, blocks: list[int], sent: int) -> None:
 
 @dataclass
 class ActiveSet:
-    """What trains now: the blocks of the period, and the parameters outside the blocks that always train."""
+    """What trains now: what was drawn for the period, and the parameters outside the blocks that always train."""
 
     always: list[str]  # parameter names
     blocks: list[int] = field(default_factory=list)
+    modules: list[str] = field(default_factory=list)  # parts outside the blocks that were drawn
     period: int = -1  # none drawn yet
+
+    @property
+    def drawn(self) -> list[str]:
+        """The parts that were drawn, as the layer map names them."""
+        return parts_of(self.blocks, self.modules)
+
+
+def parts_of(blocks: Iterable[int], modules: Iterable[str]) -> list[str]:
+    """Return the names of parts: blocks, and those outside the blocks."""
+    return [*(f"block:{block}" for block in blocks), *modules]
+
+
+def drawable_modules(sampler: SamplerConfig, layers: LayerMap) -> list[str]:
+    """Return the parts outside the blocks that are drawn among them; tied weights are one, named ``embeddings``."""
+    if not sampler.draws_non_block_modules:
+        return []
+    return ["embeddings"] if layers.tied else ["embeddings", "head"]
+
+
+def drawn_parts(drawn: list[int], num_blocks: int, modules: list[str]) -> tuple[list[int], list[str]]:
+    """Return the blocks and the modules of a draw, whose indices behind the last block's are those of ``modules``."""
+    blocks = [index for index in drawn if index < num_blocks]
+    return blocks, [modules[index - num_blocks] for index in drawn if index >= num_blocks]
 
 
 def always_active_parameters(store: ParameterStore, always_active: AlwaysActiveConfig) -> list[str]:
@@ -113,8 +138,15 @@ def always_active_parameters(store: ParameterStore, always_active: AlwaysActiveC
 
 def trained_parameters(store: ParameterStore, update: Update, active: ActiveSet) -> list[str]:
     """Return the names of all parameters that train now, always-active ones first."""
-    inside = [name for block in active.blocks for name in update.trainable_parameters(store.block_parameters(block))]
-    return [*active.always, *inside]
+    return [*active.always, *(name for part in active.drawn for name in _trained_in(store, update, part))]
+
+
+def _trained_in(store: ParameterStore, update: Update, part: str) -> list[str]:
+    """Return the parameters that train in a part that was drawn."""
+    if part.startswith("block:"):
+        return update.trainable_parameters(store.block_parameters(int(part.removeprefix("block:"))))
+    tied = part == "embeddings" and store.layers.tied  # then a head may have a bias of its own
+    return [*store.parameters_of(part), *(store.parameters_of("head") if tied else [])]
 
 
 def switch_active_blocks(
@@ -125,8 +157,9 @@ def switch_active_blocks(
     blocks: list[int],
     period: int,
     seed: int,
+    modules: Iterable[str] = (),
 ) -> None:
-    """Make ``blocks`` the active ones: freeze those that leave, thaw those that enter.
+    """Make ``blocks`` the active ones, and ``modules``: freeze those that leave, thaw those that enter.
 
     Collective, every rank, where the store splits masters among replicas; else without communication.
 
@@ -142,15 +175,17 @@ def switch_active_blocks(
         blocks: the period's draw.
         period: counted from 0; keys the rounding noise.
         seed: the run's seed; keys the rounding noise.
+        modules: the parts outside the blocks that were drawn too.
     """
-    leaving = [block for block in active.blocks if block not in blocks]
-    entering = [block for block in blocks if block not in active.blocks]
-    for block in leaving:
-        names = update.trainable_parameters(store.block_parameters(block))
+    before, after = active.drawn, parts_of(blocks, modules)
+    leaving = [part for part in before if part not in after]
+    entering = [part for part in after if part not in before]
+    for part in leaving:
+        names = _trained_in(store, update, part)
         optimizer.remove_params(names)
         store.set_trainable(names, trained=False, seed=seed, period=period)
-    for block in entering:
-        names = update.trainable_parameters(store.block_parameters(block))
+    for part in entering:
+        names = _trained_in(store, update, part)
         store.set_trainable(names, trained=True)
         optimizer.add_params({name: store.master(name) for name in names})
-    active.blocks, active.period = list(blocks), period
+    active.blocks, active.modules, active.period = list(blocks), list(modules), period

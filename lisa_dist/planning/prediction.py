@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 
 from lisa_dist.config import Config, ModelConfig
+from lisa_dist.config.checks import check_combinations
+from lisa_dist.config.sampling import UniformSamplerConfig
+from lisa_dist.method.sampling import build_sampler
+from lisa_dist.method.switch import drawable_modules
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.planning.simulation import Trace, architecture_of, extreme_sets, simulate
@@ -24,6 +29,8 @@ def predict(config: Config) -> Trace:
     Raises:
         UserError: the configuration fits neither the model nor the cluster.
     """
+    if config.sampler.draws_non_block_modules:
+        return max((predict(draw) for draw in draws_of_modules(config)), key=lambda trace: trace.peak_bytes)
     if config.parallel.activation_checkpointing == "auto":
         return simulate(config)  # every block has a kind of its own
     depth = architecture_of(config.model).num_hidden_layers
@@ -32,6 +39,27 @@ def predict(config: Config) -> Trace:
     if config.sampler.listed_blocks is not None or shallow + 2 >= depth or not has_equal_blocks(config.model):
         return simulate(config)
     return extrapolate(simulate(config, shallow), simulate(config, shallow + 1), depth)
+
+
+def draws_of_modules(config: Config) -> list[Config]:
+    """Return, for each way in which embeddings and head can be among what is drawn, what trains then as if always.
+
+    Raises:
+        UserError: more is to be drawn than there is.
+    """
+    check_combinations(config)
+    architecture = architecture_of(config.model)
+    modules = drawable_modules(config.sampler, find_layers(build_meta_model(config.model, architecture)))
+    num_blocks = architecture.num_hidden_layers
+    count = build_sampler(config.sampler, num_blocks + len(modules)).num_active
+    found = []
+    for drawn in itertools.chain.from_iterable(itertools.combinations(modules, size) for size in range(3)):
+        if 0 <= count - len(drawn) <= num_blocks:
+            head = drawn == ("embeddings",) if len(modules) == 1 else "head" in drawn
+            always = replace(config.always_active, embeddings="embeddings" in drawn, head=head)
+            sampler = UniformSamplerConfig(active_layers=count - len(drawn), period=config.sampler.period)
+            found.append(replace(config, always_active=always, sampler=sampler))
+    return found
 
 
 def has_equal_blocks(config: ModelConfig) -> bool:

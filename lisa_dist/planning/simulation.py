@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from lisa_dist.config import Config, ModelConfig, ParallelConfig, UserError
 from lisa_dist.config.checks import check_accumulation, check_combinations
 from lisa_dist.config.paths import model_directory
-from lisa_dist.config.sampling import FixedSamplerConfig
+from lisa_dist.config.sampling import FixedSamplerConfig, SamplerConfig, UniformSamplerConfig
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.method.module import (
     TrainModule,
@@ -149,7 +149,10 @@ def simulate(config: Config, num_blocks: int | None = None) -> Trace:
     before, blocks = extreme_sets(config, architecture.num_hidden_layers, num_blocks)
     if num_blocks is not None:
         set_depth(architecture, num_blocks)
-    sampler = FixedSamplerConfig(blocks=blocks, period=config.sampler.period)
+    period = config.sampler.period
+    sampler: SamplerConfig = FixedSamplerConfig(blocks=blocks, period=period)
+    if not blocks:
+        sampler = UniformSamplerConfig(active_layers=0, period=period)
     config = replace(config, sampler=sampler)
     micro_batches = micro_batches_per_step(config)
     dims = cluster_dims(config.parallel)

@@ -62,7 +62,8 @@ class CheckpointingPolicy:
                 set_checkpointing(block, setting)
             return
         # Below the lowest active block no backward pass comes, so nothing is kept, where the embeddings are frozen.
-        lowest = 0 if self.config.always_active.embeddings else min(active_blocks, default=len(blocks))
+        to_embeddings = any(store.parameter(name).requires_grad for name in store.parameters_of("embeddings"))
+        lowest = 0 if to_embeddings else min(active_blocks, default=len(blocks))
         active = [index for index in active_blocks if index >= lowest]
         frozen = [index for index in range(lowest, len(blocks)) if index not in active]
         if not self.costs:

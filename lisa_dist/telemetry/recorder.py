@@ -73,9 +73,18 @@ class Recorder:
             self.summary |= summary_of(rows)
             self.speeds = {key: [row[key] for row in rows if row.get(key) is not None] for key in SPEEDS}
 
-    def record_period(self, period: int, step: int, active_layers: list[int], scores: list[float] | None) -> None:
-        """A period began: ``step`` is the first that trains these blocks."""
-        row = {"period": period, "step": step, "active_layers": active_layers, "num_blocks": self.num_blocks}
+    def record_period(
+        self,
+        period: int,
+        step: int,
+        active_layers: list[int],
+        scores: list[float] | None,
+        active_modules: list[str] | None = None,
+    ) -> None:
+        """A period began: ``step`` is the first that trains these blocks, and modules, where such are drawn."""
+        row: dict[str, Any] = {"period": period, "step": step, "active_layers": active_layers}
+        row |= {} if active_modules is None else {"active_modules": active_modules}
+        row["num_blocks"] = self.num_blocks
         self.writer.append(self.run.layers, row if scores is None else {**row, "scores": scores})
 
     def begin_step(self) -> None:

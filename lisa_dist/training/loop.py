@@ -308,7 +308,9 @@ def switch(run: Run, step: int) -> float:
     train_module, period = run.train_module, step // run.train_module.period_length
     begin_period(train_module, period, run.coming_micro_batches)
     run.checkpoints.note_trained()
-    run.recorder.record_period(period, step + 1, train_module.active.blocks, train_module.sampler.scores())
+    active, scores = train_module.active, train_module.sampler.scores()
+    modules = active.modules if run.config.sampler.draws_non_block_modules else None
+    run.recorder.record_period(period, step + 1, active.blocks, scores, modules)
     return now() - started
 
 

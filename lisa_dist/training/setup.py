@@ -308,7 +308,8 @@ def announce_run(
             "model": f"{config.model.path or config.model.name}: {format_count(total)} parameters in {blocks} blocks"
             f"{', head tied to the embeddings' if store.layers.tied else ''}, {config.model.initialization} weights",
             "method": f"{config.method}: sampler {config.sampler.name}, {train_module.sampler.sampler.num_active} of "
-            f"{blocks} blocks a period of {config.sampler.period} steps; update {config.update.name}",
+            f"{blocks} blocks{', embeddings and head' if config.sampler.draws_non_block_modules else ''} a period of "
+            f"{config.sampler.period} steps; update {config.update.name}",
             "storage": f"frozen {precision.frozen}, active {precision.active}, compute {precision.compute}, "
             f"gradients reduced in {precision.reduce}, {precision.on_freeze} rounding on freeze",
             "attention": str(architecture._attn_implementation),

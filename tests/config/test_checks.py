@@ -78,7 +78,9 @@ def test_an_option_without_effect_is_named_and_one_with_effect_is_not(
     assert not [sentence for sentence in with_effect if sentence.startswith(key)], with_effect
 
 
-@pytest.mark.parametrize("method", ["lisa", "lora", "lora_fa", "grass", "owlore", "ist", "badam", "galore", "full"])
+@pytest.mark.parametrize(
+    "method", ["lisa", "lisa_lean", "lora", "lora_fa", "grass", "owlore", "ist", "badam", "galore", "full"]
+)
 def test_a_preset_alone_chooses_nothing_in_vain(method: str) -> None:
     idle = options_without_effect(load([*MODEL, f"method={method}"]), ranks=1)
     assert all(sentence.startswith("sampler.active_layers=2, sampler.period=20, sampler.seed") for sentence in idle)
@@ -93,6 +95,11 @@ def test_evaluation_without_rows_to_evaluate_on_is_named() -> None:
 
 
 REFUSED = [
+    (
+        ["sampler.non_block_modules=true"],
+        "sampler.non_block_modules=true: .*add always_active.embeddings=false always_active.head=false",
+    ),
+    (["method=lora", "sampler=uniform", "sampler.non_block_modules=true"], "update=lora has no adapters for embed"),
     (["model.quantization=int8"], "model.quantization=int8: .*update=full_rank, but by update=lora"),
     (["model.quantization=nf4", "update=low_rank"], "model.quantization=nf4: .*update=low_rank"),
     (["model.quantization=int8", "update=lora", "update.dora=true"], "update.dora=true reads the weights"),

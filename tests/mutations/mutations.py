@@ -134,9 +134,9 @@ SWITCH = [
     Mutation(
         "a block that is drawn twice running starts anew",
         "method/switch.py",
-        "leaving = [block for block in active.blocks if block not in blocks]\n"
-        "    entering = [block for block in blocks if block not in active.blocks]",
-        "leaving, entering = list(active.blocks), list(blocks)",
+        "leaving = [part for part in before if part not in after]\n"
+        "    entering = [part for part in after if part not in before]",
+        "leaving, entering = before, after",
         f"{THREE_PERIODS}[1]",
     ),
     Mutation(

@@ -113,6 +113,11 @@ class FsdpBaseline:
                 f"bench.compare={FSDP_BASELINE}: trains whole blocks by their own gradients, which "
                 f"update={config.update.name} does not; choose update=full_rank"
             )
+        if config.sampler.draws_non_block_modules:
+            raise UserError(
+                f"bench.compare={FSDP_BASELINE}: draws among the blocks alone, and not embeddings and head; "
+                "choose sampler.non_block_modules=false"
+            )
         self.config = config
         self.model = build_meta_model(config.model, pretrained_architecture(config.model, config.precision.frozen))
         layers = find_layers(self.model, config.model.blocks)

@@ -43,7 +43,7 @@ def build_sampler(config: SamplerConfig, num_blocks: int, seed: int = 0) -> Samp
 
     Args:
         config: which sampler, and its settings.
-        num_blocks: blocks of the model.
+        num_blocks: blocks of the model, and what is drawn beside them.
         seed: the run's (``train.seed``), of the draws too where ``sampler.seed`` is null.
 
     Raises:
@@ -52,8 +52,9 @@ def build_sampler(config: SamplerConfig, num_blocks: int, seed: int = 0) -> Samp
     seeded = config if config.seed is not None else replace(config, seed=seed)
     sampler = SAMPLERS[config.name](seeded, num_blocks)
     if sampler.num_active > num_blocks:
+        others = ", with embeddings and head" if config.draws_non_block_modules else ""
         raise UserError(
             f"sampler.active_layers={sampler.num_active}: must be at most {num_blocks}, "
-            "the number of blocks of this model"
+            f"the number of blocks of this model{others}"
         )
     return sampler

@@ -21,6 +21,7 @@ from tests.support.families import FAMILIES, tiny_config
 # of the paper or its code: sampler, update, and what else the preset sets
 METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lisa": ("uniform", "full_rank", {"sampler.active_layers": 2, "sampler.period": 20, "always_active.head": True}),
+    "lisa_lean": ("uniform", "full_rank", {"sampler.non_block_modules": True, "always_active.embeddings": False}),
     "full": ("all", "full_rank", {"always_active.embeddings": True}),
     "lora": ("all", "lora", {"always_active.embeddings": False, "always_active.head": False}),
     "lora_fa": ("all", "lora_fa", {"always_active.norm": False}),
