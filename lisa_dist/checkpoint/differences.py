@@ -25,7 +25,14 @@ BEHIND = {
     "tokenizer": ("model.tokenizer", "model.path"),
     "template": ("model.tokenizer", "model.path"),
 }
-NOT_OF_ROWS = ("data.name", "data.preview", "data.cache_dir", "data.sequence_length", "data.packing")
+NOT_OF_ROWS = (
+    "data.name",
+    "data.preview",
+    "data.cache_dir",
+    "data.sequence_length",
+    "data.packing",
+    "data.group_by_length",
+)
 # What a key that may differ does, and does not, to a run that is resumed.
 NOTES = {
     "train.seed": "the order of the data keeps the seed that the run began with",
@@ -66,8 +73,8 @@ def changed_data(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
     Rows are compared as tokens, so they are named only where nothing else made them others.
     """
-    different = [part for part in now if then.get(part) != now[part]]
-    others = [part for part in different if part not in ("rows", "packing")]
+    different = [part for part in now if then.get(part, False) != now[part]]  # False: off before there was a key
+    others = [part for part in different if part not in ("rows", "packing", "group_by_length")]
     return [part for part in different if part != "rows" or not others]
 
 

@@ -230,6 +230,10 @@ def _of_running(config: Config) -> Iterator[IdleOption]:
     for name in ("mode", "project", "entity", "tags"):
         key = f"logger.wandb.{name}"
         yield key, _chosen(config, key) and config.logger.name != "wandb", f"logger={config.logger.name} is chosen"
+    packed = data.group_by_length and data.packing
+    yield "data.group_by_length", packed, "packed sequences are filled to one length"
+    varlen = config.model.attention == "varlen" and not data.packing
+    yield "model.attention", varlen, "data.packing is false, and rows of one sample are attended to as with auto"
     is_text = data.format == "text"
     yield "data.train_on_prompt", data.train_on_prompt and is_text, "of data.format=text every token is trained"
 

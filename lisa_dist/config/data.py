@@ -21,6 +21,7 @@ class DataConfig:
     columns: dict[str, str] = field(default_factory=dict)  # the format's column -> the file's column
     sequence_length: int = 512  # tokens a sequence
     packing: bool = False  # several samples in one sequence, attention kept apart
+    group_by_length: bool = False  # like lengths in one step, which saves padding and changes the order of samples
     preview: int | None = None  # show this many samples with their trained tokens marked
     preview_file: str | None = None  # also write them as JSON
     train_on_prompt: bool = False  # false: only answers carry loss

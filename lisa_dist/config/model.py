@@ -21,13 +21,15 @@ class ModelConfig:
     blocks: str | None = None  # dotted path of the stack of blocks where it is not found by structure
     quantization: str = "none"  # storage of the frozen base under adapters: none, int8, nf4
     trust_remote_code: bool = False  # run Python code that comes with the model
-    attention: str | None = None  # sdpa, eager, flash_attention_2, flex_attention; null: sdpa where the model has it
+    attention: str = (
+        "auto"  # sdpa, eager, varlen, flash_attention_2, flex_attention; auto: of packed rows without a mask
+    )
     loss_chunk: int = 1024  # tokens whose logits the loss head holds at a time
     kernels: str = "auto"  # what runs the blocks: eager, liger, compile; auto: on a GPU the faster, on a CPU eager
     router_aux_loss: bool = False  # add a mixture-of-experts model's router loss
 
     def __post_init__(self) -> None:
-        attention = ["sdpa", "eager", "flash_attention_2", "flex_attention"]
+        attention = ["auto", "sdpa", "eager", "varlen", "flash_attention_2", "flex_attention"]
         check_choices("model", self, init=["pretrained", "random"], quantization=["none", "int8", "nf4"])
         check_choices("model", self, attention=attention, kernels=["auto", "eager", "liger", "compile"])
         check_minimums("model", self, loss_chunk=1)
@@ -38,6 +40,11 @@ class ModelConfig:
             raise UserError(
                 "model.path=null: name a Hugging Face directory, a hub id or builtin:demo, or choose a preset"
             )
+
+    @property
+    def own_attention(self) -> str | None:
+        """The kernel of transformers that is to be used throughout; None: the model's own choice."""
+        return None if self.attention in ("auto", "varlen") else self.attention
 
     @property
     def initialization(self) -> str:

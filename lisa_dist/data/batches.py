@@ -22,12 +22,16 @@ from lisa_dist.data.encode import UNTRAINED
 from lisa_dist.data.sequences import Sequences, TokenSequence
 from lisa_dist.runtime import distributed
 
-MicroBatch = dict[str, torch.Tensor]  # input_ids, labels, position_ids: int64, [sequences, tokens]
+# input_ids, labels, position_ids: int64, [sequences, tokens]. Where sequences are packed also cu_seqlens: int32,
+# [samples + 1], the borders of the samples in all sequences behind one another.
+MicroBatch = dict[str, torch.Tensor]
 PlaceOf = Callable[[int], int]  # number of a sequence, as the run sees them -> its place in the stream
 
 # Lengths are rounded up to a multiple of this: matrix units are full, and there are few distinct shapes, for each of
 # which kernels (on CPUs) and allocators (on GPUs) keep memory of their own.
 LENGTH_MULTIPLE = 8
+GROUP = 64  # sequences of like length that follow one another where they are grouped by length
+GROUPS_SORTED = 50  # groups that are made of as many random sequences: more would be more alike, and less random
 STEPS_AHEAD = 2  # global batches that are made ready in the background
 
 
@@ -58,6 +62,7 @@ class GlobalBatches:
     num_ranks: int  # that take different micro-batches
     pad_token_id: int  # any token id; padding has no label
     fixed_length: bool = False  # pad to sequence_length, not to a little above the micro-batch's longest sequence
+    group_by_length: bool = False  # let sequences of like length follow one another
 
     def __post_init__(self) -> None:
         self._permutation = functools.lru_cache(maxsize=2)(self._draw_permutation)  # a batch may span two epochs
@@ -76,8 +81,39 @@ class GlobalBatches:
         """Passes over the data that ``seen`` sequences are."""
         return seen / self.num_sequences
 
+    def _generator(self, epoch: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, epoch])
+
     def _draw_permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.num_sequences)
+        generator = self._generator(epoch)
+        order = generator.permutation(self.num_sequences)
+        return self._grouped(order, generator) if self.group_by_length else order
+
+    def _grouped(self, order: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Return an epoch's ``order`` in groups of like length, the groups in random order.
+
+        It depends on nothing that a resume may change: neither the sizes of batches nor the ranks.
+        """
+        groups: list[np.ndarray] = []
+        for start in range(0, len(order), GROUP * GROUPS_SORTED):
+            some = order[start : start + GROUP * GROUPS_SORTED]
+            by_length = some[np.argsort(self.sequences.lengths[some], kind="stable")]
+            groups += np.split(by_length, range(GROUP, len(by_length), GROUP))
+        return np.concatenate([groups[index] for index in generator.permutation(len(groups))])
+
+    def padding_of_epoch(self, epoch: int, *, grouped: bool = True) -> int:
+        """Return the padding tokens of an epoch's micro-batches; not ``grouped``: had it not been grouped by length."""
+        order = self._permutation(epoch)
+        if not grouped:
+            order = self._generator(epoch).permutation(self.num_sequences)
+        steps, size = math.ceil(len(order) / self.global_batch_size), self.micro_batch_size
+        parts = math.ceil(self.global_batch_size / size)
+        lengths = np.zeros((steps, parts * size), dtype=np.int64)  # 0: no sequence
+        places = np.arange(len(order))
+        lengths[places // self.global_batch_size, places % self.global_batch_size] = self.sequences.lengths[order]
+        by_part = -np.sort(-lengths, axis=1).reshape(-1, size)  # longest first, as micro_batch_indices cuts them
+        longest = np.asarray([self._padded_length(int(length)) for length in by_part[:, 0]])
+        return int((longest * (by_part > 0).sum(1)).sum() - by_part.sum())
 
     def global_batch(self, seen: int, place_of: PlaceOf = int) -> list[int]:
         """Return the sequences, by index, of the next optimizer step: the same on every rank."""
@@ -147,13 +183,12 @@ class GlobalBatches:
         """Return a micro-batch without labels, for a rank that has none while others do."""
         tokens = self._padded_length(1)
         shape = (self.micro_batch_size, tokens)
-        return _ready(
-            {
-                "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.int64),
-                "labels": torch.full(shape, UNTRAINED, dtype=torch.int64),
-                "position_ids": torch.arange(tokens).expand(shape).contiguous(),
-            }
-        )
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.int64),
+            "labels": torch.full(shape, UNTRAINED, dtype=torch.int64),
+            "position_ids": torch.arange(tokens).expand(shape).contiguous(),
+        }
+        return _ready(batch | self._borders(batch["position_ids"]))
 
     def collate(self, indices: list[int]) -> MicroBatch:
         """Put sequences into tensors, padded at the right.
@@ -176,7 +211,20 @@ class GlobalBatches:
             batch["position_ids"][row, :length] = one.position_ids
             # Padding counts on from the last token, so that it looks like no further packed sample.
             batch["position_ids"][row, length:] = one.position_ids[-1] + 1 + np.arange(tokens - length)
-        return _ready({name: torch.from_numpy(array) for name, array in batch.items()})
+        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+        return _ready(tensors | self._borders(tensors["position_ids"]))
+
+    def _borders(self, position_ids: torch.Tensor) -> MicroBatch:
+        """Return ``cu_seqlens`` of packed sequences, found here so that no GPU is waited for; else nothing.
+
+        As long for every micro-batch, its last border repeated: graphs of torch.compile depend on shapes.
+        """
+        if self.sequences.packing is None:
+            return {}
+        borders = torch.nonzero(position_ids.flatten() == 0).flatten()
+        found = torch.full((self.micro_batch_size * self.sequences.most_samples + 1,), position_ids.numel())
+        found[: len(borders)] = borders
+        return {"cu_seqlens": found.int()}
 
 
 def _chunks(items: list[int], size: int) -> list[list[int]]:

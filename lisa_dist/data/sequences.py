@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 from dataclasses import dataclass
 
 import datasets
@@ -38,6 +39,11 @@ class Sequences:
         """Pack ``rows`` into sequences of at most ``sequence_length`` tokens."""
         lengths = np.asarray(rows.with_format("numpy", columns=["length"])["length"][:])
         return cls(rows, pack(lengths, sequence_length, seed))
+
+    @functools.cached_property
+    def most_samples(self) -> int:
+        """The most samples that lie in one sequence."""
+        return 1 if self.packing is None else max((len(members) for members in self.packing), default=1)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -34,7 +34,13 @@ from lisa_dist.models.inspection import pretrained_architecture
 from lisa_dist.models.kernels import choose_kernels, install_liger
 from lisa_dist.models.layer_map import LayerMap, find_layers
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
-from lisa_dist.models.masking import Separation, find_separation, install_position_handling
+from lisa_dist.models.masking import (
+    Separation,
+    find_separation,
+    install_position_handling,
+    kernels_without_mask,
+)
+from lisa_dist.models.packed_attention import WIDEST_HEAD
 from lisa_dist.models.quantization import quantize_linears
 from lisa_dist.objectives import Objective
 from lisa_dist.objectives.supervised import prepare_supervised
@@ -133,16 +139,19 @@ def install_kernels(config: Config, module: nn.Module, layers: LayerMap) -> str:
 
 
 def separate_packed_samples(config: Config, module: nn.Module, layers: LayerMap) -> Separation | None:
-    """Return what keeps packed samples apart, and say where that is a mask; None where nothing is packed.
+    """Give ``module`` its attention of packed rows; return what keeps samples apart, None where nothing is packed.
 
-    Collective: every rank; rank 0 tries.
+    With ``model.attention=auto`` the first kernel that needs no dense mask and is right in a tiny copy; where there is
+    none the model's own. Says where a mask is needed. Collective: every rank; rank 0 tries.
 
     Raises:
         UserError: ``data.packing=true`` and nothing keeps them apart in this model.
     """
     if not config.data.packing:
         return None
-    separation = distributed.on_rank_zero(lambda: find_separation(module, layers.blocks_path))
+    kernel, separation = distributed.on_rank_zero(lambda: _find_packed_attention(config, module, layers.blocks_path))
+    if kernel is not None:
+        module.set_attn_implementation(kernel)  # type: ignore[operator]
     if separation == "mask" and distributed.is_main() and not distributed.is_simulated():
         entries = config.train.micro_batch_size * config.data.sequence_length**2
         logger.info(
@@ -152,6 +161,28 @@ def separate_packed_samples(config: Config, module: nn.Module, layers: LayerMap)
             format_count(entries),
         )
     return separation
+
+
+def _find_packed_attention(config: Config, module: nn.Module, blocks_path: str) -> tuple[str | None, Separation]:
+    """Return the kernel for packed rows, None where it is the model's own, and what keeps samples apart with it."""
+    wanted = config.model.attention
+    if config.model.own_attention is not None:
+        return None, find_separation(module, blocks_path)
+    compiled = config.model.kernels == "compile" and not distributed.is_simulated()
+    halved = config.precision.compute == "bfloat16"
+    for kernel in kernels_without_mask(module, wanted, halved=halved, compiled=compiled):
+        try:
+            return kernel, find_separation(module, blocks_path, kernel)
+        except UserError as error:
+            if wanted != "auto":
+                raise
+            logger.debug("model.attention=auto: not %s: %s", kernel, error)
+    if wanted == "varlen":
+        raise UserError(
+            f"model.attention=varlen: on this GPU needs precision.compute=bfloat16, heads of at most {WIDEST_HEAD} "
+            "numbers and no dropout in attention; use model.attention=auto"
+        )
+    return None, find_separation(module, blocks_path)
 
 
 def allocate(

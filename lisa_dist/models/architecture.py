@@ -48,8 +48,8 @@ def read_architecture(config: ModelConfig, *, without_weights: bool = False) -> 
     architecture.use_cache = False
     if hasattr(architecture, "output_router_logits"):
         architecture.output_router_logits = False  # the loss head adds the router's loss where it is asked for
-    if config.attention is not None:
-        architecture._attn_implementation = config.attention
+    if config.own_attention is not None:
+        architecture._attn_implementation = config.own_attention
     return architecture
 
 
@@ -68,7 +68,7 @@ def build_meta_model(config: ModelConfig, architecture: PretrainedConfig | None 
             model = AutoModelForCausalLM.from_config(
                 architecture,
                 dtype=torch.float32,
-                attn_implementation=config.attention,
+                attn_implementation=config.own_attention,
                 trust_remote_code=config.trust_remote_code,
             )
     except ImportError as error:
@@ -77,7 +77,7 @@ def build_meta_model(config: ModelConfig, architecture: PretrainedConfig | None 
         reason = _first_line(error)
         if "attn_implementation" in reason:
             raise UserError(
-                f"model.attention={config.attention}: this model has no such kernel; null chooses"
+                f"model.attention={config.attention}: this model has no such kernel; auto chooses"
             ) from error
         raise UserError(f"model.path={config.path}: is no causal language model that can be built: {reason}") from error
     except Exception as error:  # transformers raises whatever its code runs into where a field is missing or wrong

@@ -1,23 +1,28 @@
-"""Packed samples kept apart, by positions or by transformers' attention masks; found by trying on a tiny copy."""
+"""Packed samples kept apart, by borders, by positions or by attention masks; found by trying on a tiny copy."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import masking_utils
 
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import in_one_line
+from lisa_dist.models.packed_attention import VARLEN, WIDEST_HEAD
 from lisa_dist.models.tiny_copy import FIRST_PLAIN_TOKEN, VOCABULARY, NoTinyCopyError, tiny_copy
 from lisa_dist.runtime import distributed
 
-Separation = Literal["positions", "mask"]  # what keeps packed samples apart
+Separation = Literal["borders", "positions", "mask"]  # what keeps packed samples apart
+
+BY_BORDERS = (VARLEN, "flash_attention_2")  # kernels that are told the borders, and need no mask
 
 PACKED_MASKS = ("eager", "sdpa", "flex_attention")  # kernels whose masks can tell samples apart
 SAMPLE_TOKENS = (21, 13)  # longer than the tiny copy's windows, and no multiple of them
@@ -35,12 +40,24 @@ def one_sample_a_row() -> Iterator[None]:
     The host would wait for its device to know them. Of fake tensors they are never known, so that a row would be taken
     for packed, and with an explicit mask keys and values be repeated for every query head.
     """
+    with _packed_indices(lambda position_ids: None):
+        yield
+
+
+@contextmanager
+def _packed_indices(find: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Let transformers find by ``find`` which sample each token is of."""
     look = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None  # type: ignore[assignment]
+    masking_utils.find_packed_sequence_indices = find
     try:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = look
+
+
+def _sample_of_each_token(position_ids: Tensor) -> Tensor:
+    """Return the number of its sample in its row for each token, [b, t]: one begins where positions don't count on."""
+    return (position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
 
 
 def takes_positions(model: Any) -> bool:
@@ -55,24 +72,31 @@ def install_position_handling(model: nn.Module, separation: Separation | None) -
     (RoBERTa from 2, others not at all), and that is what its weights know. Nor are they looked at then. Call it before
     ``fully_shard`` and after :func:`~lisa_dist.objectives.chunked_head.install_loss_head`.
 
-    ``separation`` is what keeps packed samples apart; None: nothing is packed. ``mask`` also narrows every mask that
-    the model builds to pairs of tokens of one sample, [b, 1, t, t].
+    ``separation`` is what keeps packed samples apart; None: nothing is packed. ``borders`` gives the kernel
+    ``cu_seqlens`` under the names that transformers has for it; ``mask`` also narrows every mask that the model builds
+    to pairs of tokens of one sample, [b, 1, t, t]. With the last two the borders are not looked at.
     """
     original = model.forward
     passes_positions = separation is not None and takes_positions(model)
-    if separation == "positions" and passes_positions:
-        return
 
     @functools.wraps(original)
-    def forward(*args: Any, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(*args: Any, position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None, **kwargs: Any) -> Any:
         if separation is None:
             with one_sample_a_row():
                 return original(*args, **kwargs)
         if position_ids is not None and passes_positions:
             kwargs["position_ids"] = position_ids
-        if position_ids is None or separation != "mask":
+        if position_ids is None:
             return original(*args, **kwargs)
-        with _samples_apart(position_ids):
+        if separation == "borders":
+            if cu_seqlens is not None:
+                longest = position_ids.shape[1]  # not the longest sample: graphs of torch.compile depend on it
+                kwargs |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
+                kwargs |= {"max_length_q": longest, "max_length_k": longest}
+            return original(*args, **kwargs)
+        # On a GPU transformers would wait for it to know whether there is more than one sample.
+        unseen = _packed_indices(_sample_of_each_token) if position_ids.is_cuda else nullcontext()
+        with unseen, _samples_apart(position_ids) if separation == "mask" else nullcontext():
             return original(*args, **kwargs)
 
     model.forward = forward  # type: ignore[method-assign]
@@ -87,8 +111,7 @@ def _samples_apart(position_ids: Tensor) -> Iterator[None]:
     (https://huggingface.co/docs/transformers/main/en/attention_interface#attention-mask-interface). A sample begins
     wherever the positions, [b, t], do not count on.
     """
-    starts = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
-    same_sample = masking_utils.packed_sequence_mask_function(starts.cumsum(-1))
+    same_sample = masking_utils.packed_sequence_mask_function(_sample_of_each_token(position_ids))
     builders = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
     replaced = {name: builders[name] for name in PACKED_MASKS}
 
@@ -109,13 +132,43 @@ def _samples_apart(position_ids: Tensor) -> Iterator[None]:
             builders[name] = build
 
 
-def find_separation(model: Any, blocks_path: str) -> Separation:
-    """Return what keeps packed samples apart in ``model``: its position ids alone, or only a dense mask beside them.
+def kernels_without_mask(model: nn.Module, wanted: str, *, halved: bool, compiled: bool) -> list[str]:
+    """Return the kernels for packed rows that need no dense mask and may run here, the one to be preferred first.
+
+    Args:
+        model: whose attention it is.
+        wanted: ``model.attention``, ``auto`` or ``varlen``.
+        halved: whether it computes in bfloat16, which flash kernels need.
+        compiled: whether blocks are compiled; on a CPU ``varlen`` reads the borders, which a graph can't.
+    """
+    architecture: Any = model.config
+    if distributed.device().type != "cuda":
+        found = [VARLEN] if wanted == VARLEN or not (compiled or _drops_attention(architecture)) else []
+    else:
+        heads = getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
+        flash = halved and heads <= WIDEST_HEAD and not _drops_attention(architecture)
+        has_package = importlib.util.find_spec("flash_attn") is not None
+        found = [VARLEN] * flash + ["flash_attention_2"] * (halved and has_package) + ["flex_attention"]
+    return [kernel for kernel in found if wanted in ("auto", kernel)]
+
+
+def _drops_attention(architecture: Any) -> bool:
+    """Whether attention has dropout, which torch's kernel for borders has not."""
+    names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
+    return any(getattr(architecture, name, None) for name in names)
+
+
+def find_separation(model: Any, blocks_path: str, kernel: str | None = None) -> Separation:
+    """Return what keeps packed samples apart in ``model``: borders, position ids alone, or a dense mask beside them.
 
     Two samples are packed behind one another through a tiny copy of the architecture, in both orders; each must get
-    the numbers that it gets alone. The copy has the model's attention kernel and runs on the CPU; with one of the flash
-    kernels, which need it, on this rank's device and in bfloat16. Random states stay as they were. ``model`` is as
-    transformers builds it, on any device, without adapters; ``blocks_path`` is the dotted path of its stack of blocks.
+    the numbers that it gets alone by the model's own attention kernel. The copy runs on the CPU; with kernels that need
+    it on this rank's device, and in bfloat16 with the flash kernels. Random states stay as they were.
+
+    Args:
+        model: as transformers builds it, on any device, without adapters.
+        blocks_path: the dotted path of its stack of blocks.
+        kernel: for packed rows; None: the model's own.
 
     Raises:
         UserError: neither keeps them apart, or that can't be tried.
@@ -126,31 +179,39 @@ def find_separation(model: Any, blocks_path: str) -> Separation:
         small = tiny_copy(model, blocks_path)
     except NoTinyCopyError as error:
         raise UserError(f"{untried}, since no tiny copy of it can be built ({error}); {remedy}") from error
-    kernel = str(small.config._attn_implementation)
-    if kernel not in ("eager", "sdpa"):
+    own = str(small.config._attn_implementation)
+    if (kernel or own) not in ("eager", "sdpa"):
         small.to(distributed.device())  # type: ignore[arg-type]
-    if "flash" in kernel:
+    if (kernel or own) in BY_BORDERS and distributed.device().type == "cuda":
         small.to(torch.bfloat16)  # type: ignore[arg-type]
     found: dict[Separation, float | str] = {}
-    tried: tuple[Separation, ...] = ("positions", "mask")
+    tried: tuple[Separation, ...] = ("borders", "positions") if (kernel or own) in BY_BORDERS else ("positions", "mask")
     for separation in tried:
+        original = small.forward
         install_position_handling(small, separation)
-        found[separation] = difference = _tried(small)
+        found[separation] = difference = _tried(small, kernel)
+        small.forward = original  # type: ignore[method-assign]
         if isinstance(difference, float) and difference < SAME[small.dtype]:
             return separation
     reasons = [reason if isinstance(reason, str) else f"a difference of {reason:.2g}" for reason in found.values()]
     if all(isinstance(reason, str) for reason in found.values()):
-        raise UserError(f"{untried}: a tiny copy of it gives {reasons[1]}; {remedy}")
+        raise UserError(f"{untried}: a tiny copy of it gives {reasons[-1]}; {remedy}")
     raise UserError(
         f"data.packing=true: {name} does not keep packed samples apart: in a tiny copy of it a sample packed behind "
-        f"another gets other numbers than alone ({reasons[0]}; with an explicit mask {reasons[1]}); {remedy}"
+        f"another gets other numbers than alone ({'; with an explicit mask '.join(reasons)}); {remedy}"
     )
 
 
-def _tried(small: Any) -> float | str:
+def _tried(small: Any, kernel: str | None) -> float | str:
     """Return the largest difference between packed and alone, or in words why there is none to be trusted."""
     try:
-        difference, joined = packed_difference(small), packed_difference(small, joined=True)
+        alone = [_logits(small, sample[None])[0] for sample in _samples()]
+        if kernel is not None:
+            verbosity = transformers.logging.get_verbosity()
+            transformers.logging.set_verbosity_error()  # that it can't be set shows in the numbers
+            small.set_attn_implementation(kernel)
+            transformers.logging.set_verbosity(verbosity)
+        difference, joined = packed_difference(small, alone), packed_difference(small, alone, joined=True)
     except Exception as error:  # whatever a foreign forward pass raises
         return f"{type(error).__name__}: {in_one_line(error)}"
     if not difference < float("inf"):
@@ -161,21 +222,21 @@ def _tried(small: Any) -> float | str:
 
 
 @torch.no_grad()
-def packed_difference(model: Any, *, joined: bool = False) -> float:
-    """Return by how much the logits of packed samples differ from those alone, at most, in standard deviations.
+def packed_difference(model: Any, alone: list[Tensor], *, joined: bool = False) -> float:
+    """Return by how much the logits of packed samples differ from those ``alone``, at most, in standard deviations.
 
-    With ``joined``, positions are given as if all samples of a row were one.
+    With ``joined``, positions and borders are given as if all samples of a row were one.
     """
-    generator = torch.Generator().manual_seed(0)
-    samples = [torch.randint(FIRST_PLAIN_TOKEN, VOCABULARY, (size,), generator=generator) for size in SAMPLE_TOKENS]
-    alone = [_logits(model, sample[None])[0] for sample in samples]
+    samples = _samples()
     orders = [[0, 1], [1, 0]]
     rows = [torch.cat([*(samples[index] for index in order), samples[0][:PADDING]]) for order in orders]
     lengths = [[len(samples[order[0]]), len(samples[order[1]]) + PADDING] for order in orders]
     positions = [torch.cat([torch.arange(size) for size in sizes]) for sizes in lengths]
     if joined:
         positions = [torch.arange(len(row)) for row in rows]
-    packed = _logits(model, torch.stack(rows), torch.stack(positions))
+        lengths = [[len(row)] for row in rows]
+    borders = torch.tensor([0, *(size for sizes in lengths for size in sizes)]).cumsum(0).int()
+    packed = _logits(model, torch.stack(rows), torch.stack(positions), borders)
     largest = 0.0
     for row, order in zip(packed, orders):
         expected = torch.cat([alone[index] for index in order])
@@ -184,7 +245,15 @@ def packed_difference(model: Any, *, joined: bool = False) -> float:
     return largest
 
 
-def _logits(model: Any, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    given = {"input_ids": input_ids} if position_ids is None else {"input_ids": input_ids, "position_ids": position_ids}
-    inputs = {name: tensor.to(model.device) for name, tensor in given.items()}
+def _samples() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(FIRST_PLAIN_TOKEN, VOCABULARY, (size,), generator=generator) for size in SAMPLE_TOKENS]
+
+
+@torch.no_grad()
+def _logits(
+    model: Any, input_ids: Tensor, position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    given = {"input_ids": input_ids, "position_ids": position_ids, "cu_seqlens": cu_seqlens}
+    inputs = {name: tensor.to(model.device) for name, tensor in given.items() if tensor is not None}
     return model(**inputs, use_cache=False).logits.float().cpu()

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # registers its operator
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -30,6 +31,7 @@ ATTENTION_NAMES = (
     "_scaled_dot_product_cudnn_attention",
 )
 ATTENTION = {getattr(torch.ops.aten, name).default for name in ATTENTION_NAMES if hasattr(torch.ops.aten, name)}
+ATTENTION.add(torch.ops.torch_attn._varlen_attn.default)
 OPERATIONS_PER_BYTE = 200  # what a GPU computes while it moves a byte (A100: 312 TFLOP/s to 1.6 TB/s)
 
 

@@ -258,6 +258,16 @@ def make_batches(
         num_ranks=dims.data_ranks,
         pad_token_id=pad_token_id,
         fixed_length=config.data.packing,
+        group_by_length=config.data.group_by_length and not config.data.packing,
+    )
+
+
+def describe_padding(batches: GlobalBatches) -> str:
+    """Return in words what grouping by length saves in the first epoch."""
+    grouped, ungrouped = batches.padding_of_epoch(0), batches.padding_of_epoch(0, grouped=False)
+    return (
+        f"{format_count(grouped)} tokens of the first epoch, grouped by length; {format_count(ungrouped - grouped)} "
+        f"fewer than the {format_count(ungrouped)} without data.group_by_length"
     )
 
 
@@ -316,6 +326,7 @@ def announce_run(
             "kernels": f"{train_module.kernels} (model.kernels={config.model.kernels})",
             "data": f"{config.data.path}: {batches.num_sequences} sequences, format {data.format}, {trained}",
             "rows": data.counts.describe(),
+            **({"padding": describe_padding(batches)} if batches.group_by_length else {}),
             **({} if data.validation_counts is None else {"validation rows": data.validation_counts.describe()}),
             "steps": f"{progress.step} of {max_steps} done, global batch {config.train.global_batch_size} = "
             f"{config.train.micro_batch_size} a micro-batch",

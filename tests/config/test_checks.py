@@ -59,6 +59,8 @@ WITHOUT_EFFECT = [
         "precision.on_freeze=nearest",
         ["precision.frozen=bfloat16"],
     ),
+    (["data.group_by_length=true", "data.packing=true"], "data.group_by_length=true", ["data.packing=false"]),
+    (["model.attention=varlen"], "model.attention=varlen", ["data.packing=true"]),
     (["checkpoint.full_every=4"], "checkpoint.full_every=4", ["checkpoint.every=10"]),
     (["checkpoint.async=true"], "checkpoint.async=true", ["checkpoint.every=10"]),
     (["logger.wandb.project=x"], "logger.wandb.project=x", ["logger=wandb"]),

@@ -104,6 +104,37 @@ def test_steps_left_follow_from_the_sequences_seen(sequences):
     assert half.steps(1, seen=48) == 0, "the last batch saw some of the next epoch"
 
 
+def test_grouping_by_length_saves_the_padding_that_it_counts():
+    lengths = [3 + (17 * row) % 61 for row in range(700)]
+    sequences = Sequences(make_rows(lengths))
+    grouped = batches(sequences, sequence_length=64, group_by_length=True)
+    plain = batches(sequences, sequence_length=64)
+
+    def padding(mine: GlobalBatches) -> int:
+        """By what an epoch's tensors hold, the step in which it ends left out of both."""
+        steps = range(0, 12 * (len(lengths) // 12), 12)
+        tokens = sum(m["input_ids"].numel() for step in steps for m in mine.micro_batches(step))
+        return tokens - sum(int(mine.lengths(step).sum()) for step in steps)
+
+    last = 700 % 12  # sequences of the step that is left out, which are padded to a multiple of 8 at least
+    assert padding(grouped) <= grouped.padding_of_epoch(0) <= padding(grouped) + last * 64
+    assert padding(plain) <= plain.padding_of_epoch(0) <= padding(plain) + last * 64
+    assert grouped.padding_of_epoch(0) < 0.7 * grouped.padding_of_epoch(0, grouped=False)
+    assert grouped.padding_of_epoch(0, grouped=False) == plain.padding_of_epoch(0)
+
+
+def test_grouped_sequences_keep_their_order_whatever_a_resume_changes():
+    sequences = Sequences(make_rows([3 + (7 * row) % 50 for row in range(300)]))
+    mine = batches(sequences, group_by_length=True)
+    stream = [index for step in range(0, 600, 12) for index in mine.global_batch(step)]
+    assert sorted(stream[:300]) == sorted(stream[300:600]) == list(range(300))
+    assert stream[:300] != stream[300:600], "another epoch has another order"
+    other = batches(sequences, group_by_length=True, global_batch_size=20, micro_batch_size=5, num_ranks=2)
+    assert [index for step in range(0, 600, 20) for index in other.global_batch(step)] == stream
+    first = [sequences.lengths[index] for index in stream[:300]]
+    assert sorted(first) != first != sorted(first, reverse=True), "groups come in random order"
+
+
 def test_padding(sequences):
     mine = batches(sequences)
     batch = mine.collate([0, 1])  # 3 and 10 tokens, so 16 with the multiple of 8

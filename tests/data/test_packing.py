@@ -77,3 +77,23 @@ def test_no_token_of_a_packed_sequence_sees_another_sample():
                 labels_alone += label_tokens(single)
                 at += length
     assert labels_packed == labels_alone == sum([9, 4, 7, 12, 3, 5]) - 6
+
+
+def test_borders_of_packed_samples_are_as_many_in_every_micro_batch():
+    rows = make_rows([9, 4, 7, 12, 3, 5], vocabulary=60)
+    packed = Sequences.packed(rows, 16, seed=0)
+    options = {"global_batch_size": 4, "micro_batch_size": 2, "sequence_length": 16, "seed": 0, "pad_token_id": 0}
+    mine = GlobalBatches(sequences=packed, **options, rank=0, num_ranks=1, fixed_length=True)
+    most = max(len(members) for members in packed.packing)
+    for indices in ([0, 1], [1, 2], [2]):
+        borders = mine.collate(indices)["cu_seqlens"]
+        assert borders.dtype == torch.int32 and borders.shape == (2 * most + 1,)
+        sizes = [int(Sequences(rows).lengths[member]) for index in indices for member in packed.packing[index]]
+        found = borders.diff()[borders.diff() > 0].tolist()
+        assert len(found) == len(sizes) and sum(found) == borders[-1] == 16 * len(indices), (
+            "padding is the last sample's"
+        )
+        assert all(size >= own for size, own in zip(found, sizes))
+    assert mine.empty_micro_batch()["cu_seqlens"].diff()[:2].tolist() == [16, 16]
+    unpacked = GlobalBatches(sequences=Sequences(rows), **options, rank=0, num_ranks=1)
+    assert "cu_seqlens" not in unpacked.collate([0])

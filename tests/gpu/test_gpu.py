@@ -17,13 +17,22 @@ import torch
 
 from lisa_dist.commands import self_test
 from lisa_dist.commands.bench import command as bench
-from lisa_dist.config import Config, ParallelConfig
+from lisa_dist.config import Config, DataConfig, ModelConfig, ParallelConfig
 from lisa_dist.config.loading import load
-from lisa_dist.method.module import begin_period, build_train_module, count_persistent_bytes, load_initial_weights
+from lisa_dist.method.module import (
+    begin_period,
+    build_train_module,
+    count_persistent_bytes,
+    load_initial_weights,
+    separate_packed_samples,
+)
+from lisa_dist.models.architecture import build_meta_model
+from lisa_dist.models.layer_map import find_layers
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.environment import ALLOCATOR_SETTINGS
 from lisa_dist.training.loop import accumulate_gradients, train_step
 from tests.method.optim.test_steps_on_device import leave_out
+from tests.support.families import tiny_config
 from tests.support.small_training import (
     PERIOD,
     STEPS,
@@ -183,3 +192,12 @@ def test_kernels_give_the_loss_and_gradient_of_eager_ones(kernels: str) -> None:
     expected, found = first_gradients("eager"), first_gradients(kernels)
     assert found[0] == pytest.approx(expected[0], rel=0.005)
     assert torch.nn.functional.cosine_similarity(found[1], expected[1], dim=0) > 0.999
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
+def test_packed_samples_are_attended_to_by_their_borders(family: str) -> None:
+    """The kernel gives a tiny copy's packed samples the numbers that they get alone by sdpa."""
+    model = build_meta_model(ModelConfig(), tiny_config(family))
+    config = Config(data=DataConfig(packing=True))
+    assert separate_packed_samples(config, model, find_layers(model)) == "borders"
+    assert model.config._attn_implementation == "varlen"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from typing import Any
 
@@ -17,6 +18,7 @@ from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.masking import find_separation, install_position_handling
 from lisa_dist.models.tiny_copy import NoTinyCopyError, tiny_copy
 from lisa_dist.objectives.chunked_head import install_loss_head
+from lisa_dist.runtime import distributed
 from tests.support.families import FAMILIES, tiny_config
 
 # Published sizes, or nearly: what is tried is the tiny copy that the check makes of them.
@@ -49,8 +51,55 @@ def _separation(model: Any) -> str:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_need_no_more_than_positions(family: str) -> None:
-    assert _separation(build_meta_model(ModelConfig(), tiny_config(family))) == "positions"
+def test_families_need_no_more_than_positions_or_borders(family: str) -> None:
+    model = build_meta_model(ModelConfig(), tiny_config(family))
+    assert _separation(model) == "positions"
+    if family in ("gemma2", "gpt_oss"):  # soft caps, sinks
+        with pytest.raises(UserError, match="has no masks, soft caps or sinks"):
+            find_separation(model, find_layers(model).blocks_path, "varlen")
+    else:
+        assert find_separation(model, find_layers(model).blocks_path, "varlen") == "borders"
+
+
+@pytest.mark.parametrize(
+    ("fields", "kernels", "chosen"),
+    [
+        ({}, "auto", ("varlen", "borders")),
+        ({"attention_dropout": 0.1}, "auto", ("sdpa", "positions")),
+        ({}, "compile", ("sdpa", "positions")),
+    ],
+)
+def test_auto_attends_to_packed_samples_without_a_mask(
+    fields: dict[str, Any], kernels: str, chosen: tuple[str, str]
+) -> None:
+    architecture = tiny_config("llama")
+    architecture.update(fields)
+    model = build_meta_model(ModelConfig(), architecture)
+    config = Config(data=DataConfig(packing=True), model=ModelConfig(kernels=kernels))
+    separation = separate_packed_samples(config, model, find_layers(model))
+    assert (model.config._attn_implementation, separation) == chosen
+
+
+@pytest.mark.parametrize(
+    ("fields", "halved", "installed", "preferred"),
+    [
+        ({}, True, True, ["varlen", "flash_attention_2", "flex_attention"]),
+        ({}, True, False, ["varlen", "flex_attention"]),
+        ({}, False, True, ["flex_attention"]),
+        ({"head_dim": 512}, True, False, ["flex_attention"]),
+        ({"attention_dropout": 0.1}, True, False, ["flex_attention"]),
+    ],
+)
+def test_kernels_of_a_gpu_are_preferred_in_order(
+    fields: dict[str, Any], halved: bool, installed: bool, preferred: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    architecture = tiny_config("llama")
+    architecture.update(fields)
+    model: Any = torch.nn.Module()
+    model.config = architecture
+    assert masking.kernels_without_mask(model, "auto", halved=halved, compiled=False) == preferred
 
 
 @pytest.mark.parametrize("model_type", WITHOUT_POSITIONS)
@@ -115,7 +164,14 @@ _OPT = {"ffn_dim": 64, "word_embed_proj_dim": 48, "dropout": 0.0}
 
 
 @pytest.mark.parametrize(
-    ("model_type", "fields", "kernel"), [("gpt_oss", _GPT_OSS, "eager"), ("opt", _OPT, "eager"), ("opt", _OPT, "sdpa")]
+    ("model_type", "fields", "kernel"),
+    [
+        ("gpt_oss", _GPT_OSS, "eager"),
+        ("opt", _OPT, "eager"),
+        ("opt", _OPT, "sdpa"),
+        ("opt", _OPT, "varlen"),
+        ("mistral", {"sliding_window": 4}, "varlen"),
+    ],
 )
 def test_packed_loss_and_gradients_are_those_of_the_samples_alone(
     model_type: str, fields: dict[str, Any], kernel: str
@@ -129,7 +185,7 @@ def test_packed_loss_and_gradients_are_those_of_the_samples_alone(
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
     install_loss_head(model, find_layers(model), chunk_tokens=16)
-    install_position_handling(model, "mask")
+    install_position_handling(model, "borders" if kernel == "varlen" else "mask")
     samples = [torch.randint(3, 64, (size,)) for size in (9, 6, 11, 5, 8)]
 
     def loss_of(row: list[torch.Tensor], padded: int) -> torch.Tensor:
@@ -139,7 +195,8 @@ def test_packed_loss_and_gradients_are_those_of_the_samples_alone(
         sizes = [len(sample) for sample in row]
         sizes[-1] += padded
         positions = torch.cat([torch.arange(size) for size in sizes])[None]
-        return model(input_ids=ids, labels=labels, position_ids=positions)
+        borders = torch.tensor([0, *sizes, 0]).cumsum(0).int()  # the last border twice, as in training
+        return model(input_ids=ids, labels=labels, position_ids=positions, cu_seqlens=borders)
 
     loss_of(samples, 7).backward()
     packed = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -172,7 +229,7 @@ def test_an_unpacked_model_counts_in_its_own_way(model_type: str, fields: dict[s
 
 def test_a_dense_mask_is_announced_with_its_size(caplog: pytest.LogCaptureFixture) -> None:
     model = _meta("opt", hidden_size=64, word_embed_proj_dim=64, num_attention_heads=4, ffn_dim=64)
-    config = Config(data=DataConfig(packing=True, sequence_length=1000))
+    config = Config(data=DataConfig(packing=True, sequence_length=1000), model=ModelConfig(attention="sdpa"))
     config.train.micro_batch_size = 2
     with caplog.at_level(logging.INFO):
         assert separate_packed_samples(config, model, find_layers(model)) == "mask"

@@ -174,5 +174,7 @@ class FsdpBaseline:
         total.item()
 
     def _loss(self, micro_batch: MicroBatch) -> torch.Tensor:
-        inputs: Any = {key: tensor.to(self.device, non_blocking=True) for key, tensor in micro_batch.items()}
+        inputs: Any = {
+            key: tensor.to(self.device, non_blocking=True) for key, tensor in micro_batch.items() if key != "cu_seqlens"
+        }
         return self.model(**inputs, use_cache=False).loss
