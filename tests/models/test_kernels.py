@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
 import shutil
 import sys
 import types
@@ -78,6 +79,8 @@ def test_kernels_that_can_not_run_are_refused_with_the_remedy(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_liger_gives_the_numbers_of_transformers(family: str, dtype: torch.dtype, liger: None) -> None:
     """Float32 within rounding; bfloat16 as near to float32 as transformers' own, its gradient no less straight."""
+    if dtype == torch.bfloat16 and "triton" in sys.modules and os.environ.get("TRITON_INTERPRET"):
+        pytest.skip("Triton's interpreter gives no numbers in bfloat16; tests/gpu compares there")
     torch.manual_seed(0)
     eager = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
     with torch.no_grad():
