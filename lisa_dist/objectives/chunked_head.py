@@ -26,7 +26,7 @@ from lisa_dist.models.layer_map import LayerMap
 
 logger = logging.getLogger(__name__)
 
-WEIGHT_SLICES = 8  # the head's gradient is summed in this many slices of the vocabulary: bounds a temporary
+WEIGHT_SLICES = 8  # of the vocabulary, in which products are added to the head's gradient where that takes a temporary
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,14 @@ class LogitTransform:
     def __call__(self, logits: Tensor) -> Tensor:
         logits = logits * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def with_slope(self, logits: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Return the transformed logits, which take the place of these, and the derivative."""
+        logits *= self.scale
+        if self.cap is None:
+            return logits, self.scale
+        tangent = logits.div_(self.cap).tanh_()
+        return tangent * self.cap, tangent.square_().neg_().add_(1.0).mul_(self.scale)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -65,21 +73,28 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
+        needed = needs_hidden or needs_weight or needs_bias
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            chunk_loss, gradient = _chunk(hidden[rows], weight, bias, targets[rows], transform)
-            loss += chunk_loss
+            keep = (targets[rows] != UNTRAINED)[:, None]  # applied to what is small: never to all logits
+            log_probs, slope = _log_probabilities(hidden[rows], weight, bias, transform)
+            index = targets[rows].clamp_min(0)[:, None]
+            own = log_probs.gather(1, index)
+            loss -= (own * keep).sum()
+            if not needed:
+                continue
+            gradient = _gradient(log_probs, own, index, slope, hidden.dtype)
             if hidden_gradient is not None:
                 torch.mm(gradient, weight, out=hidden_gradient[rows])
+                hidden_gradient[rows] *= keep
             if weight_gradient is not None:
-                for total, part in zip(weight_gradient.chunk(WEIGHT_SLICES), gradient.chunk(WEIGHT_SLICES, dim=1)):
-                    total += part.T @ hidden[rows]
+                add_product(weight_gradient, gradient, hidden[rows] * keep)
             if bias_gradient is not None:
-                bias_gradient += gradient.sum(0, dtype=torch.float32)
+                bias_gradient += (gradient * keep).sum(0, dtype=torch.float32)
         ctx.gradients = (
             hidden_gradient,
-            None if weight_gradient is None else weight_gradient.to(weight.dtype),
-            None if bias is None or bias_gradient is None else bias_gradient.to(bias.dtype),
+            None if weight_gradient is None else weight_gradient.to(gradient_dtype(weight)),
+            None if bias is None or bias_gradient is None else bias_gradient.to(gradient_dtype(bias)),
         )
         return loss
 
@@ -92,28 +107,69 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return *(None if gradient is None else gradient.mul_(incoming[0]) for gradient in gradients), *(None,) * 4
 
 
-def _chunk(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
-) -> tuple[Tensor, Tensor]:
-    """Return the loss of some rows and its gradient with respect to the head's product, [rows, V] in hidden's dtype."""
-    logits = F.linear(hidden, weight, bias).float()
-    if transform.scale != 1.0:
-        logits *= transform.scale
-    if transform.cap is not None:
-        logits = logits.div_(transform.cap).tanh_()  # kept as the hyperbolic tangent for its derivative
-    values = logits if transform.cap is None else logits * transform.cap
-    keep = targets != UNTRAINED
-    index = targets.clamp_min(0)[:, None]
-    log_sum = values.logsumexp(-1, keepdim=True)
-    loss = ((log_sum - values.gather(1, index))[:, 0] * keep).sum()
-    slope = None if transform.cap is None else logits.square_().neg_().add_(1.0)  # of cap * tanh(x / cap)
-    gradient = values.sub_(log_sum).exp_()
-    gradient.scatter_add_(1, index, torch.full_like(log_sum, -1.0)).mul_(keep[:, None])
-    if slope is not None:
-        gradient *= slope
-    if transform.scale != 1.0:
-        gradient *= transform.scale
-    return loss, gradient.to(hidden.dtype)
+def _log_probabilities(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform
+) -> tuple[Tensor, Tensor | float]:
+    """Return the float32 logarithms of the probabilities of some rows, [rows, V], and the transformation's slope."""
+    logits, slope = F.linear(hidden, weight, bias), 1.0
+    if transform == LogitTransform():
+        return torch.log_softmax(logits, -1, dtype=torch.float32), slope
+    values, slopes = transform.with_slope(logits.float())
+    return torch.log_softmax(values, -1), slopes
+
+
+def _gradient(log_probs: Tensor, own: Tensor, index: Tensor, slope: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """Return the gradient of the loss with respect to the head's product, [rows, V], in one pass where it can be.
+
+    Args:
+        log_probs: [rows, V], written over where that saves memory.
+        own: those of the targets, [rows, 1]; the gradient there, p - 1, must not come from a rounded p.
+        index: the targets, [rows, 1].
+        slope: of what is done to the product.
+        dtype: of the gradient.
+    """
+    plain = isinstance(slope, float) and slope == 1.0
+    rounds = plain and dtype != log_probs.dtype
+    into = torch.empty_like(log_probs, dtype=dtype) if rounds else log_probs
+    gradient = torch.exp(log_probs, out=into).scatter_(1, index, own.expm1().to(into.dtype))
+    return gradient if plain else gradient.mul_(slope).to(dtype)
+
+
+def gradient_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype that a weight takes its gradient in: a copy whose master is in float32 takes float32."""
+    return (weight.grad_dtype if weight.is_leaf else None) or weight.dtype
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left.T @ right`` to a float32 ``total``, which is not rounded on the way; without a temporary if possible.
+
+    Shapes: total [V, D], left [rows, V], right [rows, D].
+    """
+    if left.dtype == total.dtype:
+        total.addmm_(left.T, right)
+    elif sums_in_place(left.device, left.dtype):
+        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
+    else:
+        for rows, part in zip(total.chunk(WEIGHT_SLICES), left.chunk(WEIGHT_SLICES, dim=1)):
+            rows += part.T @ right
+
+
+@functools.cache
+def sums_in_place(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a product of two matrices in ``dtype`` can be added to one in float32 where that is: on GPUs only.
+
+    Tried once, on a few numbers: the host waits for its device then.
+    """
+    if device.type != "cuda":
+        return False
+    left, right = (torch.full((16, 16), value, dtype=dtype, device=device) for value in (0.5, 1.0))
+    total = torch.full((16, 16), 2.0**-10, device=device)  # which next to 8 is lost in the 8 bits of bfloat16
+    try:
+        torch.addmm(total, left.T, right, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError) as error:
+        logger.info("products in %s can't be added to float32 in place: %s", dtype, error)
+        return False
+    return bool((total == 8.0 + 2.0**-10).all())
 
 
 def shift_labels(labels: Tensor) -> Tensor:

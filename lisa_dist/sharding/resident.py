@@ -171,6 +171,8 @@ class ResidentStore(ParameterStore):
         self._put(name, used, trained)
         if used is not exact:
             self._masters[name] = nn.Parameter(exact, requires_grad=trained)
+            if trained:  # a gradient that is summed in the master's dtype, as the head's, is not rounded on its way
+                self.parameter(name).grad_dtype = exact.dtype
 
     def _cast_rows(self, module: nn.Module, args: Any, rows: Tensor) -> Tensor:
         return rows.to(dtype_of(self.precision.compute))
@@ -192,7 +194,7 @@ class ResidentStore(ParameterStore):
                 self._sums.add_up(gradient)
             return
         if master is not parameter:
-            master.grad = gradient.to(master.dtype) if master.grad is None else master.grad.add_(gradient)
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             parameter.grad = None
         if self._sums is None:
             if name in self._grad_hooks:

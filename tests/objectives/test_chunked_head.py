@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from lisa_dist.config import ModelConfig, UserError
@@ -183,26 +187,73 @@ def test_bfloat16_loss_and_weight_gradient_are_summed_in_float32() -> None:
     assert (hidden.grad.double() - hidden64.grad).norm() < 1e-2 * hidden64.grad.norm()
 
 
-def test_logits_never_exist_in_full() -> None:
-    """Every tensor made in forward and backward has at most chunk x vocabulary elements (or is a weight's gradient)."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
+ROWS, CHUNK, VOCABULARY, WIDTH = 64, 8, 1000, 64  # all logits are as many as the weight has elements
 
-    largest = 0
 
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            largest = max([largest] + [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)])
-            return out
+class Made(TorchDispatchMode):
+    """The operators that make or change a tensor, with the tensor's dtype and number of elements."""
 
-    hidden = torch.randn(256, 8, requires_grad=True)
-    weight = torch.randn(1000, 8, requires_grad=True)
-    targets = torch.randint(0, 1000, (256,))
-    with Sizes():
-        ChunkedCrossEntropy.apply(hidden, weight, None, targets, LogitTransform(), 16, True).backward()
-    assert largest == 16 * 1000
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, torch.dtype, int]] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        if not operator.is_view:
+            name = operator.overloadpacket.__name__
+            tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            self.seen += [(name, tensor.dtype, tensor.numel()) for tensor in tensors]
+        return result
+
+    def of(self, elements: int) -> Counter[tuple[str, torch.dtype]]:
+        return Counter((name, dtype) for name, dtype, count in self.seen if count == elements)
+
+
+def made_by_the_head(dtype: torch.dtype, trained: bool) -> tuple[Made, torch.Tensor]:
+    """What loss and gradients make, where the weight takes its gradient in float32, as one with a master does."""
+    torch.manual_seed(0)
+    hidden = torch.randn(ROWS, WIDTH, dtype=dtype, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(VOCABULARY, WIDTH, dtype=dtype), requires_grad=trained)
+    weight.grad_dtype = torch.float32
+    targets = torch.randint(0, VOCABULARY, (ROWS,))
+    with Made() as made:
+        ChunkedCrossEntropy.apply(hidden, weight, None, targets, LogitTransform(), CHUNK, True).backward()
+    return made, weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_never_exist_in_full_and_products_are_added_where_the_gradient_is(dtype: torch.dtype) -> None:
+    made, weight = made_by_the_head(dtype, trained=True)
+    assert weight.grad is not None and weight.grad.dtype == torch.float32
+    largest = VOCABULARY * WIDTH
+    assert max(count for _, _, count in made.seen) == largest, "ROWS x VOCABULARY would be as many"
+    expected = {("zeros_like", torch.float32): 1, ("mul_", torch.float32): 1}
+    if dtype == torch.float32:
+        expected["addmm_", dtype] = ROWS // CHUNK
+    assert made.of(largest) == expected, "no copy in another dtype, no product of the weight's size"
+    others = max(count for _, _, count in made.seen if count < largest)
+    assert others == CHUNK * VOCABULARY, "of a chunk's logits, or an eighth of the weight"
+
+
+def test_a_frozen_head_costs_no_product_for_its_weight() -> None:
+    made, weight = made_by_the_head(torch.bfloat16, trained=False)
+    assert weight.grad is None
+    assert not made.of(VOCABULARY * WIDTH)
+    products = sum(name in ("mm", "addmm_", "addmm") for name, _, _ in made.seen)
+    assert products == 2 * ROWS // CHUNK, "logits and the gradient of the hidden states"
+
+
+def test_logits_are_passed_over_few_times() -> None:
+    made, _ = made_by_the_head(torch.bfloat16, trained=False)
+    chunks = ROWS // CHUNK
+    assert made.of(CHUNK * VOCABULARY) == {
+        ("mm", torch.bfloat16): chunks,
+        ("_to_copy", torch.float32): chunks,
+        ("_log_softmax", torch.float32): chunks,
+        ("empty_like", torch.bfloat16): chunks,
+        ("exp", torch.bfloat16): chunks,
+        ("scatter_", torch.bfloat16): chunks,  # of one element a row
+    }
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe"])
