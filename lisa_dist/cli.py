@@ -99,6 +99,13 @@ def report(config: Config) -> int:
     return run(config)
 
 
+def runs(config: Config) -> int:
+    """Lists the runs below a folder: state, step, losses, speed and the last sign of life: runs FOLDER."""
+    from lisa_dist.commands.runs import run
+
+    return run(config)
+
+
 def launch(config: Config, overrides: list[str], config_dir: str | None) -> int:
     """Writes, shows and submits the Slurm job script of a configuration: launch slurm."""
     from lisa_dist.launching.slurm import run
@@ -128,6 +135,7 @@ class Command:
     keys: tuple[str, ...]
     in_ranks: bool = False  # runs in every rank
     reads_run: bool = False  # takes its configuration from the run in run.dir
+    only_reads: bool = False  # records of runs: logs nothing, and needs no torch
 
     @property
     def summary(self) -> str:
@@ -147,7 +155,8 @@ COMMANDS = {
     "export": Command(export, ("export", "run"), reads_run=True),
     "evaluate": Command(evaluate, ("evaluate", "run", "parallel"), in_ranks=True, reads_run=True),
     "generate": Command(generate, ("generate", "run", "parallel"), in_ranks=True, reads_run=True),
-    "report": Command(report, ("run", "sweep"), reads_run=True),
+    "report": Command(report, ("run", "report", "sweep"), reads_run=True, only_reads=True),
+    "runs": Command(runs, ("runs",), only_reads=True),
     "launch": Command(launch, ("launch", "run", "sweep")),
     "init": Command(init, tuple(TRAINING_KEYS.split())),
     "doctor": Command(doctor, ("parallel",)),
@@ -193,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true")
     parser.add_argument("--cfg", choices=["job"])
     parser.add_argument("--config-dir")
+    parser.add_argument("--watch", action="store_true")
     parser.add_argument("-m", "--multirun", action="store_true")
     return parser
 
@@ -221,9 +231,16 @@ def _run(arguments: argparse.Namespace) -> int:
         return init(load(keys, arguments.config_dir), files[0] if files else "lisa.yaml", COMMANDS[name].keys)
     if name in TRAINING:
         overrides = _with_config_file(overrides, arguments.config_dir)
+    if arguments.watch:
+        if name != "report":
+            raise UserError(f"--watch: the report of a run is watched, not {name}")
+        overrides = [*overrides, "report.watch=true"]
+    folder = overrides.pop(0) if name == "runs" and overrides and "=" not in overrides[0] else None
     if arguments.multirun:
         return _multirun(name, overrides, arguments.config_dir)
     config = _configuration(name, overrides, arguments.config_dir)
+    if folder is not None:
+        config.runs.dir = folder
     if arguments.cfg == "job":
         if environment_rank() == 0:
             print(to_yaml(config), end="")
@@ -268,6 +285,8 @@ def _configuration(name: str, overrides: list[str], config_dir: str | None) -> C
 def _dispatch(name: str, config: Config) -> int:
     """Run the command here, or start the ranks that run it where no launcher has."""
     command = COMMANDS[name]
+    if command.only_reads:
+        return command.function(config)
     if not has_ranks():
         from lisa_dist.launching.inputs import CHECKS  # needs pyarrow, which --help should not wait for
 
@@ -324,6 +343,7 @@ Commands:
   FILE.yaml         your own keys and values, for train, plan, bench and launch; lisa-dist init writes one
   --cfg job         prints the resolved configuration and does nothing else
   --config-dir DIR  a folder with your own groups: DIR/model/NAME.yaml, DIR/experiment/NAME.yaml, ...
+  --watch           keeps a report up to date while its run goes on
   -m, --multirun    train once for every combination of values: optimizer.lr=1e-5,5e-5
   --version         prints the version
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.launching.sweeps.comparison import PAGE_FILE, write_comparison
 from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.units import format_bytes, format_count, format_duration
-from lisa_dist.telemetry.records import MetricsRow, read_rows, read_summary
+from lisa_dist.telemetry.history import MetricsRow, read_rows, read_summary, state_of
 from lisa_dist.telemetry.reports.page import Card, folded_text, render_page, table
 from lisa_dist.telemetry.reports.plots import Period, Series, activity_heatmap, activity_shares, line_chart, smoothed
 
+SECONDS_BETWEEN_PAGES = 10
 SPEED_NOTE = "Padding is left out. Label tokens are those with loss."
 TIME_NOTE = "Switches of blocks, evaluations and checkpoints are not part of a step."
 
@@ -34,13 +36,33 @@ def run(config: Config) -> int:
         return EXIT_DONE
     if config.run.dir is None:
         raise UserError("run.dir=null: name the directory of a run, as in lisa-dist report run.dir=runs/NAME")
-    path = write_report(RunDirectory.of(config))
-    print(path)
+    run = RunDirectory.of(config)
+    path = write_report(run, live=config.report.watch)
+    print(path, flush=True)
+    if config.report.watch:
+        watch(run)
     return EXIT_DONE
 
 
-def write_report(run: RunDirectory) -> Path:
+def watch(run: RunDirectory) -> None:
+    """Write the page anew until the run has ended or the user interrupts; then once more, as one that stays."""
+    print("the page is kept up to date until the run ends, Ctrl-C stops that", flush=True)
+    try:
+        while state_of(run).name in ("starting", "running"):
+            write_report(run, live=True)
+            time.sleep(SECONDS_BETWEEN_PAGES)
+    except KeyboardInterrupt:
+        print("no longer kept up to date")
+    finally:
+        write_report(run)
+
+
+def write_report(run: RunDirectory, *, live: bool = False) -> Path:
     """Write the page of a run into its directory and return its path.
+
+    Args:
+        run: what is shown.
+        live: the page loads itself anew while it is open.
 
     Raises:
         UserError: the directory does not exist, holds no record, or a file of the record is damaged.
@@ -57,11 +79,13 @@ def write_report(run: RunDirectory) -> Path:
             f"run.dir={run.path}: must hold the record of a run, and there is neither a step in {run.metrics.name} "
             f"nor a {run.summary.name}"
         )
-    write_atomically(run.report, _page(run, metrics, layers, summary))
+    write_atomically(run.report, _page(run, metrics, layers, summary, live))
     return run.report
 
 
-def _page(run: RunDirectory, metrics: list[MetricsRow], layers: list[MetricsRow], summary: MetricsRow | None) -> str:
+def _page(
+    run: RunDirectory, metrics: list[MetricsRow], layers: list[MetricsRow], summary: MetricsRow | None, live: bool
+) -> str:
     settings = _read_settings(run)
     steps = [row for row in metrics if "eval_loss" not in row]
     evals = [row for row in metrics if "eval_loss" in row]
@@ -78,6 +102,7 @@ def _page(run: RunDirectory, metrics: list[MetricsRow], layers: list[MetricsRow]
         banner=_banner(summary),
         numbers=_headlines(steps, evals, summary or {}),
         cards=cards,
+        refresh=SECONDS_BETWEEN_PAGES if live else None,
     )
 
 

@@ -14,6 +14,8 @@ from lisa_dist.config.commands import (
     GenerateConfig,
     LaunchConfig,
     PlanConfig,
+    ReportConfig,
+    RunsConfig,
     SweepConfig,
 )
 from lisa_dist.config.data import DataConfig
@@ -54,5 +56,7 @@ class Config:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    runs: RunsConfig = field(default_factory=RunsConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

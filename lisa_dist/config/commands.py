@@ -1,4 +1,4 @@
-"""Keys of the commands beyond training: export, evaluate, generate, plan, bench, sweep and launch."""
+"""Keys of the commands beyond training: export, evaluate, generate, plan, bench, report, runs, sweep and launch."""
 
 from __future__ import annotations
 
@@ -73,6 +73,20 @@ class BenchConfig:
     def __post_init__(self) -> None:
         check_choices("bench", self, format=["table", "json"])
         check_minimums("bench", self, steps=1, warmup_steps=1, rounds=1)
+
+
+@dataclass
+class ReportConfig:
+    watch: bool = False  # write the page again and again while the run goes on (--watch)
+
+
+@dataclass
+class RunsConfig:
+    dir: str = "runs"  # the folder below which run directories are looked for (lisa-dist runs FOLDER)
+    format: str = "table"  # table, json
+
+    def __post_init__(self) -> None:
+        check_choices("runs", self, format=["table", "json"])
 
 
 @dataclass

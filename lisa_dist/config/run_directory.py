@@ -41,6 +41,10 @@ class RunDirectory:
         """Return the log file of a rank."""
         return self.logs / f"rank_{rank}.log"
 
+    def heartbeat(self, rank: int) -> Path:
+        """Return the file of a rank's sign of life, with the step and the part of it that the rank works on."""
+        return self.logs / f"heartbeat_{rank}.json"
+
     def holds_run(self) -> bool:
         """Whether a step was recorded or saved here; a start that failed before its first step may be repeated."""
         recorded = self.metrics.is_file() and self.metrics.stat().st_size > 0

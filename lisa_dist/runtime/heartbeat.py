@@ -28,7 +28,7 @@ from lisa_dist.runtime import distributed
 logger = logging.getLogger(__name__)
 
 KEYS = ("step", "order", "part", "host", "noted", "alive")  # of a record
-RECORD_BYTES = 256  # a record is written over the last one, padded, in one system call
+RECORD_BYTES = 320  # a record is written over the last one, padded, in one system call
 WATCH_SHARE = 0.8  # of the time-out, after which a standstill is explained in the log: reading all notes takes time
 TICK_SHARE = 0.05  # of the time-out: how often a rank writes its note
 LONGEST_TICK = 2.0  # seconds: so old may the note be of a rank that lives
@@ -53,18 +53,20 @@ class LostRankError(RuntimeError):
 class Heartbeat:
     """This rank's note of its step and of the part of it that it works on, and the reading of everybody's."""
 
-    def __init__(self, run: RunDirectory, timeout: float) -> None:
+    def __init__(self, run: RunDirectory, timeout: float, max_steps: int | None = None) -> None:
         """Args:
         run: notes are kept in its ``logs/heartbeat_N.json``.
         timeout: seconds that a collective may take.
+        max_steps: of the whole run, for whoever reads the notes to see how far it is; None: not known.
         """
-        self.folder = run.logs
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.max_steps = max_steps
+        self.run = run
+        run.logs.mkdir(parents=True, exist_ok=True)
         self.timeout = timeout
         self.tick = min(TICK_SHARE * timeout, LONGEST_TICK)  # seconds
         self.note = Note(0, "start", 0, time.time(), time.monotonic())
         self.watched = True
-        self._file = os.open(self.folder / f"heartbeat_{distributed.rank()}.json", os.O_WRONLY | os.O_CREAT, 0o666)
+        self._file = os.open(run.heartbeat(distributed.rank()), os.O_WRONLY | os.O_CREAT, 0o666)
         self._writing = threading.Lock()
         self._stop = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
@@ -94,7 +96,7 @@ class Heartbeat:
     def _write(self) -> None:
         with self._writing:  # the last of two writers has seen what the other has
             about = {**asdict(self.note), "host": socket.gethostname(), "alive": time.time()}
-            record = {key: about[key] for key in KEYS}
+            record = {**{key: about[key] for key in KEYS}, "max_steps": self.max_steps}
             os.pwrite(self._file, json.dumps(record).encode().ljust(RECORD_BYTES - 1) + b"\n", 0)
 
     def place(self) -> str:
@@ -145,7 +147,7 @@ class Heartbeat:
 
     def _read(self, rank: int) -> dict[str, Any] | None:
         try:
-            note = json.loads((self.folder / f"heartbeat_{rank}.json").read_text())
+            note = json.loads(self.run.heartbeat(rank).read_text())
             return note if set(KEYS) <= note.keys() else None
         except (OSError, ValueError, AttributeError):
             return None

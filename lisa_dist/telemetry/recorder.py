@@ -10,9 +10,10 @@ from typing import Any
 from lisa_dist.config import Config
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.distributed import is_main
+from lisa_dist.telemetry.history import MetricsRow, read_rows, read_summary
 from lisa_dist.telemetry.memory import allocator_retries, peak_memory_gib, reset_peak_memory
 from lisa_dist.telemetry.progress import ProgressDisplay
-from lisa_dist.telemetry.records import MetricsRow, RowWriter, read_rows, read_summary, write_summary
+from lisa_dist.telemetry.records import RowWriter, write_summary
 from lisa_dist.telemetry.sinks import build_sink
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,7 @@
-"""The run's own record: metrics.jsonl, layers.jsonl, summary.json. Written on rank 0 only."""
+"""The run's own record, written: metrics.jsonl, layers.jsonl, summary.json. On rank 0 only."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -11,8 +10,7 @@ from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.distributed import is_main
 from lisa_dist.runtime.files import to_json, write_atomically
 from lisa_dist.runtime.redaction import hide_secrets
-
-MetricsRow = dict[str, Any]
+from lisa_dist.telemetry.history import MetricsRow, read_rows, read_summary
 
 
 class RowWriter:
@@ -89,32 +87,3 @@ def record_failure(run: RunDirectory, message: str) -> None:
 def summary_is_new(run: RunDirectory, started: float) -> bool:
     """Whether summary.json was written since ``started``, in seconds since the epoch."""
     return run.summary.exists() and run.summary.stat().st_mtime >= started
-
-
-def read_rows(path: str | Path) -> list[MetricsRow]:
-    """Return the rows of a JSON-lines file, [] where there is none; a torn last line is left out.
-
-    Raises:
-        ValueError: a line before the last is not a JSON object.
-    """
-    path = Path(path)
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: {error}") from error
-        rows.append(row)
-    return rows
-
-
-def read_summary(run: RunDirectory) -> MetricsRow | None:
-    """Return summary.json as a dict, or None where there is none."""
-    return json.loads(run.summary.read_text(encoding="utf-8")) if run.summary.exists() else None

@@ -158,7 +158,7 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
         resumed_from=progress.resumed_from,
     )
     recorder.summary |= rows_of(data)
-    heartbeat = Heartbeat(RunDirectory.of(config), config.parallel.timeout)
+    heartbeat = Heartbeat(RunDirectory.of(config), config.parallel.timeout, max_steps)
     return Run(
         config, train_module, tokenizer, batches, validation, max_steps, progress, recorder, checkpoints, heartbeat
     )

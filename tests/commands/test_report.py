@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from lisa_dist.commands import report
-from lisa_dist.config import Config, RunConfig, UserError
+from lisa_dist.config import Config, ReportConfig, RunConfig, UserError
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.telemetry.records import RowWriter, write_summary
 
@@ -170,3 +170,23 @@ def test_the_page_says_what_became_of_the_rows(tmp_path):
     first = ["read", "40", "used", "17", "cut", "3", "left out: bad: &lt;not&gt; valid JSON", "23"]
     assert cells == [*first, "read", "9", *first[2:]]
     assert page.index("Rows of the data") < page.index("Rows of the validation data")
+
+
+def test_a_watched_page_loads_itself_anew_until_the_run_has_ended(tmp_path, monkeypatch):
+    run = RunDirectory(make_run(tmp_path / "run", steps=2))
+    run.logs.mkdir()
+    run.heartbeat(0).write_text("{}")
+    pages = []
+
+    def a_while_later(seconds):
+        pages.append(run.report.read_text())
+        if len(pages) == 2:
+            write_summary(run, exit_reason="finished", resumed_from=[])
+        else:
+            with run.metrics.open("a") as file:
+                file.write('{"step": 3, "loss": 1.5}\n')
+
+    monkeypatch.setattr(report.time, "sleep", a_while_later)
+    assert report.run(Config(run=RunConfig(dir=str(run.path)), report=ReportConfig(watch=True))) == 0
+    assert [figures_of(page)["steps"] for page in pages] == ["2", "3"], "written anew"
+    assert ['http-equiv="refresh"' in page for page in [*pages, run.report.read_text()]] == [True, True, False]

@@ -15,7 +15,7 @@ from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, UserError
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.units import format_count
-from lisa_dist.telemetry.records import MetricsRow, read_rows, read_summary
+from lisa_dist.telemetry.history import MetricsRow, read_rows, read_summary
 from lisa_dist.telemetry.reports.page import Card, render_page, table
 from lisa_dist.telemetry.reports.plots import Series, line_chart, smoothed
 

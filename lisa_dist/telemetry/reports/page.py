@@ -66,13 +66,25 @@ class Card:
     wide: bool = False  # takes a row of its own
 
 
-def render_page(title: str, *, subtitle: str = "", banner: str = "", numbers: dict[str, str], cards: list[Card]) -> str:
-    """Return the page. ``numbers`` are those at its top: name to text; everything but card bodies is plain text."""
+def render_page(
+    title: str,
+    *,
+    subtitle: str = "",
+    banner: str = "",
+    numbers: dict[str, str],
+    cards: list[Card],
+    refresh: int | None = None,
+) -> str:
+    """Return the page. ``numbers`` are those at its top: name to text; everything but card bodies is plain text.
+
+    With ``refresh`` the browser reads the file again every so many seconds.
+    """
     boxes = "".join(f"<div><b>{escape(text)}</b><span>{escape(name)}</span></div>" for name, text in numbers.items())
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>"
+        + (f'<meta http-equiv="refresh" content="{refresh}">' if refresh else "")
+        + f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>"
         f"<h1>{escape(title)}</h1>"
         + (f'<p class="subtitle">{escape(subtitle)}</p>' if subtitle else "")
         + (f'<p class="banner">{escape(banner)}</p>' if banner else "")

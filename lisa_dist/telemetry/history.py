@@ -1,0 +1,111 @@
+"""A run's own record read back, and what state the run is in by it. Needs no torch, so nobody waits for its import."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lisa_dist.config.run_directory import RunDirectory
+
+MetricsRow = dict[str, Any]
+
+LOST_AFTER = 60.0  # seconds without a sign of life, which is written every two, until a run counts as gone
+SETTLED = 5.0  # seconds in which the last sign of life may come after the summary of the same start
+START_MAY_TAKE = 1800.0  # seconds from config.yaml to the first sign of life: weights and data are read first
+
+
+def read_rows(path: str | Path) -> list[MetricsRow]:
+    """Return the rows of a JSON-lines file, [] where there is none; a torn last line is left out.
+
+    Raises:
+        ValueError: a line before the last is not a JSON object.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        rows.append(row)
+    return rows
+
+
+def last_row(path: Path, key: str) -> MetricsRow:
+    """Return the last whole row of a JSON-lines file that has ``key``, {} where none has; the rest is not parsed.
+
+    Raises:
+        ValueError: that row is not JSON.
+    """
+    if not path.is_file() or path.stat().st_size == 0:
+        return {}
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        end = content.rfind(b"\n") + 1  # what follows is being written
+        found = content.rfind(f'"{key}":'.encode(), 0, end)
+        if found < 0:
+            return {}
+        return json.loads(content[content.rfind(b"\n", 0, found) + 1 : content.find(b"\n", found)])
+
+
+def read_summary(run: RunDirectory) -> MetricsRow | None:
+    """Return summary.json as a dict, or None where there is none."""
+    return json.loads(run.summary.read_text(encoding="utf-8")) if run.summary.exists() else None
+
+
+def planned_steps(run: RunDirectory) -> int | None:
+    """Return the optimizer steps of the whole run, as rank 0 last noted them; None where it has not."""
+    try:
+        return json.loads(run.heartbeat(0).read_text()).get("max_steps")
+    except (OSError, ValueError):  # not there, or just being written
+        return None
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Whether a run goes on, and how it ended where it does not."""
+
+    name: str  # starting, running, finished, stopped or failed
+    reason: str  # why it failed, in a sentence; else empty
+    seen: float  # the last sign of it, in seconds since the epoch
+    summary: MetricsRow | None  # of the last start, where it has ended and left one
+
+
+def state_of(run: RunDirectory) -> RunState:
+    """Return the state of a run: by its summary, or by its sign of life where that is newer.
+
+    Raises:
+        ValueError: summary.json is not JSON.
+    """
+    ended, alive, recorded, configured = map(_changed, (run.summary, run.heartbeat(0), run.metrics, run.config))
+    seen = max(ended, alive, recorded, configured)
+    summary = read_summary(run)
+    # A run that goes on leaves the summary of its earlier start as it is until it ends.
+    if summary is not None and alive <= ended + SETTLED:
+        reason = str(summary.get("exit_reason", "unknown"))
+        if reason in ("finished", "signal"):
+            return RunState("finished" if reason == "finished" else "stopped", "", seen, summary)
+        return RunState("failed", reason.removeprefix("failed: "), seen, summary)
+    if time.time() - alive < LOST_AFTER:
+        return RunState("running", "", seen, None)
+    if not alive and not recorded and time.time() - configured < START_MAY_TAKE:
+        return RunState("starting", "", seen, None)
+    return RunState("failed", "it ended without being able to say why", seen, None)
+
+
+def _changed(path: Path) -> float:
+    """Return when a file was last written, in seconds since the epoch; 0 where there is none."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
