@@ -15,8 +15,10 @@ from lisa_dist.config.checks import options_without_effect
 from lisa_dist.config.errors import check_choice
 from lisa_dist.config.gpu import read_gpu
 from lisa_dist.config.loading import group_choices
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.planning.changes import Plan, changes_that_fit, make_plan, search
 from lisa_dist.planning.simulation import cluster_dims, micro_batches_per_step
+from lisa_dist.runtime.files import to_json, write_atomically
 from lisa_dist.runtime.units import format_bytes, format_count, format_duration
 from lisa_dist.sharding.checkpointing_policy import RESERVED_BYTES
 
@@ -35,6 +37,8 @@ def run(config: Config) -> int:
     changes = [] if plan.fits else changes_that_fit(plan)
     compared = {method: make_plan(config, gpu, [f"method={method}"]) for method in config.plan.compare}
     found = search(config, gpu) if config.plan.search else []
+    if config.run.dir is not None and (run := RunDirectory.of(config)).config.is_file():
+        write_atomically(run.plan, to_json(_numbers(plan)) + "\n")  # for the run's report
     if config.plan.format == "json":
         print(json.dumps(_to_json(plan, changes, compared, found), indent=2))
     else:

@@ -20,6 +20,8 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"  # a row a step, and one an evaluation
         self.layers = path / "layers.jsonl"  # a row a period
         self.summary = path / "summary.json"  # how the run ended, its last and best losses, its speed and memory
+        self.events = path / "events.jsonl"  # a row a resume, a fault, a roll-back, and answers to sample prompts
+        self.plan = path / "plan.json"  # what ``lisa-dist plan run.dir=DIR`` predicts of the run
         self.report = path / "report.html"  # the page with the plots
         self.evaluation = path / "evaluation.json"  # the results of ``lisa-dist evaluate``
         self.checkpoints = path / "checkpoints"  # a folder a checkpoint

@@ -17,6 +17,7 @@ from lisa_dist.data.batches import MicroBatch
 from lisa_dist.method import probes
 from lisa_dist.method.optim import optimizer_spec
 from lisa_dist.method.optim.active_optimizer import ActiveOptimizer
+from lisa_dist.method.optim.clipping import mean_norms
 from lisa_dist.method.optim.parameter_groups import ParameterGroups, norms_and_biases
 from lisa_dist.method.sampling import build_sampler
 from lisa_dist.method.switch import (
@@ -259,8 +260,11 @@ def probe(train_module: TrainModule, request: ProbeRequest, coming: ComingBatche
 
 def observed_blocks(train_module: TrainModule) -> dict[int, list[str]]:
     """Return the names of what trains in each active block, where the sampler learns from the steps; else nothing."""
-    if not train_module.sampler.sampler.observes_steps:
-        return {}
+    return trained_by_block(train_module) if train_module.sampler.sampler.observes_steps else {}
+
+
+def trained_by_block(train_module: TrainModule) -> dict[int, list[str]]:
+    """Return the names of what trains in each active block."""
     named: dict[int, list[str]] = {block: [] for block in train_module.active.blocks}
     for name in train_module.optimizer.parameters:
         part = train_module.store.layers.group_of(name)
@@ -277,6 +281,16 @@ def observe_step(train_module: TrainModule, squared_norms: Mapping[int, float]) 
     }
     if sizes:
         train_module.sampler.observe_step({block: squared_norms[block] / max(size, 1) for block, size in sizes.items()})
+
+
+def weight_norms(train_module: TrainModule) -> dict[int, float]:
+    """Return the norm of what trains in each active block, by its fp32 masters. Collective: every rank."""
+    parameters = train_module.optimizer.parameters
+    blocks: dict[int, list[torch.Tensor]] = {
+        block: [parameters[name] for name in names] for block, names in trained_by_block(train_module).items()
+    }
+    weights = [weight for of_block in blocks.values() for weight in of_block]
+    return dict(zip(blocks, mean_norms(weights, 1, list(blocks.values()))[1:].tolist())) if weights else {}
 
 
 def count_persistent_bytes(train_module: TrainModule) -> dict[str, int]:

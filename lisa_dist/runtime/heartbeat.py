@@ -28,6 +28,8 @@ from lisa_dist.runtime import distributed
 logger = logging.getLogger(__name__)
 
 KEYS = ("step", "order", "part", "host", "noted", "alive")  # of a record
+# Of the parts that are noted, those that the seconds of a step consist of; data have seconds of their own.
+STEP_PARTS = ("forward", "backward", "reduction of the loss", "optimizer", "the wait for the device")
 RECORD_BYTES = 320  # a record is written over the last one, padded, in one system call
 WATCH_SHARE = 0.8  # of the time-out, after which a standstill is explained in the log: reading all notes takes time
 TICK_SHARE = 0.05  # of the time-out: how often a rank writes its note
@@ -64,6 +66,7 @@ class Heartbeat:
         run.logs.mkdir(parents=True, exist_ok=True)
         self.timeout = timeout
         self.tick = min(TICK_SHARE * timeout, LONGEST_TICK)  # seconds
+        self.seconds: dict[str, float] = {}  # that the host spent in each part of steps, since they were last taken
         self.note = Note(0, "start", 0, time.time(), time.monotonic())
         self.watched = True
         self._file = os.open(run.heartbeat(distributed.rank()), os.O_WRONLY | os.O_CREAT, 0o666)
@@ -90,7 +93,14 @@ class Heartbeat:
         self._begin(outer, self.note.step)
         self.watched = watched
 
+    def take_seconds(self) -> dict[str, float]:
+        """Return the seconds that the host spent in each part of the steps since the last call, and forget them."""
+        taken, self.seconds = self.seconds, {}
+        return {part: taken[part] for part in STEP_PARTS if part in taken}
+
     def _begin(self, part: str, step: int) -> None:
+        ended = self.note
+        self.seconds[ended.part] = self.seconds.get(ended.part, 0.0) + time.monotonic() - ended.beat
         self.note = Note(step, part, self.note.order + 1, time.time(), time.monotonic())
 
     def _write(self) -> None:

@@ -58,6 +58,35 @@ def last_row(path: Path, key: str) -> MetricsRow:
         return json.loads(content[content.rfind(b"\n", 0, found) + 1 : content.find(b"\n", found)])
 
 
+@dataclass(frozen=True)
+class Course:
+    """How a loss went: its first, last and best value."""
+
+    first: float
+    last: float
+    best: float
+    best_step: int
+
+    @property
+    def change(self) -> str:
+        """From the first to the last value, as a difference and in per cent."""
+        share = f" ({self.last / self.first - 1:+.0%})" if self.first else ""
+        return f"{self.last - self.first:+.4f}{share}"
+
+    def __str__(self) -> str:
+        if self.first == self.last == self.best:
+            return f"{self.last:.4f}"
+        return f"{self.last:.4f}, {self.change} from {self.first:.4f}; best {self.best:.4f} at step {self.best_step}"
+
+
+def course_of(rows: list[MetricsRow], key: str) -> Course | None:
+    """Return how the loss ``key`` went over the rows of metrics.jsonl, None where none has it."""
+    known = [(row[key], row["step"]) for row in rows if row.get(key) is not None]
+    if not known:
+        return None
+    return Course(known[0][0], known[-1][0], *min(known))
+
+
 def read_summary(run: RunDirectory) -> MetricsRow | None:
     """Return summary.json as a dict, or None where there is none."""
     return json.loads(run.summary.read_text(encoding="utf-8")) if run.summary.exists() else None

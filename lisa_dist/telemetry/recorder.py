@@ -19,7 +19,12 @@ from lisa_dist.telemetry.sinks import build_sink
 logger = logging.getLogger(__name__)
 
 SPEEDS = ("tokens_per_second", "label_tokens_per_second")
-OF_THE_FIRST_STEP = ("trained_parameters", "persistent_bytes")  # kept by a resume that has nothing to do
+OF_THE_FIRST_STEP = (
+    "trained_parameters",
+    "persistent_bytes",
+    "law_bytes",
+    "law",
+)  # kept by a resume that has nothing to do
 
 
 class Recorder:
@@ -62,6 +67,8 @@ class Recorder:
             known = read_summary(self.run) or {}
             self.summary |= {key: known[key] for key in OF_THE_FIRST_STEP if key in known}
         self.cut_after(first_step or -1)  # at a fresh start the evaluation of step 0 is repeated too
+        if first_step:
+            self.record_event(first_step, "resume", f"went on from step {first_step}")
         self.sink = build_sink(config, self.run, first_step)
         self.display = ProgressDisplay(max_steps, first_step)
 
@@ -74,18 +81,26 @@ class Recorder:
             self.summary |= summary_of(rows)
             self.speeds = {key: [row[key] for row in rows if row.get(key) is not None] for key in SPEEDS}
 
+    def record_event(self, step: int, event: str, text: str, **more: Any) -> None:
+        """Something happened after ``step`` steps: a resume, a fault, a roll-back, or answers to sample prompts."""
+        self.writer.append(self.run.events, {"step": step, "event": event, "text": text, **more})
+
     def record_period(
         self,
         period: int,
         step: int,
         active_layers: list[int],
+        norms: dict[int, float],
         scores: list[float] | None,
         active_modules: list[str] | None = None,
     ) -> None:
-        """A period began: ``step`` is the first that trains these blocks, and modules, where such are drawn."""
+        """A period began: ``step`` is the first that trains these blocks, and modules, where such are drawn.
+
+        ``norms`` are those of the weights of the blocks that trained until then, or train from then on.
+        """
         row: dict[str, Any] = {"period": period, "step": step, "active_layers": active_layers}
         row |= {} if active_modules is None else {"active_modules": active_modules}
-        row["num_blocks"] = self.num_blocks
+        row |= {"num_blocks": self.num_blocks, "weight_norms": norms}
         self.writer.append(self.run.layers, row if scores is None else {**row, "scores": scores})
 
     def begin_step(self) -> None:
@@ -105,16 +120,21 @@ class Recorder:
         for name, amount in {"steps": 1, **amounts}.items():
             if amount is not None:
                 self.counted[name] = self.counted.get(name, 0) + amount
-        self.counted["peak_memory_gib"] = max(self.counted.get("peak_memory_gib", 0.0), peak_memory_gib())
+        peak = peak_memory_gib()
+        self.counted["peak_memory_gib"] = max(self.counted.get("peak_memory_gib", 0.0), peak)
+        self.peak_memory_gib = max(self.peak_memory_gib, peak)  # Linux' own count may fall by a few pages
         for name in ("tokens", "label_tokens"):
             self.summary[f"{name}_seen"] = self.summary.get(f"{name}_seen", 0) + amounts[name]
 
-    def record_step(self, *, peak_flops: float | None = None, **last: Any) -> None:
+    def record_step(
+        self, *, peak_flops: float | None = None, part_seconds: dict[str, float] | None = None, **last: Any
+    ) -> None:
         """Write the row of the last step that was counted; the others since the row before have none.
 
         Seconds are those of a step in the mean over all these steps.
 
         Args:
+            part_seconds: what the host spent in each part of these steps.
             peak_flops: what all ranks together could do in a second; None: not known.
             last: ``step``, ``epoch``, ``period``, ``active_layers``, ``loss``, ``lr`` and ``grad_norm`` of the step.
         """
@@ -130,6 +150,8 @@ class Recorder:
             "data_seconds": counted["data_seconds"] / steps,
             "peak_memory_gib": counted["peak_memory_gib"],
         }
+        if part_seconds is not None:
+            row["part_seconds"] = {part: total / steps for part, total in part_seconds.items()}
         if "switch_seconds" in counted:
             row["switch_seconds"] = counted["switch_seconds"]
         row |= self._new_retries()

@@ -14,7 +14,7 @@ from lisa_dist.telemetry.history import MetricsRow, read_rows, read_summary
 
 
 class RowWriter:
-    """Appends rows to metrics.jsonl and layers.jsonl; a row is on disk when the call returns.
+    """Appends rows to metrics.jsonl, layers.jsonl and events.jsonl; a row is on disk when the call returns.
 
     On ranks other than 0 nothing is opened or written.
     """
@@ -27,7 +27,7 @@ class RowWriter:
             self._open()
 
     def append(self, path: Path, row: MetricsRow) -> None:
-        """Append a row to ``run.metrics`` or ``run.layers``."""
+        """Append a row to ``run.metrics``, ``run.layers`` or ``run.events``."""
         if path in self._files:
             self._files[path].write(to_json(row) + "\n")
             self._files[path].flush()
@@ -35,7 +35,7 @@ class RowWriter:
     def cut_after(self, step: int) -> None:
         """Drop what was recorded past the checkpoint of ``step``, before a run goes on from it.
 
-        Rows of metrics.jsonl with a later step go, and so do the periods of layers.jsonl that began later;
+        Rows of metrics.jsonl and events.jsonl with a later step go, and so do the periods that began later;
         so does a last line that was torn by a kill. Each file is replaced at once or not at all.
 
         Raises:
@@ -43,8 +43,9 @@ class RowWriter:
         """
         if not self._files:
             return
-        self.close()
-        for path in (self.run.metrics, self.run.layers):
+        for file in self._files.values():
+            file.close()
+        for path in self._files:
             try:
                 kept = [row for row in read_rows(path) if row["step"] <= step]
             except (ValueError, KeyError, TypeError) as error:
@@ -53,13 +54,14 @@ class RowWriter:
         self._open()
 
     def close(self) -> None:
-        """Close both files."""
+        """Close the files."""
         for file in self._files.values():
             file.close()
         self._files = {}
 
     def _open(self) -> None:
-        self._files = {path: path.open("a", encoding="utf-8") for path in (self.run.metrics, self.run.layers)}
+        paths = (self.run.metrics, self.run.layers, self.run.events)
+        self._files = {path: path.open("a", encoding="utf-8") for path in paths}
 
 
 def write_summary(run: RunDirectory, *, exit_reason: str, resumed_from: list[int], **known: Any) -> None:

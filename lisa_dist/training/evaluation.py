@@ -35,14 +35,17 @@ def show_answers(run: Run, title: str) -> None:
         return
     source = run.validation or run.batches
     table = Table(title=title, title_justify="left", title_style="bold", show_lines=True)
-    for column in ("prompt", "answer", "expected"):
+    columns, rows = ("prompt", "answer", "expected"), []
+    for column in columns:
         table.add_column(column, overflow="fold")
     for question in sample_questions(source.sequences, count):
         stop_ids = {int(run.tokenizer.eos_token_id), question.answer_ids[-1]}
         limit = min(LONGEST_ANSWER, 2 * len(question.answer_ids) + 8)
         found = answer(run.train_module.store.module, question.prompt_ids, stop_ids, limit)
         texts = (question.prompt_ids, found, question.answer_ids)
-        table.add_row(*(Text(str(run.tokenizer.decode(ids, skip_special_tokens=True)).strip()) for ids in texts))
+        rows.append([str(run.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in texts])
+        table.add_row(*map(Text, rows[-1]))
+    run.recorder.record_event(run.progress.step, "answers", title, answers=[dict(zip(columns, row)) for row in rows])
     if distributed.is_main():
         Console(highlight=False).print(table)
 

@@ -24,6 +24,7 @@ from lisa_dist.method.module import (
     count_trained_parameters,
     observe_step,
     observed_blocks,
+    weight_norms,
 )
 from lisa_dist.method.optim.clipping import clipping_divisor, mean_norms, norms_of_squares
 from lisa_dist.method.optim.schedule import learning_rates
@@ -35,7 +36,15 @@ from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.telemetry.logs import setup_logging
 from lisa_dist.telemetry.out_of_memory import PREPARATION, explaining_out_of_memory
 from lisa_dist.training.evaluation import evaluate, show_answers
-from lisa_dist.training.record import MadeStep, StepResult, announce_trained, count_step, write_row
+from lisa_dist.training.record import (
+    MadeStep,
+    StepResult,
+    announce_trained,
+    count_step,
+    last_lines,
+    law_bytes,
+    write_row,
+)
 from lisa_dist.training.recovery import is_spike, remember_loss, roll_back, skip_nonfinite_step
 from lisa_dist.training.setup import Run, forget_start, open_run_directory, prepare_run
 
@@ -74,7 +83,10 @@ def train(config: Config) -> int:
             failure = run.heartbeat.explained(error)
             recorder.write_summary(f"failed: {type(failure).__name__}: {failure}")
             raise failure from (error if failure is not error else error.__cause__)
+        recorder.summary["weight_norms"] = weight_norms(run.train_module)
         recorder.write_summary("signal" if stopped else "finished")
+    if distributed.is_main():
+        print("\n".join(last_lines(run.recorder.run, stopped)), flush=True)
     if stopped:
         distributed.barrier()
         ignore_stop_signals()
@@ -306,11 +318,13 @@ def switch(run: Run, step: int) -> float:
     """Begin the period that starts with ``step``, and return the seconds it took. Collective: every rank."""
     started = now()
     train_module, period = run.train_module, step // run.train_module.period_length
+    norms = weight_norms(train_module)  # of the blocks that leave, before they are rounded
     begin_period(train_module, period, run.coming_micro_batches)
+    norms |= weight_norms(train_module)
     run.checkpoints.note_trained()
     active, scores = train_module.active, train_module.sampler.scores()
     modules = active.modules if run.config.sampler.draws_non_block_modules else None
-    run.recorder.record_period(period, step + 1, active.blocks, scores, modules)
+    run.recorder.record_period(period, step + 1, active.blocks, norms, scores, modules)
     return now() - started
 
 
@@ -319,7 +333,8 @@ def log_first_period(run: Run) -> None:
     counted = dry_run_batch(run.train_module, run.batches.longest_micro_batch())
     announce_trained(run.train_module, counted)
     trained = count_trained_parameters(run.train_module)
-    run.recorder.summary |= {"persistent_bytes": counted, "trained_parameters": trained}
+    known = {"persistent_bytes": counted, "trained_parameters": trained}
+    run.recorder.summary |= known | law_bytes(run.train_module, sum(trained.values()))
 
 
 def save_checkpoint(run: Run) -> None:

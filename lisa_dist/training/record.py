@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass
+from typing import Any
 
+from lisa_dist.checkpoint.manifest import list_checkpoints
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.method.module import TrainModule, count_trained_parameters
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.host_copy import HostCopy
 from lisa_dist.runtime.units import format_bytes, format_count
+from lisa_dist.telemetry.history import course_of, read_rows
 from lisa_dist.telemetry.memory import free_memory_bytes, memory_kind, peak_memory_gib
 from lisa_dist.telemetry.progress import announce
 from lisa_dist.training.flops import peak_rate, step_flops
@@ -81,6 +86,7 @@ def write_row(run: Run, made: MadeStep) -> None:
     train_module, result = run.train_module, made.result
     rate = peak_rate(distributed.device())
     run.recorder.record_step(
+        part_seconds=run.heartbeat.take_seconds(),
         step=made.step,
         epoch=run.batches.epoch(made.sequences),
         period=train_module.active.period,
@@ -90,6 +96,42 @@ def write_row(run: Run, made: MadeStep) -> None:
         grad_norm=result.grad_norm,
         peak_flops=None if rate is None else rate * train_module.dims.num_ranks,
     )
+
+
+def law_bytes(train_module: TrainModule, trained: int) -> dict[str, Any]:
+    """Return what the memory law says of a rank, for summary.json: ``law_bytes`` and ``law``.
+
+    Nothing where it does not speak of this: weights that are not bf16, masters that are not fp32, another optimizer
+    than AdamW, quantised weights.
+    """
+    config, dims = train_module.config, train_module.dims
+    told = (config.precision.frozen, config.precision.active, config.optimizer.name, config.model.quantization)
+    if told != ("bfloat16", "float32", "adamw", "none") or config.parallel.optimizer_shard == "world":
+        return {}
+    store = train_module.store
+    frozen = sum(store.parameter(name).numel() for name in store.names) - trained
+    active = 18 if dims.shard == 1 else 16  # weights that lie whole have a bf16 copy beside the master
+    text = f"2 P_f + {active} P_a" if dims.shard == 1 else f"(2 P_f + {active} P_a) / {dims.shard}"
+    return {"law_bytes": (2 * frozen + active * trained) / dims.shard, "law": text}
+
+
+def last_lines(run: RunDirectory, stopped: bool) -> list[str]:
+    """Return what a run says at its end: its losses and how they changed, its checkpoint, and what to do next."""
+    rows, checkpoints = read_rows(run.metrics), list_checkpoints(run.checkpoints)
+    step = next((row["step"] for row in reversed(rows) if "loss" in row), 0)
+    lines = [f"{'stopped' if stopped else 'finished'} after step {step}"]
+    for name, key in (("training loss", "loss"), ("validation loss", "eval_loss")):
+        if course := course_of(rows, key):
+            lines.append(f"{name:<16} {course}")
+    named = shlex.quote(f"run.dir={run.path}")
+    if checkpoints:
+        lines.append(f"{'checkpoint':<16} {checkpoints[0]}")
+    if stopped:
+        lines.append(f"{'go on with':<16} lisa-dist train {named} checkpoint.resume=auto")
+    else:
+        lines.append(f"{'what it learned':<16} lisa-dist report {named}")
+        lines.append(f"{'export it':<16} lisa-dist export {named} {shlex.quote(f'export.path={run.path}_hf')}")
+    return lines
 
 
 def announce_trained(train_module: TrainModule, counted: dict[str, int]) -> None:

@@ -49,6 +49,7 @@ def skip_nonfinite_step(run: Run, made: MadeStep) -> None:
             f"{found}, and {config.nonfinite_limit} steps were left out before (train.nonfinite_limit); "
             f"the batch is in {kept}"
         )
+    run.recorder.record_event(made.step, "fault", f"{found}: the step is left out")
     if distributed.is_main():
         logger.warning("%s: the step is left out, the %dth; its batch is in %s", found, progress.skipped_steps, kept)
 
@@ -112,6 +113,7 @@ def roll_back(run: Run, loss: float) -> None:
     progress.recent_losses = restored.recent_losses
     progress.left_out.append(stretch)
     run.recorder.cut_after(progress.step)
+    run.recorder.record_event(progress.step, "roll-back", f"{found}: back to step {progress.step}")
     if distributed.is_main():
         logger.warning(
             "%s: back to step %d, without sequences %d to %d", found, progress.step, stretch[0], stretch[1] - 1

@@ -39,8 +39,13 @@ def plan(capsys: pytest.CaptureFixture[str], *overrides: str) -> dict[str, Any]:
     return json.loads(capsys.readouterr().out)
 
 
-def test_json_holds_the_figures_that_the_law_and_arithmetic_give(capsys: pytest.CaptureFixture[str]) -> None:
-    figures = plan(capsys, "method=lisa", "plan.compare=[full,lisa]")
+def test_json_holds_the_figures_that_the_law_and_arithmetic_give(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text("method: lisa\n")
+    figures = plan(capsys, "method=lisa", "plan.compare=[full,lisa]", f"run.dir={tmp_path}")
+    left = json.loads((tmp_path / "plan.json").read_text())
+    assert left.items() <= figures.items() and left["peak_bytes"], "for the run's report"
     assert figures["persistent_bytes"] == {
         "frozen_parameters": 2 * (PARAMETERS - ACTIVE) // 2,
         "active_parameters": 4 * ACTIVE // 2,

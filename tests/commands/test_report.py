@@ -1,5 +1,10 @@
+import base64
+import json
 import math
 import re
+import shutil
+import subprocess
+import zlib
 from contextlib import closing
 from html.parser import HTMLParser
 
@@ -43,11 +48,11 @@ def page_of(run_dir):
 class Balance(HTMLParser):
     def __init__(self):
         super().__init__()
-        self.open, self.addresses = [], []
+        self.open, self.addresses = [], []  # of link, which only names an icon of nothing
 
     def handle_starttag(self, tag, attrs):
         self.addresses += [value for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta",):
+        if tag not in ("meta", "link"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -60,9 +65,17 @@ class Balance(HTMLParser):
 def check_is_whole_and_self_contained(page):
     parser = Balance()
     parser.feed(page)
-    assert parser.open == [] and parser.addresses == []
-    assert "http:" not in page and "https:" not in page and "<script" not in page and "@import" not in page
-    assert "nan" not in page.lower().replace("finance", "")
+    assert parser.open == [] and parser.addresses == ["data:,"]
+    assert "http:" not in page and "https:" not in page and "@import" not in page
+    packed = re.search('id="library">(.*?)</script>', page).group(1)
+    assert b"plotly.js" in zlib.decompress(base64.b64decode(packed))[:200]
+    assert "nan" not in page.lower().replace("finance", "").replace(packed.lower(), "")
+
+
+def charts_of(page):
+    """The figures of the page by their headings: each chart's traces by name."""
+    found = re.findall(r'<h2>([^<]*)</h2><div class="plot".*?<script type="application/json">(.*?)</script>', page)
+    return {heading: json.loads(figure) for heading, figure in found}
 
 
 def figures_of(page):
@@ -82,22 +95,34 @@ def test_a_finished_run(tmp_path, capsys):
     assert figures_of(page) == {
         "steps": "100",
         "last training loss": "2.0000",
+        "change of training loss": "-0.9900 (-33%)",
+        "best training loss, step 100": "2.0000",
         "last validation loss": "2.2500",
-        "best validation loss": "2.2500",
+        "change of validation loss": "-0.7500 (-25%)",
+        "best validation loss, step 100": "2.2500",
         "tokens/s, median": "229",
         "label tokens/s, median": "32",
         "peak memory, rank 0": "1.75 GiB",
         "wall time, since the last start": "1 min 15 s",
+        "of the steps waiting for data": "25.0%",
         "trained parameters": "1.5 M",
-        "persistent, rank 0": "3.0 MiB",
     }
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == [
-        "Loss", "Which block trained when", "Tokens per second", "Seconds a step",
+        "Loss", "Which block trained when", "Seconds a step, by part", "Tokens per second",
         "Peak memory of rank 0 in each step, GiB",
-        "Gradient norm before clipping", "Learning rate",
+        "Gradient norm before clipping", "Learning rate", "Memory of rank 0",
     ]  # fmt: skip
-    assert page.count('class="mark"') == 6  # where it was resumed, in each line chart
+    charts = charts_of(page)
+    resumed = [figure["layout"]["shapes"] for figure in charts.values() if "shapes" in figure["layout"]]
+    assert [shape["x0"] for shapes in resumed for shape in shapes] == [40] * 5, "in each line chart"
+    assert [trace["name"] for trace in charts["Loss"]["data"]] == [
+        "training, each step", "training, smoothed", "validation", "switch", "resume",
+    ]  # fmt: skip
+    assert charts["Loss"]["data"][0]["y"][6] is None, "the loss was not finite"
+    assert re.findall("<td[^>]*>([^<]*)</td>", page) == [
+        "persistent, counted", "3.0 MiB", "peak, measured", "1.8 GiB",
+    ]  # fmt: skip
     assert "5 periods, 30 blocks" in page and "25 never trained" in page, "only 0 to 4 were drawn"
     assert "method lisa" in page and "/models/tiny" in page
     assert "hidden" not in page and "did not finish" not in page
@@ -106,14 +131,14 @@ def test_a_finished_run(tmp_path, capsys):
 def test_a_failed_run_tells_why(tmp_path):
     run_dir = make_run(tmp_path / "run", steps=5, eval_every=0, exit_reason="failed: <b>boom</b>", resumed_from=[])
     page = page_of(run_dir)
-    assert "did not finish: failed: &lt;b&gt;boom&lt;/b&gt;" in page
+    assert "did not finish: &lt;b&gt;boom&lt;/b&gt;" in page
     check_is_whole_and_self_contained(page)
 
 
 def test_a_run_that_failed_before_its_first_step(tmp_path):
     write_summary(RunDirectory(tmp_path / "run"), exit_reason="failed: no memory", resumed_from=[])
     page = page_of(tmp_path / "run")
-    assert "failed: no memory" in page and page.count("nothing recorded") == 6 and "no period recorded" in page
+    assert "did not finish: no memory" in page and page.count("nothing recorded") == 7 and "no period recorded" in page
 
 
 def test_a_run_of_one_step_without_summary_or_layers(tmp_path):
@@ -121,7 +146,7 @@ def test_a_run_of_one_step_without_summary_or_layers(tmp_path):
     (run_dir / "layers.jsonl").unlink()
     page = page_of(run_dir)
     check_is_whole_and_self_contained(page)
-    assert "no summary" in page and "no period recorded" in page
+    assert "ended without being able to say why" in page and "no period recorded" in page
     assert figures_of(page)["time in steps"] == "0.5 s"
 
 
@@ -168,7 +193,7 @@ def test_the_page_says_what_became_of_the_rows(tmp_path):
     check_is_whole_and_self_contained(page)
     cells = re.findall("<td[^>]*>([^<]*)</td>", page)
     first = ["read", "40", "used", "17", "cut", "3", "left out: bad: &lt;not&gt; valid JSON", "23"]
-    assert cells == [*first, "read", "9", *first[2:]]
+    assert cells[2:] == [*first, "read", "9", *first[2:]]
     assert page.index("Rows of the data") < page.index("Rows of the validation data")
 
 
@@ -190,3 +215,75 @@ def test_a_watched_page_loads_itself_anew_until_the_run_has_ended(tmp_path, monk
     assert report.run(Config(run=RunConfig(dir=str(run.path)), report=ReportConfig(watch=True))) == 0
     assert [figures_of(page)["steps"] for page in pages] == ["2", "3"], "written anew"
     assert ['http-equiv="refresh"' in page for page in [*pages, run.report.read_text()]] == [True, True, False]
+
+
+def make_rich_run(run_dir, steps=60):
+    """Add to a run what longer ones leave: parts of steps, norms, events, a plan, the law."""
+    make_run(
+        run_dir, steps=steps, more={"part_seconds": {"forward": 0.125, "backward": 0.1875}}, exit_reason="finished",
+        resumed_from=[], final_step=steps, weight_norms={"2": 6.0}, law="2 P_f + 18 P_a", law_bytes=1024**2,
+        persistent_bytes={"gradients": 2**20, "masters": 2**21}, num_blocks=30,
+    )  # fmt: skip
+    run = RunDirectory(run_dir)
+    layers = [
+        {"period": index, "step": 1 + 20 * index, "active_layers": [index], "num_blocks": 30, "weight_norms": norms}
+        for index, norms in enumerate([{"0": 4.0}, {"0": 5.0, "1": 2.0}, {"1": 2.5, "2": 5.0}])
+    ]
+    run.layers.write_text("".join(json.dumps(row) + "\n" for row in layers))
+
+    def answers(text):
+        return [{"prompt": "Why </script>?", "answer": text, "expected": "Because <b>."}]
+
+    events = [
+        {"step": 0, "event": "answers", "text": "", "answers": answers("the the")},
+        {"step": 9, "event": "fault", "text": "step 9: not finite"},
+        {"step": 40, "event": "resume", "text": "went on from </script> 40"},
+        {"step": 50, "event": "roll-back", "text": "back"},
+        {"step": steps, "event": "answers", "text": "", "answers": answers("Because <a>.")},
+    ]
+    run.events.write_text("".join(json.dumps(row) + "\n" for row in events))
+    run.plan.write_text(json.dumps({"persistent_bytes": {"gradients": 2**20}, "peak_bytes": 2**30, "peak_at": "step"}))
+    return run_dir
+
+
+def test_answers_parts_of_a_step_norms_memory_and_events(tmp_path):
+    page = page_of(make_rich_run(tmp_path / "run"))
+    check_is_whole_and_self_contained(page)
+    charts = charts_of(page)
+    cells = re.findall("<td[^>]*>([^<]*)</td>", page)
+    assert cells[:4] == ["Why &lt;/script&gt;?", "Because &lt;b&gt;.", "the the", "Because &lt;a&gt;."]
+    assert cells[4:] == [
+        "persistent, by the law 2 P_f + 18 P_a", "1.0 MiB", "persistent, planned", "1.0 MiB", "\u2003gradients",
+        "1.0 MiB", "persistent, counted", "3.0 MiB", "\u2003gradients", "1.0 MiB", "\u2003masters", "2.0 MiB",
+        "peak, planned (in step)", "1.0 GiB", "peak, measured", "1.5 GiB",
+    ]  # fmt: skip
+    parts = {trace["name"]: trace["y"][0] for trace in charts["Seconds a step, by part"]["data"]}
+    assert parts == {"waiting for data": 0.125, "forward": 0.125, "backward": 0.1875, "everything else": 0.0625}
+    told = {trace["name"]: trace.get("text") for trace in charts["Loss"]["data"]}
+    assert told["fault"] == ["step 9: not finite"] and told["resume"] == ["went on from </script> 40"]
+    assert told["roll-back"] == ["back"] and told["switch"][1] == "period 1: blocks 1"
+    [norms] = charts["Weight norm of each block"]["data"]
+    assert norms["x"] == [0, 20, 40, 60] and norms["customdata"][2] == [None, None, 5.0, 6.0]
+
+
+def test_many_steps_are_thinned_and_the_page_says_so(tmp_path):
+    page = page_of(make_run(tmp_path / "run", steps=3000, eval_every=0))
+    assert "Of 3,000 steps each chart draws about 1,000 points a line" in page
+    assert len(charts_of(page)["Learning rate"]["data"][0]["x"]) <= 1000
+    assert len(page) < 3 * 2**20
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")
+def test_a_browser_draws_every_chart_without_a_complaint(tmp_path):
+    run_dir = make_rich_run(tmp_path / "run", steps=60)
+    charts = charts_of(page_of(run_dir))
+    done = subprocess.run(
+        [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
+         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000", f"file://{run_dir}/report.html"],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    assert 'data-drawn="true"' in done.stdout and done.stdout.count('class="main-svg"') >= len(charts) == 8

@@ -146,7 +146,7 @@ def resuming(config: Config) -> Config:
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without what a clock or the memory decides."""
     varying = {"tokens_per_second", "label_tokens_per_second", "step_seconds", "data_seconds", "switch_seconds"}
-    varying |= {"peak_memory_gib", "mfu"}
+    varying |= {"part_seconds", "peak_memory_gib", "mfu"}
     return [
         {key: value for key, value in row.items() if key not in varying} for row in read_rows(run_dir / "metrics.jsonl")
     ]

@@ -17,22 +17,29 @@ def test_a_row_is_on_disk_when_the_call_returns(tmp_path):
     recorder = Recorder(Config(run=RunConfig(dir=str(tmp_path / "run"))), 9, num_blocks=4, started=0.0)
     recorder.count_step(tokens=60, label_tokens=10, step_seconds=1.5, data_seconds=0.5, switch_seconds=0.25, flops=6.0)
     recorder.count_step(tokens=40, label_tokens=20, step_seconds=2.5, data_seconds=0.25, flops=2.0)
-    recorder.record_step(step=2, **LAST, peak_flops=4.0)
+    recorder.record_step(step=2, **LAST, peak_flops=4.0, part_seconds={"forward": 1.0, "backward": 2.0})
     recorder.record_evaluation(2, 2.25)
-    recorder.record_period(0, 1, [1, 3], None)
-    recorder.record_period(1, 21, [0, 2], [0.5, 0.25])
+    recorder.record_period(0, 1, [1, 3], {1: 2.5, 3: 4.0}, None)
+    recorder.record_period(1, 21, [0, 2], {}, [0.5, 0.25])
+    recorder.record_event(2, "fault", "not finite")
 
     row, validation = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert row.pop("peak_memory_gib") > 0
     assert row == {
         "step": 2, **LAST, "tokens": 100, "label_tokens": 30, "tokens_per_second": 25.0,
         "label_tokens_per_second": 7.5, "step_seconds": 2.0, "data_seconds": 0.375, "switch_seconds": 0.25, "mfu": 0.5,
+        "part_seconds": {"forward": 0.5, "backward": 1.0},
     }  # fmt: skip
     assert validation == {"step": 2, "eval_loss": 2.25}
     assert read_rows(tmp_path / "run" / "layers.jsonl") == [
-        {"period": 0, "step": 1, "active_layers": [1, 3], "num_blocks": 4},
-        {"period": 1, "step": 21, "active_layers": [0, 2], "num_blocks": 4, "scores": [0.5, 0.25]},
+        {"period": 0, "step": 1, "active_layers": [1, 3], "num_blocks": 4, "weight_norms": {"1": 2.5, "3": 4.0}},
+        {"period": 1, "step": 21, "active_layers": [0, 2], "num_blocks": 4, "weight_norms": {}, "scores": [0.5, 0.25]},
     ]
+    assert read_rows(tmp_path / "run" / "events.jsonl") == [{"step": 2, "event": "fault", "text": "not finite"}]
+    Recorder(Config(run=RunConfig(dir=str(tmp_path / "run"))), 9, num_blocks=4, started=0.0, first_step=1)
+    assert read_rows(tmp_path / "run" / "events.jsonl") == [
+        {"step": 1, "event": "resume", "text": "went on from step 1"}
+    ], "the fault came later, and may not come again"
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):

@@ -26,7 +26,16 @@ from lisa_dist.method.module import begin_period, build_train_module, load_initi
 from lisa_dist.telemetry.records import read_rows, read_summary
 from lisa_dist.training import loop, record
 from tests.support.ranks import run_on_ranks
-from tests.support.runs import assert_same_run, cut_back, make_config, metrics, resuming, train, train_here
+from tests.support.runs import (
+    assert_same_run,
+    cut_back,
+    final_tensors,
+    make_config,
+    metrics,
+    resuming,
+    train,
+    train_here,
+)
 from tests.support.small_training import make_config as make_small_config
 from tests.support.small_training import make_global_batches
 
@@ -88,7 +97,8 @@ def test_a_step_takes_the_wait_for_its_data_and_nothing_of_what_is_around_it(row
 
 def test_the_keys_of_a_row(rows: list[dict[str, Any]]) -> None:
     keys = ["step", "epoch", "period", "active_layers", "loss", "lr", "grad_norm", "tokens", "label_tokens"]
-    keys += ["tokens_per_second", "label_tokens_per_second", "step_seconds", "data_seconds", "peak_memory_gib", "mfu"]
+    keys += ["tokens_per_second", "label_tokens_per_second", "step_seconds", "data_seconds", "part_seconds"]
+    keys += ["peak_memory_gib", "mfu"]
     assert set(rows[1]) == set(keys)
 
 
@@ -138,7 +148,7 @@ def test_the_first_step_of_a_start_may_take_longer_than_the_others(tmp_path: Pat
 
 
 def test_tokens_are_counted_without_padding_and_speeds_are_medians(tmp_path: Path) -> None:
-    config = config_of(tmp_path, "train.epochs=1", "train.micro_batch_size=4")
+    config = config_of(tmp_path, "train.epochs=1", "train.micro_batch_size=4", "train.sample_prompts=1")
     data = prepare_data(config.data, load_tokenizer("builtin:demo"), seed=0)
     expected = int(data.train.lengths.sum())
     labels = sum(int((data.train[index].labels != -100).sum()) for index in range(len(data.train)))
@@ -149,7 +159,22 @@ def test_tokens_are_counted_without_padding_and_speeds_are_medians(tmp_path: Pat
     assert all("mfu" not in row for row in rows), "nobody knows what a CPU could do"
     summary = read_summary(RunDirectory(tmp_path))
     assert (summary["tokens_seen"], summary["label_tokens_seen"], summary["num_blocks"]) == (expected, labels, 5)
-    assert all(row["num_blocks"] == 5 for row in read_rows(tmp_path / "layers.jsonl"))
+    first, last = read_rows(tmp_path / "events.jsonl")
+    assert [(row["event"], row["step"]) for row in (first, last)] == [("answers", 0), ("answers", rows[-1]["step"])]
+    assert first["answers"][0]["expected"] == last["answers"][0]["expected"] != ""
+    layers = read_rows(tmp_path / "layers.jsonl")
+    assert all(row["num_blocks"] == 5 for row in layers)
+    for key in ("forward", "backward", "optimizer"):
+        assert all(0 < row["part_seconds"][key] < row["step_seconds"] for row in rows)
+    assert all(sum(row["part_seconds"].values()) < row["step_seconds"] for row in rows)
+    trained = [set(map(str, row["active_layers"])) for row in layers]
+    for row, before, now in zip(layers, [set(), *trained], trained):
+        assert set(row["weight_norms"]) == before | now, "of those that end a period and those that begin one"
+    weights = {name: tensor for name, tensor in final_tensors(tmp_path).items() if name.startswith("weights/")}
+    assert set(summary["weight_norms"]) == trained[-1]
+    for block, norm in summary["weight_norms"].items():
+        own = [tensor.float() for name, tensor in weights.items() if f".layers.{block}." in name]
+        assert norm == pytest.approx(float(sum(tensor.square().sum() for tensor in own)) ** 0.5, rel=1e-5)
     for key in ("tokens_per_second", "label_tokens_per_second"):
         assert summary[key] == statistics.median(row[key] for row in rows)
     assert summary["peak_memory_gib"] >= max(row["peak_memory_gib"] for row in rows)

@@ -10,14 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, UserError
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.units import format_count
 from lisa_dist.telemetry.history import MetricsRow, read_rows, read_summary
-from lisa_dist.telemetry.reports.page import Card, render_page, table
-from lisa_dist.telemetry.reports.plots import Series, line_chart, smoothed
+from lisa_dist.telemetry.reports.charts import Series, line_chart, scatter_chart, smoothed
+from lisa_dist.telemetry.reports.page import Card, Link, chart, render_page, table
+from lisa_dist.telemetry.reports.run_page import write_report
 
 JOBS_FILE = "jobs.txt"  # a line a job, quoted for the shell: its folder, its overrides, RESUME and run.dir=
 EXIT_CODE_FILE = "exit_code"  # in a job's run directory, once it has ended
@@ -64,6 +66,12 @@ class JobRecord:
         return told.removeprefix("failed: ") if told.startswith("failed") else last_words(self.run_dir)
 
     @property
+    def page_is_new(self) -> bool:
+        """Whether the job has a page of its own, written since it ended."""
+        page, ended = RunDirectory(self.run_dir).report, self.run_dir / EXIT_CODE_FILE
+        return page.is_file() and ended.is_file() and page.stat().st_mtime >= ended.stat().st_mtime
+
+    @property
     def final_loss(self) -> float | None:
         """The training loss of the last step."""
         return next(reversed(self.known("loss")), None)
@@ -86,12 +94,15 @@ class JobRecord:
 
 
 def write_comparison(sweep_dir: Path) -> list[JobRecord]:
-    """Write ``sweep.csv`` and ``index.html`` into ``sweep_dir`` and return the jobs.
+    """Write ``sweep.csv``, ``index.html`` and the page of each job that has ended, and return the jobs.
 
     Raises:
         UserError: no sweep is there, or a record of a job is damaged.
     """
     jobs = read_jobs(sweep_dir)
+    for job in jobs:
+        if job.exit_code is not None and (job.metrics or job.summary) and not job.page_is_new:
+            write_report(RunDirectory(job.run_dir))
     write_atomically(sweep_dir / CSV_FILE, _csv(jobs))
     write_atomically(sweep_dir / PAGE_FILE, _page(sweep_dir, jobs))
     return jobs
@@ -152,9 +163,9 @@ def _page(sweep_dir: Path, jobs: list[JobRecord]) -> str:
     headlines = {"jobs": str(len(jobs))} | {state: str(states.count(state)) for state in sorted(set(states))}
     if best is not None:
         headlines["best job"] = str(best.number)
-    rows = [
+    rows: list[list[str | Link]] = [
         [
-            str(job.number) + (" ★ best" if job is best else ""),
+            _name(job, " ★ best" if job is best else ""),
             setting,
             job.state + (f": {job.reason}" if job.reason else ""),
             _written(job.final_loss, "{:.4f}".format),
@@ -170,8 +181,32 @@ def _page(sweep_dir: Path, jobs: list[JobRecord]) -> str:
     for line in training:
         line.y = smoothed(line.y) or line.y
     validation = [_curve(job, setting, "eval_loss", dots=True) for job, setting in zip(jobs, settings)]
-    cards += [Card("Training loss", line_chart(training)), Card("Validation loss", line_chart(validation))]
+    cards += _varied_cards(jobs)
+    for heading, lines in (("Training loss", training), ("Validation loss", validation)):
+        cards.append(Card(heading, chart(line_chart(lines, format_y=".4f")), wide=True))
     return render_page(f"Sweep {sweep_dir.resolve().name}", subtitle="  ·  ".join(shared), numbers=headlines, cards=cards)
+
+
+def _name(job: JobRecord, marked: str) -> str | Link:
+    page = RunDirectory(job.run_dir).report
+    text = f"{job.number}{marked}"
+    return Link(text, quote(f"{job.run_dir.name}/{page.name}")) if page.is_file() else text
+
+
+def _varied_cards(jobs: list[JobRecord]) -> list[Card]:
+    """Return a chart of each key that the sweep varied: its values against the loss of the jobs that finished."""
+    finished = [job for job in jobs if job.state == "finished"]
+    by_eval = bool(finished) and all(job.eval_loss is not None for job in finished)
+    chosen = [dict(text.split("=", 1) for text in job.overrides if "=" in text) for job in finished]
+    losses = [job.eval_loss if by_eval else job.final_loss for job in finished]
+    named = [f"job {job.number}: {' '.join(job.overrides)}" for job in finished]
+    cards = []
+    for key in dict.fromkeys(key for values in chosen for key in values):
+        values = [of_job.get(key, "") for of_job in chosen]
+        if len(set(values)) > 1:
+            heading = f"{'Validation' if by_eval else 'Final training'} loss by {key}"
+            cards.append(Card(heading, chart(scatter_chart(values, losses, named, key))))
+    return cards
 
 
 def _curve(job: JobRecord, setting: str, key: str, *, dots: bool = False) -> Series:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -88,12 +90,31 @@ def test_best_job_has_the_lowest_validation_loss_of_those_that_finished(sweep_di
 def test_page(sweep_dir: Path) -> None:
     write_comparison(sweep_dir)
     page = (sweep_dir / "index.html").read_text()
-    assert "<td>0 ★ best</td><td>lr=1</td><td>finished</td>" in page and page.count("★") == 1
+    assert '<td><a href="0_a/report.html">0 ★ best</a></td><td>lr=1</td><td>finished</td>' in page
+    assert page.count("★") == 1
     assert "failed: ValueError: &lt;boom&gt;, again" in page
-    assert '<p class="subtitle">train.max_steps=3</p>' in page
+    assert '<p class="soft">train.max_steps=3</p>' in page
     assert "2.2500" in page and "9" in page and "200" in page
-    assert page.count("<svg") == 2
-    assert "http:" not in page and "https:" not in page and "<script" not in page
+    assert "http:" not in page and "https:" not in page
+    headings = ["Jobs", "Validation loss by lr", "Training loss", "Validation loss"]
+    assert re.findall("<h2>(.*?)</h2>", page) == headings
+    varied = json.loads(re.findall('<script type="application/json">(.*?)</script>', page)[0])["data"][0]
+    assert (varied["x"], varied["y"]) == ([1, 2], [2.25, 2.5]) and varied["text"][0].startswith("job 0: lr=1")
+
+
+def test_each_job_that_has_ended_and_left_a_record_has_a_page_that_is_written_once(sweep_dir: Path) -> None:
+    write_comparison(sweep_dir)
+    pages = sorted(page.parent.name for page in sweep_dir.glob("*/report.html"))
+    assert pages == ["0_a", "1_b", "2_c", "3_d"]
+    page = sweep_dir / "0_a" / "report.html"
+    page.write_text("as it was")
+    write_comparison(sweep_dir)
+    assert page.read_text() == "as it was"
+    (sweep_dir / "0_a" / "exit_code").write_text("0\n")  # it ran again
+    later = page.stat().st_mtime + 5
+    os.utime(sweep_dir / "0_a" / "exit_code", (later, later))
+    write_comparison(sweep_dir)
+    assert "<h1>0_a</h1>" in page.read_text()
 
 
 def test_sweep_that_was_moved(sweep_dir: Path) -> None:
