@@ -16,7 +16,7 @@ from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import Config, TrainConfig
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime import distributed
-from lisa_dist.telemetry.records import read_summary
+from lisa_dist.telemetry.history import read_rows, read_summary
 from lisa_dist.training import loop
 from lisa_dist.training.recovery import LossSpikeError, NonFiniteError, is_spike
 from tests.support import runs
@@ -74,6 +74,11 @@ def train_with_bad_batches(config: Config, kind: str, bad: list[int], kill: Kill
             return str(error)
 
 
+def happened(run_dir: Path) -> list[tuple[str, int]]:
+    """What events.jsonl says, for the report's axis."""
+    return [(row["event"], row["step"]) for row in read_rows(RunDirectory(run_dir).events)]
+
+
 @pytest.mark.parametrize("kind", ["gradient", "loss"])
 def test_bad_steps_are_left_out_and_kept(kind: str, tmp_path: Path) -> None:
     config = runs.make_config(tmp_path, "train.on_nonfinite=skip")
@@ -85,6 +90,7 @@ def test_bad_steps_are_left_out_and_kept(kind: str, tmp_path: Path) -> None:
     assert all(row["loss"] is not None for row in rows if row["step"] not in (3, 5)), "the parameters stayed finite"
     assert read_summary(RunDirectory(tmp_path))["skipped_steps"] == 2
     assert final_state(tmp_path)["progress"]["skipped_steps"] == 2
+    assert happened(tmp_path) == [("fault", 3), ("fault", 5)]
     folder = tmp_path / "faults" / "step_00000003"
     facts = json.loads((folder / "step.json").read_text())
     assert facts["step"] == 3 and len(facts["sequences"]) == 4
@@ -130,6 +136,8 @@ def test_a_spike_takes_the_run_back_without_its_batch(tmp_path: Path) -> None:
     assert run_on_ranks(2, train_with_bad_batches, killed, "spike", [6], Kill("before", 8)) == [None, None]
     assert run_on_ranks(2, train_with_bad_batches, resuming(killed), "spike", [-1]) == [0, 0]
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert happened(tmp_path / "whole") == [("roll-back", 4)]
+    assert happened(tmp_path / "killed") == [("roll-back", 4), ("resume", 6)]
 
 
 def test_spikes_end_a_run_at_their_limit(tmp_path: Path) -> None:
