@@ -76,7 +76,8 @@ def label_tokens_per_second(plan: Plan) -> float:
 def _numbers(plan: Plan) -> dict[str, Any]:
     """Return what a plan predicts of the rank that needs most."""
     trace, work = plan.trace, plan.trace.work
-    return {
+    bounds = {} if plan.range is None else {"step_seconds_range": [bound.step_seconds for bound in plan.range]}
+    return bounds | {
         "persistent_bytes": trace.persistent_bytes,
         "host_bytes": trace.host_bytes,
         "peak_bytes": trace.peak_bytes,
@@ -165,6 +166,9 @@ def _table_of(plan: Plan) -> Table:
         f"{format_duration(times.step_seconds)} (computing {format_duration(times.compute_seconds)}, communicating "
         f"{format_duration(times.communication_seconds)}, host {format_duration(times.host_seconds)}; overlapped)",
     )
+    if plan.range is not None:
+        quickest, slowest = (format_duration(bound.step_seconds) for bound in plan.range)
+        table.add_row("over the draws", f"{quickest} to {slowest}; all but memory is planned as the mean of draws")
     labels = format_count(label_tokens_per_second(plan))
     table.add_row(
         "speed, estimate",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.checks import check_accumulation, check_combinations
 from lisa_dist.config.gpu import Gpu
 from lisa_dist.config.loading import vary
 from lisa_dist.planning.estimate import Estimate, estimate
-from lisa_dist.planning.prediction import predict
+from lisa_dist.planning.prediction import predict_over_draws
 from lisa_dist.planning.simulation import Trace, cluster_dims
 from lisa_dist.runtime.units import GIB
 from lisa_dist.sharding.activation_checkpointing import KINDS
@@ -27,7 +27,8 @@ class Plan:
     config: Config
     gpu: Gpu
     trace: Trace
-    estimate: Estimate
+    estimate: Estimate  # where the draw of blocks matters, of the mean over draws
+    range: tuple[Estimate, Estimate] | None = None  # of the quickest and of the slowest draw, where it matters
 
     @property
     def head_room(self) -> int:
@@ -51,8 +52,12 @@ def make_plan(config: Config, gpu: Gpu, overrides: list[str] | None = None) -> P
     parallel = config.parallel
     if parallel.activation_checkpointing == "auto" and parallel.memory_limit is None:
         config = vary(config, [f"parallel.memory_limit={gpu.memory_bytes / GIB}"])
-    trace = predict(config)
-    return Plan(overrides, config, gpu, trace, estimate(trace, gpu, config))
+    trace, extremes = predict_over_draws(config)
+    bounds = None
+    if extremes is not None:
+        least, most = (estimate(replace(trace, work=work), gpu, config) for work in extremes)
+        bounds = (least, most)
+    return Plan(overrides, config, gpu, trace, estimate(trace, gpu, config), bounds)
 
 
 def changes_that_fit(plan: Plan) -> list[Plan]:

@@ -13,13 +13,14 @@ from lisa_dist.method.sampling import build_sampler
 from lisa_dist.method.switch import drawable_modules
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
+from lisa_dist.planning.draws import coming_draws, mean_lowest
 from lisa_dist.planning.simulation import Trace, architecture_of, extreme_sets, simulate
-from lisa_dist.sharding.ledger import sum_of_work
+from lisa_dist.sharding.ledger import Work, between, sum_of_work
 
 EDGE = 2  # frozen blocks at either end, and before the active ones, that are looked at one by one
 
 
-def predict(config: Config) -> Trace:
+def predict(config: Config, least_work: bool = False) -> Trace:
     """Return what :func:`simulate` returns, within seconds at any depth.
 
     One frozen block more adds the same bytes, operations and communication at every phase. So where all blocks
@@ -32,13 +33,32 @@ def predict(config: Config) -> Trace:
     if config.sampler.draws_non_block_modules:
         return max((predict(draw) for draw in draws_of_modules(config)), key=lambda trace: trace.peak_bytes)
     if config.parallel.activation_checkpointing == "auto":
-        return simulate(config)  # every block has a kind of its own
+        return simulate(config, None, least_work)  # every block has a kind of its own
     depth = architecture_of(config.model).num_hidden_layers
     num_active = len(extreme_sets(config, depth)[1])
     shallow = 2 * EDGE + 1 + (0 if num_active == depth else num_active)
     if config.sampler.listed_blocks is not None or shallow + 2 >= depth or not has_equal_blocks(config.model):
-        return simulate(config)
-    return extrapolate(simulate(config, shallow), simulate(config, shallow + 1), depth)
+        return simulate(config, None, least_work)
+    return extrapolate(simulate(config, shallow, least_work), simulate(config, shallow + 1, least_work), depth)
+
+
+def predict_over_draws(config: Config) -> tuple[Trace, tuple[Work, Work] | None]:
+    """Return the trace whose peaks are those of any draw, with the mean work of a step, and the work's range.
+
+    The range, from the draw of the shortest backward pass to that of the longest, is None where the draw doesn't
+    matter (see ``draws.py``). In between the work grows by the same amount for each block that the backward pass
+    reaches.
+
+    Raises:
+        UserError: the configuration fits neither the model nor the cluster.
+    """
+    trace = predict(config)
+    draws = coming_draws(config, trace.num_blocks)
+    if not draws:
+        return trace, None
+    least, most = predict(config, least_work=True).work, trace.work
+    reached = 1 - mean_lowest(draws) / (trace.num_blocks - trace.num_active)
+    return replace(trace, work=between(least, most, reached)), (least, most)
 
 
 def draws_of_modules(config: Config) -> list[Config]:

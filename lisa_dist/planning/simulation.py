@@ -104,10 +104,13 @@ def architecture_of(config: ModelConfig) -> PretrainedConfig:
     return architecture
 
 
-def extreme_sets(config: Config, own_depth: int, num_blocks: int | None = None) -> tuple[list[int], list[int]]:
+def extreme_sets(
+    config: Config, own_depth: int, num_blocks: int | None = None, least_work: bool = False
+) -> tuple[list[int], list[int]]:
     """Return the sets of blocks, before and after a switch, that need the most memory.
 
-    The model has ``own_depth`` blocks; the sets are chosen for a depth of ``num_blocks``, None: its own.
+    The model has ``own_depth`` blocks; the sets are chosen for a depth of ``num_blocks``, None: its own. With
+    ``least_work`` the set after the switch is that of the shortest backward pass.
     """
     listed = config.sampler.listed_blocks
     if listed is not None:
@@ -116,7 +119,7 @@ def extreme_sets(config: Config, own_depth: int, num_blocks: int | None = None) 
     count = build_sampler(config.sampler, own_depth).num_active
     count = depth if count == own_depth else count
     last = list(range(depth - count, depth))
-    if last and not config.always_active.embeddings:
+    if last and not config.always_active.embeddings and not least_work:
         last[0] = 0
     return list(range(count)), last
 
@@ -131,7 +134,7 @@ def simulated_world(ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def simulate(config: Config, num_blocks: int | None = None) -> Trace:
+def simulate(config: Config, num_blocks: int | None = None, least_work: bool = False) -> Trace:
     """Build the model and make a switch and a step for one rank of the configured cluster. No memory is used.
 
     The blocks that train are those for which the need is largest: the last, whose gradients arrive while all
@@ -140,13 +143,14 @@ def simulate(config: Config, num_blocks: int | None = None) -> Trace:
     Args:
         config: the configuration of a training run on that cluster.
         num_blocks: another depth of the model; as many blocks train as at its own depth, or again all.
+        least_work: let the last blocks train alone, of which the backward pass is the shortest.
 
     Raises:
         UserError: the configuration fits neither the model nor the cluster.
     """
     check_combinations(config)  # here the sampler is still the configured one
     architecture = architecture_of(config.model)
-    before, blocks = extreme_sets(config, architecture.num_hidden_layers, num_blocks)
+    before, blocks = extreme_sets(config, architecture.num_hidden_layers, num_blocks, least_work)
     if num_blocks is not None:
         set_depth(architecture, num_blocks)
     period = config.sampler.period

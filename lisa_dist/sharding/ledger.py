@@ -60,6 +60,22 @@ def sum_of_work(parts: Sequence[Work], times: Sequence[int]) -> Work:
     return total
 
 
+def between(less: Work, more: Work, share: float) -> Work:
+    """Return the work at ``share`` of the way from one to another, in whole numbers."""
+
+    def at(first: int, second: int) -> int:
+        return round(first + share * (second - first))
+
+    return Work(
+        at(less.flops, more.flops),
+        at(less.matrix_bytes, more.matrix_bytes),
+        at(less.other_bytes, more.other_bytes),
+        {collective: at(less.sent[collective], size) for collective, size in more.sent.items()},
+        at(less.sent_within_nodes, more.sent_within_nodes),
+        at(less.sent_across_nodes, more.sent_across_nodes),
+    )
+
+
 class Ledger(TorchDispatchMode):
     """A dispatch mode to be entered after ``FakeTensorMode``.
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lisa_dist.config.gpu import read_gpu
+from lisa_dist.config.gpu import Gpu, read_gpu
 from lisa_dist.config.loading import conf_dir
 from lisa_dist.method.module import TrainModule
 
@@ -65,18 +65,22 @@ def attention_flops(train_module: TrainModule, lengths: np.ndarray) -> float:
 
 def peak_rate(device: torch.device) -> float | None:
     """Return the FLOP/s of one device by its preset in conf/gpu; None on a CPU and for a GPU that has no preset."""
-    if device.type != "cuda":
-        return None
-    return preset_rate(torch.cuda.get_device_name(device))
+    gpu = preset_of(device)
+    return None if gpu is None else gpu.matrix_flops
+
+
+def preset_of(device: torch.device) -> Gpu | None:
+    """Return the preset of a device in conf/gpu; None on a CPU and for a GPU that has none."""
+    return None if device.type != "cuda" else preset_named(torch.cuda.get_device_name(device))
 
 
 @functools.cache
-def preset_rate(device_name: str) -> float | None:
-    """Return the FLOP/s of the preset whose name, without its memory size, is in the device's name."""
+def preset_named(device_name: str) -> Gpu | None:
+    """Return the preset whose name, without its memory size, is in the device's name."""
     plain = device_name.lower().replace(" ", "")
     for preset in sorted(file.stem for file in (conf_dir() / "gpu").glob("*.yaml")):
         if re.sub(r"_\d+gb$", "", preset).replace("_", "") in plain:
-            return read_gpu(preset).matrix_flops
+            return read_gpu(preset)
     logger.warning("conf/gpu has no preset for %s: how far it is used is not known", device_name)
     return None
 

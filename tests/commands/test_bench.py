@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from lisa_dist import cli
 from lisa_dist.commands.bench import command as bench
+from lisa_dist.commands.bench.ceilings import measure_ceilings
 from lisa_dist.commands.bench.stopwatch import PeakMemory, spread_of
 from lisa_dist.commands.bench.targets import FsdpBaseline
 from lisa_dist.config import UserError
 from lisa_dist.config.loading import load, vary
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.runtime import distributed
-from lisa_dist.training.flops import attention_flops, parameter_flops_per_token, preset_rate
+from lisa_dist.training.flops import attention_flops, parameter_flops_per_token, preset_named
 from tests.support.ranks import run_on_ranks
 
 VOCABULARY, HIDDEN, INTERMEDIATE, BLOCKS, TOKENS = 96, 32, 48, 4, 24
@@ -64,8 +68,11 @@ def test_json_holds_speed_parts_and_memory_of_every_method(tmp_path: Path) -> No
         slowest = step["median"] + step["spread"] + max(0, step["by_part"]["switch"])
         assert tokens / slowest / 3 < figures["tokens_per_second"]
         assert figures["label_tokens_per_second"] == pytest.approx(figures["tokens_per_second"] * (TOKENS - 1) / TOKENS)
-        assert figures["utilisation"] is None, "nobody knows what a CPU could do"
+        assert figures["utilisation"] is None, "there is no data sheet of a CPU"
         assert figures["measured_steps"] == 4
+    ceiling = found["ceilings"]["matrix_flops"]
+    assert found["utilisation_of_ceiling"] == pytest.approx(found["flops_per_second"] / ceiling)
+    assert found["in_memory"] == "together" and found["data_sheet"] is None
     lisa, full = (2 * (BLOCKS - trained) * BLOCK + 16 * (trained * BLOCK + 2 * HEAD) for trained in (2, BLOCKS))
     assert lisa < found["compare"]["lisa"]["peak_bytes"] < found["compare"]["full"]["peak_bytes"]
     assert full < found["compare"]["full"]["peak_bytes"] < 3 * full
@@ -172,6 +179,69 @@ def test_peak_memory_on_the_cpu_is_the_most_that_was_held_at_a_time() -> None:
 
 
 def test_a_gpu_is_found_among_the_presets_by_its_name() -> None:
-    assert preset_rate("NVIDIA H100 80GB HBM3") == preset_rate("NVIDIA H100") == 989e12
-    assert preset_rate("NVIDIA RTX A6000") != preset_rate("NVIDIA A100-SXM4-80GB") == 312e12
-    assert preset_rate("Some GPU") is None
+    found = {name: preset_named(name) for name in ("H100 80GB HBM3", "H100", "RTX A6000", "A100-SXM4-80GB", "Some GPU")}
+    rates = {name: gpu and gpu.matrix_flops for name, gpu in found.items()}
+    assert rates["H100 80GB HBM3"] == rates["H100"] == 989e12
+    assert rates["RTX A6000"] != rates["A100-SXM4-80GB"] == 312e12
+    assert rates["Some GPU"] is None
+
+
+def measured_without_room(overrides: list[str]) -> tuple[dict[str, Any], list[tuple[str, int]], list[int]]:
+    """The result, what was built while how many others were in memory, and how many are at the end. Runs on a rank."""
+    alive: list[weakref.ref[Any]] = []
+    built = []
+
+    def noted(name: str, build: Any) -> Any:
+        def entered(config: Any, batches: Any) -> Any:
+            gc.collect()
+            built.append((name, sum(target() is not None for target in alive)))
+            target = build(config, batches)
+            alive.append(weakref.ref(target.model))
+            return target
+
+        return entered
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lisa_dist.commands.bench.rounds.free_memory_bytes", lambda: 0)
+        patch.setattr(bench, "MethodTarget", noted("method", bench.MethodTarget))
+        patch.setitem(bench.PEERS, "peer_full", noted("peer_full", bench.PEERS["peer_full"]))
+        found = json.loads(printed_by_bench([*overrides, "bench.compare=[peer_full]", "bench.format=json"]))
+    gc.collect()
+    return found, built, [sum(target() is not None for target in alive)]
+
+
+def test_targets_that_do_not_fit_together_are_alone_in_memory_and_built_anew_each_round() -> None:
+    ((found, built, left),) = run_on_ranks(1, measured_without_room, [*TINY, "bench.rounds=2"])
+    assert found["in_memory"] == "alone" and found["rounds"] == 2
+    assert built[0] == ("method", 0) and {others for _, others in built} == {0}
+    assert [name for name, _ in built[1:]] == ["method", "peer_full", "peer_full", "method"]
+    assert left == [0]
+    assert found["compare"]["peer_full"]["measured_steps"] == found["compare"]["lisa"]["measured_steps"] == 4
+    assert found["compare"]["peer_full"]["ratio"]["median"] > 0
+
+
+def test_a_method_whose_backward_ends_at_a_block_is_measured_over_three_draws() -> None:
+    more = ["method=badam", "bench.format=json", "bench.steps=6", "model.attention=eager"]
+    (printed,) = run_on_ranks(1, printed_by_bench, [*TINY, *more])
+    found = json.loads(printed)
+    assert found["rounds"] == 3, "two rounds asked for, one for each draw made"
+    lowest = {name: draw["blocks"] for name, draw in found["draws"].items()}
+    assert lowest == {"low": [0], "middle": [2], "high": [3]}
+    seconds = [draw["step_seconds"] for draw in found["draws"].values()]
+    assert found["step_seconds"]["median"] == pytest.approx(sum(seconds) / 3)
+
+
+def test_the_ceilings_are_measured_in_the_dtype_of_the_arithmetic() -> None:
+    dtypes = []
+
+    class Watching(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.mm:
+                dtypes.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    with Watching():
+        found = measure_ceilings(torch.device("cpu"), torch.float32)
+    assert set(dtypes) == {torch.float32}
+    assert found.keys() == {"matrix_flops", "copy_bytes_per_second"}
+    assert 1e8 < found["matrix_flops"] < 1e13 and 1e8 < found["copy_bytes_per_second"] < 1e12

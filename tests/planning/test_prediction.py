@@ -55,7 +55,9 @@ def test_prediction_from_two_depths_equals_the_whole_simulation(case: str, monke
     config = make_config(CASES[case])
     depths = []
     whole = simulate(config)
-    monkeypatch.setattr(prediction, "simulate", lambda c, depth=None: depths.append(depth) or simulate(c, depth))
+    monkeypatch.setattr(
+        prediction, "simulate", lambda c, depth, least: depths.append(depth) or simulate(c, depth, least)
+    )
     predicted = predict(config)
     assert None not in depths and max(depths) < 9
     for field in ("num_blocks", "num_active", "persistent_bytes", "host_bytes", "peak_bytes", "peak_at", "work"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import profile
 
-from lisa_dist.commands.bench.peers import PEERS
-from lisa_dist.commands.bench.rounds import BenchRun, Builder, enter, interleave, measure_steps, ratio, summarize
+from lisa_dist.commands.bench.ceilings import measure_ceilings
+from lisa_dist.commands.bench.peers import PEERS, uses_liger
+from lisa_dist.commands.bench.rounds import BenchRun, Builder, enter, leave, measure, measure_steps, ratio, summarize
 from lisa_dist.commands.bench.steps import PARTS
 from lisa_dist.commands.bench.stopwatch import PEAK_MEANINGS
 from lisa_dist.commands.bench.targets import FSDP_BASELINE, FsdpBaseline, MethodTarget
@@ -29,10 +29,13 @@ from lisa_dist.data.batches import GlobalBatches
 from lisa_dist.data.prepare import prepare_data
 from lisa_dist.data.sequences import Sequences
 from lisa_dist.models.architecture import read_architecture
+from lisa_dist.planning.draws import typical_draws
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.units import format_bytes, format_count
 from lisa_dist.sharding.dimensions import ParallelDims
+from lisa_dist.sharding.rounding import dtype_of
 from lisa_dist.telemetry.logs import setup_logging
+from lisa_dist.training.flops import preset_of
 from lisa_dist.training.setup import make_batches, open_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -67,16 +70,32 @@ def compare(config: Config) -> dict[str, Any]:
         is_method = name not in others
         target = (vary(config, [f"method={name}"]), MethodTarget) if is_method else (config, others[name])
         builders.setdefault(name, target)
+    ceilings = measure_ceilings(distributed.device(), dtype_of(config.precision.compute))
     batches = bench_batches(config)
-    runs = {name: enter(name, variant, build, batches) for name, (variant, build) in builders.items()}
-    interleave(list(runs.values()), config.bench.rounds, math.ceil(config.bench.steps / config.bench.rounds))
+    depth = read_architecture(config.model).num_hidden_layers
+    runs = {
+        name: BenchRun(name, variant, build, batches, typical_draws(variant, depth) if build is MethodTarget else {})
+        for name, (variant, build) in builders.items()
+    }
+    together = measure(list(runs.values()))
     if config.bench.profile:
         write_trace(runs[config.method], Path(str(config.run.dir)))
-    results = {name: summarize(bench_run) for name, bench_run in runs.items()}
+    for bench_run in runs.values():  # a sweep goes on
+        leave(bench_run)
+    results = {name: summarize(bench_run, ceilings) for name, bench_run in runs.items()}
     reference = FSDP_BASELINE if FSDP_BASELINE in runs else config.method
     for name in runs.keys() - {reference}:
         results[name]["ratio"] = {"to": reference, **ratio(runs[name], runs[reference])}
-    return results[config.method] | machine(config) | ({"compare": results} if config.bench.compare else {})
+    result = results[config.method] | machine(config)
+    result |= {
+        "rounds": len(runs[config.method].rounds),
+        "in_memory": "together" if together else "alone",
+        "ceilings": ceilings,
+        "data_sheet": data_sheet(),
+    }
+    if PEERS.keys() & runs.keys():
+        result["peers_use_liger"] = uses_liger()
+    return result | ({"compare": results} if config.bench.compare else {})
 
 
 def sweep(config: Config) -> dict[str, Any]:
@@ -123,16 +142,25 @@ def machine(config: Config) -> dict[str, Any]:
         "global_batch_size": config.train.global_batch_size,
         "micro_batch_size": config.train.micro_batch_size,
         "sequence_length": config.data.sequence_length,
-        "rounds": config.bench.rounds,
         "peak_bytes_are": PEAK_MEANINGS[device.type],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
 
 
+def data_sheet() -> dict[str, float] | None:
+    """Return what this GPU's maker states of the rates that are measured too; None without a preset in conf/gpu."""
+    gpu = preset_of(distributed.device())
+    if gpu is None:
+        return None
+    return {"matrix_flops": gpu.matrix_flops, "memory_bandwidth": gpu.memory_bandwidth}
+
+
 def write_trace(bench_run: BenchRun, directory: Path) -> None:
     """Write a trace of one step of each rank, for chrome://tracing or Perfetto. Collective: every rank."""
     directory.mkdir(parents=True, exist_ok=True)
+    if bench_run.target is None:
+        enter(bench_run)
     with profile() as recorded:
         measure_steps(bench_run, 1)
     file = directory / f"trace_rank_{distributed.rank()}.json"
@@ -146,7 +174,18 @@ def show(result: dict[str, Any]) -> None:
     title = f"lisa-dist bench: {result['model']}, {result['ranks']} x {result['device']}"
     table = Table(title=title, title_justify="left")
     timed = [f"{part} s" for part in PARTS]
-    for heading in ("", "tokens/s", "label tokens/s", "step s", *timed, "switch in steps", "peak", "use", "ratio"):
+    for heading in (
+        "",
+        "tokens/s",
+        "label tokens/s",
+        "step s",
+        *timed,
+        "switch in steps",
+        "peak",
+        "use",
+        "of ceiling",
+        "ratio",
+    ):
         table.add_column(heading, justify="right" if heading else "left")
     for row in rows:
         step, relative = row["step_seconds"], row.get("ratio")
@@ -159,7 +198,7 @@ def show(result: dict[str, Any]) -> None:
             *(f"{parts[part]:.4f}" if part in parts else "" for part in PARTS),
             f"{row['switch_in_steps']:.2f}",
             format_bytes(row["peak_bytes"]),
-            "" if row["utilisation"] is None else f"{row['utilisation']:.0%}",
+            *("" if row[key] is None else f"{row[key]:.0%}" for key in ("utilisation", "utilisation_of_ceiling")),
             "" if relative is None else f"{relative['median']:.3f} ± {relative['spread']:.3f}",
         )
     console = Console(width=160, highlight=False, markup=False)
@@ -169,3 +208,29 @@ def show(result: dict[str, Any]) -> None:
         "padding, label tokens/s those with loss; ± is the distance between the quartiles; the switch is shared out "
         f"over the steps of a period; peak of a rank: {result['peak_bytes_are']}; torch {result['torch']}"
     )
+    for note in notes_on(result, rows):
+        console.print(note)
+
+
+def notes_on(result: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """Return what a reader must know of this measurement beside its numbers."""
+    ceilings, sheet = result["ceilings"], result["data_sheet"]
+    matrix, copy = ceilings["matrix_flops"] / 1e12, ceilings["copy_bytes_per_second"] / 1e9
+    notes = [f"ceilings, measured here: matrix product {matrix:.3g} TFLOP/s, copy {copy:.4g} GB/s (read and written)"]
+    if sheet is not None:
+        notes[0] += (
+            f"; data sheet {sheet['matrix_flops'] / 1e12:.3g} TFLOP/s, {sheet['memory_bandwidth'] / 1e9:.4g} GB/s"
+        )
+    if result["in_memory"] == "alone":
+        notes.append("no room for all at a time: each was alone in memory, and built anew for each round")
+    for row in rows:
+        if "draws" in row:
+            draws = ", ".join(
+                f"{name} {draw['blocks']} {draw['step_seconds']:.4f} s" for name, draw in row["draws"].items()
+            )
+            notes.append(
+                f"{row['method']}: the backward pass ends at the lowest active block; mean of the draws {draws}"
+            )
+    if "peers_use_liger" in result:
+        notes.append(f"peers ran {'with' if result['peers_use_liger'] else 'without'} Liger's kernels")
+    return notes

@@ -128,6 +128,7 @@ class PeerTarget:
     def __init__(
         self, config: Config, batches: GlobalBatches, model: nn.Module, toggling: TogglingCallback | None = None
     ) -> None:
+        self.model = model
         self.toggling = toggling
         self.measuring = _Measuring()
         self.directory = tempfile.TemporaryDirectory(prefix="lisa-dist-bench-")
@@ -165,8 +166,8 @@ class PeerTarget:
         """Make a step of nothing but copies of the micro-batch."""
         self._train(1, lambda: [micro_batch])
 
-    def switch(self) -> None:
-        """Have the callback draw blocks at the beginning of the next step."""
+    def switch(self, blocks: list[int] | None = None) -> None:
+        """Have the callback, which draws by itself, draw blocks at the beginning of the next step."""
         if self.toggling is not None:
             self.toggling.is_due = True
 

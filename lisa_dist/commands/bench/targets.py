@@ -38,11 +38,13 @@ Flops = Callable[[np.ndarray], float | None]
 class BenchTarget(Protocol):
     """Something whose steps are measured. Every method is collective: every rank."""
 
+    model: nn.Module
+
     def dry_run_batch(self, micro_batch: MicroBatch) -> None:
         """Run the longest micro-batch without a step."""
 
-    def switch(self) -> None:
-        """Begin a period."""
+    def switch(self, blocks: list[int] | None = None) -> None:
+        """Begin a period, of these blocks, or of those that the target draws."""
 
     def make_steps(self, clock: StepClock, count: int) -> None:
         """Make optimizer steps, each of them measured."""
@@ -60,12 +62,25 @@ def measure_each(step: MakeStep, flops: Flops, clock: StepClock, count: int) -> 
         clock.stop(flops)
 
 
+class GivenDraw(RankSynchronizedSampler):
+    """A sampler whose draw can be given; all else, such as a probe before it, is as it was."""
+
+    blocks: list[int] | None = None  # the next draw; None: the sampler's own
+
+    def draw(self, period: int) -> list[int]:
+        """Return the given blocks, or else those drawn. Collective: every rank."""
+        drawn = super().draw(period)
+        return drawn if self.blocks is None else self.blocks
+
+
 class MethodTarget:
     """The trainer's own functions, as training calls them. Collective to build: every rank."""
 
     def __init__(self, config: Config, batches: GlobalBatches) -> None:
         self.train_module = build_train_module(config)
+        self.model = self.train_module.store.module
         load_initial_weights(self.train_module, distributed.device())
+        self.draw = self.train_module.sampler = GivenDraw(self.train_module.sampler.sampler)
         self.batches = batches
         self.period = 0
         self.steps = 0
@@ -73,7 +88,8 @@ class MethodTarget:
     def dry_run_batch(self, micro_batch: MicroBatch) -> None:
         dry_run_batch(self.train_module, micro_batch)
 
-    def switch(self) -> None:
+    def switch(self, blocks: list[int] | None = None) -> None:
+        self.draw.blocks = blocks
         begin_period(
             self.train_module,
             self.period,
@@ -152,7 +168,7 @@ class FsdpBaseline:
         self._loss(micro_batch).backward()
         self.optimizer.zero_grad()
 
-    def switch(self) -> None:
+    def switch(self, blocks: list[int] | None = None) -> None:
         """Nothing switches here."""
 
     def make_steps(self, clock: StepClock, count: int) -> None:
