@@ -186,7 +186,7 @@ def show(result: dict[str, Any]) -> None:
         "of ceiling",
         "ratio",
     ):
-        table.add_column(heading, justify="right" if heading else "left")
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
     for row in rows:
         step, relative = row["step_seconds"], row.get("ratio")
         parts = step["by_part"]
@@ -201,7 +201,7 @@ def show(result: dict[str, Any]) -> None:
             *("" if row[key] is None else f"{row[key]:.0%}" for key in ("utilisation", "utilisation_of_ceiling")),
             "" if relative is None else f"{relative['median']:.3f} ± {relative['spread']:.3f}",
         )
-    console = Console(width=160, highlight=False, markup=False)
+    console = Console(width=180, highlight=False, markup=False)
     console.print(table)
     console.print(
         f"{result['measured_steps']} steps each in {result['rounds']} rounds; tokens/s counts every token but "
