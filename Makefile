@@ -3,7 +3,7 @@
 # make check      those and the unit tests: before each commit
 # make test       set up .venv and run the tests
 # make soak       the long tests: many kills, many switches, errors put into the code, the oldest torch and transformers
-# make gpu-check  the tests that need a GPU, and the standing benchmark, on one GPU
+# make gpu-check  the tests that need a GPU, every option, family and command once, and the standing benchmark
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -11,6 +11,7 @@ TORCH_FOR_CPU := https://download.pytorch.org/whl/cpu
 CONSTRAINTS := constraints.txt
 # Two files of tests at a time, each test and rank on one thread: more threads than cores wait for each other.
 TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" --numprocesses 2 --dist loadfile
+GPU_CHECK ?= gpu_check.json
 RUN_DIR ?= runs/demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 
 # The first Python of at least 3.11 that can make virtual environments; PYTHON=... chooses another.
@@ -51,8 +52,7 @@ numbers: $(INSTALLED)
 gpu-check: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no GPU, gpu-check needs one")'
 	$(BIN)/python -m pytest -m gpu tests/gpu
-	$(BIN)/lisa-dist bench model=tinyllama model.init=random data=custom data.sequence_length=2048 \
-		train.micro_batch_size=2 train.global_batch_size=4 parallel.nproc_per_node=1 bench.compare=[fsdp_baseline]
+	PYTORCH_ALLOC_CONF=expandable_segments:True $(BIN)/python -m tests.gpu.check --output $(GPU_CHECK)
 
 install: $(INSTALLED)
 

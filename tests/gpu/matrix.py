@@ -43,6 +43,7 @@ BASE = [
     "checkpoint.every=3",
     "checkpoint.keep=0",
     "parallel.nproc_per_node=1",
+    "model.kernels=eager",  # compiling each would take most of the time
     "data.sequence_length=64",
     "data.limit=8",  # the rows of one step, so that losses fall
 ]
@@ -88,12 +89,12 @@ CHANGES_NOTHING: dict[str, tuple[list[str], list[str]]] = {
 }
 ON_A_GPU: dict[str, tuple[list[str], list[str]]] = {  # or with minutes of compiling
     "flex, packed": (PACKED, ["model.attention=flex_attention"]),
-    "compile": ([], ["parallel.compile=true"]),
-    "compile, selective": ([], ["parallel.compile=true", "parallel.activation_checkpointing=selective"]),
-    "compile, packed": (PACKED, ["parallel.compile=true"]),
-    "compile, lora": (LORA, ["parallel.compile=true"]),
-    "compile, offload": ([], ["parallel.compile=true", *OFFLOADED]),
-    "liger": ([], ["model.loss_kernel=liger"]),
+    "compile": ([], ["model.kernels=compile"]),
+    "compile, selective": ([], ["model.kernels=compile", "parallel.activation_checkpointing=selective"]),
+    "compile, packed": (PACKED, ["model.kernels=compile"]),
+    "compile, lora": (LORA, ["model.kernels=compile"]),
+    "compile, offload": ([], ["model.kernels=compile", *OFFLOADED]),
+    "liger": ([], ["model.kernels=liger"]),
 }
 RESUMED: dict[str, list[str]] = {
     "lisa": [],
@@ -169,7 +170,7 @@ def resumes(matrix: Matrix, overrides: list[str]) -> str:
 def family(name: str) -> str:
     """Loss and gradients of a family on this device, in fp32, against transformers' own model on the CPU."""
     kind, fields = _FIELDS[name]
-    fixed = ["method=full", "precision.compute=float32", "parallel.nproc_per_node=1"]
+    fixed = ["method=full", "model.kernels=eager", "precision.compute=float32", "parallel.nproc_per_node=1"]
     config = load(["model=custom", "model.init=random", "data=custom", *fixed])
     config.model.architecture = {**_COMMON, **fields, "model_type": kind}
     module = build_train_module(config)

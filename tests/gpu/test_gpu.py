@@ -9,6 +9,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -254,3 +255,21 @@ def test_loss_and_head_take_less_than_15_ms_beside_their_products() -> None:
             add_product(total, logits, part)
 
     assert milliseconds(whole) - milliseconds(products) < 15
+
+
+def test_random_weights_are_made_on_the_gpu_by_the_seed_alone() -> None:
+    states = []
+    for seed in (1, 1, 2):
+        train_module = build_train_module(load([*MIDDLING, f"train.seed={seed}"]))
+        torch.cuda.synchronize()
+        before = torch.cuda.get_rng_state()
+        started = time.perf_counter()
+        load_initial_weights(train_module, distributed.device())
+        torch.cuda.synchronize()
+        assert time.perf_counter() - started < 5, "220 million weights: a CPU core takes longer"
+        assert torch.equal(torch.cuda.get_rng_state(), before), "the global generator moved"
+        states.append(full_parameters(train_module))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert not torch.equal(states[0][name], states[2][name])
+    assert states[0][name].std().item() == pytest.approx(0.02, rel=0.01)

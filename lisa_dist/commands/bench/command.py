@@ -16,7 +16,7 @@ from rich.table import Table
 from torch.profiler import profile
 
 from lisa_dist.commands.bench.ceilings import measure_ceilings
-from lisa_dist.commands.bench.peers import PEERS, uses_liger
+from lisa_dist.commands.bench.peers import PEERS
 from lisa_dist.commands.bench.rounds import BenchRun, Builder, enter, leave, measure, measure_steps, ratio, summarize
 from lisa_dist.commands.bench.steps import PARTS
 from lisa_dist.commands.bench.stopwatch import PEAK_MEANINGS
@@ -93,8 +93,6 @@ def compare(config: Config) -> dict[str, Any]:
         "ceilings": ceilings,
         "data_sheet": data_sheet(),
     }
-    if PEERS.keys() & runs.keys():
-        result["peers_use_liger"] = uses_liger()
     return result | ({"compare": results} if config.bench.compare else {})
 
 
@@ -231,6 +229,6 @@ def notes_on(result: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
             notes.append(
                 f"{row['method']}: the backward pass ends at the lowest active block; mean of the draws {draws}"
             )
-    if "peers_use_liger" in result:
-        notes.append(f"peers ran {'with' if result['peers_use_liger'] else 'without'} Liger's kernels")
+    names = [f"{row['method']} {row['kernels']}" for row in rows]
+    notes.append(f"kernels: {', '.join(names)}")
     return notes

@@ -129,6 +129,7 @@ class PeerTarget:
         self, config: Config, batches: GlobalBatches, model: nn.Module, toggling: TogglingCallback | None = None
     ) -> None:
         self.model = model
+        self.kernels = "liger" if uses_liger() else "eager"
         self.toggling = toggling
         self.measuring = _Measuring()
         self.directory = tempfile.TemporaryDirectory(prefix="lisa-dist-bench-")

@@ -54,6 +54,7 @@ class BenchRun:
     draws: Mapping[str, list[int]] = field(default_factory=dict)  # which its rounds take in turn, by name
     target: BenchTarget | None = None  # while it is in memory
     clock: StepClock | None = None
+    kernels: str = ""  # what model.kernels came to, or a target's own
     peak_bytes: int = 0
     rounds: list[Round] = field(default_factory=list)
 
@@ -130,6 +131,7 @@ def enter(bench_run: BenchRun) -> None:
         measure_steps(bench_run, bench_run.config.bench.warmup_steps)
         target.switch(draws[-1] if draws else None)
         measure_steps(bench_run, 1)
+    bench_run.kernels = target.kernels
     bench_run.peak_bytes = max(bench_run.peak_bytes, peak.bytes)
 
 
@@ -202,6 +204,7 @@ def summarize(bench_run: BenchRun, ceilings: Mapping[str, float]) -> dict[str, A
     ranks = distributed.world_size()
     summary = {
         "method": bench_run.name,
+        "kernels": bench_run.kernels,
         "tokens_per_second": rate("tokens"),
         "label_tokens_per_second": rate("label_tokens"),
         "step_seconds": {**seconds, "by_part": parts},

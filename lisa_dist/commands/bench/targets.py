@@ -39,6 +39,7 @@ class BenchTarget(Protocol):
     """Something whose steps are measured. Every method is collective: every rank."""
 
     model: nn.Module
+    kernels: str  # eager, liger or compile
 
     def dry_run_batch(self, micro_batch: MicroBatch) -> None:
         """Run the longest micro-batch without a step."""
@@ -79,6 +80,7 @@ class MethodTarget:
     def __init__(self, config: Config, batches: GlobalBatches) -> None:
         self.train_module = build_train_module(config)
         self.model = self.train_module.store.module
+        self.kernels = self.train_module.kernels
         load_initial_weights(self.train_module, distributed.device())
         self.draw = self.train_module.sampler = GivenDraw(self.train_module.sampler.sampler)
         self.batches = batches
@@ -122,6 +124,8 @@ class FsdpBaseline:
 
     Collective to build: every rank.
     """
+
+    kernels = "eager"
 
     def __init__(self, config: Config, batches: GlobalBatches) -> None:
         if not config.update.is_plain:
