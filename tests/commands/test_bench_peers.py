@@ -110,8 +110,9 @@ def test_peers_stand_in_the_same_table() -> None:
     (printed,) = run_on_ranks(
         1, printed_by_bench, [*EXACT, "bench.compare=[peer_full]", "parallel.activation_checkpointing=full"]
     )
-    (row,) = [line for line in printed.splitlines() if "peer_full" in line]
+    (row,) = [line for line in printed.splitlines() if line.startswith("│ peer_full")]
     assert "±" in row and "iB" in row
+    assert "kernels: lisa eager, peer_full eager" in printed
 
 
 @pytest.mark.parametrize(
