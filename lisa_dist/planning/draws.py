@@ -17,9 +17,10 @@ PERIODS = 600  # that are drawn to know the sampler's law; a sweep over any usua
 def coming_draws(config: Config, num_blocks: int) -> list[list[int]]:
     """Return the sets of blocks of many periods, ordered by their lowest block; empty where the draw doesn't matter.
 
-    Those of a sampler that asks the model first, which can't be known before, are taken to be uniform.
+    Those of a sampler that asks the model first, which can't be known before, are taken to be uniform. Where embeddings
+    and head are drawn too, the draw that needs most stands for all.
     """
-    if config.always_active.embeddings or config.sampler.draws_once:
+    if config.always_active.embeddings or config.sampler.draws_once or config.sampler.draws_non_block_modules:
         return []
     sampler = build_sampler(config.sampler, num_blocks, config.train.seed)
     if not 0 < sampler.num_active < num_blocks:

@@ -42,7 +42,13 @@ def test_the_planned_work_is_the_mean_over_draws_and_its_range_that_of_the_first
 
 
 def test_nothing_is_averaged_where_the_backward_pass_reaches_every_block() -> None:
-    for overrides in ([], ["method=full"], ["method=lora"], ["always_active.embeddings=false", "sampler=all"]):
+    for overrides in (
+        [],
+        ["method=full"],
+        ["method=lora"],
+        ["method=lisa_lean"],
+        ["always_active.embeddings=false", "sampler=all"],
+    ):
         config = load([*SMALL, *overrides])
         assert coming_draws(config, BLOCKS) == [] and typical_draws(config, BLOCKS) == {}
         assert predict_over_draws(config)[1] is None
