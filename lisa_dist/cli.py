@@ -301,7 +301,10 @@ def _dispatch(name: str, config: Config) -> int:
         exit_code = command.function(config)
         ignore_stop_signals()
         return exit_code
-    from lisa_dist.launching.local import launch_ranks
+    from lisa_dist.launching.rank_server import start_rank_server
+
+    start_rank_server()
+    from lisa_dist.launching.local import launch_ranks  # takes seconds, in which the server imports torch too
 
     if name == "train":
         return launch_ranks(config, command.function)

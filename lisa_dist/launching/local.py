@@ -133,7 +133,7 @@ def _run_agent(config: Config, entry: Entry, ranks: int, outcome_dir: Path, log_
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
         max_restarts=0,
-        start_method="spawn",
+        start_method="forkserver",
         monitor_interval=0.1,
         signals_to_handle="SIGQUIT",  # the others are ours: the agent's handlers would lose the ranks' exit codes
         logs_specs=DefaultLogsSpecs(log_dir=str(outcome_dir / "agent")),
@@ -149,13 +149,15 @@ def _run_agent(config: Config, entry: Entry, ranks: int, outcome_dir: Path, log_
     return None
 
 
-def run_rank(entry: Entry, config: Config, outcome_dir: Path, log_dir: Path, parent: int) -> int:
+def run_rank(entry: Entry, config: Config, outcome_dir: Path, log_dir: Path, launcher: int) -> int:
     """Run ``entry`` in this process, which is a rank, and leave an :class:`Outcome` in ``outcome_dir``.
 
     A code without a failure is returned, so that the agent waits for the other ranks; a failure ends the
     process at once, so that the agent ends the others.
     """
-    die_with(parent)
+    die_with(os.getppid())  # the server that ranks are forked from, which ends when the launcher does
+    if not Path(f"/proc/{launcher}").exists():
+        os._exit(EXIT_FAILED)
     install_stop_handlers(ignore_interrupt=True)
     rank = int(os.environ["RANK"])
     (outcome_dir / f"started_{rank}_{os.getpid()}").touch()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lisa_dist.config import EXIT_USER_ERROR, Config, ParallelConfig, RunConfig, UserError
 from lisa_dist.launching.local import Entry, launch_ranks
+from lisa_dist.launching.rank_server import start_rank_server
 from tests.support.forkserver import FORKSERVER
 from tests.support.processes import PATIENCE, fork_ranks, send_output_to
 
@@ -25,6 +26,8 @@ def _launch(config: Config, entry: Entry, terminal: Path, stderr: Path, forked: 
     send_output_to(terminal, stderr)
     if forked:
         fork_ranks()
+    else:
+        start_rank_server()
     try:
         code = launch_ranks(config, entry)
     except UserError as error:
@@ -34,7 +37,7 @@ def _launch(config: Config, entry: Entry, terminal: Path, stderr: Path, forked: 
 
 
 class Launcher:
-    """A launcher in a process group of its own, whose stdout is a terminal; ranks are interpreters where not forked."""
+    """A launcher in a process group of its own, whose stdout is a terminal; it forks ranks, or has their server do it."""
 
     def __init__(self, config: Config, entry: Entry, *, forked: bool = True) -> None:
         self.run_dir = Path(str(config.run.dir))

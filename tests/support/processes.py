@@ -15,7 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from lisa_dist.checkpoint.manifest import list_checkpoints
 from lisa_dist.cli import main
-from lisa_dist.launching import local
+from lisa_dist.launching import local, rank_server
 from lisa_dist.telemetry.records import read_rows
 from tests.support.forkserver import FORKSERVER
 from tests.support.runs import ARCHITECTURE
@@ -53,7 +53,8 @@ def _run_forked_rank(*args: Any) -> int:
 
 
 def fork_ranks() -> None:
-    """Let launchers in this process fork their ranks, which is quick, in place of starting an interpreter for each."""
+    """Let launchers in this process fork their ranks, which is quick, in place of starting a server that does."""
+    rank_server.start_rank_server = lambda: None
     elastic_launch = local.elastic_launch
     local.elastic_launch = lambda config, entry: elastic_launch(config, _run_forked_rank)
     local.LaunchConfig = _fork_ranks

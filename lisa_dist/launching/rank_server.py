@@ -1,0 +1,24 @@
+"""The process that ranks are forked from: it imports what all of them need, once, while the launcher imports torch."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from multiprocessing import forkserver, resource_tracker
+
+from lisa_dist.runtime.signals import STOP_SIGNALS
+
+# Imported by name in the server: neither starts a thread or touches a GPU, which a forked process could not go on with.
+PRELOADED = ["lisa_dist.launching.local", "lisa_dist.training.loop"]
+
+
+def start_rank_server() -> None:
+    """Start the server, which ends with this process; ranks that are started before it is ready wait for it."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    resource_tracker.ensure_running()  # multiprocessing's helper process: its start would lift the mask
+    # Ranks inherit the mask and lift it when their handlers stand, so that no signal to all processes is lost.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
