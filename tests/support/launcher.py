@@ -37,7 +37,7 @@ def _launch(config: Config, entry: Entry, terminal: Path, stderr: Path, forked: 
 
 
 class Launcher:
-    """A launcher in a process group of its own, whose stdout is a terminal; it forks ranks, or has their server do it."""
+    """A launcher in its own process group, whose stdout is a terminal; it forks ranks itself, or through their server."""
 
     def __init__(self, config: Config, entry: Entry, *, forked: bool = True) -> None:
         self.run_dir = Path(str(config.run.dir))
