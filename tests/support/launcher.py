@@ -37,7 +37,7 @@ def _launch(config: Config, entry: Entry, terminal: Path, stderr: Path, forked: 
 
 
 class Launcher:
-    """A launcher in its own process group, whose stdout is a terminal; it forks ranks itself, or through their server."""
+    """A launcher in its own process group, whose stdout is a terminal; forked: it forks its ranks itself."""
 
     def __init__(self, config: Config, entry: Entry, *, forked: bool = True) -> None:
         self.run_dir = Path(str(config.run.dir))
