@@ -23,6 +23,11 @@ PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13 python3.1
 demo: $(INSTALLED)
 	$(BIN)/lisa-dist train parallel.nproc_per_node=2 run.dir=$(RUN_DIR)
 	$(BIN)/lisa-dist report run.dir=$(RUN_DIR)
+	@echo
+	@echo "Next, with a model and data of your own (docs/quickstart.md):"
+	@echo "  source $(BIN)/activate"
+	@echo "  lisa-dist init my.yaml model.path=DIR data.path=FILE.json"
+	@echo "  lisa-dist train my.yaml"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -59,9 +64,10 @@ install: $(INSTALLED)
 # On a machine without an NVIDIA driver torch comes without CUDA, which saves gigabytes, where its index can be reached.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later with its venv module is needed (Debian: python3-venv)"; exit 1; }
+	@echo "installing torch, transformers and what else is needed into $(VENV): some minutes"
 	$(PYTHON) -m venv $(VENV)
 	@if ! command -v nvidia-smi >/dev/null && $(BIN)/python -c \
 		'import urllib.request as web; web.urlopen("$(TORCH_FOR_CPU)/torch/", timeout=5)' 2>/dev/null; \
-	then $(BIN)/pip install --quiet --no-deps -c $(CONSTRAINTS) --index-url $(TORCH_FOR_CPU) torch; fi
-	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[test]'
+	then $(BIN)/pip install --no-deps -c $(CONSTRAINTS) --index-url $(TORCH_FOR_CPU) torch; fi
+	$(BIN)/pip install -c $(CONSTRAINTS) -e '.[test]'
 	@touch $@

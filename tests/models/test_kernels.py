@@ -58,7 +58,7 @@ def test_auto_on_a_gpu_takes_what_was_measured_faster(
 @pytest.mark.parametrize(
     ("installed", "device", "family", "wanted", "told"),
     [
-        (False, "cuda", "llama", "liger", 'needs liger-kernel; run pip install "lisa-dist\\[liger\\]"'),
+        (False, "cuda", "llama", "liger", "run pip install liger-kernel"),
         (True, "cpu", "llama", "liger", "needs a GPU; use model.kernels=eager"),
         (True, "cuda", "gpt2", "liger", "not known to fit model_type=gpt2, but llama, .*; use model.kernels=compile"),
         (True, "cpu", "llama", "compile", r"needs a C\+\+ compiler \(g\+\+ or clang\+\+\)"),
