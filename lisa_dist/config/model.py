@@ -22,7 +22,7 @@ class ModelConfig:
     quantization: str = "none"  # storage of the frozen base under adapters: none, int8, nf4
     trust_remote_code: bool = False  # run Python code that comes with the model
     attention: str = (
-        "auto"  # sdpa, eager, varlen, flash_attention_2, flex_attention; auto: of packed rows without a mask
+        "auto"  # auto (of packed rows without a mask), sdpa, eager, varlen, flash_attention_2, flex_attention
     )
     loss_chunk: int = 1024  # tokens whose logits the loss head holds at a time
     kernels: str = "auto"  # what runs the blocks: eager, liger, compile; auto: on a GPU the faster, on a CPU eager
