@@ -287,10 +287,11 @@ def _dispatch(name: str, config: Config) -> int:
     command = COMMANDS[name]
     if command.only_reads:
         return command.function(config)
-    if not has_ranks():
+    if name == "train" and not has_ranks():
+        config = resolve_run_dir(config)
+    if name != "train" or not has_ranks():  # another rank may have begun the run that this one would refuse
         from lisa_dist.launching.inputs import CHECKS  # needs pyarrow, which --help should not wait for
 
-        config = resolve_run_dir(config) if name == "train" else config
         CHECKS.get(name, lambda config: None)(config)
     if not command.in_ranks:
         from lisa_dist.telemetry.logs import setup_logging

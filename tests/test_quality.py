@@ -171,6 +171,6 @@ def schemas() -> set[type[Any]]:
 
 def test_what_tests_share_lies_in_support() -> None:
     shared = re.compile(
-        r"^from tests(?:\.\w+)*\.test_\w+ import|^from tests\.(?!support|mutations|golden)", re.MULTILINE
+        r"^from tests(?:\.\w+)*\.test_\w+ import|^from tests\.(?!support|mutations|golden|gpu)", re.MULTILINE
     )
     assert [str(file) for file in (ROOT / "tests").rglob("*.py") if shared.search(file.read_text())] == []

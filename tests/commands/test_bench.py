@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import io
 import json
 import weakref
 from pathlib import Path
@@ -25,33 +23,8 @@ from lisa_dist.config.loading import load, vary
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.runtime import distributed
 from lisa_dist.training.flops import attention_flops, parameter_flops_per_token, preset_named
+from tests.support.bench import BLOCK, BLOCKS, HEAD, HIDDEN, TINY, TOKENS, printed_by_bench
 from tests.support.ranks import run_on_ranks
-
-VOCABULARY, HIDDEN, INTERMEDIATE, BLOCKS, TOKENS = 96, 32, 48, 4, 24
-TINY = [
-    "model=custom",
-    f"model.architecture={{model_type:llama,vocab_size:{VOCABULARY},hidden_size:{HIDDEN},"
-    f"intermediate_size:{INTERMEDIATE},num_hidden_layers:{BLOCKS},num_attention_heads:2,num_key_value_heads:2}}",
-    "model.init=random",
-    "data=custom",
-    f"data.sequence_length={TOKENS}",
-    "train.global_batch_size=4",
-    "train.micro_batch_size=2",
-    "parallel.cpu_threads=1",
-    "bench.steps=4",
-    "bench.rounds=2",
-    "bench.warmup_steps=1",
-]
-BLOCK = 4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE + 2 * HIDDEN  # parameters
-HEAD = VOCABULARY * HIDDEN
-
-
-def printed_by_bench(overrides: list[str]) -> str:
-    """What bench prints on stdout. Runs on a rank."""
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        assert bench.run(load(overrides)) == 0
-    return output.getvalue()
 
 
 def test_json_holds_speed_parts_and_memory_of_every_method(tmp_path: Path) -> None:

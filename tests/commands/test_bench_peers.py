@@ -16,7 +16,7 @@ from lisa_dist.commands.bench.steps import StepClock
 from lisa_dist.commands.bench.targets import MethodTarget
 from lisa_dist.config import UserError
 from lisa_dist.config.loading import load
-from tests.commands.test_bench import BLOCKS, TINY, printed_by_bench
+from tests.support.bench import BLOCKS, TINY, printed_by_bench
 from tests.support.ranks import run_on_ranks
 from tests.support.small_training import full_parameters
 

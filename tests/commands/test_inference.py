@@ -105,7 +105,6 @@ def test_mistakes_are_refused(trained: tuple[Path, Path]) -> None:
     run_dir, target = trained
     calls = {
         "evaluate.step=7": (evaluate.run, str(run_dir), ["evaluate.step=7"]),
-        "evaluate.data=null": (evaluate.run, None, [f"evaluate.path={target}"]),
         "evaluate.path=null": (evaluate.run, None, ["evaluate.data=builtin:demo"]),
         "generate.path=null": (generate.run, None, ["generate.prompts=[Hello]"]),
     }

@@ -9,22 +9,19 @@ from unittest import mock
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
-from torch.distributed.tensor import DTensor
 
 from lisa_dist.config import Config
 from lisa_dist.config.sampling import SAMPLER_CONFIGS
 from lisa_dist.config.updates import UPDATE_CONFIGS, AlwaysActiveConfig
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
-from lisa_dist.method.optim.schedule import learning_rate
 from lisa_dist.models.quantization import dequantize
 from lisa_dist.runtime import distributed
 from lisa_dist.training.loop import train_step
+from tests.support.compared import STEPS, compare, train_on_rank
 from tests.support.families import tiny_config
-from tests.support.plain_methods import PlainGaLore, adam, plain_model, train_by_hand
+from tests.support.plain_methods import PlainGaLore, adam, plain_model
 from tests.support.ranks import run_on_ranks
 from tests.support.small_training import (
-    GLOBAL_BATCH,
     changed_by_step,
     full_parameters,
     make_config,
@@ -32,7 +29,7 @@ from tests.support.small_training import (
     to_be_trained,
 )
 
-STEPS, BLOCKS, RANK = 6, 3, 5
+BLOCKS, RANK = 3, 5
 NONE_ALWAYS = AlwaysActiveConfig(embeddings=False, norm=False, head=False)
 
 
@@ -46,66 +43,6 @@ def make_method(sampler: str, update: str, always: bool, **settings: Any) -> Con
     if not always:
         config.always_active = NONE_ALWAYS
     return config
-
-
-def train_on_rank(config: Config, size: int = GLOBAL_BATCH) -> dict[str, Any]:
-    """Train and return what the tests compare. Runs on every rank."""
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
-    initial = full_parameters(train_module)
-    losses, draws, trained = [], [], []
-    for step, micro_batches in enumerate(make_global_batches(STEPS, size)):
-        if step % config.sampler.period == 0:
-            begin_period(train_module, step // config.sampler.period)
-            draws.append(list(train_module.active.blocks))
-        trained.append(sorted(train_module.optimizer.parameters))
-        mine = micro_batches[distributed.rank() :: distributed.world_size()]
-        losses.append(train_step(train_module, mine, step, STEPS).loss)
-    state = train_module.optimizer.moment_tensors()
-    return {
-        "initial": initial,
-        "final": full_parameters(train_module),
-        "losses": losses,
-        "draws": draws,
-        "trained": trained,
-        "state_shapes": {name: tuple(tensor.shape) for name, tensor in state.items()},
-        "state_bytes": train_module.optimizer.state_bytes(),
-        "all_sharded": distributed.world_size() == 1
-        or all(isinstance(tensor, DTensor) and tensor.placements[0].is_shard(0) for tensor in state.values()),
-    }
-
-
-def compare(
-    result: dict[str, Any],
-    model: nn.Module,
-    config: Config,
-    direction: Any,
-    tolerance: float = 1e-3,
-    size: int = GLOBAL_BATCH,
-) -> None:
-    """Train ``model`` by hand from the same weights, on the same parameters, and compare losses and results."""
-    missing, unexpected = model.load_state_dict(result["initial"], strict=False)
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    assert not unexpected and set(missing) <= tied
-    rates = [learning_rate(config.scheduler, config.optimizer.lr, step, STEPS) for step in range(STEPS)]
-    losses = train_by_hand(
-        model,
-        lambda step: result["trained"][step],
-        make_global_batches(STEPS, size),
-        rates,
-        config.optimizer.weight_decay,
-        config.optimizer.grad_clip,
-        direction,
-    )
-    assert result["losses"] == pytest.approx(losses, rel=1e-5)
-    reference = dict(model.named_parameters())
-    for name, initial in result["initial"].items():
-        if name.endswith("c_attn.bias"):
-            continue  # a key's bias changes no attention: its gradient is rounding errors, which Adam blows up
-        moved = (reference[name] - initial).norm()
-        difference = (result["final"][name] - reference[name]).norm()
-        assert difference <= tolerance * moved + 1e-7, f"{name}: {difference} of {moved}"
-    assert all(not torch.equal(result["final"][name], result["initial"][name]) for name in result["trained"][-1])
 
 
 # One rank keeps its weights in another store than two.

@@ -34,8 +34,8 @@ from lisa_dist.objectives.chunked_head import ChunkedCrossEntropy, LogitTransfor
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.environment import ALLOCATOR_SETTINGS
 from lisa_dist.training.loop import accumulate_gradients, train_step
-from tests.method.optim.test_steps_on_device import leave_out
 from tests.support.families import tiny_config
+from tests.support.left_out import leave_out
 from tests.support.small_training import (
     PERIOD,
     STEPS,

@@ -12,36 +12,45 @@ from pathlib import Path
 import pytest
 import torch
 
-from lisa_dist.config import ParallelConfig, UserError
+from lisa_dist.config import Config, ParallelConfig, UserError
 from lisa_dist.launching.local import Entry, count_local_ranks, launch_ranks
+from lisa_dist.launching.rank_server import start_rank_server
 from tests.support import programs
+from tests.support.forkserver import FORKSERVER
 from tests.support.launcher import Launcher, local_ranks
-from tests.support.processes import PATIENCE
+from tests.support.processes import PATIENCE, send_output_to
 
 
 def summary(run_dir: Path) -> dict[str, object]:
     return json.loads((run_dir / "summary.json").read_text())
 
 
-def test_all_done(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGQUIT)]
-    environment = dict(os.environ)
-    assert launch_ranks(local_ranks(tmp_path, "mine"), programs.finish) == 0
-    terminal = capfd.readouterr()
-    assert terminal.out.splitlines() == ["rank 0 of 2 with run.name=mine", "rank 0 natively"]
-    assert "rank 0 on stderr" in terminal.err and "rank 1" not in terminal.err
+def launch_and_look(config: Config, stdout: Path, stderr: Path) -> None:
+    """Be a launcher whose ranks end well, of which nothing is left in its process."""
+    send_output_to(stdout, stderr)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGQUIT)
+    handlers, environment = [signal.getsignal(number) for number in numbers], dict(os.environ)
+    start_rank_server()
+    assert launch_ranks(config, programs.finish) == 0
+    assert handlers == [signal.getsignal(number) for number in numbers]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+    assert os.environ == environment
+
+
+def test_all_done(tmp_path: Path) -> None:
+    stdout, stderr = tmp_path / "stdout", tmp_path / "stderr"
+    process = FORKSERVER.Process(target=launch_and_look, args=(local_ranks(tmp_path, "mine"), stdout, stderr))
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == 0, stderr.read_text()
+    assert stdout.read_text().splitlines() == ["rank 0 of 2 with run.name=mine", "rank 0 natively"]
+    assert "rank 0 on stderr" in stderr.read_text() and "rank 1" not in stderr.read_text()
     assert sorted((tmp_path / "logs" / "rank_1.log").read_text().splitlines()) == [
         "rank 1 natively",
         "rank 1 of 2 with run.name=mine",
         "rank 1 on stderr",
     ]
     assert not (tmp_path / "summary.json").exists()  # a run that ends well writes its own
-    # Nothing of the launch is left in this process.
-    assert handlers == [
-        signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGQUIT)
-    ]
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
-    assert os.environ == environment
 
 
 def test_ranks_that_are_no_grid_are_refused_before_they_start(tmp_path: Path) -> None:
