@@ -21,9 +21,7 @@ class ModelConfig:
     blocks: str | None = None  # dotted path of the stack of blocks where it is not found by structure
     quantization: str = "none"  # storage of the frozen base under adapters: none, int8, nf4
     trust_remote_code: bool = False  # run Python code that comes with the model
-    attention: str = (
-        "auto"  # auto (of packed rows without a mask), sdpa, eager, varlen, flash_attention_2, flex_attention
-    )
+    attention: str = "auto"  # auto (packed rows without a mask), sdpa, eager, varlen, flash_attention_2, flex_attention
     loss_chunk: int = 1024  # tokens whose logits the loss head holds at a time
     kernels: str = "auto"  # what runs the blocks: eager, liger, compile; auto: on a GPU the faster, on a CPU eager
     router_aux_loss: bool = False  # add a mixture-of-experts model's router loss
