@@ -102,7 +102,7 @@ def refusals(calls: list[tuple[Any, str | None, list[str]]]) -> list[str]:
 
 
 def test_mistakes_are_refused(trained: tuple[Path, Path]) -> None:
-    run_dir, target = trained
+    run_dir, _ = trained
     calls = {
         "evaluate.step=7": (evaluate.run, str(run_dir), ["evaluate.step=7"]),
         "evaluate.path=null": (evaluate.run, None, ["evaluate.data=builtin:demo"]),
