@@ -88,7 +88,7 @@ def test_the_explicit_mask_of_packed_samples_is_planned() -> None:
             **{"vocab_size": 64, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 32},
             **{"num_hidden_layers": 2, "num_attention_heads": 2},
         }
-        config.data.packing, config.data.sequence_length = packing, 1024
+        config.data.packing, config.data.sequence_length, config.model.attention = packing, 1024, "sdpa"
         peaks[packing] = simulate(config).peak_bytes
     assert peaks[True] - peaks[False] >= 1024**2
 
