@@ -35,7 +35,7 @@ from lisa_dist.models.inspection import ties_differ
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.sharding.ledger import Ledger, Work, sum_of_work
-from lisa_dist.training.loop import train_step
+from lisa_dist.training.step import train_step
 
 SWITCH = "switch of active blocks"
 MAX_SIMULATED_MICRO_BATCHES = 3  # the first, one like all in between, the last

@@ -7,30 +7,18 @@ checkpoint on schedule or on a signal.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from time import perf_counter
-
-import torch
-from torch import Tensor
 
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, UserError
 from lisa_dist.config.checks import check_accumulation
-from lisa_dist.data.batches import MicroBatch, label_tokens
 from lisa_dist.method.module import (
-    TrainModule,
     begin_period,
-    count_persistent_bytes,
     count_trained_parameters,
-    observe_step,
-    observed_blocks,
     weight_norms,
 )
-from lisa_dist.method.optim.clipping import clipping_divisor, mean_norms, norms_of_squares
-from lisa_dist.method.optim.schedule import learning_rates
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import garbage_collected_when_asked, now
-from lisa_dist.runtime.host_copy import HostCopy
 from lisa_dist.runtime.signals import ignore_stop_signals, stop_requested
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.telemetry.logs import setup_logging
@@ -38,7 +26,6 @@ from lisa_dist.telemetry.out_of_memory import PREPARATION, explaining_out_of_mem
 from lisa_dist.training.evaluation import evaluate, show_answers
 from lisa_dist.training.record import (
     MadeStep,
-    StepResult,
     announce_trained,
     count_step,
     last_lines,
@@ -47,15 +34,9 @@ from lisa_dist.training.record import (
 )
 from lisa_dist.training.recovery import is_spike, remember_loss, roll_back, skip_nonfinite_step
 from lisa_dist.training.setup import Run, forget_start, open_run_directory, prepare_run
+from lisa_dist.training.step import dry_run_batch, train_step
 
 COLLECT_EVERY = 50  # steps
-
-PhaseTimer = Callable[[str], AbstractContextManager[None]]  # names the part of a step that its body is
-
-
-def no_timer(part: str) -> AbstractContextManager[None]:
-    """Measure nothing."""
-    return nullcontext()
 
 
 def train(config: Config) -> int:
@@ -191,127 +172,6 @@ def finish_step(run: Run, made: MadeStep) -> None:
         write_row(run, made)
     if made.result.skipped:
         skip_nonfinite_step(run, made)
-
-
-def train_step(
-    train_module: TrainModule,
-    micro_batches: list[MicroBatch],
-    step: int,
-    max_steps: int,
-    stop_requested: bool = False,
-    stopwatch: PhaseTimer = no_timer,
-) -> StepResult:
-    """Make optimizer step ``step`` (counted from 0). Collective: every rank.
-
-    Where the loss or the gradient is not finite, the result says ``skipped`` and parameters stay as they are. Not so
-    with ``optimizer.in_backward``, which changes them before that is known. The host waits for its device where an
-    optimizer or an update does not leave such a step out by itself (:attr:`ActiveOptimizer.steps_on_device`), and
-    where the sampler learns from the step; else it may go on while the device works.
-    """
-    config, dims = train_module.config, train_module.dims
-    # Dropout depends on the step and the rank alone, so a resumed run draws the same.
-    torch.manual_seed(hash((config.train.seed, step, dims.data_rank)) % 2**63)
-    rates = learning_rates(config.scheduler, config.optimizer, step, max_steps)
-    counts = [float(sum(map(label_tokens, micro_batches))), float(stop_requested)]
-    at_once = config.optimizer.in_backward
-    squares: dict[str, Tensor] = {}
-    if at_once:
-        loss_sum, totals, squares = step_in_backward(train_module, micro_batches, rates, counts, stopwatch)
-    else:
-        loss_sum, own_divisor = accumulate_gradients(train_module, micro_batches, stopwatch)
-        with stopwatch("reduction of the loss"):
-            totals = dims.all_reduce_sum([own_divisor, *counts])
-    divisor, tokens, stops = totals
-    with stopwatch("optimizer"):
-        loss_sum, observed = dims.sum_on_device(loss_sum), observed_blocks(train_module)
-        if at_once:
-            norms = norms_of_squares(squares, list(observed.values()), dims)
-        else:
-            norms = step_clipped(train_module, rates, loss_sum, max(divisor, 1), observed)
-        measured = HostCopy(torch.cat([loss_sum[None].to(norms.device), norms]))
-    result = StepResult(measured, max(divisor, 1), int(tokens), rates["blocks"], stops > 0)
-    if observed and not result.skipped:
-        squares_of_blocks = {block: norm**2 for block, norm in zip(observed, result.block_norms)}
-        observe_step(train_module, squares_of_blocks)
-    return result
-
-
-def accumulate_gradients(
-    train_module: TrainModule, micro_batches: list[MicroBatch], stopwatch: PhaseTimer = no_timer
-) -> tuple[Tensor, float]:
-    """Add up the gradients of a global batch. Collective: every rank, with equally many micro-batches.
-
-    Returns:
-        The sum of this rank's losses, on its device, and what the objective divides it by.
-    """
-    module = train_module.store.module
-    loss_sum = torch.zeros((), device=distributed.device())
-    divisor = 0.0
-    for index, micro_batch in enumerate(micro_batches):
-        train_module.store.defer_reduction(index < len(micro_batches) - 1)
-        with stopwatch("forward"):
-            loss, counted = train_module.objective(module, micro_batch)
-        with stopwatch("backward"):
-            loss.backward()
-        loss_sum += loss.detach()
-        divisor += counted
-    return loss_sum, divisor
-
-
-def step_clipped(
-    train_module: TrainModule, rates: dict[str, float], loss_sum: Tensor, divisor: float, observed: dict[int, list[str]]
-) -> Tensor:
-    """Step by the gradients over ``divisor``, clipped to ``optimizer.grad_clip``, where they and the loss are finite.
-
-    Collective: every rank.
-
-    Returns:
-        Their norms before clipping, float32: of all, then of each observed block, [1 + blocks].
-    """
-    optimizer = train_module.optimizer
-    gradients = optimizer.gradients()
-    blocks = [[gradients[name] for name in names if name in gradients] for names in observed.values()]
-    norms = mean_norms(list(gradients.values()), divisor, blocks)
-    finite = loss_sum.isfinite().to(norms.device) & norms[0].isfinite()
-    optimizer.step(rates, clipping_divisor(norms[0], divisor, train_module.config.optimizer.grad_clip), finite)
-    return norms
-
-
-def step_in_backward(
-    train_module: TrainModule,
-    micro_batches: list[MicroBatch],
-    rates: dict[str, float],
-    counts: list[float],
-    stopwatch: PhaseTimer,
-) -> tuple[Tensor, list[float], dict[str, Tensor]]:
-    """Step each parameter in the backward pass; its gradient dies at once, unclipped. Collective: every rank.
-
-    Returns:
-        The sum of this rank's losses; over all ranks what the objective divides it by and ``counts``; the sum of
-        squares of this rank's shard of each gradient.
-    """
-    assert len(micro_batches) == 1, "gradients that are used at once can't be accumulated"
-    with stopwatch("forward"):
-        loss, divisor = train_module.objective(train_module.store.module, micro_batches[0])
-    with stopwatch("reduction of the loss"):
-        totals = train_module.dims.all_reduce_sum([divisor, *counts])
-    with stopwatch("backward"), train_module.optimizer.stepping_in_backward(rates, max(totals[0], 1)) as made:
-        loss.backward()
-    return loss.detach(), totals, made.squares
-
-
-def dry_run_batch(train_module: TrainModule, micro_batch: MicroBatch) -> dict[str, int]:
-    """Run the longest micro-batch once, so that a run that does not fit fails in its first minute.
-
-    Nothing is updated. Collective: every rank.
-
-    Returns:
-        This rank's persistent bytes by kind, counted while gradients are there.
-    """
-    accumulate_gradients(train_module, [micro_batch])
-    counted = count_persistent_bytes(train_module)
-    train_module.optimizer.drop_gradients()
-    return counted
 
 
 def switch(run: Run, step: int) -> float:

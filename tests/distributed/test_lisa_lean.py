@@ -19,7 +19,7 @@ from lisa_dist.config.sampling import UniformSamplerConfig
 from lisa_dist.config.updates import AlwaysActiveConfig
 from lisa_dist.method.module import begin_period, build_train_module, count_persistent_bytes, load_initial_weights
 from lisa_dist.planning.prediction import predict
-from lisa_dist.training.loop import accumulate_gradients, train_step
+from lisa_dist.training.step import accumulate_gradients, train_step
 from tests.support import planned
 from tests.support.compared import STEPS, compare, train_on_rank
 from tests.support.plain_methods import adam, plain_model

@@ -14,7 +14,7 @@ from lisa_dist.config.optimization import PARTS
 from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding import fsdp2
-from lisa_dist.training.loop import accumulate_gradients, train_step
+from lisa_dist.training.step import accumulate_gradients, train_step
 from tests.support.ranks import run_on_ranks
 from tests.support.small_training import make_config, make_global_batches
 

@@ -16,7 +16,7 @@ from lisa_dist.config.updates import UPDATE_CONFIGS, AlwaysActiveConfig
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.models.quantization import dequantize
 from lisa_dist.runtime import distributed
-from lisa_dist.training.loop import train_step
+from lisa_dist.training.step import train_step
 from tests.support.compared import STEPS, compare, train_on_rank
 from tests.support.families import tiny_config
 from tests.support.plain_methods import PlainGaLore, adam, plain_model

@@ -12,7 +12,7 @@ from lisa_dist.config.sampling import BanditSamplerConfig
 from lisa_dist.config.updates import LowRankUpdateConfig
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.runtime import distributed
-from lisa_dist.training.loop import train_step
+from lisa_dist.training.step import train_step
 from tests.support.plain_methods import mean_loss, plain_model
 from tests.support.ranks import run_on_ranks
 from tests.support.small_training import full_parameters, make_config, make_global_batches

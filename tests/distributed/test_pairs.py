@@ -26,7 +26,7 @@ from lisa_dist.method.module import begin_period, build_train_module, load_initi
 from lisa_dist.method.optim.schedule import learning_rate
 from lisa_dist.models.quantization import dequantize
 from lisa_dist.runtime import distributed
-from lisa_dist.training.loop import train_step
+from lisa_dist.training.step import train_step
 from tests.support.plain_methods import Batch, PlainAdamW, PlainGaLore, adam, plain_model, train_by_hand
 from tests.support.ranks import run_on_ranks
 from tests.support.small_training import full_parameters, make_config, make_global_batches

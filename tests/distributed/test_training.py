@@ -23,7 +23,7 @@ from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import local_shard
 from lisa_dist.sharding import fsdp2
 from lisa_dist.sharding.sharded import ShardedStore
-from lisa_dist.training.loop import accumulate_gradients
+from lisa_dist.training.step import accumulate_gradients
 from tests.support.families import FAMILIES, tiny_config
 from tests.support.ranks import run_on_ranks
 from tests.support.small_training import (

@@ -18,6 +18,7 @@ from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime import distributed
 from lisa_dist.telemetry.history import read_rows, read_summary
 from lisa_dist.training import loop
+from lisa_dist.training import step as step_parts
 from lisa_dist.training.recovery import LossSpikeError, NonFiniteError, is_spike
 from tests.support import runs
 from tests.support.ranks import run_on_ranks
@@ -47,7 +48,7 @@ def train_with_bad_batches(config: Config, kind: str, bad: list[int], kill: Kill
         kind: ``gradient`` (one element is inf), ``loss`` (nan) or ``spike`` (the loss is ten times what it is).
         bad: the batches, by the order in which they are met first, from 1.
     """
-    accumulate = loop.accumulate_gradients
+    accumulate = step_parts.accumulate_gradients
     ordinary = loop.train_step
     seen: dict[int, int] = {}  # hash of a batch -> its number
 
@@ -67,7 +68,8 @@ def train_with_bad_batches(config: Config, kind: str, bad: list[int], kill: Kill
         return loss, tokens
 
     current = [0]
-    with mock.patch.multiple(loop, train_step=step, accumulate_gradients=gradients):
+    patched = mock.patch.object(step_parts, "accumulate_gradients", gradients)
+    with patched, mock.patch.object(loop, "train_step", step):
         try:
             return train_here(config, kill)
         except (NonFiniteError, LossSpikeError) as error:

@@ -24,7 +24,8 @@ from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.method.updates.sharded import whole
 from lisa_dist.runtime import distributed
-from lisa_dist.training.loop import accumulate_gradients, train
+from lisa_dist.training.loop import train
+from lisa_dist.training.step import accumulate_gradients
 from tests.support.families import _COMMON, _FIELDS, FAMILIES, tiny_config
 from tests.support.small_training import full_parameters
 from tests.support.tiny import TINY, rows_of_steps

@@ -33,7 +33,7 @@ from lisa_dist.models.layer_map import find_layers
 from lisa_dist.objectives.chunked_head import ChunkedCrossEntropy, LogitTransform, add_product, sums_in_place
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.environment import ALLOCATOR_SETTINGS
-from lisa_dist.training.loop import accumulate_gradients, train_step
+from lisa_dist.training.step import accumulate_gradients, train_step
 from tests.support.families import tiny_config
 from tests.support.left_out import leave_out
 from tests.support.small_training import (

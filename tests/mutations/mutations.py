@@ -67,7 +67,7 @@ STEP = [
     ),
     Mutation(
         "the loss is divided by a rank's own label tokens",
-        "training/loop.py",
+        "training/step.py",
         "step_clipped(train_module, rates, loss_sum, max(divisor, 1), observed)",
         "step_clipped(train_module, rates, loss_sum, max(own_divisor * dims.num_ranks, 1), observed)",
         f"{THREE_PERIODS}[2]",
@@ -81,7 +81,7 @@ STEP = [
     ),
     Mutation(
         "the learning rate is that of the next step",
-        "training/loop.py",
+        "training/step.py",
         "    rates = learning_rates(config.scheduler, config.optimizer, step, max_steps)",
         "    rates = learning_rates(config.scheduler, config.optimizer, step + 1, max_steps)",
         f"{THREE_PERIODS}[1]",
@@ -102,7 +102,7 @@ STEP = [
     ),
     Mutation(
         "dropout is not seeded anew at each step",
-        "training/loop.py",
+        "training/step.py",
         "torch.manual_seed(hash((config.train.seed, step, dims.data_rank)) % 2**63)",
         "pass",
         RESUMED,

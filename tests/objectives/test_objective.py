@@ -14,7 +14,7 @@ from lisa_dist.method.module import begin_period, build_train_module, load_initi
 from lisa_dist.method.probes import gradient_norms, mean_loss
 from lisa_dist.objectives.supervised import supervised
 from lisa_dist.runtime import distributed
-from lisa_dist.training.loop import train_step
+from lisa_dist.training.step import train_step
 from tests.support.ranks import run_on_ranks
 
 ARCHITECTURE = {

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.method.probes import mean_loss
-from lisa_dist.training.loop import train_step
+from lisa_dist.training.step import train_step
 from tests.support.ranks import run_on_ranks
 from tests.support.small_training import make_config
 

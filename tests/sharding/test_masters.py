@@ -25,7 +25,7 @@ from lisa_dist.planning.changes import single_changes
 from lisa_dist.planning.simulation import simulate
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import local_shard
-from lisa_dist.training.loop import accumulate_gradients
+from lisa_dist.training.step import accumulate_gradients
 from tests.support import planned, runs
 from tests.support.ranks import run_on_ranks
 from tests.support.small_training import PERIOD, make_config, make_global_batches, train_on_rank

@@ -26,7 +26,7 @@ from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import local_shard
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.sharding.resident import ResidentStore
-from lisa_dist.training.loop import accumulate_gradients, train_step
+from lisa_dist.training.step import accumulate_gradients, train_step
 from tests.support import planned
 from tests.support.ranks import run_on_ranks
 from tests.support.small_training import (

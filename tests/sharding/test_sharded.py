@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.runtime import distributed
-from lisa_dist.training.loop import accumulate_gradients
+from lisa_dist.training.step import accumulate_gradients
 from tests.support.ranks import run_on_ranks
 from tests.support.small_training import make_config, make_global_batches
 

@@ -13,7 +13,7 @@ from lisa_dist.config import Config
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.method.optim.schedule import learning_rate
 from lisa_dist.runtime import distributed
-from lisa_dist.training.loop import train_step
+from lisa_dist.training.step import train_step
 from tests.support.plain_methods import train_by_hand
 from tests.support.small_training import GLOBAL_BATCH, full_parameters, make_global_batches
 

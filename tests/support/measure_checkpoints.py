@@ -25,7 +25,7 @@ from lisa_dist.config import Config
 from lisa_dist.config.loading import load
 from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
 from lisa_dist.runtime import distributed
-from lisa_dist.training.loop import train_step
+from lisa_dist.training.step import train_step
 
 ROUNDS = 7
 ARCHITECTURE = (

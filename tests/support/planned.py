@@ -21,7 +21,7 @@ from lisa_dist.method.module import (
     count_persistent_bytes,
 )
 from lisa_dist.runtime import distributed
-from lisa_dist.training.loop import train_step
+from lisa_dist.training.step import train_step
 
 BLOCKS, TOKENS, VOCABULARY, HIDDEN = 3, 96, 515, 90
 

@@ -22,6 +22,7 @@ from lisa_dist.config.loading import load
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.telemetry.records import read_rows, read_summary
 from lisa_dist.training import loop
+from lisa_dist.training import step as step_parts
 from tests.support.ranks import run_on_ranks
 
 STEPS, PERIOD = 6, 2
@@ -84,7 +85,7 @@ def killed_at(kill: Kill | None) -> Iterator[None]:
     if kill is None:
         yield
         return
-    accumulate, begun = loop.train_step, loop.accumulate_gradients
+    accumulate, begun = loop.train_step, step_parts.accumulate_gradients
     current = [0]
 
     def step(train_module: Any, micro_batches: Any, number: int, *rest: Any, **more: Any) -> Any:
@@ -105,7 +106,8 @@ def killed_at(kill: Kill | None) -> Iterator[None]:
         return write_pieces(pieces, file)
 
     with (
-        mock.patch.multiple(loop, train_step=step, accumulate_gradients=gradients),
+        mock.patch.object(loop, "train_step", step),
+        mock.patch.object(step_parts, "accumulate_gradients", gradients),
         mock.patch("lisa_dist.checkpoint.protocol.write_pieces", writing),
     ):
         yield

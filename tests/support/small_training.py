@@ -21,7 +21,7 @@ from lisa_dist.method.updates.sharded import whole
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding import fsdp2
 from lisa_dist.sharding.sharded import ShardedStore
-from lisa_dist.training.loop import train_step
+from lisa_dist.training.step import train_step
 from tests.support.plain_lisa import train_plainly
 
 # No size is divisible by two ranks, let alone by four.

@@ -26,7 +26,7 @@ from lisa_dist.runtime import distributed
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.sharding.rounding import dtype_of
 from lisa_dist.training.flops import step_flops
-from lisa_dist.training.loop import PhaseTimer, dry_run_batch, train_step
+from lisa_dist.training.step import PhaseTimer, dry_run_batch, train_step
 
 FSDP_BASELINE = "fsdp_baseline"
 

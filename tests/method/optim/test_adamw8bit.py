@@ -15,7 +15,7 @@ from lisa_dist.method.module import begin_period, build_train_module, count_pers
 from lisa_dist.method.optim import optimizer_spec
 from lisa_dist.planning.simulation import simulate
 from lisa_dist.runtime import distributed
-from lisa_dist.training.loop import train_step
+from lisa_dist.training.step import train_step
 from tests.support.ranks import run_on_ranks
 from tests.support.small_training import make_config, make_global_batches
 

@@ -19,7 +19,7 @@ from lisa_dist.method.optim.schedule import learning_rate
 from lisa_dist.planning.simulation import simulate
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding.checkpointing_policy import activation_budget
-from lisa_dist.training.loop import train_step
+from lisa_dist.training.step import train_step
 from tests.support.plain_methods import PlainAdamW, PlainGaLore, plain_model, train_by_hand
 from tests.support.ranks import run_on_ranks
 from tests.support.small_training import full_parameters, make_config, make_global_batches

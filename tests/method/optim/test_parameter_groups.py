@@ -21,7 +21,7 @@ from lisa_dist.method.optim.parameter_groups import ParameterGroups, norms_and_b
 from lisa_dist.method.optim.schedule import learning_rate
 from lisa_dist.method.updates import build_update
 from lisa_dist.runtime import distributed
-from lisa_dist.training.loop import train_step
+from lisa_dist.training.step import train_step
 from tests.support.families import FAMILIES, tiny_config
 from tests.support.plain_methods import mean_loss, plain_model
 from tests.support.ranks import run_on_ranks
