@@ -41,6 +41,7 @@ class Snapshot:
     folders: dict[str, dict[str, Piece]]  # weights and moments
     frozen: set[str]  # of these, what nothing changes in place while the checkpoint is written
     texts: dict[str, str]  # further files by name, written by rank 0
+    best: str | None = None  # the name of a checkpoint that is kept besides the newest, maybe this one
 
 
 def write_checkpoint(
@@ -78,7 +79,7 @@ def write_checkpoint(
     if failure is None:
         gathered = distributed.gather_objects(files, group)
         everything = {name: file for of_rank in gathered for name, file in of_rank.items()}
-        failure = agree(lambda: _complete(snapshot.plan, unfinished, everything, keep))
+        failure = agree(lambda: _complete(snapshot.plan, unfinished, everything, keep, snapshot.best))
     if failure is not None and distributed.is_main():
         shutil.rmtree(unfinished, ignore_errors=True)
     return failure
@@ -94,15 +95,17 @@ def remove_leftovers(directory: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def remove_old(directory: Path, newest: Path, keep: int) -> None:
-    """Remove all but the ``keep`` newest checkpoints (0: keep all) up to ``newest``, and those that they depend on.
+def remove_old(directory: Path, newest: Path, keep: int, best: str | None = None) -> None:
+    """Remove all but the ``keep`` newest checkpoints (0: keep all) up to ``newest``, the one that is called ``best``,
+    and those that they depend on.
 
     Later ones, of a run that was set back to an earlier step, are left alone: they may be damaged, and must not
     push out a good one. Earlier ones whose base was replaced since can't be read any more and are not counted.
     """
     if keep > 0:
         found = [path for path in list_checkpoints(directory) if (step_of(path) or 0) <= (step_of(newest) or 0)]
-        kept = [path for path in found if replaced_base(path) is None][:keep]
+        readable = [path for path in found if replaced_base(path) is None]
+        kept = readable[:keep] + [path for path in readable[keep:] if path.name == best]
         needed = {name for path in kept for name in read_dependencies(path)}
         for old in [path for path in found if path not in kept]:
             if old.name not in needed:
@@ -127,7 +130,9 @@ def _write_own_files(snapshot: Snapshot, unfinished: Path) -> dict[str, WrittenF
     return written
 
 
-def _complete(plan: CheckpointPlan, unfinished: Path, files: dict[str, WrittenFile], keep: int) -> None:
+def _complete(
+    plan: CheckpointPlan, unfinished: Path, files: dict[str, WrittenFile], keep: int, best: str | None
+) -> None:
     if not distributed.is_main():
         return
     directory, final = unfinished.parent, unfinished.with_name(plan.name)
@@ -142,7 +147,7 @@ def _complete(plan: CheckpointPlan, unfinished: Path, files: dict[str, WrittenFi
     unfinished.replace(final)
     flush_directory(directory)
     shutil.rmtree(replaced, ignore_errors=True)
-    remove_old(directory, final, keep)
+    remove_old(directory, final, keep, best)
 
 
 def _agree(step: int, group: dist.ProcessGroup | None, action: Callable[[], object]) -> str | None:

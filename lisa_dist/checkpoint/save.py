@@ -77,7 +77,9 @@ class CheckpointSaver:
         }
         frozen = frozen_tensors(self.train_module, [name for pieces in folders.values() for name in pieces])
         texts = {STATE: json.dumps(state, indent=1), CONFIG: self.config_yaml}
-        return Snapshot(progress.step, plan, folders, frozen, texts)
+        keeps_best = self.train_module.config.checkpoint.keep_best
+        best = checkpoint_name(progress.best_step) if keeps_best and progress.best_step is not None else None
+        return Snapshot(progress.step, plan, folders, frozen, texts, best)
 
 
 def frozen_tensors(train_module: TrainModule, names: Iterable[str]) -> set[str]:

@@ -35,6 +35,9 @@ class Progress:
     resumed_from: list[int] = field(default_factory=list)
     skipped_steps: int = 0  # steps left out because the loss or a gradient was not finite
     recent_losses: list[float] = field(default_factory=list)  # what a spike is measured by; empty where none is
+    best_eval_loss: float | None = None  # the lowest held-out loss after a step, None before the first
+    best_step: int | None = None  # the step that it was found after
+    evaluations_since_best: int = 0
     order_seed: int = 0  # train.seed at the run's first start, by which the data are ordered and packed
     data: dict[str, Any] = field(default_factory=dict)  # what the data are, see data.prepare.fingerprint
 

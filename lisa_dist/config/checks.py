@@ -25,6 +25,11 @@ def check_combinations(config: Config) -> None:
     _check_quantization(config)
     _check_optimizer_shard(config)
     _check_step_in_backward(config)
+    if config.checkpoint.keep_best and config.train.eval_every == 0:
+        raise UserError(
+            "checkpoint.keep_best=true: needs evaluations during training, and train.eval_every=0 makes none; "
+            "set train.eval_every, the steps between them"
+        )
 
 
 def _check_sampler(sampler: SamplerConfig) -> None:
@@ -126,6 +131,22 @@ def check_global_batch(train: TrainConfig, ranks: int) -> None:
             f"train.global_batch_size={train.global_batch_size}: must be a multiple of train.micro_batch_size x "
             f"ranks, {train.micro_batch_size} x {ranks}; near are {near}"
         )
+
+
+def check_validation(config: Config, has_validation: bool) -> None:
+    """Raise :class:`UserError` where the held-out loss decides something and there are no rows to validate on."""
+    if has_validation:
+        return
+    patience = config.train.early_stopping_patience
+    for key, chosen in (
+        (f"train.early_stopping_patience={patience}", patience > 0),
+        ("checkpoint.keep_best=true", config.checkpoint.keep_best),
+    ):
+        if chosen:
+            raise UserError(
+                f"{key}: follows the held-out loss, and there is no validation data; set data.validation, a path or "
+                "the fraction of the rows that is held out"
+            )
 
 
 def check_accumulation(config: Config, ranks: int) -> None:

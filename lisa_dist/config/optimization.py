@@ -113,7 +113,8 @@ class TrainConfig:
     seed: int = 0  # of the data order, of random weights and of dropout
     eval_every: int = 0  # steps between validations; 0: none
     eval_batches: int | None = None  # micro-batches a rank of a validation; null: all
-    log_every: int = 1  # steps between rows of metrics.jsonl; a step that ends in a checkpoint has one anyhow
+    early_stopping_patience: int = 0  # evaluations without a better held-out loss until the run ends; 0: off
+    log_every: int = 1  # steps between rows of metrics.jsonl; a step that may end in a checkpoint has one anyhow
     on_nonfinite: str = "stop"  # a loss or gradient that is not finite: stop, or skip the step
     nonfinite_limit: int = 20  # steps that may be skipped for it in a run
     spike_factor: float = 0.0  # a loss so many times the recent median: back to the last checkpoint; 0: off
@@ -126,5 +127,11 @@ class TrainConfig:
         check_choices("train", self, on_nonfinite=["stop", "skip"])
         check_minimums("train", self, max_steps=1, global_batch_size=1, micro_batch_size=1, log_every=1, spike_window=1)
         check_minimums("train", self, eval_every=0, eval_batches=1, sample_prompts=0, nonfinite_limit=0, spike_limit=0)
+        check_minimums("train", self, early_stopping_patience=0)
+        if self.early_stopping_patience > 0 and self.eval_every == 0:
+            raise UserError(
+                f"train.early_stopping_patience={self.early_stopping_patience}: counts evaluations during training, "
+                "and train.eval_every=0 makes none; set train.eval_every, the steps between them"
+            )
         if self.spike_factor != 0:
             check_minimums("train", self, spike_factor=1)

@@ -83,6 +83,8 @@ KEYS_HERE = {
     "save_steps": "checkpoint.every",
     "saves_per_epoch": "checkpoint.every, in steps",
     "save_total_limit": "checkpoint.keep",
+    "load_best_model_at_end": "checkpoint.keep_best",
+    "early_stopping_patience": "train.early_stopping_patience",
     "resume_from_checkpoint": "checkpoint.resume=auto",
     "auto_resume_from_checkpoints": "checkpoint.resume=auto",
     "output_dir": "run.dir",

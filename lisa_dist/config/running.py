@@ -10,6 +10,7 @@ from lisa_dist.config.errors import check_choices, check_minimums
 class CheckpointConfig:
     every: int = 0  # optimizer steps between checkpoints; 0: none but the last
     keep: int = 3  # newest checkpoints kept, and those that they need; 0: all
+    keep_best: bool = False  # keep that of the lowest held-out loss besides, saved when it is evaluated
     full_every: int = 1  # every n-th checkpoint is full, those between hold the weights that changed
     resume: str = "none"  # none, or auto: go on from the newest complete checkpoint of the run directory
     new_data: bool = False  # go on although the data are other ones than the checkpoint's, at their start

@@ -19,12 +19,8 @@ from lisa_dist.telemetry.sinks import build_sink
 logger = logging.getLogger(__name__)
 
 SPEEDS = ("tokens_per_second", "label_tokens_per_second")
-OF_THE_FIRST_STEP = (
-    "trained_parameters",
-    "persistent_bytes",
-    "law_bytes",
-    "law",
-)  # kept by a resume that has nothing to do
+# Kept by a resume that has nothing to do.
+KEPT = ("trained_parameters", "persistent_bytes", "law_bytes", "law", "best_checkpoint")
 
 
 class Recorder:
@@ -65,7 +61,7 @@ class Recorder:
         self.summary: dict[str, Any] = {"num_blocks": num_blocks}
         if first_step and is_main():
             known = read_summary(self.run) or {}
-            self.summary |= {key: known[key] for key in OF_THE_FIRST_STEP if key in known}
+            self.summary |= {key: known[key] for key in KEPT if key in known}
         self.cut_after(first_step or -1)  # at a fresh start the evaluation of step 0 is repeated too
         if first_step:
             self.record_event(first_step, "resume", f"went on from step {first_step}")

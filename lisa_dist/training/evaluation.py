@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,10 +12,15 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from lisa_dist.checkpoint.manifest import checkpoint_name
+from lisa_dist.checkpoint.state import Progress
+from lisa_dist.config import Config
 from lisa_dist.data.preview import sample_questions
 from lisa_dist.method.probes import mean_loss
 from lisa_dist.runtime import distributed
 from lisa_dist.training.setup import Run
+
+logger = logging.getLogger(__name__)
 
 LONGEST_ANSWER = 48  # tokens
 
@@ -26,6 +33,55 @@ def evaluate(run: Run) -> None:
         with run.heartbeat.phase("the evaluation", may_take_long=True):
             loss = mean_loss(train_module.store.module, train_module.objective, train_module.dims, batches)
             run.recorder.record_evaluation(run.progress.step, loss)
+        if run.progress.step > 0:  # what was there before training is no result of it
+            compare_with_best(run.progress, loss)
+
+
+def compare_with_best(progress: Progress, eval_loss: float) -> None:
+    """Remember a held-out loss that is lower than all before, or count one that is not."""
+    best = progress.best_eval_loss
+    if math.isfinite(eval_loss) and (best is None or eval_loss < best):
+        progress.best_eval_loss, progress.best_step, progress.evaluations_since_best = eval_loss, progress.step, 0
+    else:
+        progress.evaluations_since_best += 1
+
+
+def ends_early(run: Run) -> bool:
+    """Whether ``train.early_stopping_patience`` evaluations went by without a better held-out loss."""
+    return 0 < run.config.train.early_stopping_patience <= run.progress.evaluations_since_best
+
+
+def is_best_to_keep(run: Run) -> bool:
+    """Whether the evaluation of this step found the best loss so far, and the run keeps its checkpoint."""
+    return run.config.checkpoint.keep_best and run.progress.best_step == run.progress.step
+
+
+def may_save_after_evaluation(config: Config) -> bool:
+    """Whether an evaluation can call for a checkpoint that is not due."""
+    return config.checkpoint.keep_best or config.train.early_stopping_patience > 0
+
+
+def tell_of_best(run: Run) -> None:
+    """Say why the run ended early, where it did, and where its best held-out loss was; its checkpoints are written."""
+    if not distributed.is_main() or not may_save_after_evaluation(run.config):
+        return
+    progress, best = run.progress, run.progress.best_eval_loss
+    if ends_early(run):
+        why = (
+            f"no better held-out loss in {progress.evaluations_since_best} evaluations, so the run ends at step "
+            f"{progress.step} of {run.max_steps} (train.early_stopping_patience="
+            f"{run.config.train.early_stopping_patience})"
+        )
+        run.recorder.summary["early_stopping"] = why
+        logger.info("%s", why)
+    if best is None or progress.best_step is None:
+        logger.warning("no evaluation found a finite held-out loss")
+        return
+    kept = (run.checkpoints.directory / checkpoint_name(progress.best_step)).is_dir()
+    where = f"export.step={progress.best_step} takes it" if kept else "checkpoint.keep_best=true would have kept it"
+    lowest = run.recorder.summary["best_eval_loss"]
+    untrained = f"; before training it was lower, {lowest:.4f}" if lowest < best else ""
+    logger.info("best held-out loss %.4f, after step %d: %s%s", best, progress.best_step, where, untrained)
 
 
 def show_answers(run: Run, title: str) -> None:

@@ -23,7 +23,14 @@ from lisa_dist.runtime.signals import ignore_stop_signals, stop_requested
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.telemetry.logs import setup_logging
 from lisa_dist.telemetry.out_of_memory import PREPARATION, explaining_out_of_memory
-from lisa_dist.training.evaluation import evaluate, show_answers
+from lisa_dist.training.evaluation import (
+    ends_early,
+    evaluate,
+    is_best_to_keep,
+    may_save_after_evaluation,
+    show_answers,
+    tell_of_best,
+)
 from lisa_dist.training.record import (
     MadeStep,
     announce_trained,
@@ -84,17 +91,18 @@ def train_steps(run: Run) -> bool:
             show_answers(run, "answers before training")
             if config.train.spike_factor > 0:
                 save_checkpoint(run)  # what a first spike goes back to
-        while (loss := train_until_spike(run, first_step, start_up)) is not None:
+        while not ends_early(run) and (loss := train_until_spike(run, first_step, start_up)) is not None:
             roll_back(run, loss)
     run.checkpoints.finish(stop_on_error=True)
-    stopped = run.progress.step < run.max_steps
+    stopped = run.progress.step < run.max_steps and not ends_early(run)
     if not stopped:
+        tell_of_best(run)
         show_answers(run, "answers after training")
     return stopped
 
 
 def train_until_spike(run: Run, first_step: int, start_up: ExitStack) -> float | None:
-    """Train until the last step, a stop, or a loss that spikes, which is returned. Collective: every rank.
+    """Train until the last step, an early end, a stop, or a loss that spikes, which is returned. Collective: all ranks.
 
     Goes on from ``run.progress``, which a step that spiked leaves as it was. ``first_step`` is that of this start,
     before which the longest micro-batch is tried and with which ``start_up`` ends.
@@ -133,15 +141,17 @@ def train_until_spike(run: Run, first_step: int, start_up: ExitStack) -> float |
             count_step(run, result, seconds)
             # Whatever is saved has a row: a resume finds in the rows what was counted until then.
             has_row = saves or is_due(config.train.log_every, progress.step)
+            has_row = has_row or (evaluates and may_save_after_evaluation(config))
             unread = MadeStep(result, micro_batches, progress.step, progress.sequences, has_row)
             if reads:
                 finish_step(run, unread)
                 unread = None
             if evaluates:
                 evaluate(run)
+                saves = saves or ends_early(run) or is_best_to_keep(run)
             if saves:
                 save_checkpoint(run)
-            if result.stop_requested:
+            if result.stop_requested or ends_early(run):
                 break
     return None
 
@@ -201,6 +211,8 @@ def save_checkpoint(run: Run) -> None:
     """Write a checkpoint of this step. Collective: every rank."""
     with run.heartbeat.phase("the checkpoint", may_take_long=True):
         run.checkpoints.save(run.progress)
+    if run.config.checkpoint.keep_best:
+        run.recorder.summary["best_checkpoint"] = run.progress.best_step
 
 
 def is_due(every: int, step: int) -> bool:

@@ -111,6 +111,8 @@ def roll_back(run: Run, loss: float) -> None:
     run.checkpoints.continue_from(newest, state)
     progress.step, progress.sequences = restored.step, restored.sequences
     progress.recent_losses = restored.recent_losses
+    progress.best_eval_loss, progress.best_step = restored.best_eval_loss, restored.best_step
+    progress.evaluations_since_best = restored.evaluations_since_best
     progress.left_out.append(stretch)
     run.recorder.cut_after(progress.step)
     run.recorder.record_event(progress.step, "roll-back", f"{found}: back to step {progress.step}")

@@ -21,7 +21,7 @@ from lisa_dist.checkpoint.restore import newest_complete, restore_checkpoint
 from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.checkpoint.state import Progress, read_state
 from lisa_dist.config import Config, LaunchConfig, ModelConfig, TrainConfig, UserError
-from lisa_dist.config.checks import check_global_batch, options_without_effect
+from lisa_dist.config.checks import check_global_batch, check_validation, options_without_effect
 from lisa_dist.config.loading import to_yaml
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
 from lisa_dist.data.batches import GlobalBatches, MicroBatch
@@ -126,6 +126,7 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
     with distributed.longer_timeout(config.parallel.timeout):
         order_seed = config.train.seed if newest is None else first_seed(newest)
     data = prepare_data(config.data, tokenizer, order_seed)  # waits by itself, as long as it takes
+    check_validation(config, data.validation is not None)
     with distributed.longer_timeout(config.parallel.timeout):
         described = distributed.on_rank_zero(lambda: fingerprint(config.data, data, tokenizer))
     warn_of_positions(config.data.sequence_length, architecture)
