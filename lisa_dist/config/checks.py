@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
+import os
 from collections.abc import Iterator
 
 from lisa_dist.config import Config, SamplerConfig, TrainConfig
@@ -56,11 +57,13 @@ def _check_non_block_modules(config: Config) -> None:
 
 
 def _check_packages(config: Config) -> None:
-    """Refuse kernels, an optimizer or a logger whose package is missing."""
+    """Refuse kernels, an optimizer or a logger whose package is missing, and a mode that Weights & Biases has not."""
     if config.model.kernels == "liger":
         check_package("liger_kernel", "model.kernels=liger", "liger-kernel")
     if config.optimizer.needs_package is not None:
         check_package(config.optimizer.needs_package, f"optimizer={config.optimizer.name}")
+    if config.logger.name == "wandb":
+        config.logger.wandb.with_variables(os.environ)
     if config.logger.name == "tensorboard":
         check_package("tensorboard", "logger=tensorboard")
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from lisa_dist.config.errors import check_choices, check_minimums
+from lisa_dist.config.errors import check_choice, check_choices, check_minimums
+
+WANDB_MODES = ["online", "offline", "disabled"]  # as Weights & Biases calls them
 
 
 class CheckpointConfig:
@@ -42,13 +45,24 @@ class RunConfig:
 
 @dataclass
 class WandbConfig:
-    mode: str = "online"  # online, offline
-    project: str = "lisa-dist"  # the project that the run belongs to
-    entity: str | None = None  # the team or account; null: the default one
+    mode: str | None = None  # online, offline, disabled; null: WANDB_MODE, else online
+    project: str | None = None  # the project that the run belongs to; null: WANDB_PROJECT, else lisa-dist
+    entity: str | None = None  # the team or account; null: WANDB_ENTITY, else the account's default one
     tags: list[str] = field(default_factory=list)  # labels of the run
 
     def __post_init__(self) -> None:
-        check_choices("logger.wandb", self, mode=["online", "offline"])
+        check_choices("logger.wandb", self, mode=WANDB_MODES)
+
+    def with_variables(self, environment: Mapping[str, str]) -> WandbConfig:
+        """Return these settings with W&B's own variables, then the defaults, in place of what is null.
+
+        Raises:
+            UserError: WANDB_MODE is none of W&B's modes.
+        """
+        mode = self.mode or environment.get("WANDB_MODE") or "online"
+        check_choice("logger.wandb.mode" if self.mode else "WANDB_MODE", mode, WANDB_MODES)
+        project = self.project or environment.get("WANDB_PROJECT") or "lisa-dist"
+        return replace(self, mode=mode, project=project, entity=self.entity or environment.get("WANDB_ENTITY"))
 
 
 @dataclass

@@ -114,6 +114,11 @@ class Heartbeat:
         note = self.note
         return f"{note.part} of step {note.step}" if note.step else f"{note.part} before the first step"
 
+    def doing(self) -> tuple[str, float]:
+        """Return the part that this rank works on, and for how many seconds. Any thread may ask."""
+        note = self.note
+        return note.part, time.monotonic() - note.beat
+
     def explain(self) -> str:
         """Return where this rank waits, and which ranks are behind it or stand still, by the notes of all.
 

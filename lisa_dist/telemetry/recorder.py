@@ -12,7 +12,7 @@ from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.distributed import is_main
 from lisa_dist.telemetry.history import MetricsRow, read_rows, read_summary
 from lisa_dist.telemetry.memory import allocator_retries, peak_memory_gib, reset_peak_memory
-from lisa_dist.telemetry.progress import ProgressDisplay
+from lisa_dist.telemetry.progress import Doing, ProgressDisplay
 from lisa_dist.telemetry.records import RowWriter, write_summary
 from lisa_dist.telemetry.sinks import build_sink
 
@@ -38,6 +38,7 @@ class Recorder:
         started: float,
         first_step: int = 0,
         resumed_from: list[int] | None = None,
+        doing: Doing | None = None,
     ) -> None:
         """Open the files of ``run.dir``.
 
@@ -48,6 +49,7 @@ class Recorder:
             started: when this process began with the run, by ``time.monotonic``.
             first_step: steps already done, where the run goes on.
             resumed_from: the checkpoint steps that the run went on from.
+            doing: tells what the run works on, for the progress.
         """
         self.run = RunDirectory.of(config)
         self.resumed_from = resumed_from or []
@@ -66,7 +68,7 @@ class Recorder:
         if first_step:
             self.record_event(first_step, "resume", f"went on from step {first_step}")
         self.sink = build_sink(config, self.run, first_step)
-        self.display = ProgressDisplay(max_steps, first_step)
+        self.display = ProgressDisplay(max_steps, first_step, doing)
 
     def cut_after(self, step: int) -> None:
         """The run goes on from the checkpoint of ``step``: what was recorded past it is dropped."""

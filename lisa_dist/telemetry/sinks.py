@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 import uuid
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +13,8 @@ from lisa_dist.config import Config, UserError
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.distributed import is_main
 from lisa_dist.runtime.redaction import hide_secrets_in
+
+logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -29,25 +33,28 @@ class WandbSink:
     def __init__(self, config: Config, run: RunDirectory) -> None:
         import wandb  # slow, and of no use to other loggers
 
-        options = config.logger.wandb
+        options = config.logger.wandb.with_variables(os.environ)
+        mode: Any = options.mode  # which is checked to be one that wandb has
         try:
             self.run = wandb.init(
                 project=options.project,
                 entity=options.entity,
                 tags=options.tags,
-                mode="offline" if options.mode == "offline" else "online",
+                mode=mode,
                 name=config.run.name or run.path.name,
                 id=_wandb_id(run.wandb_id),
                 resume="allow" if options.mode == "online" else None,
                 dir=str(run.path),
                 config=public_config(config),
-                settings=wandb.Settings(console="off", silent=options.mode == "offline"),
+                settings=wandb.Settings(console="off", silent=options.mode != "online"),
             )
         except wandb.errors.Error as error:
             raise UserError(
                 f"logger.wandb.mode={options.mode}: Weights & Biases said: {error}; "
                 "`wandb login` helps, or logger.wandb.mode=offline, which needs no account"
             ) from error
+        entity = f", entity {options.entity}" if options.entity else ""
+        logger.info("Weights & Biases: %s, project %s%s, run %s", options.mode, options.project, entity, self.run.id)
 
     def log(self, row: dict[str, Any]) -> None:
         self.run.log(numbers_of(row), step=row["step"])

@@ -168,7 +168,8 @@ def begin_step(run: Run, step: int, first_step: int) -> dict[str, float]:
         with run.heartbeat.phase("the draw and switch of active blocks"):
             seconds["switch_seconds"] = switch(run, step)
     if step == first_step:
-        with run.heartbeat.phase("the dry run of the longest micro-batch"):
+        compiles = run.train_module.kernels == "compile"
+        with run.heartbeat.phase("the compilation of blocks" if compiles else "the dry run of the longest micro-batch"):
             log_first_period(run)
     if is_due(COLLECT_EVERY, step):
         gc.collect()

@@ -150,6 +150,7 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
     if distributed.is_main():
         for sentence in options_without_effect(config, dims.data_ranks, validation is not None):
             logger.warning(sentence)
+    heartbeat = Heartbeat(RunDirectory.of(config), config.parallel.timeout, max_steps)
     recorder = Recorder(
         config,
         max_steps,
@@ -157,9 +158,9 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
         started=started,
         first_step=progress.step,
         resumed_from=progress.resumed_from,
+        doing=heartbeat.doing,
     )
     recorder.summary |= rows_of(data)
-    heartbeat = Heartbeat(RunDirectory.of(config), config.parallel.timeout, max_steps)
     return Run(
         config, train_module, tokenizer, batches, validation, max_steps, progress, recorder, checkpoints, heartbeat
     )

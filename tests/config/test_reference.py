@@ -38,7 +38,7 @@ def test_defaults_and_meanings_are_those_of_the_source() -> None:
     assert keys["train.max_steps"].default == "null"
     assert keys["sampler.blocks"].meaning.startswith("sampler=fixed: ")
     assert keys["checkpoint.async"].meaning
-    assert keys["logger.wandb.mode"].meaning == "online, offline"
+    assert keys["logger.wandb.mode"].meaning == "online, offline, disabled; null: WANDB_MODE, else online"
 
 
 def test_the_page_of_the_docs_is_up_to_date() -> None:

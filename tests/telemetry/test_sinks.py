@@ -3,7 +3,8 @@ import math
 
 import pytest
 
-from lisa_dist.config import Config, LaunchConfig, LoggerConfig, RunConfig
+from lisa_dist.config import Config, LaunchConfig, LoggerConfig, RunConfig, UserError
+from lisa_dist.config.checks import check_combinations
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.config.running import WandbConfig
 from lisa_dist.telemetry import sinks
@@ -47,6 +48,31 @@ def test_wandb_offline_needs_no_account(tmp_path, monkeypatch):
     assert (summary["loss"], summary["parts/forward"], summary["eval_loss"]) == (2.5, 0.5, 2.25)  # of step 3
     assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 1
     assert (tmp_path / "wandb" / "run_id.txt").read_text() == identity
+
+
+def test_a_run_that_goes_on_is_the_same_run_and_variables_stand_in_for_keys(tmp_path, monkeypatch):
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+    for name, value in {"MODE": "offline", "PROJECT": "theirs", "ENTITY": "team"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    found = []
+    for options in (WandbConfig(), WandbConfig(project="ours")):
+        sink = build_sink(config_with("wandb", wandb=options), RunDirectory(tmp_path))
+        found.append((sink.run.id, sink.run.project, sink.run.entity, sink.run.settings.mode))
+        sink.close()
+    identity = (tmp_path / "wandb" / "run_id.txt").read_text()
+    assert found == [(identity, "theirs", "team", "offline"), (identity, "ours", "team", "offline")]
+
+
+def test_a_variable_that_is_no_mode_is_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(UserError, match=r"^WANDB_MODE=ofline: must be one of online, offline, disabled"):
+        check_combinations(config_with("wandb"))
+    check_combinations(config_with("wandb", wandb=WandbConfig(mode="offline")))  # a key wins
+    check_combinations(config_with("none"))
+
+
+def test_without_variables_the_defaults_hold():
+    assert WandbConfig().with_variables({}) == WandbConfig(mode="online", project="lisa-dist")
 
 
 def test_tensorboard_hides_what_a_resume_does_again(tmp_path):
