@@ -12,7 +12,7 @@ from lisa_dist.config.loading import load
 from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import local_shard
-from lisa_dist.training import loop
+from lisa_dist.training import step as step_parts
 from tests.support.small_training import make_config, make_global_batches
 
 BF16 = {"frozen": "bfloat16", "compute": "bfloat16"}
@@ -37,7 +37,7 @@ def poisoned(train_module: TrainModule, *rest: Any) -> Any:
     return result
 
 
-accumulate_gradients = loop.accumulate_gradients
+accumulate_gradients = step_parts.accumulate_gradients
 
 
 def state_of(train_module: TrainModule) -> dict[str, torch.Tensor]:
@@ -53,14 +53,14 @@ def leave_out(kind: str, *overrides: str) -> None:
     """Make a good step, one that is not finite, and a good one. Runs on one rank."""
     train_module = build(kind, *overrides)
     batches = make_global_batches(3)
-    assert not loop.train_step(train_module, batches[0], 0, 3).skipped
+    assert not step_parts.train_step(train_module, batches[0], 0, 3).skipped
     before = state_of(train_module)
-    with mock.patch.object(loop, "accumulate_gradients", poisoned):
-        result = loop.train_step(train_module, batches[1], 1, 3)
+    with mock.patch.object(step_parts, "accumulate_gradients", poisoned):
+        result = step_parts.train_step(train_module, batches[1], 1, 3)
     assert result.skipped and math.isfinite(result.loss) and not math.isfinite(result.grad_norm)
     assert not train_module.optimizer.gradients()
     after = state_of(train_module)
     assert not [name for name, tensor in before.items() if not torch.equal(after[name], tensor)]
-    assert not loop.train_step(train_module, batches[2], 2, 3).skipped
+    assert not step_parts.train_step(train_module, batches[2], 2, 3).skipped
     assert set(train_module.optimizer.step_counts().values()) == {2}
     assert all(tensor.isfinite().all() for tensor in state_of(train_module).values())
