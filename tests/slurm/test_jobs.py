@@ -64,7 +64,7 @@ def test_signal_before_the_limit_requeues_and_the_job_goes_on(
     for name, value in held(HELD_AT, tmp_path / "requeued").items():
         monkeypatch.setenv(name, value)  # Slurm hands the submitter's variables to the job
     job = launch(capsys, "launch.nodes=2", f"train.max_steps={STEPS}", f"run.dir={run_dir}")
-    cluster.wait_for(lambda: len(steps_recorded(run_dir)) == HELD_AT)
+    cluster.wait_for(lambda: len(steps_recorded(run_dir)) == HELD_AT - 1)  # a row comes when the next step is under way
     cluster.command("scancel", "--signal=USR1", job)  # what Slurm sends before the limit, to the same processes
     cluster.wait_for_state(job, "PENDING")
     assert read_summary(run_dir)["exit_reason"] == "signal"

@@ -44,7 +44,8 @@ def test_failed_and_stopped_jobs_go_on_when_the_sweep_is_run_again(
         [*LISA_DIST, *arguments], start_new_session=True, stdout=subprocess.PIPE, text=True, env=environment
     )
     deadline = time.monotonic() + PATIENCE
-    while len(steps_recorded(jobs[0])) < HELD_AT or not (jobs[1] / "exit_code").exists():
+    # The row of a step is written when the next one is under way.
+    while len(steps_recorded(jobs[0])) < HELD_AT - 1 or not (jobs[1] / "exit_code").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # Ctrl-C
