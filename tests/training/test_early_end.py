@@ -12,7 +12,7 @@ import pytest
 from lisa_dist.checkpoint.manifest import list_checkpoints, step_of, verify
 from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import Config, UserError
-from lisa_dist.config.checks import check_validation
+from lisa_dist.config.checks import check_combinations, check_validation
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.telemetry.records import read_summary
 from lisa_dist.training import evaluation
@@ -121,7 +121,7 @@ def test_only_a_lower_finite_loss_is_better() -> None:
 )
 def test_what_follows_the_held_out_loss_is_refused_without_it(setting: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"^{setting}: .* train.eval_every=0 makes none; set train.eval_every"):
-        make_config(tmp_path, setting)
+        check_combinations(make_config(tmp_path, setting))
     config = make_config(tmp_path, setting, "train.eval_every=1")
     with pytest.raises(UserError, match=rf"^{setting}: .*there is no validation data; set data.validation"):
         check_validation(config, has_validation=False)
