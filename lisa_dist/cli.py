@@ -20,11 +20,11 @@ from typing import NoReturn
 from lisa_dist import __version__
 from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, Config, OutOfMemoryError, UserError
 from lisa_dist.config.checks import check_combinations
-from lisa_dist.config.config_file import file_overrides, names_config_file
+from lisa_dist.config.config_file import file_overrides, split_words
 from lisa_dist.config.errors import check_choice
 from lisa_dist.config.loading import GROUPS, group_choices, load, load_run, resume_run, to_yaml
 from lisa_dist.config.other_trainers import key_here
-from lisa_dist.config.overrides import parse_overrides
+from lisa_dist.config.overrides import parse_overrides, write_override
 from lisa_dist.config.paths import local_path
 from lisa_dist.config.reference import keys_of
 from lisa_dist.config.run_directory import RunDirectory, resolve_run_dir
@@ -226,21 +226,21 @@ def _run(arguments: argparse.Namespace) -> int:
             raise UserError("launch: must be followed by slurm, as in lisa-dist launch slurm experiment=NAME")
         overrides = overrides[1:]
     if name == "init":
-        files = [word for word in overrides if names_config_file(word)]
-        keys = [word for word in overrides if word not in files]
-        return init(load(keys, arguments.config_dir), files[0] if files else "lisa.yaml", COMMANDS[name].keys)
+        file, overrides = split_words(overrides)
+        return init(load(overrides, arguments.config_dir), file or "lisa.yaml", COMMANDS[name].keys)
     if name in TRAINING:
-        overrides = _with_config_file(overrides, arguments.config_dir)
+        file, overrides = split_words(overrides)
+        if file is not None:  # what it says comes first, so that the command line counts
+            overrides = [*file_overrides(file, overrides, arguments.config_dir), *overrides]
     if arguments.watch:
         if name != "report":
             raise UserError(f"--watch: the report of a run is watched, not {name}")
         overrides = [*overrides, "report.watch=true"]
-    folder = overrides.pop(0) if name == "runs" and overrides and "=" not in overrides[0] else None
+    if name == "runs" and overrides and "=" not in overrides[0]:
+        overrides[0] = write_override("runs.dir", overrides[0])
     if arguments.multirun:
         return _multirun(name, overrides, arguments.config_dir)
     config = _configuration(name, overrides, arguments.config_dir)
-    if folder is not None:
-        config.runs.dir = folder
     if arguments.cfg == "job":
         if environment_rank() == 0:
             print(to_yaml(config), end="")
@@ -250,17 +250,6 @@ def _run(arguments: argparse.Namespace) -> int:
     if name == "launch":  # the script repeats the overrides, which a reader understands, not the whole configuration
         return launch(config, overrides, arguments.config_dir)
     return _dispatch(name, config)
-
-
-def _with_config_file(words: list[str], config_dir: str | None) -> list[str]:
-    """Return the overrides of a configuration file among ``words``, and after them the others, which so count."""
-    files = [word for word in words if names_config_file(word)]
-    if not files:
-        return words
-    if len(files) > 1:
-        raise UserError(f"{files[1]}: one configuration file is read, and {files[0]} is given already")
-    others = [word for word in words if word != files[0]]
-    return [*file_overrides(files[0], others, config_dir), *others]
 
 
 def _configuration(name: str, overrides: list[str], config_dir: str | None) -> Config:

@@ -89,29 +89,6 @@ def test_help_and_mistakes_do_not_wait_for_torch() -> None:
     assert done.stderr.splitlines()[-1] == f"{codes} []"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ([], "train, plan, bench"),
-        (["trian"], "did you mean train?"),
-        (["train", "sampler.perod=3"], "did you mean sampler.period?"),
-        (["train", "--cfg", "jo"], "--cfg"),
-        (["train", "--config-dir"], "--config-dir"),
-        (["train", "--frobnicate"], "--frobnicate"),
-        (["train", "--config-dir", "nowhere"], "nowhere"),
-        (["launch", "train.seed=1"], "launch slurm"),
-        (["plan", "--multirun", "train.seed=1,2"], "sweeps train only"),
-        (["report", "run.dir=nowhere"], "run.dir=nowhere"),
-    ],
-)
-def test_a_mistake_is_one_line_and_code_2(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.startswith("lisa-dist: ") and shown.err.count("\n") == 1
-    assert named in shown.err
-
-
 @pytest.mark.parametrize("ended_by_rank_0", [True, False])
 def test_another_rank_speaks_of_a_mistake_only_where_rank_0_does_not(
     ended_by_rank_0: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -16,7 +16,14 @@ import pytest
 # empty/, used/ (a run that has trained), my.yaml (a configuration file).
 MISTAKES = [
     (["trian"], "command=trian: must be one of train, plan"),
-    ([], "a command is missing"),
+    (["trian"], "did you mean train?"),
+    ([], "a command is missing, one of train, plan, bench"),
+    (["train", "sampler.perod=3"], "did you mean sampler.period?"),
+    (["train", "--cfg", "jo"], "--cfg"),
+    (["train", "--config-dir"], "--config-dir"),
+    (["train", "--frobnicate"], "--frobnicate"),
+    (["plan", "--multirun", "train.seed=1,2"], "sweeps train only"),
+    (["report", "run.dir=nowhere"], "run.dir=nowhere"),
     (["train", "train.sede=3"], "did you mean train.seed?"),
     (["train", "learning_rate=1e-5"], "here it is optimizer.lr"),
     (["train", "--learning_rate", "1e-5"], "keys are written KEY=VALUE; here it is optimizer.lr"),
@@ -51,12 +58,14 @@ MISTAKES = [
     (["train", "train.global_batch_size=2", "train.micro_batch_size=1", "parallel.nproc_per_node=4"], "near are 4"),
     (["train", "optimizer.in_backward=true", "train.on_nonfinite=skip"], "can't leave steps out"),
     (["train", "model.quantization=nf4"], "quantised weights can't be trained by update=full_rank"),
-    (["train", "--config-dir", "FOLDER/nowhere"], "must be a folder that exists"),
+    (["train", "--config-dir", "FOLDER/nowhere"], "--config-dir FOLDER/nowhere: must be a folder that exists"),
     (["train", "FOLDER/mine.yaml"], "or a YAML file that exists; did you mean FOLDER/my.yaml?"),
     (["train", "FOLDER/my.yaml"], "data.path=null: must name a file"),
     (["train", "FOLDER/my.yaml", "FOLDER/my.yml"], "one configuration file is read"),
     (["init", "FOLDER/my.yaml"], "is there already and is not written over"),
+    (["init", "FOLDER/a.yaml", "FOLDER/b.yaml"], "one configuration file is read, and FOLDER/a.yaml is given already"),
     (["launch", "slrm"], "launch: must be followed by slurm"),
+    (["launch", "train.seed=1"], "launch: must be followed by slurm, as in lisa-dist launch slurm"),
     (["evaluate"], "evaluate.path=null: name a Hugging Face directory, or a run"),
     (["evaluate", "evaluate.path=FOLDER/model"], "evaluate.data=null: name the data"),
     (["evaluate", "evaluate.path=FOLDER/model", "evaluate.data=FOLDER/no.jsonl"], "evaluate.data=FOLDER/no.jsonl: no"),
@@ -74,13 +83,13 @@ from lisa_dist.cli import main
 
 results = []
 for arguments in json.load(sys.stdin):
-    said, start = io.StringIO(), time.process_time()
-    with contextlib.redirect_stderr(said):
+    said, printed, start = io.StringIO(), io.StringIO(), time.process_time()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed):
         try:
             code = main(arguments)
         except ImportError as error:
             code = str(error)
-    results.append((code, said.getvalue(), time.process_time() - start))
+    results.append((code, said.getvalue(), printed.getvalue(), time.process_time() - start))
 print(json.dumps(results))
 """
 
@@ -99,8 +108,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def told(folder: Path) -> list[tuple[int | str, str, float]]:
-    """The exit code, the sentence and the seconds of computing of each mistake; nothing may have been written."""
+def told(folder: Path) -> list[tuple[int | str, str, str, float]]:
+    """Of each mistake the exit code, what went to stderr and stdout, and seconds of computing; nothing is written."""
     before = sorted(folder.rglob("*"))
     given = [[word.replace("FOLDER", str(folder)) for word in arguments] for arguments, _ in MISTAKES]
     ran = subprocess.run(
@@ -112,9 +121,12 @@ def told(folder: Path) -> list[tuple[int | str, str, float]]:
 
 
 @pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[" ".join(arguments) for arguments, _ in MISTAKES])
-def test_a_mistake_is_told_in_a_sentence(number: int, told: list[tuple[int | str, str, float]], folder: Path) -> None:
-    code, said, seconds = told[number]
+def test_a_mistake_is_told_in_a_sentence(
+    number: int, told: list[tuple[int | str, str, str, float]], folder: Path
+) -> None:
+    code, said, printed, seconds = told[number]
     assert code == 2, said
+    assert printed == ""
     assert said.startswith("lisa-dist: ") and said.count("\n") == 1
     assert MISTAKES[number][1].replace("FOLDER", str(folder)) in said
     assert seconds < 1, "of computing"

@@ -26,6 +26,18 @@ def names_config_file(word: str) -> bool:
     return ("=" not in word and not removes_key) or (word.endswith(SUFFIXES) and local_path(word).is_file())
 
 
+def split_words(words: list[str]) -> tuple[str | None, list[str]]:
+    """Return the configuration file among the words of a command line, None where there is none, and the other words.
+
+    Raises:
+        UserError: there are several files.
+    """
+    files = [word for word in words if names_config_file(word)]
+    if len(files) > 1:
+        raise UserError(f"{files[1]}: one configuration file is read, and {files[0]} is given already")
+    return (files[0] if files else None), [word for word in words if word not in files]
+
+
 def file_overrides(word: str, others: list[str], config_dir: str | None = None) -> list[str]:
     """Return what a configuration file says as overrides, so that it goes wherever overrides go: to jobs and sweeps.
 

@@ -47,7 +47,15 @@ class KeyOverride:
 PATH_KEYS = (
     *("data.path", "data.validation", "data.preview_file", "data.cache_dir", "model.path", "model.tokenizer"),
     *("run.dir", "sweep.dir", "export.path", "evaluate.path", "evaluate.data", "evaluate.task_dir", "evaluate.output"),
-    *("generate.path", "generate.prompts", "generate.output", "plan.gpu", "launch.script", "launch.container"),
+    *(
+        "generate.path",
+        "generate.prompts",
+        "generate.output",
+        "plan.gpu",
+        "launch.script",
+        "launch.container",
+        "runs.dir",
+    ),
 )
 
 

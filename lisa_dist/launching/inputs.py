@@ -47,9 +47,7 @@ def check_evaluate(config: Config) -> None:
 def check_opened(config: Config, path: str | None, command: str) -> None:
     """Raise :class:`UserError` where neither ``path``, the key COMMAND.path, nor ``run.dir`` names a model."""
     if path is not None:
-        directory = model_directory(path, f"{command}.path")
-        if directory is not None:
-            check_model_directory(directory, f"{command}.path={path}")
+        _check_directory(path, f"{command}.path")
     elif config.run.dir is None:
         raise UserError(f"{command}.path=null: name a Hugging Face directory, or a run by run.dir=DIR")
     elif not path_exists(RunDirectory.of(config).checkpoints):
@@ -58,10 +56,16 @@ def check_opened(config: Config, path: str | None, command: str) -> None:
 
 def _check_model(model: ModelConfig) -> None:
     model.check_is_named()
-    for key, path in (("model.path", model.path), ("model.tokenizer", model.tokenizer)):
-        directory = None if path is None else model_directory(path, key)
-        if directory is not None and key == "model.path":
-            check_model_directory(directory, f"{key}={path}")
+    if model.path is not None:
+        _check_directory(model.path, "model.path")
+    if model.tokenizer is not None:
+        model_directory(model.tokenizer, "model.tokenizer")
+
+
+def _check_directory(path: str, key: str) -> None:
+    directory = model_directory(path, key)
+    if directory is not None:
+        check_model_directory(directory, f"{key}={path}")
 
 
 CHECKS = {"train": check_training, "export": check_export, "evaluate": check_evaluate}  # by command

@@ -8,7 +8,6 @@ On several ranks the Trainer keeps the whole model on each (DDP).
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import random
@@ -25,12 +24,14 @@ from transformers import PreTrainedModel, TrainerCallback
 from lisa_dist.commands.bench.steps import HORIZON, StepClock
 from lisa_dist.commands.bench.targets import fill_weights, uncounted
 from lisa_dist.config import Config, UserError
+from lisa_dist.config.checks import check_package
 from lisa_dist.config.loading import vary
 from lisa_dist.config.updates import LoraUpdateConfig
 from lisa_dist.data.batches import GlobalBatches, MicroBatch
 from lisa_dist.method.updates.lora import adapter_config
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.inspection import pretrained_architecture
+from lisa_dist.models.kernels import has_liger
 from lisa_dist.models.layer_map import LayerMap, find_layers
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding.dimensions import ParallelDims
@@ -90,8 +91,7 @@ def check_peer(name: str, config: Config, *packages: str) -> None:
         UserError: which package, or which key.
     """
     for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"bench.compare={name}: needs {package}, which is not installed; run pip install {package}")
+        check_package(package, f"bench.compare={name}")
     for key, value, allowed in (
         ("optimizer.name", config.optimizer.name, ["adamw"]),
         ("model.quantization", config.model.quantization, ["none"]),
@@ -119,7 +119,7 @@ def plain_model(config: Config, stored: str) -> PreTrainedModel:
 
 def uses_liger() -> bool:
     """Whether the peers run with Liger's kernels: they do where they can."""
-    return torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None
+    return torch.cuda.is_available() and has_liger()
 
 
 class PeerTarget:
