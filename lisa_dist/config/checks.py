@@ -77,7 +77,8 @@ def check_package(name: str, key: str, distribution: str | None = None) -> None:
         distribution: what pip calls it, where that differs.
     """
     if importlib.util.find_spec(name) is None:
-        raise UserError(f"{key}: needs the package {distribution or name}; run pip install {distribution or name}")
+        package = distribution or name
+        raise UserError(f"{key}: needs {package}, which is not installed; run pip install {package}")
 
 
 def _check_quantization(config: Config) -> None:
