@@ -172,6 +172,8 @@ class ActiveOptimizer:
             for group in self._stepper.param_groups:
                 set_rate(group, rates[group["part"]])
             self._stepper.step()
+            if self.steps_on_device:
+                stepper.grad_scale = stepper.found_inf = None  # nothing of a step stays
             self._point_at(self.trained)
             for group, entries in zip(self._stepper.param_groups, self._grouped(trained)):
                 if entries:  # the same groups on every rank
