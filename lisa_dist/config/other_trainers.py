@@ -1,4 +1,4 @@
-"""The words of transformers' Trainer, TRL, Axolotl, LLaMA-Factory and PEFT for what a key is called here."""
+"""The words of transformers' Trainer, TRL, Axolotl, LLaMA-Factory, LMFlow and PEFT for what a key is called here."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ KEYS_HERE = {
     "train_on_inputs": "data.train_on_prompt",
     "train_on_prompt": "data.train_on_prompt",
     "val_set_size": "data.validation",
+    "validation_split_percentage": "data.validation, as a fraction",
     "max_samples": "data.limit",
     "dataset": "data.path",
     "datasets": "data.path",
@@ -60,6 +61,11 @@ KEYS_HERE = {
     "lora_target_modules": "update.target_modules",
     "use_dora": "update.dora",
     "use_rslora": "update.rslora",
+    "use_lisa": "method=lisa",
+    "use_galore": "method=galore",
+    "use_badam": "method=badam",
+    "badam_switch_interval": "sampler.period",
+    "freeze_trainable_layers": "sampler.blocks, with sampler=fixed",
     "lisa_n_layers": "sampler.active_layers",
     "lisa_activated_layers": "sampler.active_layers",
     "lisa_step_interval": "sampler.period",
