@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lisa_dist.runtime.distributed import as_sharded, local_shard
+from lisa_dist.runtime.distributed import as_sharded, computed_on, local_shard
 
 BLOCK = 64  # inputs of a row that share one scale in nf4, or the largest power of two below that divides them
 INT8_LARGEST = 127
@@ -145,7 +145,8 @@ class StagedTensors(dict[str, Tensor]):
         if name not in self._staged:
             layer = self._layers[name]
             local = local_shard(layer.weight.detach())
-            rows = local.new_empty(local.shape[0], layer.in_features, dtype=torch.bfloat16)
+            device = computed_on(layer.weight)  # where it is quantised sooner than in host memory
+            rows = local.new_empty(local.shape[0], layer.in_features, dtype=torch.bfloat16, device=device)
             self._staged[name] = as_sharded(rows, layer.weight, (layer.out_features, layer.in_features))
         return self._staged[name]
 

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from lisa_dist.config import ParallelConfig, UserError
 from lisa_dist.runtime.environment import in_slurm_step, interface_towards
@@ -127,13 +128,21 @@ def local_shard(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def as_sharded(local: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return the tensor of ``shape`` whose rows on this rank are ``local``, placed as ``like`` is."""
+    """Return the tensor of ``shape`` whose rows on this rank are ``local``, placed as ``like`` is.
+
+    It is where ``local`` is, in host memory too: ``DTensor.from_local`` would take it to the mesh's device. FSDP2 makes
+    its sharded tensors in the same way (private: the constructor and its specification).
+    """
     if not isinstance(like, DTensor):
         return local
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
+    meta = TensorMeta(torch.Size(shape), stride, local.dtype)
+    return DTensor(local.detach(), DTensorSpec(like.device_mesh, like.placements, meta), requires_grad=False)
+
+
+def computed_on(tensor: torch.Tensor) -> torch.device:
+    """Return the device that computes with a tensor, even where its shard lies in host memory."""
+    return torch.device(tensor.device_mesh.device_type) if isinstance(tensor, DTensor) else tensor.device
 
 
 def broadcast_object(value: T) -> T:

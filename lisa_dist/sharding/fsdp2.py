@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
+
+from lisa_dist.runtime.distributed import as_sharded
 
 
 def fsdp_groups(module: FSDPModule) -> list[Any]:
@@ -55,9 +57,7 @@ def replace_shard(fsdp_param: Any, shard: torch.Tensor, requires_grad: bool) -> 
     The module's ``_apply`` does the same for a whole module; this serves single parameters, on ``meta`` too.
     """
     old = fsdp_param.sharded_param
-    tensor = DTensor.from_local(
-        shard, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
-    )
+    tensor = as_sharded(shard, old, tuple(old.shape))
     fsdp_param._setattr_on_modules(nn.Parameter(tensor, requires_grad=requires_grad))
     fsdp_param.reset_sharded_param()
     return fsdp_param.sharded_param
@@ -76,6 +76,19 @@ def place_on_host(fsdp_param: Any, on_host: bool, pin_memory: bool) -> None:
 def is_on_host(fsdp_param: Any) -> bool:
     """Whether a parameter's shard lies in host memory (private: ``offload_to_cpu``)."""
     return bool(fsdp_param.offload_to_cpu)
+
+
+def have_hooks_wait(fsdp_param: Any) -> RemovableHandle:
+    """Let the hooks that a parameter is given after this find its gradient in host memory, if that is where it goes.
+
+    Up to torch 2.12 they are called while it is still on its way there (private: ``grad_offload_event``).
+    """
+
+    def wait(_: torch.Tensor) -> None:
+        if fsdp_param.grad_offload_event is not None:
+            fsdp_param.grad_offload_event.synchronize()
+
+    return fsdp_param.sharded_param.register_post_accumulate_grad_hook(wait)
 
 
 def refresh_group(group: Any, gradient_dtype: torch.dtype | None = None) -> None:

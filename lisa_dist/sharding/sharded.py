@@ -57,7 +57,7 @@ class ShardedStore(ParameterStore):
         self._prefetch = parallel.prefetch
         if mesh.device_type == "cpu" and not distributed.is_simulated():
             fsdp2.gather_in_background(module)  # type: ignore[arg-type]
-        self._offloads_frozen = parallel.offload == "frozen"
+        self._offloads_frozen, self._offloads_all = parallel.offload == "frozen", parallel.offload == "all"
         self._defers_reduction = parallel.defer_reduction
 
     @property
@@ -86,7 +86,8 @@ class ShardedStore(ParameterStore):
             old, is_active = self.parameter(name), name in active
             # An integer holds the codes of a quantised weight.
             dtype = self._storage_dtype(name, is_active) if old.is_floating_point() else old.dtype
-            place = "cpu" if self._offloads_frozen and not is_active else device
+            on_host = self._offloads_all or (self._offloads_frozen and not is_active)
+            place = "cpu" if on_host else device
             self._put(name, torch.empty(self.handles[name][0].sharded_size, dtype=dtype, device=place), is_active)
         allocate_buffers(self.module, device)
         self._refresh_groups(self.names)
@@ -113,12 +114,16 @@ class ShardedStore(ParameterStore):
     @contextmanager
     def also_trained(self, names: Iterable[str]) -> Iterator[None]:
         """Let frozen parameters have gradients too while the context lasts."""
-        names = [name for name in names if not self.parameter(name).requires_grad]
-        self._set_requires_grad(names, True)
+        names = list(names)
+        frozen = [name for name in names if not self.parameter(name).requires_grad]
+        self._set_requires_grad(frozen, True)
+        waiting = [fsdp2.have_hooks_wait(self.handles[name][0]) for name in names]
         try:
             yield
         finally:
-            self._set_requires_grad(names, False)
+            for handle in waiting:
+                handle.remove()
+            self._set_requires_grad(frozen, False)
 
     def _set_requires_grad(self, names: list[str], requires_grad: bool) -> None:
         fsdp2.reshard_all(self.module)
@@ -141,6 +146,7 @@ class ShardedStore(ParameterStore):
 
     def register_grad_hook(self, name: str, hook: GradHook) -> None:
         """Have ``hook`` called with the sharded parameter."""
+        fsdp2.have_hooks_wait(self.handles[name][0])
         self.parameter(name).register_post_accumulate_grad_hook(hook)
 
     def defer_reduction(self, deferred: bool) -> None:

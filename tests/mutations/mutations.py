@@ -220,7 +220,7 @@ SWITCH = [
     Mutation(
         "the gradient of B in LoRA-FA is not corrected",
         "method/updates/lora.py",
-        "gradient.copy_(gradient.float() @ self.corrections[name])",
+        "gradient.copy_(gradient.float() @ self.corrections[name].to(gradient.device))",
         "pass",
         f"{METHODS}::test_lora_fa_equals_its_formula",
     ),

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lisa_dist.runtime.distributed import local_shard
+from lisa_dist.runtime.distributed import as_sharded, local_shard
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,4 @@ def in_full(tensor: Tensor) -> Tensor:
     if not is_traceable_wrapper_subclass(shard):
         return tensor
     full: Tensor = shard.dequantize(torch.float32)  # type: ignore[attr-defined]
-    if not isinstance(tensor, DTensor):
-        return full
-    return DTensor.from_local(
-        full, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
+    return as_sharded(full, tensor, tuple(tensor.shape))

@@ -141,7 +141,7 @@ class LoraFa(Lora):
             if name not in self.corrections:
                 self.corrections[name] = self._correction(name)
             gradient = local_shard(entry.parameter.grad)
-            gradient.copy_(gradient.float() @ self.corrections[name])
+            gradient.copy_(gradient.float() @ self.corrections[name].to(gradient.device))
 
     def _correction(self, name: str) -> Tensor:
         layer = self.adapters[name]

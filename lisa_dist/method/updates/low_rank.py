@@ -20,7 +20,7 @@ from lisa_dist.method.updates.sharded import fill, keyed_generator, own_rows, sh
 from lisa_dist.models.layer_map import LayerMap, linear_layers
 from lisa_dist.models.matrices import weight_matrices
 from lisa_dist.runtime import distributed
-from lisa_dist.runtime.distributed import as_sharded, local_shard
+from lisa_dist.runtime.distributed import as_sharded, computed_on, local_shard
 from lisa_dist.runtime.units import format_count
 
 logger = logging.getLogger(__name__)
@@ -163,7 +163,8 @@ def refresh_matrices(entries: Mapping[str, OptimizedParam], projector: str) -> d
         for owner, name in enumerate(chunk):
             entry, basis = entries[name], entries[name].extra[PROJECTOR]
             smaller, rank = basis.shape
-            old = local_shard(basis).new_zeros(smaller, rank) if entry.step == 0 else whole(basis)
+            is_new, device = entry.step == 0, computed_on(basis)
+            old = local_shard(basis).new_zeros(smaller, rank, device=device) if is_new else whole(basis)
             sent = torch.empty(smaller + 1, rank, dtype=old.dtype, device=old.device)
             if owner == distributed.rank():
                 assert mine is not None
@@ -193,8 +194,8 @@ def refresh_experts(name: str, entry: OptimizedParam, projector: str, due: bool)
         which columns of the bases the gradients have, [experts, 1, r]; None where nothing was refreshed.
     """
     assert entry.parameter.grad is not None
-    bases = local_shard(entry.extra[PROJECTOR])
-    gradients = local_shard(entry.parameter.grad).to(bases.device)
+    stored, device = local_shard(entry.extra[PROJECTOR]), computed_on(entry.extra[PROJECTOR])
+    bases, gradients = stored.to(device), local_shard(entry.parameter.grad).to(device)
     if due:
         chosen = list(range(len(bases)))
     else:
@@ -213,6 +214,8 @@ def refresh_experts(name: str, entry: OptimizedParam, projector: str, due: bool)
         new = torch.where(seen, new, old)
         overlap[part] = torch.where(seen, old.mT @ new, overlap[part])
         bases[part] = new
+    if bases is not stored:  # in host memory, with parallel.offload=all
+        stored.copy_(bases)
     if due and entry.step > 0:
         entry.turn_moment = partial(turn_local, overlap=overlap, tall=is_tall(entry.parameter.shape))
     return held
@@ -230,13 +233,13 @@ def decompose(name: str, entry: OptimizedParam, gradient: Tensor, old: Tensor, p
 def turn_sharded(moment: Tensor, squared: bool, overlap: Tensor, tall: bool) -> Tensor:
     """Return this rank's rows of the moment of a matrix in its new basis. Collective, every rank, where it is wide."""
     if tall:
-        return projection.turn_moment(local_shard(moment), overlap, tall, squared)
+        return turn_local(moment, squared, overlap, tall)
     return own_rows(moment, projection.turn_moment(whole(moment), overlap, tall, squared))
 
 
 def turn_local(moment: Tensor, squared: bool, overlap: Tensor, tall: bool) -> Tensor:
-    """Return the moment of this rank's experts in their new bases. No communication."""
-    return projection.turn_moment(local_shard(moment), overlap, tall, squared)
+    """Return this rank's rows of a moment in their new bases, on the device of ``overlap``. No communication."""
+    return projection.turn_moment(local_shard(moment).to(overlap.device), overlap, tall, squared)
 
 
 def project(entry: OptimizedParam, held: Tensor | None) -> Tensor:
@@ -250,22 +253,26 @@ def project(entry: OptimizedParam, held: Tensor | None) -> Tensor:
     assert entry.parameter.grad is not None
     like, basis = entry.stepped, entry.extra[PROJECTOR]
     is_matrix, tall = entry.parameter.dim() == 2, is_tall(entry.parameter.shape)
-    basis = whole(basis) if is_matrix and tall else local_shard(basis)
-    rows = local_shard(entry.parameter.grad).to(basis.device).float()  # in host memory with parallel.offload=all
+    # With parallel.offload=all what is stepped lies in host memory; the product is made where there is a device for it.
+    device, place = computed_on(like), local_shard(like.detach()).device
+    basis = whole(basis) if is_matrix and tall else local_shard(basis).to(device)
+    rows = local_shard(entry.parameter.grad).to(device).float()
     part = projection.project(rows, basis if held is None else basis * held, tall)
     if not isinstance(like, DTensor) or tall or not is_matrix:
-        return as_sharded(part, like, tuple(like.shape))
+        return as_sharded(part.to(place), like, tuple(like.shape))
     # Of a wide matrix each rank has rows of both factors: a part of the sum over all rows.
     mesh = like.device_mesh
     sums = [Partial() if isinstance(placement, Shard) else Replicate() for placement in like.placements]
-    return DTensor.from_local(part, mesh, sums, run_check=False).redistribute(mesh, like.placements)
+    summed = DTensor.from_local(part, mesh, sums, run_check=False).redistribute(mesh, like.placements)
+    return as_sharded(local_shard(summed).to(place), like, tuple(like.shape))
 
 
 def project_back(step: Tensor, projector: Tensor, parameter: Tensor) -> Tensor:
     """Return this rank's rows of the step in the parameter's own space. Collective for a matrix: every rank."""
     tall, is_matrix = is_tall(parameter.shape), parameter.dim() == 2
+    own_step, own_projector = local_shard(step).to(computed_on(step)), local_shard(projector).to(computed_on(step))
     if tall:
-        rows = local_shard(step) @ (whole(projector) if is_matrix else local_shard(projector)).mT
+        rows = own_step @ (whole(projector) if is_matrix else own_projector).mT
     else:
-        rows = local_shard(projector) @ (whole(step) if is_matrix else local_shard(step))
+        rows = own_projector @ (whole(step) if is_matrix else own_step)
     return rows.to(local_shard(parameter).device)

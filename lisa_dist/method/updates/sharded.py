@@ -43,8 +43,10 @@ def whole(tensor: Tensor) -> Tensor:
     """
     if not isinstance(tensor, DTensor):
         return tensor
-    on_mesh = as_sharded(local_shard(tensor), tensor, tuple(tensor.shape))
-    assert isinstance(on_mesh, DTensor)
+    mesh, shape, stride = tensor.device_mesh, tensor.shape, tensor.stride()
+    on_mesh = DTensor.from_local(  # which takes the shard there
+        local_shard(tensor), mesh, tensor.placements, run_check=False, shape=shape, stride=stride
+    )
     return on_mesh.full_tensor()
 
 
