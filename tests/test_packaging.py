@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -38,3 +39,14 @@ def test_wheel_works_away_from_the_checkout(tmp_path: Path) -> None:
     assert run("-c", where).strip() == str(installed / "lisa_dist" / "conf")
     assert "method: lisa\n" in run("-m", "lisa_dist", "train", "--cfg", "job")
     assert not any(elsewhere.iterdir())
+
+
+def test_the_image_gets_what_an_installation_needs() -> None:
+    lines = (CHECKOUT / "launch" / "Dockerfile").read_text().splitlines()
+    copied = {name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]}
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = {project["project"]["readme"], *project["project"]["license-files"], *wheel["packages"]}
+    assert copied == {*needed, *wheel["force-include"], "pyproject.toml", "constraints.txt"}
+    let_in = {line[1:] for line in (CHECKOUT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert let_in == copied and all((CHECKOUT / name).exists() for name in copied)

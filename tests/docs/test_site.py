@@ -30,6 +30,11 @@ def test_every_page_is_in_the_site_and_in_its_menu(site: Path) -> None:
         assert f'href="{page.stem}.html"' in menu or page.stem == "index"
 
 
+def test_the_page_of_modules_is_made_from_their_docstrings(site: Path) -> None:
+    page = re.sub(r"<[^>]+>", "", (site / "api.html").read_text())
+    assert "RankSynchronizedSampler" in page and "Which options go together" in page
+
+
 def test_pages_fetch_nothing_from_another_host(site: Path) -> None:
     for page in site.glob("*.html"):
         fetched = re.findall(r"<(?:script|img|iframe|link)\b[^>]*?\b(?:src|href)=[\"']?([^\"' >]+)", page.read_text())
