@@ -7,13 +7,18 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lisa_dist.checkpoint.manifest import list_checkpoints
+from lisa_dist.config.placement import stay_whole
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.method.module import TrainModule, count_trained_parameters
+from lisa_dist.method.optim import optimizer_spec
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.host_copy import HostCopy
 from lisa_dist.runtime.units import format_bytes, format_count
+from lisa_dist.sharding.rounding import dtype_of
 from lisa_dist.telemetry.history import course_of, read_rows
 from lisa_dist.telemetry.memory import free_memory_bytes, memory_kind, peak_memory_gib
 from lisa_dist.telemetry.progress import announce
@@ -101,18 +106,26 @@ def write_row(run: Run, made: MadeStep) -> None:
 def law_bytes(train_module: TrainModule, trained: int) -> dict[str, Any]:
     """Return what the memory law says of a rank, for summary.json: ``law_bytes`` and ``law``.
 
-    Nothing where it does not speak of this: weights that are not bf16, masters that are not fp32, another optimizer
-    than AdamW, quantised weights.
+    A frozen parameter costs what it is stored in; one that trains its exact value, its gradient, the optimizer's
+    moments and, where it lies whole, the copy that the model computes with (embeddings have none, so they take less).
+    Nothing where the law does not speak of this: quantised weights, masters over all replicas, moments of projections.
     """
-    config, dims = train_module.config, train_module.dims
-    told = (config.precision.frozen, config.precision.active, config.optimizer.name, config.model.quantization)
-    if told != ("bfloat16", "float32", "adamw", "none") or config.parallel.optimizer_shard == "world":
+    config, shards = train_module.config, train_module.dims.shard
+    projects = config.update.trains_whole_blocks and not config.update.is_plain
+    if config.model.quantization != "none" or config.parallel.optimizer_shard == "world" or projects:
         return {}
+    stored, exact = dtype_of(config.precision.frozen), dtype_of(config.precision.active)
+    copied = stored != exact and stay_whole(config.parallel, config.precision, shards)
+    sample = torch.empty(2**20, dtype=exact, device="meta")
+    moments = optimizer_spec(config.optimizer).state_bytes(sample) / sample.numel()
+    active = 2 * exact.itemsize + moments + copied * stored.itemsize
     store = train_module.store
     frozen = sum(store.parameter(name).numel() for name in store.names) - trained
-    active = 18 if dims.shard == 1 else 16  # weights that lie whole have a bf16 copy beside the master
-    text = f"2 P_f + {active} P_a" if dims.shard == 1 else f"(2 P_f + {active} P_a) / {dims.shard}"
-    return {"law_bytes": (2 * frozen + active * trained) / dims.shard, "law": text}
+    text = f"{stored.itemsize} P_f + {active:.4g} P_a"
+    return {
+        "law_bytes": (stored.itemsize * frozen + active * trained) / shards,
+        "law": text if shards == 1 else f"({text}) / {shards}",
+    }
 
 
 def last_lines(run: RunDirectory, stopped: bool) -> list[str]:

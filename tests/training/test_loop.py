@@ -179,6 +179,9 @@ def test_tokens_are_counted_without_padding_and_speeds_are_medians(tmp_path: Pat
         assert summary[key] == statistics.median(row[key] for row in rows)
     assert summary["peak_memory_gib"] >= max(row["peak_memory_gib"] for row in rows)
     assert summary["wall_seconds"] > sum(row["step_seconds"] for row in rows)
+    assert summary["law"] == "(2 P_f + 16 P_a) / 2"
+    counted = sum(summary["persistent_bytes"].values())  # rank 0 has the longer of uneven shards
+    assert summary["law_bytes"] == pytest.approx(counted, rel=5e-3) and summary["law_bytes"] <= counted
     # A resume that finds nothing to do says the same of the run.
     assert run_on_ranks(2, train_here, resuming(config)) == [0, 0]
     again = read_summary(RunDirectory(tmp_path))
