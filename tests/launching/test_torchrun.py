@@ -84,6 +84,7 @@ def step_of_rank_1(run_dir: Path) -> int:
     return json.loads(note.read_text() or "{}").get("step", 0) if note.exists() else 0
 
 
+@pytest.mark.soak
 def test_run_goes_on_without_a_lost_machine(machines: Machines, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     overrides = [f"train.max_steps={STEPS}", "data.limit=32", "checkpoint.every=5", f"run.dir={run_dir}"]

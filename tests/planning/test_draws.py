@@ -51,7 +51,7 @@ def test_nothing_is_averaged_where_the_backward_pass_reaches_every_block() -> No
     ):
         config = load([*SMALL, *overrides])
         assert coming_draws(config, BLOCKS) == [] and typical_draws(config, BLOCKS) == {}
-        assert predict_over_draws(config)[1] is None
+    assert predict_over_draws(config)[1] is None
 
 
 @pytest.mark.parametrize("sampler", ["uniform", "sweep", "gradient"])

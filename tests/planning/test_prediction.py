@@ -49,8 +49,11 @@ def make_config(case: dict[str, Any]) -> Config:
     return config
 
 
-# The others extrapolate what "lisa" does.
-@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.soak if c == "lisa" else ()) for c in CASES])
+# These two extrapolate all that the others do.
+ALWAYS = [case for case in CASES if case.startswith(("full checkpointing", "accumulation"))]
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in ALWAYS else pytest.mark.soak) for c in CASES])
 def test_prediction_from_two_depths_equals_the_whole_simulation(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(CASES[case])
     depths = []

@@ -35,7 +35,9 @@ BF16 = {"frozen": "bfloat16", "compute": "bfloat16"}
 WORLD = {"replicate": REPLICAS, "optimizer_shard": "world"}
 
 
-@pytest.mark.parametrize("update", ["full_rank", pytest.param("lora", marks=pytest.mark.soak), "lora_fa"])
+@pytest.mark.parametrize(
+    "update", ["full_rank", *(pytest.param(name, marks=pytest.mark.soak) for name in ("lora", "lora_fa"))]
+)
 def test_training_equals_that_with_masters_on_every_replica(update: str) -> None:
     results = []
     for optimizer_shard in ("replica", "world"):
