@@ -13,12 +13,21 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NoReturn
 
 from lisa_dist import __version__
-from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, Config, OutOfMemoryError, UserError
+from lisa_dist.config import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    Config,
+    GenerateConfig,
+    OutOfMemoryError,
+    UserError,
+)
 from lisa_dist.config.checks import check_combinations
 from lisa_dist.config.config_file import file_overrides, split_words
 from lisa_dist.config.errors import check_choice
@@ -26,10 +35,11 @@ from lisa_dist.config.loading import GROUPS, group_choices, load, load_run, resu
 from lisa_dist.config.other_trainers import key_here
 from lisa_dist.config.overrides import parse_overrides, write_override
 from lisa_dist.config.paths import local_path
+from lisa_dist.config.prompts import check_output, split_literals
 from lisa_dist.config.reference import keys_of
 from lisa_dist.config.run_directory import RunDirectory, resolve_run_dir
 from lisa_dist.runtime.environment import environment_rank, expand_segments, has_ranks
-from lisa_dist.runtime.signals import ignore_stop_signals, install_stop_handlers, stops_within
+from lisa_dist.runtime.signals import end_at_signals, ignore_stop_signals, install_stop_handlers, stops_within
 
 Function = Callable[[Config], int]
 
@@ -88,6 +98,14 @@ def evaluate(config: Config) -> int:
 def generate(config: Config) -> int:
     """Answers prompts from a checkpoint or a Hugging Face directory."""
     from lisa_dist.commands.generate import run
+
+    return run(config)
+
+
+@explaining_memory
+def chat(config: Config) -> int:
+    """Talks in the terminal with a checkpoint or a Hugging Face directory."""
+    from lisa_dist.commands.chat import run
 
     return run(config)
 
@@ -155,12 +173,14 @@ COMMANDS = {
     "export": Command(export, ("export", "run"), reads_run=True),
     "evaluate": Command(evaluate, ("evaluate", "run", "parallel"), in_ranks=True, reads_run=True),
     "generate": Command(generate, ("generate", "run", "parallel"), in_ranks=True, reads_run=True),
+    "chat": Command(chat, ("generate", "run", "parallel"), in_ranks=True, reads_run=True),
     "report": Command(report, ("run", "report", "sweep"), reads_run=True, only_reads=True),
     "runs": Command(runs, ("runs",), only_reads=True),
     "launch": Command(launch, ("launch", "run", "sweep")),
     "init": Command(init, tuple(TRAINING_KEYS.split())),
     "doctor": Command(doctor, ("parallel",)),
 }
+OPTIONS = {"--config-dir": 1, "--cfg": 1, "--compare": 2}  # the values that follow each
 
 
 class _Parser(argparse.ArgumentParser):
@@ -173,7 +193,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 2 a mistake of the user, 75 stopped, 1 anything else.
+    """Run one command and return its exit code: 0 done, 2 a mistake of the user, 75 stopped, 130 interrupted with
+    nothing to save, 1 anything else.
 
     Any other exception than :class:`UserError` is a fault of the program and leaves with its full traceback.
     """
@@ -181,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     if has_ranks():
         install_stop_handlers()  # as early as can be: a signal that comes while torch is imported counts too
     try:
-        return _run(_parser().parse_intermixed_args(arguments))
+        return _run(*_parse(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
         # torchrun and srun end every rank as soon as one leaves, so rank 0 comes first: it says what all have found.
         if environment_rank() == 0 or not stops_within(SECONDS_FOR_RANK_0):
@@ -192,7 +213,16 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_FAILED
     except KeyboardInterrupt:
         print("lisa-dist: interrupted", file=sys.stderr)
-        return EXIT_FAILED
+        return EXIT_INTERRUPTED
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return what the options and words say, and of ``generate`` and ``chat`` the place and the prompt."""
+    if arguments[:1] not in (["generate"], ["chat"]):
+        return _parser().parse_intermixed_args(arguments), []
+    groups = {field.name for field in fields(Config)} | set(GROUPS)
+    read, literals = split_literals(arguments[1:], groups, OPTIONS)
+    return _parser().parse_intermixed_args([*arguments[:1], *read]), literals
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -204,10 +234,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config-dir")
     parser.add_argument("--watch", action="store_true")
     parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("--compare", nargs=2, metavar="RUN")
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, literals: list[str]) -> int:
     if arguments.version:
         print(f"lisa-dist {__version__}")
         return EXIT_DONE
@@ -221,6 +252,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.help:
         print(command_help_text(name))
         return EXIT_DONE
+    if arguments.compare and name != "generate":
+        raise UserError(f"--compare: belongs to generate, not to {name}")
     if name == "launch":
         if overrides[:1] != ["slurm"]:
             raise UserError("launch: must be followed by slurm, as in lisa-dist launch slurm experiment=NAME")
@@ -240,7 +273,10 @@ def _run(arguments: argparse.Namespace) -> int:
         overrides[0] = write_override("runs.dir", overrides[0])
     if arguments.multirun:
         return _multirun(name, overrides, arguments.config_dir)
-    config = _configuration(name, overrides, arguments.config_dir)
+    if name in ("generate", "chat"):
+        config = _answering(name, overrides, literals, arguments)
+    else:
+        config = _configuration(name, overrides, arguments.config_dir)
     if arguments.cfg == "job":
         if environment_rank() == 0:
             print(to_yaml(config), end="")
@@ -249,6 +285,8 @@ def _run(arguments: argparse.Namespace) -> int:
         check_combinations(config)
     if name == "launch":  # the script repeats the overrides, which a reader understands, not the whole configuration
         return launch(config, overrides, arguments.config_dir)
+    if name == "generate" and config.generate.compare:
+        return _compare(config.generate, overrides, arguments.config_dir)
     return _dispatch(name, config)
 
 
@@ -271,6 +309,57 @@ def _configuration(name: str, overrides: list[str], config_dir: str | None) -> C
     return resume_run(str(settings.parent), overrides, config_dir)
 
 
+def _answering(name: str, overrides: list[str], literals: list[str], arguments: argparse.Namespace) -> Config:
+    """Return the configuration of ``generate`` or ``chat``, with the place and the prompt that are given as text."""
+    keys = {override.partition("=")[0] for override in overrides}
+    named = arguments.compare or keys & {"run.dir", "generate.path", "generate.compare"}
+    place, prompts = (None, literals) if named else (next(iter(literals), None), literals[1:])
+    if len(prompts) > (name == "generate"):
+        remedy = "put a prompt in quotes" if name == "generate" else "what you say is typed once the model is there"
+        raise UserError(f"{name}: {prompts[-1]!r} is one text too many; {remedy}")
+    if place is not None:
+        config = _of_model(place, overrides, arguments.config_dir)
+    elif arguments.compare:
+        config = load(overrides, arguments.config_dir)
+    else:
+        config = _configuration(name, overrides, arguments.config_dir)
+    choice = config.generate
+    choice = replace(choice, prompts=prompts or choice.prompts, compare=arguments.compare or choice.compare)
+    return replace(config, generate=choice)
+
+
+def _of_model(place: str, overrides: list[str], config_dir: str | None) -> Config:
+    """Return the configuration to ask the model at ``place``, the directory of a run or of Hugging Face."""
+    directory = local_path(place)
+    if RunDirectory(directory).config.is_file():
+        return load_run(str(directory), overrides)
+    config = load(overrides, config_dir)
+    return replace(config, generate=replace(config.generate, path=place))
+
+
+def _compare(choice: GenerateConfig, overrides: list[str], config_dir: str | None) -> int:
+    """Ask each model, one after the other and each in ranks of its own, and show the answers side by side."""
+    from lisa_dist.launching.inputs import check_generate
+
+    check_output(choice.output)
+    with tempfile.TemporaryDirectory(prefix="lisa-dist-compare-") as folder:
+        files = [Path(folder) / f"{number}.jsonl" for number in range(len(choice.compare))]
+        models = []
+        for place, file in zip(choice.compare, files):
+            model = _of_model(place, overrides, config_dir)
+            asked = replace(model.generate, prompts=choice.prompts, compare=[], output=str(file))
+            models.append(replace(model, generate=asked))
+            check_generate(models[-1])
+        for model in models:
+            if (code := _dispatch("generate", model)) != EXIT_DONE:
+                return code
+        if environment_rank() == 0:
+            from lisa_dist.commands.generate import show_side_by_side
+
+            show_side_by_side(choice.compare, files, choice.output)
+    return EXIT_DONE
+
+
 def _dispatch(name: str, config: Config) -> int:
     """Run the command here, or start the ranks that run it where no launcher has."""
     command = COMMANDS[name]
@@ -288,6 +377,8 @@ def _dispatch(name: str, config: Config) -> int:
         setup_logging()
         return command.function(config)
     if has_ranks():
+        if name != "train":
+            end_at_signals()
         exit_code = command.function(config)
         ignore_stop_signals()
         return exit_code
@@ -302,7 +393,7 @@ def _dispatch(name: str, config: Config) -> int:
     exit_code = EXIT_FAILED
     try:
         exit_code = launch_ranks(config, command.function, logs)
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         exit_code = EXIT_USER_ERROR
         raise
     finally:
@@ -338,6 +429,7 @@ Commands:
   --config-dir DIR  a folder with your own groups: DIR/model/NAME.yaml, DIR/experiment/NAME.yaml, ...
   --watch           keeps a report up to date while its run goes on
   -m, --multirun    train once for every combination of values: optimizer.lr=1e-5,5e-5
+  --compare A B     generate: the answers of two runs or Hugging Face directories side by side
   --version         prints the version
 
 lisa-dist COMMAND --help lists the keys of a command."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,64 @@ def test_options_may_stand_among_the_overrides(tmp_path: Path, capsys: pytest.Ca
     assert main(["train", "train.epochs=2", "--config-dir", str(tmp_path), "experiment=mine", "--cfg", "job"]) == 0
     shown = capsys.readouterr().out
     assert "  seed: 9\n" in shown and "  epochs: 2.0\n" in shown
+
+
+PROMPTS = ["x=3, y=[1,2]?", "data = 5", "-5 + 3 = ?", "--what is 'this'?", "{a: ${b}} \\ #", "null", "model=3"]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_prompt_is_meant_letter_by_letter(prompt: str, calls: list[tuple[Any, ...]]) -> None:
+    guard = ["--"] if prompt.startswith("model=") else []  # what begins like a key needs it
+    assert main(["generate", "generate.max_new_tokens=3", "builtin:demo", *guard, prompt]) == 7
+    (_, config, entry, _) = calls[0]
+    assert entry == cli.generate and config.generate.path == "builtin:demo"
+    assert (config.generate.prompts, config.generate.max_new_tokens) == ([prompt], 3)
+
+
+def test_generate_and_chat_take_the_directory_of_a_run(calls: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    run = tmp_path / "my run [1], (a=b)"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text(to_yaml(load(["train.seed=5", "precision.compute=float32"])))
+    assert main(["generate", str(run), "Hello", "precision.compute=bfloat16"]) == 7
+    assert main(["generate", f"run.dir={tmp_path / 'my run [1], (a=b)'}", "Hello"]) == 7
+    assert main(["chat", str(run)]) == 7
+    configs = [call[1] for call in calls]
+    assert {config.run.dir for config in configs} == {str(run)} and {config.train.seed for config in configs} == {5}
+    assert [config.precision.compute for config in configs] == ["bfloat16", "float32", "float32"]
+    assert [config.generate.prompts for config in configs] == [["Hello"], ["Hello"], []]
+
+
+def test_compare_asks_each_model_in_ranks_of_its_own(
+    calls: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(config: Config, entry: Any, logs: Path) -> int:
+        assert config.generate.output is not None
+        rows = [{"prompt": prompt, "answer": f"by {config.generate.path}"} for prompt in config.generate.prompts]
+        Path(config.generate.output).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return 0
+
+    monkeypatch.setattr("lisa_dist.launching.local.launch_ranks", answer)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    models = ["builtin:demo", str(tmp_path / "model")]
+    assert main(["generate", "--compare", *models, "Which?"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("by") == 2 and "Which?" in shown and "by builtin:demo" in " ".join(shown.split())
+    output = tmp_path / "answers.jsonl"
+    assert main(["generate", f"generate.compare=[{','.join(models)}]", "Which?", f"generate.output={output}"]) == 0
+    expected = {"prompt": "Which?", "answers": {model: f"by {model}" for model in models}}
+    assert [json.loads(line) for line in output.read_text().splitlines()] == [expected]
+
+
+def test_a_command_that_saves_nothing_ends_at_the_first_interrupt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lisa_dist.launching.local.launch_ranks", interrupted)
+    assert main(["generate", "builtin:demo", "Hello"]) == 130
+    assert capsys.readouterr().err == "lisa-dist: interrupted\n"
 
 
 def test_train_starts_ranks_with_a_settled_run_directory(

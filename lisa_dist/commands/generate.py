@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import json
+import logging
+import time
 from pathlib import Path
-from typing import Any
 
-import torch
 from jinja2 import TemplateError
-from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import GENERATION_CONFIG_NAME
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
-from lisa_dist.commands.inference import open_model
+from lisa_dist.commands.inference import OpenedModel, open_model
 from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.config.paths import local_path, model_directory
-from lisa_dist.data.formats import BadRowError, Conversation
-from lisa_dist.data.spans import AnswerFinder
+from lisa_dist.config.prompts import Prompt, check_output, read_prompts
+from lisa_dist.config.run_directory import RunDirectory
+from lisa_dist.data.stops import stop_ids
 from lisa_dist.data.tokenizer import encode_prompt
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.files import make_folder
 from lisa_dist.telemetry.logs import setup_logging
-from lisa_dist.training.evaluation import answer
+from lisa_dist.training.generation import Answerer, AnswerSettings
 
-TURN = "turn"  # stands for what is said, to see what the chat template ends an answer with
+logger = logging.getLogger(__name__)
 
-Prompt = str | list[dict[str, Any]]  # a question, a text to go on with, or chat messages
+BATCHES_AT_ONCE = 4  # of a rank: prompts among which those of about the same length are answered together
 
 
 def run(config: Config) -> int:
@@ -38,97 +41,94 @@ def run(config: Config) -> int:
     choice = config.generate
     prompts: list[Prompt] = distributed.on_rank_zero(lambda: read_prompts(choice.prompts))
     output = local_path(choice.output) if choice.output else None
-    distributed.on_rank_zero(lambda: _check_output(output))
+    distributed.on_rank_zero(lambda: _make_room(choice.output))
     opened = open_model(config, choice.path, choice.step, "generate")
-    generator = torch.Generator().manual_seed(config.train.seed)
-    stops = stop_ids(opened.tokenizer, model_directory(str(choice.path or config.model.path)))
-    for prompt in prompts:
-        ids = prompt_ids(opened.tokenizer, prompt)
-        found = answer(
-            opened.train_module.store.module, ids, stops, choice.max_new_tokens, choice.temperature, generator
-        )
-        text = str(opened.tokenizer.decode(found, skip_special_tokens=True)).strip()
+    tokenizer = opened.tokenizer
+    asked = [prompt_ids(tokenizer, prompt, choice.system) for prompt in prompts]
+    answerer, settings = Answerer(opened.train_module), settings_of(config, opened)
+    check_room(answerer, asked)
+    at_once = BATCHES_AT_ONCE * choice.batch_size * answerer.dims.data_ranks
+    started, made = time.monotonic(), 0
+    for start in range(0, len(asked), at_once):
+        found = answerer.answers(asked[start : start + at_once], settings)
+        made += sum(map(len, found))
+        texts = [str(text).strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
         if distributed.is_main():
-            _write(prompt, text, output)
+            for prompt, text in zip(prompts[start:], texts):
+                _write(prompt, text, output)
+            if len(prompts) > 1:
+                done, seconds = start + len(found), time.monotonic() - started
+                logger.info("%d of %d prompts answered, %.1f tokens/s", done, len(prompts), made / seconds)
     return EXIT_DONE
 
 
-def read_prompts(prompts: Any) -> list[Prompt]:
-    """Return the prompts of ``generate.prompts``: a list, or the lines of a file, JSON lines where it ends in .jsonl.
+def settings_of(config: Config, opened: OpenedModel) -> AnswerSettings:
+    """Return how ``generate.*`` and the opened model's files want prompts to be answered."""
+    choice = config.generate
+    directory = RunDirectory.of(config).model if choice.path is None else model_directory(choice.path)
+    ends = stop_ids(opened.tokenizer, directory)
+    seed = config.train.seed
+    return AnswerSettings(frozenset(ends), choice.max_new_tokens, choice.batch_size, choice.temperature, seed)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system: str | None = None) -> list[int]:
+    """Return the tokens of a prompt: through the chat template where the tokenizer has one, else the text as it is.
+
+    ``system`` is put before it, unless it is a conversation with a system prompt of its own.
 
     Raises:
-        UserError: there are none, or the file can't be read.
+        UserError: the template refuses the messages, or there is none for them.
     """
-    if isinstance(prompts, list):
-        found: list[Prompt] = [str(prompt) for prompt in prompts]
-    else:
-        file = local_path(str(prompts))
-        if not file.is_file():
-            raise UserError(f"generate.prompts={prompts}: must be a list such as ['Hello'] or a file that exists")
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"generate.prompts={prompts}: can't be read ({error})") from error
-        numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-        as_json = file.suffix in (".jsonl", ".ndjson")
-        found = [_prompt_of(file, number, line) if as_json else line for number, line in numbered]
-    if not found:
-        raise UserError(f"generate.prompts={prompts}: holds no prompt; give a list or a file with one prompt a line")
-    return found
-
-
-def _prompt_of(file: Path, number: int, line: str) -> Prompt:
-    """Return the prompt of a line of JSON: its ``prompt``, a text, or its ``messages``, as in chat data."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"generate.prompts={file}: line {number} is not valid JSON ({error})") from error
-    prompt = (row.get("prompt") or row.get("messages")) if isinstance(row, dict) else None
-    if not isinstance(prompt, str | list):
-        raise UserError(f'generate.prompts={file}: line {number} must be an object with "prompt" or "messages"')
-    return prompt
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Return the tokens of a prompt: through the chat template where the tokenizer has one, else the text as it is."""
     if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if system is not None and messages[0].get("role") != "system":
+            messages = [{"role": "system", "content": system}, *messages]
         try:
-            return encode_prompt(tokenizer, prompt)
+            return encode_prompt(tokenizer, messages)
         except TemplateError as error:
             raise UserError(f"generate.prompts: the chat template refuses {str(prompt)[:80]!r} ({error})") from error
-    if isinstance(prompt, list):
-        raise UserError("generate.prompts: messages need a chat template, and this model's tokenizer has none")
+    if isinstance(prompt, list) or system is not None:
+        what = "messages need" if isinstance(prompt, list) else "generate.system needs"
+        raise UserError(f"generate.prompts: {what} a chat template, and this model's tokenizer has none")
     return tokenizer(prompt).input_ids
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase, directory: Path | None) -> set[int]:
-    """Return the tokens that end an answer: those of the generation config, and what ends a text and a turn.
+def check_room(answerer: Answerer, prompts: list[list[int]]) -> None:
+    """Raise :class:`UserError` where a prompt leaves the model no position for an answer."""
+    for number, ids in enumerate(prompts, start=1):
+        if answerer.room(ids, 1) == 0:
+            raise UserError(
+                f"generate.prompts: prompt {number} of {len(prompts)} has {len(ids)} tokens, and the model "
+                f"{answerer.positions} positions; shorten it"
+            )
 
-    ``directory`` is the model's, where generation_config.json may be; None for a hub id.
+
+def show_side_by_side(models: list[str], files: list[Path], output: str | None) -> None:
+    """Print what several models answered, or write it as JSON lines with prompt and answers.
+
+    Args:
+        models: their names, as the user wrote them.
+        files: of each the answers, as ``generate.output`` has them.
+        output: ``generate.output`` of the comparison; None: print.
     """
-    found = {int(tokenizer.eos_token_id)}
-    if directory is not None and (directory / GENERATION_CONFIG_NAME).is_file():
-        ends = GenerationConfig.from_pretrained(directory).eos_token_id
-        found |= set(ends) if isinstance(ends, list) else {ends} - {None}
-    if tokenizer.chat_template:
-        turns = [{"role": role, "content": TURN} for role in ("user", "assistant", "user", "assistant")]
-        try:
-            answers = AnswerFinder(tokenizer).find(Conversation(turns))
-        except BadRowError:
-            return found
-        # Where nothing ends the last answer, a middle one may end by the next header, which a model learns to write.
-        begin, end = answers.spans[3 if answers.ended else 1]
-        last = tokenizer(answers.text[begin:end], add_special_tokens=False).input_ids[-1]
-        if last in tokenizer.all_special_ids:
-            found.add(last)
-    return found
-
-
-def _check_output(output: Path | None) -> None:
-    if output is not None and output.exists():
-        raise UserError(f"generate.output={output}: is there already and is not written over, name a new file")
+    answers = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
+    rows = [(same[0]["prompt"], [row["answer"] for row in same]) for same in zip(*answers, strict=True)]
     if output is not None:
-        make_folder(output.parent, f"generate.output={output}")
+        lines = [json.dumps({"prompt": prompt, "answers": dict(zip(models, found))}) + "\n" for prompt, found in rows]
+        local_path(output).write_text("".join(lines), encoding="utf-8")
+        return
+    table = Table(show_lines=True)
+    for title in ("prompt", *models):
+        table.add_column(Text(title), overflow="fold", ratio=1)
+    for prompt, found in rows:
+        table.add_row(Text(prompt if isinstance(prompt, str) else json.dumps(prompt)), *map(Text, found))
+    Console(highlight=False).print(table)
+
+
+def _make_room(output: str | None) -> None:
+    check_output(output)
+    if output is not None:
+        make_folder(local_path(output).parent, f"generate.output={output}")
 
 
 def _write(prompt: Prompt, text: str, output: Path | None) -> None:

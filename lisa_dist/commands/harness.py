@@ -1,7 +1,7 @@
 """lm-evaluation-harness on a sharded model. Imports the optional package ``lm_eval``, so it is imported when needed.
 
-Every rank runs the harness over the same samples in the same order. Likelihoods are split among the ranks,
-answers are made by all of them together.
+Every rank runs the harness over the same samples in the same order. Likelihoods and
+answers are split among the ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lisa_dist.commands.inference import OpenedModel
 from lisa_dist.config import EvaluateConfig, UserError
 from lisa_dist.config.errors import nearest
 from lisa_dist.runtime import distributed
-from lisa_dist.training.evaluation import answer
+from lisa_dist.training.generation import Answerer, AnswerSettings
 
 LONGEST_ANSWER = 256  # tokens, where a task does not say
 
@@ -39,7 +39,7 @@ def evaluate_tasks(
         if not manager.match_tasks([task]):
             hint = nearest(task, manager.all_tasks)
             raise UserError(f"evaluate.tasks={config.tasks}: the harness knows no task {task}{hint}")
-    model = ShardedModelOfHarness(opened, batch_size, longest)
+    model = ShardedModelOfHarness(opened, batch_size, longest, config.batch_size)
     found = simple_evaluate(model, tasks=list(config.tasks), limit=config.limit, task_manager=manager)
     return found["results"] if found is not None else {}  # the harness gives them to rank 0 alone
 
@@ -47,11 +47,12 @@ def evaluate_tasks(
 class ShardedModelOfHarness(TemplateLM):
     """What the harness asks of a model. Every method is collective: every rank, with equal arguments."""
 
-    def __init__(self, opened: OpenedModel, batch_size: int, longest: int) -> None:
+    def __init__(self, opened: OpenedModel, batch_size: int, longest: int, answers_at_once: int) -> None:
         """Args:
         opened: the model.
         batch_size: texts of a forward pass of a rank.
         longest: tokens of a text; longer ones lose their beginning.
+        answers_at_once: prompts that a rank answers together.
         """
         super().__init__()
         self.module = opened.train_module.store.module.eval()
@@ -59,6 +60,8 @@ class ShardedModelOfHarness(TemplateLM):
         self.tokenizer = opened.tokenizer
         self.batch_size = batch_size
         self.longest = longest
+        self.answers_at_once = answers_at_once
+        self.answers = Answerer(opened.train_module).answers
 
     @property
     def eot_token_id(self) -> int:
@@ -132,20 +135,36 @@ class ShardedModelOfHarness(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        return [self._generate(*request.args) for request in requests]
+        answers = [""] * len(requests)
+        # Those that are to be answered alike are answered together.
+        alike: dict[Any, list[int]] = {}
+        for index, request in enumerate(requests):
+            settings = request.args[1]
+            stops, limit = _stops(settings), int(settings.get("max_gen_toks", LONGEST_ANSWER))
+            temperature = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
+            alike.setdefault((tuple(stops), limit, temperature), []).append(index)
+        for (stops, limit, temperature), indices in alike.items():
+            found = self._generate([requests[index].args[0] for index in indices], stops, limit, temperature)
+            for index, text in zip(indices, found):
+                answers[index] = text
+        return answers
 
-    def _generate(self, context: str, settings: dict[str, Any]) -> str:
-        until = settings.get("until") or []
-        stops = [until] if isinstance(until, str) else list(until)
-        limit = int(settings.get("max_gen_toks", LONGEST_ANSWER))
-
+    def _generate(self, contexts: list[str], stops: tuple[str, ...], limit: int, temperature: float) -> list[str]:
         def ended(ids: list[int]) -> bool:
             text = str(self.tokenizer.decode(ids))
             return any(stop in text for stop in stops)
 
-        prompt = self.tok_encode(context)[-max(1, self.longest - limit) :]
-        found = answer(self.module, prompt, {self.eot_token_id}, limit, ended=ended)
-        text = str(self.tokenizer.decode(found, skip_special_tokens=True))
+        prompts = [self.tok_encode(context)[-max(1, self.longest - limit) :] for context in contexts]
+        settings = AnswerSettings(
+            frozenset({self.eot_token_id}), limit, self.answers_at_once, temperature, ended=ended if stops else None
+        )
+        texts = [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in self.answers(prompts, settings)]
         for stop in stops:
-            text = text.split(stop)[0]
-        return text
+            texts = [text.split(stop)[0] for text in texts]
+        return texts
+
+
+def _stops(settings: dict[str, Any]) -> list[str]:
+    """Return the texts that end an answer to a task."""
+    until = settings.get("until") or []
+    return [stop for stop in ([until] if isinstance(until, str) else until) if stop]

@@ -21,6 +21,7 @@ from lisa_dist.config.commands import (
 from lisa_dist.config.data import DataConfig
 from lisa_dist.config.errors import EXIT_DONE as EXIT_DONE
 from lisa_dist.config.errors import EXIT_FAILED as EXIT_FAILED
+from lisa_dist.config.errors import EXIT_INTERRUPTED as EXIT_INTERRUPTED
 from lisa_dist.config.errors import EXIT_STOPPED as EXIT_STOPPED
 from lisa_dist.config.errors import EXIT_USER_ERROR as EXIT_USER_ERROR
 from lisa_dist.config.errors import OutOfMemoryError as OutOfMemoryError

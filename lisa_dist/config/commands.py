@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lisa_dist.config.errors import check_choices, check_minimums
+from lisa_dist.config.errors import UserError, check_choices, check_minimums
 
 
 @dataclass
@@ -28,10 +28,11 @@ class EvaluateConfig:
     tasks: list[str] = field(default_factory=list)  # of lm-evaluation-harness, from local task data
     task_dir: str | None = None  # a folder with further tasks of lm-evaluation-harness (YAML)
     limit: int | None = None  # rows, or samples a task
+    batch_size: int = 8  # answers to a task that a rank generates together
     output: str | None = None  # null: evaluation.json in run.dir, without a run in the current directory
 
     def __post_init__(self) -> None:
-        check_minimums("evaluate", self, limit=1)
+        check_minimums("evaluate", self, limit=1, batch_size=1)
 
 
 @dataclass
@@ -41,10 +42,15 @@ class GenerateConfig:
     prompts: Any = field(default_factory=list)  # a list; or a file: one prompt a line, or JSON lines with "prompt"
     max_new_tokens: int = 128  # of an answer
     temperature: float = 0.0  # 0: greedy
+    batch_size: int = 8  # prompts that a rank answers together
+    system: str | None = None  # a system prompt before each prompt or conversation; null: what the template says itself
+    compare: list[str] = field(default_factory=list)  # run or Hugging Face directories: their answers side by side
     output: str | None = None  # a new file of JSON lines with prompt and answer; null: stdout, answers alone
 
     def __post_init__(self) -> None:
-        check_minimums("generate", self, max_new_tokens=1, temperature=0)
+        check_minimums("generate", self, max_new_tokens=1, temperature=0, batch_size=1)
+        if len(self.compare) == 1:
+            raise UserError(f"generate.compare=[{self.compare[0]}]: must name at least two directories")
 
 
 @dataclass

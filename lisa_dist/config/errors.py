@@ -9,6 +9,7 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # stopped on a signal after a saved checkpoint, to be requeued
+EXIT_INTERRUPTED = 130  # interrupted where there is nothing to save
 
 
 class UserError(Exception):

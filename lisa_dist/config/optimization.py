@@ -121,17 +121,22 @@ class TrainConfig:
     spike_window: int = 50  # losses that the median is of
     spike_limit: int = 3  # times that a run may go back, each time without the batch that led to it
     sample_prompts: int = 0  # held-out prompts answered before and after training
+    sample_every: int = 0  # steps between further answers to them; 0: none
 
     def __post_init__(self) -> None:
         check_above_zero("train.epochs", self.epochs)
         check_choices("train", self, on_nonfinite=["stop", "skip"])
         check_minimums("train", self, max_steps=1, global_batch_size=1, micro_batch_size=1, log_every=1, spike_window=1)
-        check_minimums("train", self, eval_every=0, eval_batches=1, sample_prompts=0, nonfinite_limit=0, spike_limit=0)
-        check_minimums("train", self, early_stopping_patience=0)
+        check_minimums("train", self, eval_every=0, eval_batches=1, nonfinite_limit=0, spike_limit=0)
+        check_minimums("train", self, sample_prompts=0, sample_every=0, early_stopping_patience=0)
         if self.early_stopping_patience > 0 and self.eval_every == 0:
             raise UserError(
                 f"train.early_stopping_patience={self.early_stopping_patience}: counts evaluations during training, "
                 "and train.eval_every=0 makes none; set train.eval_every, the steps between them"
+            )
+        if self.sample_every > 0 and self.sample_prompts == 0:
+            raise UserError(
+                f"train.sample_every={self.sample_every}: needs train.sample_prompts, the number of prompts"
             )
         if self.spike_factor != 0:
             check_minimums("train", self, spike_factor=1)

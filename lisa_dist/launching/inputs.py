@@ -5,10 +5,13 @@ What it takes torch, transformers or the hub to know is told by the ranks, as ea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lisa_dist.config import Config, ModelConfig, UserError
 from lisa_dist.config.checks import check_global_batch, check_package
 from lisa_dist.config.errors import as_written
 from lisa_dist.config.paths import check_is_new, check_model_directory, local_path, model_directory, path_exists
+from lisa_dist.config.prompts import check_output, read_prompts
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free
 from lisa_dist.data.locate import check_data, is_local, locate
 
@@ -44,6 +47,13 @@ def check_evaluate(config: Config) -> None:
         check_package("lm_eval", f"evaluate.tasks={as_written(choice.tasks)}", "lm-eval")
 
 
+def check_generate(config: Config) -> None:
+    """Raise :class:`UserError` where no model or no prompt is named, or the answers can't be written."""
+    check_opened(config, config.generate.path, "generate")
+    read_prompts(config.generate.prompts)
+    check_output(config.generate.output)
+
+
 def check_opened(config: Config, path: str | None, command: str) -> None:
     """Raise :class:`UserError` where neither ``path``, the key COMMAND.path, nor ``run.dir`` names a model."""
     if path is not None:
@@ -68,4 +78,10 @@ def _check_directory(path: str, key: str) -> None:
         check_model_directory(directory, f"{key}={path}")
 
 
-CHECKS = {"train": check_training, "export": check_export, "evaluate": check_evaluate}  # by command
+CHECKS: dict[str, Callable[[Config], None]] = {
+    "train": check_training,
+    "export": check_export,
+    "evaluate": check_evaluate,
+    "generate": check_generate,
+    "chat": lambda config: check_opened(config, config.generate.path, "generate"),
+}  # by command

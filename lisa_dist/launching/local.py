@@ -16,6 +16,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NoReturn
@@ -68,14 +69,16 @@ def launch_ranks(config: Config, entry: Entry, log_dir: Path | None = None) -> i
     Args:
         config: with ``run.dir`` settled where ``entry`` trains.
         entry: returns an exit code; a function at the top of a module, for the ranks import it.
-        log_dir: logs go to ``log_dir/logs/rank_N.log``, and the run's summary.json is left alone; None: they go to
-            ``run.dir``, and a failure is noted in the summary.
+        log_dir: of an ``entry`` that saves nothing, so that a first signal ends it: logs go to
+            ``log_dir/logs/rank_N.log``, and the run's summary.json is left alone; None: they go to ``run.dir``, and a
+            failure is noted in the summary.
 
     Returns:
         0 where every rank returned 0, 75 where every rank stopped on a signal, else 1.
 
     Raises:
         UserError: the configuration asks for what this machine has not, or a rank raised one.
+        KeyboardInterrupt: a signal came, and the entry saves nothing.
     """
     ranks = count_local_ranks(config.parallel)
     ParallelDims.of(config.parallel, ranks)  # refused before there are ranks
@@ -83,15 +86,19 @@ def launch_ranks(config: Config, entry: Entry, log_dir: Path | None = None) -> i
     started = time.time()
     with tempfile.TemporaryDirectory(prefix="lisa-dist-") as folder:
         outcome_dir = Path(folder)
-        with StopWatcher(outcome_dir):
+        with StopWatcher(outcome_dir, saves=log_dir is None) as watcher:
             make_folder(run.logs, f"run.dir={run.path}")
             agent_failure = _run_agent(config, entry, ranks, outcome_dir, run.path)
         outcomes = [Outcome(**json.loads(file.read_text())) for file in outcome_dir.glob("outcome_*.json")]
     codes = {outcome.code for outcome in outcomes}
     if len(outcomes) == ranks and codes in ({EXIT_DONE}, {EXIT_STOPPED}):
         return codes.pop()
+    if watcher.received and not watcher.saves:
+        raise KeyboardInterrupt
     mistakes = [outcome for outcome in outcomes if outcome.code == EXIT_USER_ERROR]
     first = min(mistakes, key=lambda o: o.time) if mistakes else _first_failure(outcomes, ranks, agent_failure)
+    if watcher.kill and first.message.endswith(OUT_OF_MEMORY):  # it was we who killed it
+        first = replace(first, message=first.message.replace(OUT_OF_MEMORY, ", as asked"))
     on_cpu = torch.cuda.device_count() == 0  # else host memory ran out, which does not hold the model
     if first.message.endswith(OUT_OF_MEMORY) and on_cpu:
         remedy = advice(config, entry.__name__, ranks=ranks, local_ranks=ranks, on_gpu=False)
@@ -164,6 +171,8 @@ def run_rank(entry: Entry, config: Config, outcome_dir: Path, log_dir: Path, lau
     log = RunDirectory(log_dir).rank_log(rank)
     if rank > 0:
         _send_output_to(log)
+    else:
+        _read_from(launcher)
     # Line by line, as in a terminal: else what is printed comes after what native code and later processes print.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     code, message, trace = EXIT_FAILED, "", ""
@@ -201,6 +210,13 @@ def _send_output_to(log: Path) -> None:
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+
+
+def _read_from(launcher: int) -> None:
+    """Read what the launcher is given on stdin: by itself multiprocessing leaves its processes nothing to read."""
+    with suppress(OSError), Path(f"/proc/{launcher}/fd/0").open("rb") as theirs:  # closed, or of another user
+        os.dup2(theirs.fileno(), 0)
+        sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
 
 
 def _leave_soon(code: int) -> NoReturn:

@@ -1,4 +1,7 @@
-"""What a signal to the launcher means: the first asks the ranks to stop and save, the second kills them."""
+"""What a signal to the launcher means: the first asks the ranks to stop and save, the second kills them.
+
+Where there is nothing to save, the first kills them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-from lisa_dist.config import EXIT_FAILED
+from lisa_dist.config import EXIT_FAILED, EXIT_INTERRUPTED
 from lisa_dist.runtime.signals import STOP_SIGNALS
 
 POLL_SECONDS = 0.1
@@ -24,11 +27,12 @@ class StopWatcher:
 
     Ranks are known by the files ``started_RANK_PID`` and, once they have ended, ``outcome_RANK.json``. They
     start with these signals held back and take them up when their handlers stand, so that none is lost while
-    they import torch. A second Ctrl-C, or the same signal again, kills.
+    they import torch. A second Ctrl-C, or the same signal again, kills; where the ranks save nothing, the first does.
     """
 
-    def __init__(self, outcome_dir: Path) -> None:
+    def __init__(self, outcome_dir: Path, *, saves: bool) -> None:
         self.outcome_dir = outcome_dir
+        self.saves = saves
         self.received: list[int] = []
         self.kill = False
         self.asked: set[int] = set()  # process ids that were asked to stop
@@ -68,9 +72,12 @@ class StopWatcher:
                 self._pass_on()
 
     def _take(self, number: int) -> None:
-        self.kill = number in self.received or bool(self.received and number == signal.SIGINT)
+        again = number in self.received or bool(self.received and number == signal.SIGINT)
+        self.kill = again or not self.saves
         self.received.append(number)
         name = signal.Signals(number).name
+        if not self.saves:
+            return  # the command says it as it ends
         if self.kill:
             print(f"lisa-dist: {name} again: the ranks are killed", file=sys.stderr)
         elif len(self.received) == 1:
@@ -81,7 +88,10 @@ class StopWatcher:
         """Signal the ranks that run; one that has only just started is seen at the next look."""
         running = self._running()
         if self.kill and not running:
-            os._exit(EXIT_FAILED)  # none has come up, or none is left: those to come find their parent gone
+            # None has come up, or none is left: those to come find their parent gone.
+            if not self.saves:
+                print("lisa-dist: interrupted", file=sys.stderr, flush=True)
+            os._exit(EXIT_FAILED if self.saves else EXIT_INTERRUPTED)
         for process in running - (set() if self.kill else self.asked):
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL if self.kill else signal.SIGTERM)

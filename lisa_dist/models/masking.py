@@ -74,13 +74,18 @@ def install_position_handling(model: nn.Module, separation: Separation | None) -
 
     ``separation`` is what keeps packed samples apart; None: nothing is packed. ``borders`` gives the kernel
     ``cu_seqlens`` under the names that transformers has for it; ``mask`` also narrows every mask that the model builds
-    to pairs of tokens of one sample, [b, 1, t, t]. With the last two the borders are not looked at.
+    to pairs of tokens of one sample, [b, 1, t, t]. With the last two the borders are not looked at. A pass
+    with a cache is transformers' ``generate``, which packs nothing: it gets the positions that are given, which leave
+    padding at the left out.
     """
     original = model.forward
     passes_positions = separation is not None and takes_positions(model)
 
     @functools.wraps(original)
     def forward(*args: Any, position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None, **kwargs: Any) -> Any:
+        if kwargs.get("use_cache"):
+            given = {} if position_ids is None else {"position_ids": position_ids}
+            return original(*args, **given, **kwargs)
         if separation is None:
             with one_sample_a_row():
                 return original(*args, **kwargs)

@@ -36,6 +36,19 @@ def install_stop_handlers(*, ignore_interrupt: bool = False) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
+def end_at_signals() -> None:
+    """Let TERM, USR1 and INT end this process again, at once: a command that has nothing to save waits for no step.
+
+    Raises:
+        KeyboardInterrupt: one has come before.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if stop_requested():
+        raise KeyboardInterrupt
+
+
 def stop_requested() -> bool:
     """Whether this process was asked to stop; any one rank may be the only one that was."""
     return _requested

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
 from lisa_dist.checkpoint.manifest import checkpoint_name
 from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import Config
-from lisa_dist.data.preview import sample_questions
+from lisa_dist.data.preview import Question, sample_questions
+from lisa_dist.data.stops import stop_ids
 from lisa_dist.method.probes import mean_loss
 from lisa_dist.runtime import distributed
+from lisa_dist.training.generation import Answerer, AnswerSettings
 from lisa_dist.training.setup import Run
 
 logger = logging.getLogger(__name__)
@@ -90,14 +89,14 @@ def show_answers(run: Run, title: str) -> None:
     if count == 0:
         return
     source = run.validation or run.batches
+    questions = sample_questions(source.sequences, count)
+    with run.heartbeat.phase("the answers to sample prompts", may_take_long=True):
+        answers = answer_questions(run, questions)
     table = Table(title=title, title_justify="left", title_style="bold", show_lines=True)
     columns, rows = ("prompt", "answer", "expected"), []
     for column in columns:
         table.add_column(column, overflow="fold")
-    for question in sample_questions(source.sequences, count):
-        stop_ids = {int(run.tokenizer.eos_token_id), question.answer_ids[-1]}
-        limit = min(LONGEST_ANSWER, 2 * len(question.answer_ids) + 8)
-        found = answer(run.train_module.store.module, question.prompt_ids, stop_ids, limit)
+    for question, found in zip(questions, answers):
         texts = (question.prompt_ids, found, question.answer_ids)
         rows.append([str(run.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in texts])
         table.add_row(*map(Text, rows[-1]))
@@ -106,47 +105,9 @@ def show_answers(run: Run, title: str) -> None:
         Console(highlight=False).print(table)
 
 
-@torch.no_grad()
-def answer(
-    model: nn.Module,
-    prompt_ids: list[int],
-    stop_ids: set[int],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
-    ended: Callable[[list[int]], bool] = lambda answer: False,
-) -> list[int]:
-    """Return the tokens that the model goes on with, the most likely one each time, without the stopping one.
-
-    The whole text is run through the model for each token, which needs no cache and so no more memory than a
-    forward pass: meant for a few short answers. Collective where the model is sharded: every rank, with equal
-    arguments.
-
-    Args:
-        model: a causal language model; logits are taken from ``model(input_ids=[1, t])``.
-        prompt_ids: the prompt.
-        stop_ids: tokens that end an answer.
-        max_new_tokens: the longest answer.
-        temperature: above 0 draws from the softmax of logits / temperature.
-        generator: of the draws; the same on every rank.
-        ended: whether an answer so far is to be the whole one.
-    """
-    was_training = model.training
-    model.eval()
-    device = distributed.device()
-    ids = list(prompt_ids)
-    for _ in range(max_new_tokens):
-        inputs = torch.tensor([ids], device=device)
-        positions = torch.arange(len(ids), device=device)[None]
-        logits = model(input_ids=inputs, position_ids=positions).logits[0, -1].float()
-        if temperature > 0:
-            chosen = int(torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generator))
-        else:
-            chosen = int(logits.argmax())
-        if chosen in stop_ids:
-            break
-        ids.append(chosen)
-        if ended(ids[len(prompt_ids) :]):
-            break
-    model.train(was_training)
-    return ids[len(prompt_ids) :]
+def answer_questions(run: Run, questions: list[Question]) -> list[list[int]]:
+    """Return the answers' tokens, each about as long as the expected one at most. Collective: every rank."""
+    limits = [min(LONGEST_ANSWER, 2 * len(question.answer_ids) + 8) for question in questions]
+    settings = AnswerSettings(frozenset(stop_ids(run.tokenizer)), max(limits, default=1))
+    found = Answerer(run.train_module).answers([question.prompt_ids for question in questions], settings)
+    return [answer[:limit] for answer, limit in zip(found, limits)]

@@ -122,8 +122,9 @@ def train_until_spike(run: Run, first_step: int, start_up: ExitStack) -> float |
             ends = step + 1 == run.max_steps
             saves = ends or result.stop_requested or is_due(config.checkpoint.every, step + 1)
             evaluates = ends or is_due(config.train.eval_every, step + 1)
+            samples = not ends and is_due(config.train.sample_every, step + 1)
             # A step is read once the device has the next one to go on with, but before whatever else comes after it.
-            reads = saves or evaluates or step == first_step or config.train.spike_factor > 0
+            reads = saves or evaluates or samples or step == first_step or config.train.spike_factor > 0
             reads = reads or is_due(run.train_module.period_length, step + 1)
             with heartbeat.phase("the wait for the device"):
                 for waited_for in ([] if unread is None else [unread.result]) + ([result] if reads else []):
@@ -149,6 +150,8 @@ def train_until_spike(run: Run, first_step: int, start_up: ExitStack) -> float |
             if evaluates:
                 evaluate(run)
                 saves = saves or ends_early(run) or is_best_to_keep(run)
+            if samples and not ends_early(run):
+                show_answers(run, f"answers after step {progress.step}")
             if saves:
                 save_checkpoint(run)
             if result.stop_requested or ends_early(run):

@@ -31,6 +31,7 @@ from lisa_dist.data.sequences import Sequences
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.method.module import TrainModule, build_train_module, load_initial_weights
 from lisa_dist.models.architecture import read_architecture
+from lisa_dist.models.generation import positions_of
 from lisa_dist.models.inspection import pretrained_architecture
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.environment import restart_count
@@ -229,8 +230,7 @@ def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def warn_of_positions(sequence_length: int, architecture: PretrainedConfig) -> None:
     """Warn where sequences may be longer than what the model was made for."""
-    names = ("max_position_embeddings", "max_seq_len", "n_positions")
-    positions = next((found for name in names if isinstance(found := getattr(architecture, name, None), int)), None)
+    positions = positions_of(architecture)
     if positions is not None and sequence_length > positions:
         logger.warning(
             "data.sequence_length=%d: is above the %d positions of the model; what is longer trains positions that it "

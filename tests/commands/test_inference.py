@@ -8,14 +8,17 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lisa_dist.commands import evaluate, export, generate
+from lisa_dist.commands import chat, evaluate, export, generate
 from lisa_dist.config import UserError
 from lisa_dist.config.loading import load, load_run
+from lisa_dist.config.prompts import read_prompts
+from lisa_dist.data.stops import stop_ids
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.training.loop import train
 from tests.support.ranks import run_on_ranks
@@ -91,6 +94,43 @@ def test_generate_answers_as_transformers_does(trained: tuple[Path, Path], tmp_p
     assert told == [f"generate.output={output}: is there already and is not written over, name a new file"]
 
 
+def conversation(said: list[str], overrides: list[str]) -> tuple[str, str]:
+    """What a chat prints, on stdout and stderr, where ``said`` is typed. Runs on a rank."""
+    errors, lines = io.StringIO(), iter(said)
+
+    def type_next(ask: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    with contextlib.redirect_stderr(errors), mock.patch("builtins.input", type_next):
+        printed = printed_by(chat.run, None, overrides)
+    return printed, errors.getvalue()
+
+
+def test_chat_answers_with_what_was_said_before(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    _, target = trained
+    keys = [f"generate.path={target}", "generate.max_new_tokens=6", "precision.compute=float32"]
+    keys += ["generate.system=Be brief.", "parallel.cpu_threads=1"]
+    said = [QUESTIONS[0], " ", QUESTIONS[1], "/new", QUESTIONS[1], "/end", "never asked"]
+    (printed, told), other = run_on_ranks(2, conversation, said, keys)
+    assert other[0] == "" and "/new begins another conversation" in told and "A new conversation." in told
+    answers = printed.splitlines()
+    assert len(answers) == 3
+    system, first, second = ({"role": "system", "content": "Be brief."}, *map(as_user, QUESTIONS))
+    between = {"role": "assistant", "content": answers[0].strip()}
+    asked = tmp_path / "asked.jsonl"
+    texts = [[system, first], [system, first, between, second], [system, second]]
+    asked.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in texts))
+    (alone,) = run_on_ranks(1, printed_by, generate.run, None, [*keys, f"generate.prompts={asked}"])
+    assert [answer.strip() for answer in answers] == alone.splitlines()
+
+
+def as_user(question: str) -> dict[str, str]:
+    return {"role": "user", "content": question}
+
+
 def refusals(calls: list[tuple[Any, str | None, list[str]]]) -> list[str]:
     """What the user is told by each call. Runs on a rank."""
     told = []
@@ -116,14 +156,21 @@ def test_mistakes_are_refused(trained: tuple[Path, Path]) -> None:
 def test_prompts_are_a_list_or_the_lines_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\ntwo\n")
-    assert generate.read_prompts(["a", 2]) == ["a", "2"]
-    assert generate.read_prompts(str(file)) == ["one", "two"]
+    assert read_prompts(["a", 2]) == ["a", "2"]
+    assert read_prompts(str(file)) == ["one", "two"]
+    (tmp_path / "lines.jsonl").write_text('{"prompt": null, "messages": [{"role": "user"}]}\n{"prompt": "a\u2028b"}\n')
+    assert read_prompts(str(tmp_path / "lines.jsonl")) == [[{"role": "user"}], "a\u2028b"]
     (tmp_path / "broken.jsonl").write_text('{"prompt": "x"}\n{"question": "y"}\n')
-    for wrong, message in (([], "holds no prompt"), ("nowhere.txt", "file that exists"), (None, "file that exists")):
+    for wrong, message in (
+        ([], "holds no prompt"),
+        (["a", " "], "prompt 2 of 2 is empty"),
+        ("nowhere.txt", "file that exists"),
+        (None, "file that exists"),
+    ):
         with pytest.raises(UserError, match=message):
-            generate.read_prompts(wrong)
+            read_prompts(wrong)
     with pytest.raises(UserError, match="line 2 must be an object"):
-        generate.read_prompts(str(tmp_path / "broken.jsonl"))
+        read_prompts(str(tmp_path / "broken.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +185,7 @@ def test_prompts_are_a_list_or_the_lines_of_a_file(tmp_path: Path) -> None:
 )
 def test_answers_stop_at_what_ends_them_in_training(template: Template, stop: str) -> None:
     tokenizer = tokenizer_with(template)
-    assert generate.stop_ids(tokenizer, None) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(stop)}
+    assert stop_ids(tokenizer, None) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(stop)}
 
 
 def test_messages_that_the_template_refuses_are_named() -> None:

@@ -45,6 +45,7 @@ from tests.support.small_training import (
     reduction_dtypes,
     train_reference,
 )
+from tests.training.test_generation import answerer_of, greedy, prompts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -273,3 +274,13 @@ def test_random_weights_are_made_on_the_gpu_by_the_seed_alone() -> None:
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert not torch.equal(states[0][name], states[2][name])
     assert states[0][name].std().item() == pytest.approx(0.02, rel=0.01)
+
+
+@pytest.mark.parametrize("offload", ["none", "frozen"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt2"])
+def test_answers_with_the_cache_are_those_of_the_whole_text_run_again(family: str, offload: str) -> None:
+    answerer = answerer_of(family, parallel={"offload": offload})
+    assert answerer.cache_use == "batched"
+    cached = answerer.answers(prompts(), greedy())
+    answerer.cache_use = "none"
+    assert cached == answerer.answers(prompts(), greedy())

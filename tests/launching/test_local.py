@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,30 @@ def summary(run_dir: Path) -> dict[str, object]:
     return json.loads((run_dir / "summary.json").read_text())
 
 
+@contextmanager
+def typed(text: str) -> Iterator[None]:
+    """Let this process find ``text`` on its stdin."""
+    reads, writes = os.pipe()
+    os.write(writes, text.encode())
+    os.close(writes)
+    own = os.dup(0)
+    os.dup2(reads, 0)
+    try:
+        yield
+    finally:
+        os.dup2(own, 0)
+        os.close(own)
+        os.close(reads)
+
+
 def launch_and_look(config: Config, stdout: Path, stderr: Path) -> None:
     """Be a launcher whose ranks end well, of which nothing is left in its process."""
     send_output_to(stdout, stderr)
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGQUIT)
     handlers, environment = [signal.getsignal(number) for number in numbers], dict(os.environ)
     start_rank_server()
-    assert launch_ranks(config, programs.finish) == 0
+    with typed("what is typed\n"):
+        assert launch_ranks(config, programs.finish) == 0
     assert handlers == [signal.getsignal(number) for number in numbers]
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
     assert os.environ == environment
@@ -43,7 +61,8 @@ def test_all_done(tmp_path: Path) -> None:
     process.start()
     process.join(PATIENCE)
     assert process.exitcode == 0, stderr.read_text()
-    assert stdout.read_text().splitlines() == ["rank 0 of 2 with run.name=mine", "rank 0 natively"]
+    said = ["rank 0 of 2 with run.name=mine", "rank 0 natively", "rank 0 reads 'what is typed\\n'"]
+    assert stdout.read_text().splitlines() == said
     assert "rank 0 on stderr" in stderr.read_text() and "rank 1" not in stderr.read_text()
     assert sorted((tmp_path / "logs" / "rank_1.log").read_text().splitlines()) == [
         "rank 1 natively",
@@ -67,9 +86,11 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Launcher]]:
     (tmp_path / "run").mkdir()
     started: list[Launcher] = []
 
-    def launch(entry: Entry, *, seconds_to_save: float = 0, ranks: int = 2, forked: bool = True) -> Launcher:
+    def launch(
+        entry: Entry, *, seconds_to_save: float = 0, ranks: int = 2, forked: bool = True, saves: bool = True
+    ) -> Launcher:
         config = local_ranks(tmp_path / "run", str(seconds_to_save), ranks)
-        started.append(Launcher(config, entry, forked=forked))
+        started.append(Launcher(config, entry, forked=forked, saves=saves))
         return started[-1]
 
     yield launch
@@ -189,8 +210,18 @@ def test_control_c_twice_kills(launch: Callable[..., Launcher]) -> None:
     slow.press_control_c()
     code, shown = slow.finish()
     assert code == 1
-    assert "the ranks are killed" in shown
+    assert "the ranks are killed" in shown and "it was killed by SIGKILL, as asked" in shown
+    assert "memory" not in shown
     assert not (slow.run_dir / "saved_0").exists()
+    assert all_gone(ranks)
+
+
+def test_control_c_once_ends_what_saves_nothing(launch: Callable[..., Launcher]) -> None:
+    slow = launch(programs.train_until_stopped, seconds_to_save=600, saves=False)
+    ranks = slow.ranks()
+    slow.press_control_c()
+    code, shown = slow.finish()
+    assert code == 130 and shown == "KeyboardInterrupt\n"
     assert all_gone(ranks)
 
 

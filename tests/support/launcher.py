@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from lisa_dist.config import EXIT_USER_ERROR, Config, ParallelConfig, RunConfig, UserError
+from lisa_dist.config import EXIT_INTERRUPTED, EXIT_USER_ERROR, Config, ParallelConfig, RunConfig, UserError
 from lisa_dist.launching.local import Entry, launch_ranks
 from lisa_dist.launching.rank_server import start_rank_server
 from tests.support.forkserver import FORKSERVER
@@ -20,7 +20,7 @@ def local_ranks(run_dir: Path, name: str | None = None, ranks: int = 2) -> Confi
     return Config(parallel=ParallelConfig(nproc_per_node=str(ranks)), run=RunConfig(dir=str(run_dir), name=name))
 
 
-def _launch(config: Config, entry: Entry, terminal: Path, stderr: Path, forked: bool) -> None:
+def _launch(config: Config, entry: Entry, terminal: Path, stderr: Path, forked: bool, saves: bool) -> None:
     """Be a launcher."""
     os.setsid()
     send_output_to(terminal, stderr)
@@ -29,22 +29,25 @@ def _launch(config: Config, entry: Entry, terminal: Path, stderr: Path, forked: 
     else:
         start_rank_server()
     try:
-        code = launch_ranks(config, entry)
+        code = launch_ranks(config, entry, None if saves else Path(str(config.run.dir)))
     except UserError as error:
         print(error, file=sys.stderr)
         code = EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("KeyboardInterrupt", file=sys.stderr)
+        code = EXIT_INTERRUPTED
     sys.exit(code)
 
 
 class Launcher:
     """A launcher in its own process group, whose stdout is a terminal; forked: it forks its ranks itself."""
 
-    def __init__(self, config: Config, entry: Entry, *, forked: bool = True) -> None:
+    def __init__(self, config: Config, entry: Entry, *, forked: bool = True, saves: bool = True) -> None:
         self.run_dir = Path(str(config.run.dir))
         self.num_ranks = int(config.parallel.nproc_per_node)
         self.terminal, its_end = pty.openpty()
         self.output = self.run_dir.parent / f"{self.run_dir.name}_stderr"
-        arguments = (config, entry, Path(os.ttyname(its_end)), self.output, forked)
+        arguments = (config, entry, Path(os.ttyname(its_end)), self.output, forked, saves)
         self.process = FORKSERVER.Process(target=_launch, args=arguments)
         self.process.start()
         self.its_end = its_end  # open, so that the terminal is there whenever the launcher comes to it

@@ -24,6 +24,8 @@ def finish(config: Config) -> int:
     print(f"rank {rank()} of {os.environ['WORLD_SIZE']} with run.name={config.run.name}")
     print(f"rank {rank()} on stderr", file=sys.stderr)
     os.system(f"echo rank {rank()} natively")
+    if rank() == 0:
+        print(f"rank 0 reads {sys.stdin.readline()!r}")
     return EXIT_DONE
 
 

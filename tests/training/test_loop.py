@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import io
 import statistics
 import traceback
 from collections.abc import Callable, Iterator
@@ -273,3 +275,20 @@ def test_a_step_is_waited_for_once_the_next_one_is_on_its_way_or_something_else_
     expected += ["drawn", "made 5", "made 6", "read 5", "read 6", "saved", "made 7", "read 7", "saved"]
     assert run_on_ranks(1, events_of_a_run, config)[0] == expected
     assert [row["step"] for row in metrics(tmp_path) if "loss" in row] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def train_and_collect_titles(config: Config) -> list[str]:
+    """Train and return the titles of the tables of answers. Runs on a rank."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert train_here(config) == 0
+    return [line.strip() for line in output.getvalue().splitlines() if line.strip().startswith("answers ")]
+
+
+def test_sample_prompts_are_answered_in_between_and_change_nothing(tmp_path: Path) -> None:
+    asked = ["train.sample_prompts=2", "train.sample_every=2"]
+    (titles,) = run_on_ranks(1, train_and_collect_titles, make_config(tmp_path / "asked", *asked))
+    between = ["answers after step 2", "answers after step 4"]
+    assert titles == ["answers before training", *between, "answers after training"]
+    assert run_on_ranks(1, train_and_collect_titles, make_config(tmp_path / "quiet")) == [[]]
+    assert metrics(tmp_path / "asked") == metrics(tmp_path / "quiet")

@@ -1,0 +1,165 @@
+"""Answers with transformers' cache, in batches and on two ranks, are those of the whole text run again each time."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from lisa_dist.config import Config
+from lisa_dist.config.updates import LoraUpdateConfig
+from lisa_dist.method.module import build_train_module, load_initial_weights
+from lisa_dist.runtime import distributed
+from lisa_dist.training.generation import Answerer, AnswerSettings, KeyedDraws, draw_keys
+from tests.support.families import tiny_config
+from tests.support.ranks import run_on_ranks
+from tests.support.small_training import make_config
+
+LENGTHS = (17, 9, 21, 4, 13)  # of the prompts: above and below the sliding window
+NEW_TOKENS = 12
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gemma2": {"sliding_window": 8},
+    "mixtral": {},
+    "gpt2": {"initializer_range": 0.2},
+    "xlnet": {},  # has a cache of its own kind, which changes its answers
+    "llama, lora": {},
+    "llama, packed": {},  # in training its attention is without masks
+    "qwen2, int8": {},
+}
+HOW: dict[str, str] = dict.fromkeys(CASES, "batched") | {"xlnet": "none"}
+XLNET = {"model_type": "xlnet", "vocab_size": 128, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64}
+
+
+def case_config(name: str, **changes: Any) -> Config:
+    """A model in float32 whose random weights give answers that vary."""
+    family, _, kind = name.partition(", ")
+    fields = {"initializer_range": 0.3, **CASES[name]}
+    if family == "xlnet":
+        architecture = {**XLNET, "attn_type": "uni", "initializer_range": 0.3}
+    else:
+        architecture = tiny_config(family, **fields).to_dict()
+    model = {"architecture": architecture, "quantization": kind if kind == "int8" else "none"}
+    config = make_config(model=model, **changes)
+    config.data.packing = kind == "packed"
+    if kind in ("lora", "int8"):
+        config = dataclasses.replace(config, update=LoraUpdateConfig())
+    return config
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 128, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def answerer_of(name: str, **changes: Any) -> Answerer:
+    train_module = build_train_module(case_config(name, **changes))
+    load_initial_weights(train_module, distributed.device())
+    store = train_module.store
+    for parameter in store.names:
+        if "lora_B" in parameter:
+            with torch.no_grad():
+                store.master(parameter).fill_(0.05)
+    return Answerer(train_module)
+
+
+def run_again_for_each_token(module: Any, prompt: list[int]) -> list[int]:
+    """The most likely tokens, by the model as it runs in training."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(NEW_TOKENS):
+            positions = torch.arange(len(ids))[None]
+            logits = module(input_ids=torch.tensor([ids]), position_ids=positions).logits
+            ids.append(int(logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def greedy(*stops: int, **changes: Any) -> AnswerSettings:
+    return AnswerSettings(frozenset(stops), NEW_TOKENS, **{"batch_size": 2, **changes})
+
+
+def answers_of(stops: dict[str, int]) -> dict[str, list[list[int]]]:
+    """Answers of every case, in batches of two; runs on a rank."""
+    return {name: answerer_of(name).answers(prompts(), greedy(stop)) for name, stop in stops.items()}
+
+
+def expected_answers() -> dict[str, tuple[str, list[list[int]]]]:
+    """How the cache of every case is used, and the answers; runs on a rank."""
+    found = {}
+    for name in CASES:
+        answerer = answerer_of(name)
+        module = answerer.module.eval()
+        found[name] = answerer.cache_use, [run_again_for_each_token(module, prompt) for prompt in prompts()]
+    return found
+
+
+def test_answers_are_those_of_the_whole_text_run_again() -> None:
+    (expected,) = run_on_ranks(1, expected_answers)
+    assert {name: use for name, (use, _) in expected.items()} == HOW
+    for name, (_, answers) in expected.items():
+        assert len({tuple(answer) for answer in answers}) > 2, (name, "answers that are alike show nothing")
+    # A token in the middle of an answer ends it, so that rows and ranks are done at different times.
+    stops = {name: answers[0][5] for name, (_, answers) in expected.items()}
+    cut = {
+        name: [answer[: answer.index(stops[name])] if stops[name] in answer else answer for answer in answers]
+        for name, (_, answers) in expected.items()
+    }
+    assert any(len(answer) == NEW_TOKENS for answer in cut["llama"]) and len(cut["llama"][0]) < NEW_TOKENS
+    assert run_on_ranks(1, answers_of, stops) == [cut]
+    if torch.__version__ < "2.13":  # whose FSDP2 shards no integers
+        del stops["qwen2, int8"], cut["qwen2, int8"]
+    assert run_on_ranks(2, answers_of, stops) == [cut, cut]
+
+
+def drawn_answers() -> dict[str, list[list[int]]]:
+    """Draws in batches and one by one, in another order and with another seed; runs on a rank."""
+    answerer, asked = answerer_of("llama"), prompts()
+    warm = {"temperature": 0.7, "seed": 3}
+    return {
+        "together": answerer.answers(asked, greedy(**warm, batch_size=5)),
+        "alone": answerer.answers(asked, greedy(**warm, batch_size=1)),
+        "reversed": answerer.answers(asked[::-1], greedy(**warm))[::-1],
+        "another seed": answerer.answers(asked, greedy(temperature=0.7, seed=4)),
+        "twice": answerer.answers([asked[0], asked[0]], greedy(**warm)),
+    }
+
+
+def test_what_is_drawn_depends_on_the_seed_and_the_prompt_alone() -> None:
+    (one,), (two, same) = run_on_ranks(1, drawn_answers), run_on_ranks(2, drawn_answers)
+    assert one == two == same
+    assert one["together"] == one["alone"] == one["reversed"] != one["another seed"]
+    assert one["twice"][0] == one["together"][0] != one["twice"][1]
+
+
+def test_draws_have_the_frequencies_of_the_softmax() -> None:
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0]).log_softmax(-1)
+    draws = KeyedDraws([draw_keys([[5]], 0)[0]], temperature=0.5)
+    counts = torch.zeros(4)
+    for _ in range(4000):
+        counts[int(draws(logits[None]))] += 1
+    assert torch.allclose(counts / 4000, (logits / 0.5).softmax(-1), atol=0.03)
+
+
+def ends() -> tuple[list[list[int]], list[list[int]], int]:
+    """Answers at the end of a model's positions, and answers that a condition ends; runs on a rank."""
+    answerer = answerer_of("gpt2")
+    long = [[5] * 128, [6] * 125, [7] * 20]
+    with_condition = greedy(ended=lambda answer: len(answer) == 2 + (answer[0] % 2))
+    return answerer.answers(long, greedy()), answerer.answers(prompts(), with_condition), answerer.room(long[1], 50)
+
+
+def test_answers_end_with_the_positions_and_by_a_condition() -> None:
+    for at_the_end, conditional, room in run_on_ranks(2, ends):
+        assert [len(answer) for answer in at_the_end] == [0, 3, NEW_TOKENS] and room == 3
+        assert all(len(answer) == 2 + answer[0] % 2 for answer in conditional)
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+def test_the_smallest_and_the_largest_number_draw_tokens_that_can_be(
+    number: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *shape, **rest: torch.full(shape, number, dtype=torch.float64))
+    logits = torch.tensor([[-torch.inf, 1.0, 1.0, -torch.inf]])
+    assert int(KeyedDraws([0], 1.0)(logits)) == (1 if number == 0 else 2)
