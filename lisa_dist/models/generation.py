@@ -143,9 +143,9 @@ def answering(model: Any, kernel: str) -> Iterator[None]:
 
 
 def kernel_for_answers(model: Any) -> str:
-    """Return the attention kernel to answer with: the model's, or transformers' choice where its own is for packed rows.
+    """Return the attention kernel to answer with: the model's, or transformers' choice where that is for packed rows.
 
-    That one knows neither padding nor a cache.
+    Which knows neither padding nor a cache.
     """
     if model.config._attn_implementation != VARLEN:
         return str(model.config._attn_implementation)

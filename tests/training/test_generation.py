@@ -21,7 +21,7 @@ LENGTHS = (17, 9, 21, 4, 13)  # of the prompts: above and below the sliding wind
 NEW_TOKENS = 12
 CASES: dict[str, dict[str, Any]] = {
     "llama": {},
-    "gemma2": {"sliding_window": 8},
+    "mistral": {"sliding_window": 8},
     "mixtral": {},
     "gpt2": {"initializer_range": 0.2},
     "xlnet": {},  # has a cache of its own kind, which changes its answers
