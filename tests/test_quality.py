@@ -47,7 +47,7 @@ def test_every_command_of_the_docs_composes(page: Path, tmp_path: Path) -> None:
     """A key that is renamed, or a preset that goes, is found in the docs too."""
     for command in {tuple(words) for words in commands_of(page, tmp_path)}:
         words = [filled_in(word) for word in command if "..." not in word and not word.startswith("key=")]
-        arguments = cli._parser().parse_intermixed_args(words)
+        arguments, _ = cli._parse(words)
         name, *overrides = arguments.words
         assert name in cli.COMMANDS, command
         if name == "launch":

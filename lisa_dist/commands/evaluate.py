@@ -16,6 +16,7 @@ from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.locate import has_subset
 from lisa_dist.data.prepare import prepare_data, validation_split
 from lisa_dist.data.sequences import Sequences
+from lisa_dist.launching.inputs import check_evaluate
 from lisa_dist.method.probes import mean_loss
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.files import write_atomically
@@ -36,6 +37,7 @@ def run(config: Config) -> int:
     distributed.initialize(config.parallel)
     setup_logging()
     choice = config.evaluate
+    distributed.on_rank_zero(lambda: check_evaluate(config))  # under torchrun nobody has before
     opened = open_model(config, choice.path, choice.step, "evaluate")
     results: dict[str, Any] = {"model": opened.source, "step": opened.step}
     if choice.data is not None or not choice.tasks:

@@ -34,6 +34,7 @@ from lisa_dist.objectives.chunked_head import ChunkedCrossEntropy, LogitTransfor
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.environment import ALLOCATOR_SETTINGS
 from lisa_dist.training.step import accumulate_gradients, train_step
+from tests.support.answers import answerer_of, greedy, prompts
 from tests.support.families import tiny_config
 from tests.support.left_out import leave_out
 from tests.support.small_training import (
@@ -45,7 +46,6 @@ from tests.support.small_training import (
     reduction_dtypes,
     train_reference,
 )
-from tests.training.test_generation import answerer_of, greedy, prompts
 
 pytestmark = [
     pytest.mark.gpu,
