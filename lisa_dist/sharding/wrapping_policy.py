@@ -51,7 +51,8 @@ def wrap(
         wrapped: Any = fully_shard(
             modules, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshards
         )
-        return [wrapped[0]]
+        # Of modules one in another, as where a model has parameters beside its embeddings, the outer one is wrapped.
+        return [next(module for module in wrapped if isinstance(module, FSDPModule))]
 
     reshards = parallel.reshard_after_forward
     blocks = [group([block], reshards and block is not layers.blocks[-1]) for block in layers.blocks]
