@@ -16,7 +16,7 @@ from lisa_dist.data.preview import Question, sample_questions
 from lisa_dist.data.stops import stop_ids
 from lisa_dist.method.probes import mean_loss
 from lisa_dist.runtime import distributed
-from lisa_dist.training.generation import Answerer, AnswerSettings
+from lisa_dist.training.generation import AnswerSettings
 from lisa_dist.training.setup import Run
 
 logger = logging.getLogger(__name__)
@@ -109,5 +109,5 @@ def answer_questions(run: Run, questions: list[Question]) -> list[list[int]]:
     """Return the answers' tokens, each about as long as the expected one at most. Collective: every rank."""
     limits = [min(LONGEST_ANSWER, 2 * len(question.answer_ids) + 8) for question in questions]
     settings = AnswerSettings(frozenset(stop_ids(run.tokenizer)), max(limits, default=1))
-    found = Answerer(run.train_module).answers([question.prompt_ids for question in questions], settings)
+    found = run.answerer.answers([question.prompt_ids for question in questions], settings)
     return [answer[:limit] for answer, limit in zip(found, limits)]

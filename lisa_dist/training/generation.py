@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from lisa_dist.method.module import TrainModule
+from lisa_dist.models.architecture import original_class
 from lisa_dist.models.generation import (
     Ended,
     answering,
@@ -57,7 +58,7 @@ class Answerer:
             how = "one prompt at a time" + (
                 "" if self.cache_use == "single" else " and without its cache, which is slow"
             )
-            logger.warning("%s is asked %s: %s", type(self.module).__name__, how, reason)
+            logger.warning("%s is asked %s: %s", original_class(self.module).__name__, how, reason)
 
     def answers(self, prompts: list[list[int]], settings: AnswerSettings) -> list[list[int]]:
         """Return the tokens of each answer, without the stopping one. Collective: every rank, with equal arguments.

@@ -6,6 +6,7 @@ import copy
 import logging
 import time
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from lisa_dist.runtime.units import format_count
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.telemetry.progress import announce
 from lisa_dist.telemetry.recorder import Recorder
+from lisa_dist.training.generation import Answerer
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,11 @@ class Run:
     recorder: Recorder
     checkpoints: CheckpointSaver
     heartbeat: Heartbeat
+
+    @cached_property
+    def answerer(self) -> Answerer:
+        """What answers sample prompts. The first use is collective: every rank."""
+        return Answerer(self.train_module)
 
     def coming_micro_batches(self, count: int) -> list[MicroBatch]:
         """Return this rank's next ``count`` micro-batches, not yet trained on."""
