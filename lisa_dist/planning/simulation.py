@@ -161,7 +161,8 @@ def simulate(config: Config, num_blocks: int | None = None, least_work: bool = F
     micro_batches = micro_batches_per_step(config)
     dims = cluster_dims(config.parallel)
     check_accumulation(config, dims.data_ranks)
-    with simulated_world(dims.num_ranks):
+    # No search for garbage, as while a run trains: fake tensors are so many objects that it takes a third of the time.
+    with simulated_world(dims.num_ranks), distributed.garbage_collected_when_asked():
         train_module = build_train_module(config, architecture)
         ledger = Ledger(ranks_per_node(config.parallel))
         with FakeTensorMode(allow_non_fake_inputs=True), ledger:
