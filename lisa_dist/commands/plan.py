@@ -85,6 +85,7 @@ def _numbers(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits,
         "head_room_bytes": plan.head_room,
         "communication_bytes_per_step": dict(work.sent),
+        "link_bytes_per_step": work.link_bytes,
         "flops_per_step": work.flops,
         "step_seconds_estimate": plan.estimate.step_seconds,
         "tokens_per_second_estimate": plan.estimate.tokens_per_second,
@@ -160,6 +161,8 @@ def _table_of(plan: Plan) -> Table:
     )
     sent = ", ".join(f"{format_bytes(size)} {collective}" for collective, size in work.sent.items()) or "nothing"
     table.add_row("sent by a rank a step", sent)
+    if work.link_bytes:
+        table.add_row("copied to it a step", f"{format_bytes(work.link_bytes)} from host memory")
     table.add_row("operations a rank a step", f"{format_count(work.flops)} FLOP in matrix products and attention")
     table.add_row(
         "step time, estimate",

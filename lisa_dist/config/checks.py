@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from lisa_dist.config import Config, SamplerConfig, TrainConfig
 from lisa_dist.config.errors import UserError, as_written
 from lisa_dist.config.optimization import PARTS
-from lisa_dist.config.placement import stay_whole
+from lisa_dist.config.placement import stay_whole, stream_frozen
 from lisa_dist.config.sampling import PROBE_KINDS
 
 
@@ -163,6 +163,16 @@ def check_accumulation(config: Config, ranks: int) -> None:
         )
 
 
+def check_streamed(config: Config, ranks: int) -> None:
+    """Raise :class:`UserError` for what can't be had where one rank copies its frozen blocks from host memory."""
+    parallel = config.parallel
+    if stream_frozen(parallel, config.precision, parallel.ranks_of_replica(ranks)) and config.model.router_aux_loss:
+        raise UserError(
+            "parallel.offload=frozen: on one rank a block is computed again for its gradients, where the router's loss "
+            "has none; set model.router_aux_loss=false, or parallel.offload=none or all"
+        )
+
+
 def options_without_effect(config: Config, ranks: int, has_validation: bool = True) -> list[str]:
     """Return a sentence for each option that was chosen and has no effect with the others chosen.
 
@@ -222,13 +232,14 @@ def _of_placement(config: Config, ranks: int) -> Iterator[IdleOption]:
     unread = parallel.memory_limit is not None and parallel.activation_checkpointing != "auto"
     yield "parallel.memory_limit", unread, "only parallel.activation_checkpointing=auto reads it"
     one_micro_batch = train.global_batch_size <= train.micro_batch_size * ranks
-    whole = stay_whole(parallel, config.precision, parallel.ranks_of_replica(ranks))
+    streams = stream_frozen(parallel, config.precision, parallel.ranks_of_replica(ranks))
+    whole = streams or stay_whole(parallel, config.precision, parallel.ranks_of_replica(ranks))
     once_anyway = "gradients of whole weights are reduced once a step anyway"
     why_idle = once_anyway if whole else "a step is one micro-batch of each rank"
     yield "parallel.defer_reduction", parallel.defer_reduction and (whole or one_micro_batch), why_idle
     ungathered = "weights that lie whole on each rank are never gathered"
     yield "parallel.reshard_after_forward", whole and not parallel.reshard_after_forward, ungathered
-    alone = parallel.ranks_of_replica(ranks) == 1
+    alone = parallel.ranks_of_replica(ranks) == 1 and not streams
     yield "parallel.prefetch", chosen("parallel.prefetch") and alone, "a replica of one rank gathers nothing"
     one_replica = parallel.optimizer_shard == "world" and parallel.replicate == 1
     yield "parallel.optimizer_shard", one_replica, "with parallel.replicate=1 a replica is the world"

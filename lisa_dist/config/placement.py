@@ -14,7 +14,7 @@ class ParallelConfig:
     replicate: int = 1  # replicas of the model (hybrid sharding)
     shard: str = "auto"  # ranks a replica is sharded over, 1: weights stay whole; auto: all ranks / replicate
     reshard_after_forward: bool = True  # free a block's gathered weights between forward and backward
-    prefetch: int = 1  # blocks that are gathered ahead of the one in use, in both passes; 0: none
+    prefetch: int = 1  # blocks gathered, or copied from host memory, ahead of the one in use, in both passes; 0: none
     offload: str = "none"  # none, frozen (frozen blocks live in host memory), all (FSDP2's CPU offload)
     activation_checkpointing: str = "none"  # none, selective, full, auto (what fits, each block by itself)
     memory_limit: float | None = None  # GiB of its device that a rank may use, for auto; null: all of a GPU
@@ -60,4 +60,14 @@ def stay_whole(parallel: ParallelConfig, precision: PrecisionConfig, ranks_of_re
         and parallel.offload == "none"
         and precision.frozen == precision.compute
         and (parallel.replicate == 1 or parallel.optimizer_shard == "replica")
+    )
+
+
+def stream_frozen(parallel: ParallelConfig, precision: PrecisionConfig, ranks_of_replica: int) -> bool:
+    """Return whether one rank copies its frozen blocks from host memory as they are used, and gathers nothing."""
+    return (
+        ranks_of_replica == 1
+        and parallel.offload == "frozen"
+        and precision.frozen == precision.compute
+        and parallel.replicate == 1
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lisa_dist.config import Config, ModelConfig, UserError
-from lisa_dist.config.checks import check_global_batch, check_package
+from lisa_dist.config.checks import check_global_batch, check_package, check_streamed
 from lisa_dist.config.errors import as_written
 from lisa_dist.config.paths import check_is_new, check_model_directory, local_path, model_directory, path_exists
 from lisa_dist.config.prompts import check_output, read_prompts
@@ -21,9 +21,11 @@ def check_training(config: Config) -> None:
     check_run_dir_is_free(config)
     _check_model(config.model)
     check_data(config.data)
+    local = config.parallel.nproc_per_node
     if config.checkpoint.resume == "none":
-        local = config.parallel.nproc_per_node
         check_global_batch(config.train, 1 if local == "auto" else int(local))
+    if local != "auto":
+        check_streamed(config, config.parallel.nodes * int(local))
 
 
 def check_export(config: Config) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from lisa_dist.config import Config, UserError
-from lisa_dist.config.checks import check_combinations
+from lisa_dist.config.checks import check_combinations, check_streamed
 from lisa_dist.config.sampling import ProbeRequest
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.method import probes
@@ -116,6 +116,7 @@ def build_train_module(
     checkpointing.measure(module)
     kernels = install_kernels(config, module, layers)
     dims = dims or ParallelDims.of(config.parallel)
+    check_streamed(config, dims.num_ranks)
     store = build_store(module, layers, dims.mesh, config.parallel, config.precision, update.keeps_precision)
     active = ActiveSet(always_active_parameters(store, config.always_active))
     groups = ParameterGroups(layers.part_of, undecayed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lisa_dist.config import Config, UserError
-from lisa_dist.config.checks import check_accumulation, check_combinations
+from lisa_dist.config.checks import check_accumulation, check_combinations, check_streamed
 from lisa_dist.config.gpu import Gpu
 from lisa_dist.config.loading import vary
 from lisa_dist.planning.estimate import Estimate, estimate
@@ -98,6 +98,7 @@ def _is_allowed(config: Config, overrides: list[str]) -> bool:
     try:
         check_combinations(varied)
         check_accumulation(varied, cluster_dims(varied.parallel).data_ranks)
+        check_streamed(varied, cluster_dims(varied.parallel).num_ranks)
     except UserError:
         return False
     return True

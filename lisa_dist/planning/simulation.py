@@ -207,7 +207,10 @@ class _Clock:
             self.ledger.phase = self.ledger.scope = part
             self.host_bytes = self.move_to_host()
             self.persistent_bytes = count_persistent_bytes(self.train_module)
+        before = self.train_module.store.link_bytes
         yield
+        copied = self.train_module.store.link_bytes - before
+        self.ledger.work.setdefault(self.ledger.scope, Work()).link_bytes += copied
 
     def watch_modules(self) -> None:
         """Set the phase as the forward and the backward pass enter each part of the model."""

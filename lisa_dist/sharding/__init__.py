@@ -11,12 +11,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lisa_dist.config import ParallelConfig, PrecisionConfig
-from lisa_dist.config.placement import stay_whole
+from lisa_dist.config.placement import stay_whole, stream_frozen
 from lisa_dist.models.layer_map import LayerMap
 from lisa_dist.sharding.masters import WorldMastersStore
 from lisa_dist.sharding.resident import ResidentStore
 from lisa_dist.sharding.sharded import ShardedStore
 from lisa_dist.sharding.store import ParameterStore
+from lisa_dist.sharding.streamed import StreamedStore
 
 
 def build_store(
@@ -28,7 +29,10 @@ def build_store(
     keeps_precision: Callable[[str], bool] = lambda name: False,
 ) -> ParameterStore:
     """Put a model on ``meta`` into the store that the configuration asks for. Nothing is allocated."""
-    if stay_whole(parallel, precision, mesh["shard"].size()):
+    ranks = mesh["shard"].size()
+    if stream_frozen(parallel, precision, ranks):
+        return StreamedStore(module, layers, mesh, precision, keeps_precision, parallel.prefetch)
+    if stay_whole(parallel, precision, ranks):
         return ResidentStore(module, layers, mesh, precision, keeps_precision)
     kind = WorldMastersStore if parallel.optimizer_shard == "world" and parallel.replicate > 1 else ShardedStore
     return kind(module, layers, mesh, parallel, precision, keeps_precision)

@@ -58,14 +58,15 @@ class CheckpointingPolicy:
         setting = self.config.parallel.activation_checkpointing
         blocks = store.layers.blocks
         if setting != "auto":
-            for block in blocks if setting != "none" else []:
-                set_checkpointing(block, setting)
+            for index, block in enumerate(blocks if setting != "none" else []):
+                set_checkpointing(block, "none" if store.recomputes(index) else setting)
             return
         # Below the lowest active block no backward pass comes, so nothing is kept, where the embeddings are frozen.
         to_embeddings = any(store.parameter(name).requires_grad for name in store.parameters_of("embeddings"))
         lowest = 0 if to_embeddings else min(active_blocks, default=len(blocks))
-        active = [index for index in active_blocks if index >= lowest]
-        frozen = [index for index in range(lowest, len(blocks)) if index not in active]
+        recomputed = [index for index in range(lowest, len(blocks)) if store.recomputes(index)]
+        active = [index for index in active_blocks if index >= lowest and index not in recomputed]
+        frozen = [index for index in range(lowest, len(blocks)) if index not in [*active, *recomputed]]
         if not self.costs:
             self.costs = {
                 trains: measure_costs(self.config, store.module, self.new_update, trains) for trains in (True, False)
@@ -76,8 +77,9 @@ class CheckpointingPolicy:
             max(self.costs[True]["none"].bytes, self.costs[False]["none"].bytes),
             self.state_bytes,
         )
+        budget = max(0.0, budget - len(recomputed) * self.costs[False]["full"].bytes)
         kinds = choose(self.costs, {True: len(active), False: len(frozen)}, budget)
-        for index in range(lowest):
+        for index in [*range(lowest), *recomputed]:
             set_checkpointing(blocks[index], "none")
         for indices, trains in ((active, True), (frozen, False)):
             for index, kind in zip(indices, kinds[trains]):
@@ -110,7 +112,8 @@ def activation_budget(
     state = sum(state_bytes(shard) for shard in shards)
     gradients = dtype_of(config.precision.active).itemsize * optimized
     held = sum(counted.values()) - counted["gradients"] + gradients + state
-    held -= {"none": 0, "frozen": counted["frozen_parameters"], "all": held}[config.parallel.offload]
+    hosted = [store.parameter(name).detach() for name in store.names if store.on_host(name)]
+    held -= held if config.parallel.offload == "all" else sum(local_shard(tensor).nbytes for tensor in hosted)
     return max(0.0, limit - RESERVED_BYTES - held - store.transient_bytes() - working_bytes)
 
 

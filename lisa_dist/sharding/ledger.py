@@ -47,13 +47,14 @@ class Work:
     sent: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # bytes that leave the rank, by collective
     sent_within_nodes: int = 0  # by collectives among the ranks of one machine
     sent_across_nodes: int = 0
+    link_bytes: int = 0  # of weights that are copied from host memory, where the store itself copies them
 
 
 def sum_of_work(parts: Sequence[Work], times: Sequence[int]) -> Work:
     """Return the sum of each part taken so many times, which may be negative."""
     total = Work()
     for part, count in zip(parts, times):
-        for name in ("flops", "matrix_bytes", "other_bytes", "sent_within_nodes", "sent_across_nodes"):
+        for name in ("flops", "matrix_bytes", "other_bytes", "sent_within_nodes", "sent_across_nodes", "link_bytes"):
             setattr(total, name, getattr(total, name) + count * getattr(part, name))
         for collective, size in part.sent.items():
             total.sent[collective] += count * size
@@ -73,6 +74,7 @@ def between(less: Work, more: Work, share: float) -> Work:
         {collective: at(less.sent[collective], size) for collective, size in more.sent.items()},
         at(less.sent_within_nodes, more.sent_within_nodes),
         at(less.sent_across_nodes, more.sent_across_nodes),
+        at(less.link_bytes, more.link_bytes),
     )
 
 

@@ -92,7 +92,8 @@ class ResidentStore(ParameterStore):
         self._masters.clear()
         for name in self.names:
             dtype = self._storage_dtype(name, name in active)
-            self._put(name, torch.empty(self.parameter(name).shape, dtype=dtype, device=device), name in active)
+            place = self._place(name, name in active, device)
+            self._put(name, torch.empty(self.parameter(name).shape, dtype=dtype, device=place), name in active)
         allocate_buffers(self.module, device)
 
     def make_masters(self, trained: Iterable[str]) -> None:
@@ -162,6 +163,10 @@ class ResidentStore(ParameterStore):
         if not dtype.is_floating_point:  # the codes of a quantised weight
             return dtype
         return storage_dtype(self.precision, trained or self.keeps_precision(name))
+
+    def _place(self, name: str, trained: bool, device: torch.device) -> torch.device:
+        """Return where a parameter is allocated."""
+        return device
 
     def _put_exact(self, name: str, exact: Tensor, trained: bool) -> None:
         """Make ``exact`` the value of a parameter, by a copy where the model computes in another dtype."""

@@ -116,6 +116,15 @@ class ParameterStore(Protocol):
         """Whether a parameter as it is stored now, with its gradient, lies in host memory."""
         ...
 
+    @property
+    def link_bytes(self) -> int:
+        """Bytes of weights that the store itself has copied from host memory to the device since the start."""
+        return 0
+
+    def recomputes(self, block: int) -> bool:
+        """Whether the store itself has a block computed again in the backward pass; then that keeps its input alone."""
+        return False
+
     def register_grad_hook(self, name: str, hook: GradHook) -> None:
         """Have ``hook(master)`` called as soon as a backward pass has brought a gradient, summed over all ranks.
 

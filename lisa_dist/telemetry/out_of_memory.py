@@ -12,7 +12,12 @@ from contextlib import contextmanager
 import torch
 
 from lisa_dist.config import Config, OutOfMemoryError, UserError
-from lisa_dist.config.checks import check_accumulation, check_combinations, options_without_effect
+from lisa_dist.config.checks import (
+    check_accumulation,
+    check_combinations,
+    check_streamed,
+    options_without_effect,
+)
 from lisa_dist.config.loading import vary
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime import distributed
@@ -137,6 +142,7 @@ def _helps(config: Config, key: str, value: object, ranks: int) -> bool:
         varied = vary(config, [f"{key}={value}"])
         check_combinations(varied)
         check_accumulation(varied, ranks)
+        check_streamed(varied, ranks)
     except UserError:
         return False
     return not any(sentence.startswith(f"{key}=") for sentence in options_without_effect(varied, ranks))

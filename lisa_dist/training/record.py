@@ -35,6 +35,7 @@ class StepResult:
     label_tokens: int  # of the global batch
     lr: float
     stop_requested: bool  # a rank was asked to stop
+    link_bytes: int = 0  # of weights that came from host memory
 
     @property
     def loss(self) -> float:
@@ -81,6 +82,8 @@ def count_step(run: Run, result: StepResult, seconds: dict[str, float]) -> None:
     batches, progress = run.batches, run.progress
     lengths = batches.lengths(progress.sequences - batches.global_batch_size, progress.place_of)
     flops = None if peak_rate(distributed.device()) is None else step_flops(run.train_module, lengths)
+    if result.link_bytes:
+        run.recorder.summary["link_bytes_per_step"] = result.link_bytes
     run.recorder.count_step(tokens=int(lengths.sum()), label_tokens=result.label_tokens, flops=flops, **seconds)
 
 

@@ -43,6 +43,7 @@ def train_step(
     # Dropout depends on the step and the rank alone, so a resumed run draws the same.
     torch.manual_seed(hash((config.train.seed, step, dims.data_rank)) % 2**63)
     rates = learning_rates(config.scheduler, config.optimizer, step, max_steps)
+    copied_before = train_module.store.link_bytes
     counts = [float(sum(map(label_tokens, micro_batches))), float(stop_requested)]
     at_once = config.optimizer.in_backward
     squares: dict[str, Tensor] = {}
@@ -60,7 +61,8 @@ def train_step(
         else:
             norms = step_clipped(train_module, rates, loss_sum, max(divisor, 1), observed)
         measured = HostCopy(torch.cat([loss_sum[None].to(norms.device), norms]))
-    result = StepResult(measured, max(divisor, 1), int(tokens), rates["blocks"], stops > 0)
+    copied = train_module.store.link_bytes - copied_before
+    result = StepResult(measured, max(divisor, 1), int(tokens), rates["blocks"], stops > 0, copied)
     if observed and not result.skipped:
         squares_of_blocks = {block: norm**2 for block, norm in zip(observed, result.block_norms)}
         observe_step(train_module, squares_of_blocks)

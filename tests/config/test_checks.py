@@ -15,6 +15,7 @@ from lisa_dist.config.checks import (
     check_accumulation,
     check_combinations,
     check_global_batch,
+    check_streamed,
     options_without_effect,
 )
 from lisa_dist.config.loading import load
@@ -125,6 +126,19 @@ REFUSED = [
 def test_options_that_exclude_each_other_are_refused(chosen: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_combinations(load([*MODEL, *chosen]))
+
+
+def test_a_routers_loss_is_refused_where_blocks_are_computed_again_and_nowhere_else() -> None:
+    config = load([*MODEL, "model.router_aux_loss=true", "parallel.offload=frozen"])
+    with pytest.raises(UserError, match=r"parallel.offload=frozen: .*set model.router_aux_loss=false, or"):
+        check_streamed(config, ranks=1)
+    check_streamed(config, ranks=2)
+
+
+def test_blocks_that_are_copied_ahead_on_one_rank_are_prefetched_and_not_gathered() -> None:
+    chosen = ["parallel.offload=frozen", "parallel.prefetch=2", "parallel.reshard_after_forward=false"]
+    (sentence,) = options_without_effect(load([*MODEL, *chosen]), ranks=1)
+    assert sentence.startswith("parallel.reshard_after_forward=false: has no effect")
 
 
 @dataclass

@@ -25,6 +25,7 @@ SAVING = "distributed/test_checkpoint_saving.py"
 THREE_PERIODS = f"{TRAINING}::test_three_periods_equal_plain_pytorch"
 RESUMED = "method/optim/test_active_optimizer.py::test_state_that_waits_is_in_the_checkpoint"
 RESIDENT = "sharding/test_resident.py"
+STREAMED = "sharding/test_streamed.py::test_training_is_that_of_the_resident_store"
 MEMORY_LAW = f"{TRAINING}::test_memory_law_holds_on_every_rank_after_every_switch[2]"
 
 WRITTEN = "failure = agree(lambda: files.update(_write_own_files(snapshot, unfinished)))"
@@ -209,6 +210,41 @@ SWITCH = [
         "elif not self._deferred:",
         "elif False:",
         f"{RESIDENT}::test_two_replicas_equal_plain_pytorch_and_each_other",
+    ),
+    Mutation(
+        "a slot is handed back before its block has computed",
+        "sharding/streamed.py",
+        "self._hand_out(there)\n",
+        "self._hand_out(there)\n        self.slots.leave(slot)\n",
+        f"{STREAMED}[lisa, frozen ends, tied]",
+    ),
+    Mutation(
+        "a block computes in a slot that is not filled yet",
+        "sharding/link.py",
+        "self.link.wait(slot)",
+        "pass",
+        f"{STREAMED}[lisa, frozen ends, tied]",
+    ),
+    Mutation(
+        "slots hold what lay in host memory before a switch",
+        "sharding/streamed.py",
+        "self.slots.forget()",
+        "pass",
+        f"{STREAMED}[lisa]",
+    ),
+    Mutation(
+        "adapters are no inputs of the block that is computed again",
+        "sharding/streamed.py",
+        "names = self._trained_in(index)",
+        "names: list[str] = []",
+        f"{STREAMED}[lora, frozen ends]",
+    ),
+    Mutation(
+        "a block that is computed again draws other random numbers",
+        "sharding/recomputed.py",
+        "torch.set_rng_state(states[0])",
+        "pass",
+        f"{STREAMED}[gpt2 with dropout]",
     ),
     Mutation(
         "where masters lie apart, a block that enters has its shards stepped instead",

@@ -44,6 +44,19 @@ def test_projected_experts_and_frozen_adapters_are_planned_as_they_are_stored(mo
     assert simulate(config).persistent_bytes == counted
 
 
+def test_the_bytes_of_one_rank_whose_frozen_blocks_stream_are_planned() -> None:
+    config = make_config("llama", "lisa")
+    config.parallel = dataclasses.replace(config.parallel, nproc_per_node="1", offload="frozen")
+    counted, peak = run_on_ranks(1, measure, config)[0]
+    predicted = simulate(config)
+    assert predicted.persistent_bytes == counted
+    # The only block that streams is copied once, and stays in its slot.
+    assert predicted.work.link_bytes == pytest.approx(predicted.host_bytes, abs=4096)
+    # One block of three is frozen; a CPU has its buffer in the same memory.
+    assert predicted.host_bytes == pytest.approx(counted["frozen_parameters"], abs=4096)
+    assert predicted.peak_bytes + predicted.host_bytes == pytest.approx(peak, rel=0.1)
+
+
 @pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.soak), "nf4"])
 def test_a_quantised_base_is_planned_as_it_is_stored(kind: str) -> None:
     config = make_config("llama", "lisa")

@@ -13,6 +13,7 @@ from lisa_dist.method.module import TrainModule, add_trained_params, allocate, b
 from lisa_dist.runtime.distributed import local_shard
 from lisa_dist.sharding.masters import WorldMastersStore
 from lisa_dist.sharding.sharded import ShardedStore
+from lisa_dist.sharding.streamed import StreamedStore
 from tests.support.imagined_gpu import GPU, imagined_gpu
 from tests.support.small_training import make_config
 
@@ -36,11 +37,13 @@ def check_places(train_module: TrainModule, offload: str) -> None:
     kept |= {f"stepped of {name}": entry.stepped for name, entry in optimizer.trained.items()}
     kept |= optimizer.moment_tensors()
     assert frozen and trained
+    streams = isinstance(store, StreamedStore)
     for place, tensors in ((True, frozen), (offload == "all", {**trained, **kept})):
         for name, tensor in tensors.items():
+            stays = streams and "lora_" in name  # adapters are small
             assert tensor.device == local_shard(tensor).device, name
-            assert tensor.device.type == ("cpu" if place else "cuda"), name
-            assert isinstance(tensor, DTensor), name
+            assert tensor.device.type == ("cpu" if place and not stays else "cuda"), name
+            assert isinstance(tensor, DTensor) != streams, name
 
 
 @pytest.mark.parametrize("update", UPDATES, ids=lambda update: update.name)
@@ -54,7 +57,7 @@ def test_every_shard_lies_where_its_tensor_says(kind: str, offload: str, update:
     config.model.architecture["num_hidden_layers"], config.update = 3, update()
     with imagined_gpu(ranks) as mode:
         train_module = build_train_module(config)
-        assert type(train_module.store) is expected
+        assert type(train_module.store) is (StreamedStore if ranks == 1 and offload == "frozen" else expected)
         with mode, torch.no_grad():
             allocate(train_module, [], GPU)
             add_trained_params(train_module)

@@ -19,7 +19,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from lisa_dist.method.updates import sharded
 from lisa_dist.planning.simulation import simulated_world
 from lisa_dist.runtime import distributed
-from lisa_dist.sharding import wrapping_policy
+from lisa_dist.sharding import streamed, wrapping_policy
+from lisa_dist.sharding.link import Link
 
 GPU = torch.device("cuda", 0)
 
@@ -69,6 +70,7 @@ def imagined_gpu(ranks: int) -> Iterator[FakeTensorMode]:
         patch.setattr(torch.cuda, "Event", Stream)
         patch.setattr(Tensor, "pin_memory", pinned)
         patch.setattr(Tensor, "is_pinned", lambda tensor: False)
+        patch.setattr(streamed, "link_to", lambda device: Link())
         patch.setattr(wrapping_policy, "fully_shard", fully_shard_there)
         patch.setattr(sharded, "compute_local_shape_and_global_offset", computed_with_numbers)
         yield mode

@@ -1,0 +1,223 @@
+"""The store of one rank whose frozen blocks lie in host memory and come to the device one after the other.
+
+What trains, and what is outside the blocks, lies on the device as in the resident store, with the same numbers. The
+frozen parameters of a block share one buffer in host memory, which is copied whole into one of a few slots while the
+block before it computes. Nothing of a frozen block outlives its visit but its input: the backward pass fetches the
+block again and computes it again, so that no saved tensor points into a slot that holds another block by then (the
+way of L2L, arXiv 2002.05645, and MegaTrain; gradients through such slots under plain checkpointing would be wrong
+without a word).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lisa_dist.config import PrecisionConfig, UserError
+from lisa_dist.models.layer_map import LayerMap
+from lisa_dist.sharding.link import Slots, link_to
+from lisa_dist.sharding.recomputed import recompute
+from lisa_dist.sharding.resident import ResidentStore
+
+ALIGNMENT = 256  # bytes between the starts of two parameters in a buffer, as CUDA's allocator aligns tensors
+BLOCK = "block:"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a parameter lies in the buffer of its block."""
+
+    name: str
+    start: int  # bytes
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def end(self) -> int:
+        """Where it ends."""
+        return self.start + self.shape.numel() * self.dtype.itemsize
+
+    def of(self, buffer: Tensor) -> Tensor:
+        """Return the parameter's part of a buffer."""
+        return buffer[self.start : self.end].view(self.dtype).view(self.shape)
+
+
+class StreamedStore(ResidentStore):
+    """A model whose frozen blocks are brought to the device when they are used."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: LayerMap,
+        mesh: DeviceMesh,
+        precision: PrecisionConfig,
+        keeps_precision: Callable[[str], bool] = lambda name: False,
+        ahead: int = 1,
+    ) -> None:
+        """Take in a model on ``meta``, and the forward passes of its blocks. Nothing is allocated.
+
+        Args:
+            module: the model.
+            layers: its layers.
+            mesh: of one rank.
+            precision: storage and arithmetic; frozen parameters are stored in the dtype of the arithmetic.
+            keeps_precision: whether a frozen parameter is stored as what trains; it stays on the device.
+            ahead: how many blocks are on their way while one computes; each takes a slot more.
+
+        Raises:
+            UserError: blocks share parameters.
+        """
+        super().__init__(module, layers, mesh, precision, keeps_precision)
+        self._ahead = ahead
+        self._pieces: dict[int, list[Piece]] = {}  # of the blocks that stream: what of them does
+        self._hosts: dict[int, Tensor] = {}  # their buffers
+        self._names = [self.block_parameters(index) for index in range(len(layers.blocks))]
+        self._check_own_parameters()
+        for index, block in enumerate(layers.blocks):
+            block.forward = partial(self._run, index, block.forward)
+
+    def allocate(self, trained: Iterable[str], device: torch.device) -> None:
+        """Allocate what stays on the device, host memory for what does not, and the slots."""
+        self._pieces.clear()
+        self._hosts.clear()
+        self.device, self.link = device, link_to(device)
+        super().allocate(trained, device)
+        for block in range(len(self._names)):
+            self._pack(block)
+        # Any block may stream one day, whatever trains now.
+        size = max(self._pieces_of(filter(self._may_stream, names))[1] for names in self._names)
+        self.slots = Slots(self.link, min(1 + self._ahead, len(self._names)), size, device)
+
+    def set_trainable(self, names: Iterable[str], trained: bool, seed: int = 0, period: int = 0) -> None:
+        """Give each parameter the tensors of its new state, and its block a buffer of what is frozen of it then.
+
+        The old buffer is not written again: a checkpoint may still read it.
+        """
+        names = list(names)
+        blocks = dict.fromkeys(self._block_of(name) for name in names)
+        self.slots.forget()
+        for name in names:
+            if self.on_host(name):
+                self._put(name, self.parameter(name).detach().to(self.device, copy=True), trained=False)
+        super().set_trainable(names, trained, seed, period)
+        for block in blocks:
+            if block is not None:
+                self._pack(block)
+
+    def thaw_replaces(self, name: str) -> bool:
+        """Whether the parameter streams, or its dtype changes."""
+        return self._may_stream(name) or super().thaw_replaces(name)
+
+    def on_host(self, name: str) -> bool:
+        """Whether the parameter lies in its block's buffer."""
+        block = self._block_of(name)
+        return block in self._pieces and any(piece.name == name for piece in self._pieces[block])
+
+    @property
+    def link_bytes(self) -> int:
+        """Bytes that were copied to the device since the start."""
+        return self.link.copied_bytes
+
+    def recomputes(self, block: int) -> bool:
+        """Whether the block is fetched and computed again in the backward pass."""
+        return block in self._pieces
+
+    def transient_bytes(self) -> int:
+        """Return the bytes of the slots, and of the gradients that a block that streams has at a time."""
+        gradients = [sum(self.parameter(name).nbytes for name in self._trained_in(block)) for block in self._pieces]
+        return self.slots.count * self.slots.size + max([super().transient_bytes(), *gradients])
+
+    def _trained_in(self, block: int) -> list[str]:
+        return [name for name in self._names[block] if self.parameter(name).requires_grad]
+
+    def _block_of(self, name: str) -> int | None:
+        part = self.layers.group_of(name)
+        return int(part.removeprefix(BLOCK)) if part.startswith(BLOCK) else None
+
+    def _check_own_parameters(self) -> None:
+        for index, block in enumerate(self.layers.blocks):
+            inside = set(block.modules())
+            for name in self._names[index]:
+                if not all(owner in inside for owner, _ in self._owners[name]):
+                    raise UserError(
+                        f"parallel.offload=frozen: {name} is shared with what is outside its block, which can't be "
+                        "kept in host memory on one rank; set parallel.offload=none"
+                    )
+
+    def _may_stream(self, name: str) -> bool:
+        return self._block_of(name) is not None and not self.keeps_precision(name)
+
+    def _place(self, name: str, trained: bool, device: torch.device) -> torch.device:
+        return device if trained or not self._may_stream(name) else torch.device("meta")  # until it is packed
+
+    def _pieces_of(self, names: Iterable[str]) -> tuple[list[Piece], int]:
+        """Return where frozen parameters lie in their block's buffer, and its bytes."""
+        pieces, end = [], 0
+        for name in names:
+            pieces.append(Piece(name, end, self.parameter(name).shape, self._storage_dtype(name, trained=False)))
+            end = -(-pieces[-1].end // ALIGNMENT) * ALIGNMENT
+        return pieces, end
+
+    def _pack(self, block: int) -> None:
+        """Give what is frozen of a block a new buffer in host memory, in the order of its parameters."""
+        frozen = [name for name in self._names[block] if not self.parameter(name).requires_grad]
+        pieces, size = self._pieces_of(filter(self._may_stream, frozen))
+        self._pieces.pop(block, None)
+        self._hosts.pop(block, None)
+        if not pieces:
+            return
+        buffer = self.link.host_buffer(size)
+        for piece in pieces:
+            value, place = self.parameter(piece.name).detach(), piece.of(buffer)
+            if value.device.type != "meta":
+                place.copy_(value)
+            self._put(piece.name, place, trained=False)
+        self._pieces[block], self._hosts[block] = pieces, buffer
+
+    def _run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a block's forward pass, with its weights fetched where they stream."""
+        if index not in self._pieces:
+            return forward(*args, **kwargs)
+        if index == min(self._pieces):
+            self._expect_visits()
+        names = self._trained_in(index)
+        trained = [self.parameter(name) for name in names]
+        return recompute(forward, args, kwargs, trained, partial(self._visit, index, names), self.device)
+
+    def _expect_visits(self) -> None:
+        """Say which blocks are visited in this pass: all upwards, and back to the lowest that gradients reach."""
+        streaming, lowest = sorted(self._pieces), len(self.layers.blocks)
+        if torch.is_grad_enabled():
+            trained = {self.layers.group_of(name) for name in self.names if self.parameter(name).requires_grad}
+            reached = (int(part.removeprefix(BLOCK)) for part in trained if part.startswith(BLOCK))
+            lowest = 0 if "embeddings" in trained else min(reached, default=lowest)
+        self.slots.expect([*streaming, *(block for block in reversed(streaming) if block >= lowest)])
+
+    @contextmanager
+    def _visit(self, block: int, trained: list[str]) -> Iterator[list[Tensor]]:
+        """Have a block's modules hold their frozen weights in a slot of the device; gives what is ``trained`` of it."""
+        slot = self.slots.enter(block, self._hosts.__getitem__)
+        there = {}
+        for piece in self._pieces[block]:
+            # Each block's own parameters: blocks differ in more than weights. The version of a view is the slot's, so
+            # that autograd would refuse what was saved of another visit.
+            has_gradient = torch.is_grad_enabled() and self.parameter(piece.name).requires_grad
+            there[piece.name] = nn.Parameter(piece.of(slot.buffer), requires_grad=has_gradient)
+        self._hand_out(there)
+        try:
+            yield [there.get(name, self.parameter(name)) for name in trained]
+        finally:
+            self._hand_out({name: self.parameter(name) for name in there})
+            self.slots.leave(slot)
+
+    def _hand_out(self, parameters: dict[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            for owner, key in self._owners[name]:
+                owner._parameters[key] = parameter
