@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from lisa_dist import __version__, cli
-from lisa_dist.cli import COMMANDS, main
+from lisa_dist.cli import main
+from lisa_dist.commands import table
+from lisa_dist.commands.table import COMMANDS
 from lisa_dist.config import Config, OutOfMemoryError, UserError
 from lisa_dist.config.loading import load, load_run, to_yaml
 
@@ -79,7 +81,7 @@ def test_the_function_of_a_command_runs_what_it_imports(name: str, calls: list[t
 def test_help_and_mistakes_do_not_wait_for_torch() -> None:
     """Importing torch, transformers and datasets takes seconds; a process of its own, for here they are imported."""
     code = (
-        "import sys; from lisa_dist.cli import COMMANDS, main\n"
+        "import sys; from lisa_dist.cli import main; from lisa_dist.commands.table import COMMANDS\n"
         "calls = [['--help'], ['--version'], ['train', 'sampler.perod=3'], ['plan', '--cfg', 'job']]\n"
         "codes = [main(words) for words in [*calls, *([name, '--help'] for name in COMMANDS)]]\n"
         "slow = {'torch', 'transformers', 'datasets', 'numpy', 'rich', 'wandb'} & set(sys.modules)\n"
@@ -126,7 +128,7 @@ def test_a_prompt_is_meant_letter_by_letter(prompt: str, calls: list[tuple[Any, 
     guard = ["--"] if prompt.startswith("model=") else []  # what begins like a key needs it
     assert main(["generate", "generate.max_new_tokens=3", "builtin:demo", *guard, prompt]) == 7
     (_, config, entry, _) = calls[0]
-    assert entry == cli.generate and config.generate.path == "builtin:demo"
+    assert entry == table.generate and config.generate.path == "builtin:demo"
     assert (config.generate.prompts, config.generate.max_new_tokens) == ([prompt], 3)
 
 
@@ -182,7 +184,7 @@ def test_train_starts_ranks_with_a_settled_run_directory(
     monkeypatch.chdir(tmp_path)
     assert main(["train", "run.name=first"]) == 7
     (address, config, entry) = calls[0]
-    assert (address, entry) == ("lisa_dist.launching.local.launch_ranks", cli.train)
+    assert (address, entry) == ("lisa_dist.launching.local.launch_ranks", table.train)
     assert config.run.dir == str(tmp_path / "runs" / "first")
     assert config.optimizer == load([]).optimizer
 

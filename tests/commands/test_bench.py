@@ -14,6 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from lisa_dist import cli
+from lisa_dist.commands import table
 from lisa_dist.commands.bench import command as bench
 from lisa_dist.commands.bench.ceilings import measure_ceilings
 from lisa_dist.commands.bench.stopwatch import PeakMemory, spread_of
@@ -129,7 +130,7 @@ def test_ranks_log_beside_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     assert cli.main(["bench", *TINY]) == 0
     ((config, entry, logs),) = seen
-    assert (config.run.dir, entry) == (None, cli.bench)
+    assert (config.run.dir, entry) == (None, table.bench)
     assert not logs.exists(), "logs of a bench that went well are not kept"
 
 

@@ -17,7 +17,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from lisa_dist.cli import COMMANDS
+from lisa_dist.commands.table import COMMANDS
 from lisa_dist.config import Config, OutOfMemoryError, RunConfig
 from lisa_dist.config.loading import load, vary
 from lisa_dist.telemetry.out_of_memory import PREPARATION, advice, amounts, is_out_of_memory

@@ -1,0 +1,75 @@
+"""Which configuration the words of a command line mean: keys, a run, or a model that is to be asked."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+from lisa_dist.commands.table import COMMANDS
+from lisa_dist.config import Config, UserError
+from lisa_dist.config.loading import load, load_run, resume_run
+from lisa_dist.config.overrides import parse_overrides
+from lisa_dist.config.paths import local_path
+from lisa_dist.config.run_directory import RunDirectory
+from lisa_dist.runtime.environment import environment_rank
+
+
+def configuration_of(name: str, overrides: list[str], config_dir: str | None) -> Config:
+    """Return the configuration of a command: a run's own where it reads or goes on with one, else what is given."""
+    given = {
+        override.key: override.value if isinstance(override.value, str) else override.text.partition("=")[2]
+        for override in parse_overrides(overrides)
+    }
+    run_dir = given.get("run.dir", "null")
+    if run_dir == "null":
+        return load(overrides, config_dir)
+    if COMMANDS[name].reads_run:
+        return load_run(str(local_path(run_dir)), overrides)
+    goes_on = name == "plan" or (name in ("train", "launch") and given.get("checkpoint.resume") == "auto")
+    settings = RunDirectory(local_path(run_dir)).config
+    if not goes_on or not settings.is_file():
+        return load(overrides, config_dir)
+    if environment_rank() == 0:
+        print(f"lisa-dist: settings that are not given here are those of {settings}", file=sys.stderr)
+    return resume_run(str(settings.parent), overrides, config_dir)
+
+
+def answering_configuration(
+    name: str, overrides: list[str], literals: list[str], compare: list[str] | None, config_dir: str | None
+) -> Config:
+    """Return the configuration of ``generate`` or ``chat``.
+
+    Args:
+        name: of the command.
+        overrides: KEY=VALUE.
+        literals: the place and the prompt, as text.
+        compare: the two places of ``--compare``.
+        config_dir: that of ``--config-dir``.
+
+    Raises:
+        UserError: there is more text than the command takes, or a key is wrong.
+    """
+    keys = {override.partition("=")[0] for override in overrides}
+    named = compare or keys & {"run.dir", "generate.path", "generate.compare"}
+    place, prompts = (None, literals) if named else (next(iter(literals), None), literals[1:])
+    if len(prompts) > (name == "generate"):
+        remedy = "put a prompt in quotes" if name == "generate" else "what you say is typed once the model is there"
+        raise UserError(f"{name}: {prompts[-1]!r} is one text too many; {remedy}")
+    if place is not None:
+        config = configuration_to_ask(place, overrides, config_dir)
+    elif compare:
+        config = load(overrides, config_dir)
+    else:
+        config = configuration_of(name, overrides, config_dir)
+    choice = config.generate
+    choice = replace(choice, prompts=prompts or choice.prompts, compare=compare or choice.compare)
+    return replace(config, generate=choice)
+
+
+def configuration_to_ask(place: str, overrides: list[str], config_dir: str | None) -> Config:
+    """Return the configuration to ask the model at ``place``, the directory of a run or of Hugging Face."""
+    directory = local_path(place)
+    if RunDirectory(directory).config.is_file():
+        return load_run(str(directory), overrides)
+    config = load(overrides, config_dir)
+    return replace(config, generate=replace(config.generate, path=place))
