@@ -8,8 +8,8 @@ from multiprocessing import forkserver, resource_tracker
 
 from lisa_dist.runtime.signals import STOP_SIGNALS
 
-# Imported by name in the server: neither starts a thread or touches a GPU, which a forked process could not go on with.
-PRELOADED = ["lisa_dist.launching.local", "lisa_dist.training.loop"]
+# Imported by name in the server: none starts a thread or touches a GPU, which a forked process could not go on with.
+PRELOADED = ["lisa_dist.launching.ends_with_launcher", "lisa_dist.launching.local", "lisa_dist.training.loop"]
 
 
 def start_rank_server() -> None:

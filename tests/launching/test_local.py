@@ -226,7 +226,7 @@ def test_control_c_once_ends_what_saves_nothing(launch: Callable[..., Launcher])
 
 
 def test_no_rank_outlives_a_killed_launcher(launch: Callable[..., Launcher]) -> None:
-    slow = launch(programs.train_until_stopped, seconds_to_save=600, ranks=1)
+    slow = launch(programs.train_until_stopped, seconds_to_save=600, ranks=1, forked=False)
     ranks = slow.ranks()
     assert not any(gone(rank) for rank in ranks)
     slow.send(signal.SIGKILL)

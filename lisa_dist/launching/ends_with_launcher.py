@@ -1,0 +1,10 @@
+"""Imported by name, before all else, in the process that ranks are forked from: that one is killed with its launcher.
+
+By itself it would go on for as long as a rank does, and the ranks for as long as it does.
+"""
+
+import os
+
+from lisa_dist.runtime.signals import die_with
+
+die_with(os.getppid())
