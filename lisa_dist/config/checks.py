@@ -26,6 +26,11 @@ def check_combinations(config: Config) -> None:
     _check_quantization(config)
     _check_optimizer_shard(config)
     _check_step_in_backward(config)
+    if config.parallel.offload == config.parallel.activation_checkpointing == "auto":
+        raise UserError(
+            "parallel.offload=auto: shares out the memory that parallel.activation_checkpointing=auto would; set that "
+            "to full, selective or none"
+        )
     if config.checkpoint.keep_best and config.train.eval_every == 0:
         raise UserError(
             "checkpoint.keep_best=true: needs evaluations during training, and train.eval_every=0 makes none; "
@@ -166,10 +171,16 @@ def check_accumulation(config: Config, ranks: int) -> None:
 def check_streamed(config: Config, ranks: int) -> None:
     """Raise :class:`UserError` for what can't be had where one rank copies its frozen blocks from host memory."""
     parallel = config.parallel
-    if stream_frozen(parallel, config.precision, parallel.ranks_of_replica(ranks)) and config.model.router_aux_loss:
+    streams = stream_frozen(parallel, config.precision, parallel.ranks_of_replica(ranks))
+    if parallel.offload == "auto" and not streams:
         raise UserError(
-            "parallel.offload=frozen: on one rank a block is computed again for its gradients, where the router's loss "
-            "has none; set model.router_aux_loss=false, or parallel.offload=none or all"
+            "parallel.offload=auto: needs one rank, and precision.frozen to be precision.compute; choose "
+            "parallel.offload=frozen"
+        )
+    if streams and config.model.router_aux_loss:
+        raise UserError(
+            f"parallel.offload={parallel.offload}: on one rank a block is computed again for its gradients, where the "
+            "router's loss has none; set model.router_aux_loss=false, or parallel.offload=none or all"
         )
 
 
@@ -228,9 +239,11 @@ def _of_placement(config: Config, ranks: int) -> Iterator[IdleOption]:
     whole_blocks = config.sampler.trains_all_blocks and config.update.trains_whole_blocks
     nothing_frozen = whole_blocks and always.embeddings and always.norm and always.head
     all_train = f"method={config.method} trains every parameter in every period"
-    yield "parallel.offload", parallel.offload == "frozen" and nothing_frozen, all_train
-    unread = parallel.memory_limit is not None and parallel.activation_checkpointing != "auto"
-    yield "parallel.memory_limit", unread, "only parallel.activation_checkpointing=auto reads it"
+    yield "parallel.offload", parallel.offload in ("frozen", "auto") and nothing_frozen, all_train
+    reads = "auto" in (parallel.activation_checkpointing, parallel.offload)
+    unread = parallel.memory_limit is not None and not reads
+    why_unread = "only parallel.activation_checkpointing=auto and parallel.offload=auto read it"
+    yield "parallel.memory_limit", unread, why_unread
     one_micro_batch = train.global_batch_size <= train.micro_batch_size * ranks
     streams = stream_frozen(parallel, config.precision, parallel.ranks_of_replica(ranks))
     whole = streams or stay_whole(parallel, config.precision, parallel.ranks_of_replica(ranks))

@@ -15,7 +15,7 @@ class ParallelConfig:
     shard: str = "auto"  # ranks a replica is sharded over, 1: weights stay whole; auto: all ranks / replicate
     reshard_after_forward: bool = True  # free a block's gathered weights between forward and backward
     prefetch: int = 1  # blocks gathered, or copied from host memory, ahead of the one in use, in both passes; 0: none
-    offload: str = "none"  # none, frozen (frozen blocks live in host memory), all (FSDP2's CPU offload)
+    offload: str = "none"  # none, frozen (blocks in host memory), auto (of one rank those that must), all (FSDP2's)
     activation_checkpointing: str = "none"  # none, selective, full, auto (what fits, each block by itself)
     memory_limit: float | None = None  # GiB of its device that a rank may use, for auto; null: all of a GPU
     defer_reduction: bool = False  # reduce gradients once an optimizer step instead of once a micro-batch
@@ -28,7 +28,7 @@ class ParallelConfig:
         check_auto_or_count("parallel.shard", self.shard)
         check_auto_or_count("parallel.cpu_threads", self.cpu_threads)
         check_minimums("parallel", self, nodes=1, replicate=1, prefetch=0, timeout=1, memory_limit=0)
-        check_choices("parallel", self, optimizer_shard=["replica", "world"], offload=["none", "frozen", "all"])
+        check_choices("parallel", self, optimizer_shard=["replica", "world"], offload=["none", "frozen", "auto", "all"])
         check_choices("parallel", self, activation_checkpointing=["none", "full", "selective", "auto"])
 
     def ranks_of_replica(self, num_ranks: int) -> int:
@@ -67,7 +67,7 @@ def stream_frozen(parallel: ParallelConfig, precision: PrecisionConfig, ranks_of
     """Return whether one rank copies its frozen blocks from host memory as they are used, and gathers nothing."""
     return (
         ranks_of_replica == 1
-        and parallel.offload == "frozen"
+        and parallel.offload in ("frozen", "auto")
         and precision.frozen == precision.compute
         and parallel.replicate == 1
     )

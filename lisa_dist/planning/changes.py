@@ -50,7 +50,7 @@ def make_plan(config: Config, gpu: Gpu, overrides: list[str] | None = None) -> P
     overrides = overrides or []
     config = vary(config, overrides)
     parallel = config.parallel
-    if parallel.activation_checkpointing == "auto" and parallel.memory_limit is None:
+    if "auto" in (parallel.activation_checkpointing, parallel.offload) and parallel.memory_limit is None:
         config = vary(config, [f"parallel.memory_limit={gpu.memory_bytes / GIB}"])
     trace, extremes = predict_over_draws(config)
     bounds = None

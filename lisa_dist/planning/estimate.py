@@ -51,7 +51,7 @@ def _host_seconds(trace: Trace, gpu: Gpu, config: Config) -> tuple[float, float]
     """Return the seconds of copies from and to host memory, which overlap, and of the optimizer's step there."""
     if config.parallel.offload == "none":
         return 0.0, 0.0
-    if trace.work.link_bytes:
+    if trace.work.link_bytes or config.parallel.offload == "auto":
         return trace.work.link_bytes / (gpu.host_bandwidth * LINK_EFFICIENCY), 0.0
     sizes = trace.persistent_bytes
     copied = 2 * sizes["frozen_parameters"]  # to the device for the forward and for the backward pass

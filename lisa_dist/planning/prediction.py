@@ -32,8 +32,8 @@ def predict(config: Config, least_work: bool = False) -> Trace:
     """
     if config.sampler.draws_non_block_modules:
         return max((predict(draw) for draw in draws_of_modules(config)), key=lambda trace: trace.peak_bytes)
-    if config.parallel.activation_checkpointing == "auto":
-        return simulate(config, None, least_work)  # every block has a kind of its own
+    if "auto" in (config.parallel.activation_checkpointing, config.parallel.offload):
+        return simulate(config, None, least_work)  # every block has a kind or a place of its own
     depth = architecture_of(config.model).num_hidden_layers
     num_active = len(extreme_sets(config, depth)[1])
     shallow = 2 * EDGE + 1 + (0 if num_active == depth else num_active)

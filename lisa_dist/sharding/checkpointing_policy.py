@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lisa_dist.config import Config
+from lisa_dist.config import Config, UserError
 from lisa_dist.models.architecture import original_class, set_depth
 from lisa_dist.models.layer_map import LayerMap, find_layers
 from lisa_dist.models.masking import one_sample_a_row
@@ -49,7 +49,8 @@ class CheckpointingPolicy:
 
     def measure(self, model: nn.Module) -> None:
         """Measure, for ``auto``, what each kind costs a block of ``model``, of which only the architecture counts."""
-        if self.config.parallel.activation_checkpointing == "auto":
+        parallel = self.config.parallel
+        if "auto" in (parallel.activation_checkpointing, parallel.offload):
             for trains in (True, False):
                 self.costs[trains] = measure_costs(self.config, model, self.new_update, trains)
 
@@ -57,26 +58,17 @@ class CheckpointingPolicy:
         """Set every block's kind for the blocks that train now, whose storage is in its place. No communication."""
         setting = self.config.parallel.activation_checkpointing
         blocks = store.layers.blocks
+        if self.config.parallel.offload == "auto":
+            self._keep_what_fits(store, active_blocks)
         if setting != "auto":
             for index, block in enumerate(blocks if setting != "none" else []):
                 set_checkpointing(block, "none" if store.recomputes(index) else setting)
             return
-        # Below the lowest active block no backward pass comes, so nothing is kept, where the embeddings are frozen.
-        to_embeddings = any(store.parameter(name).requires_grad for name in store.parameters_of("embeddings"))
-        lowest = 0 if to_embeddings else min(active_blocks, default=len(blocks))
+        lowest = _lowest_reached(store, active_blocks)
         recomputed = [index for index in range(lowest, len(blocks)) if store.recomputes(index)]
         active = [index for index in active_blocks if index >= lowest and index not in recomputed]
         frozen = [index for index in range(lowest, len(blocks)) if index not in [*active, *recomputed]]
-        if not self.costs:
-            self.costs = {
-                trains: measure_costs(self.config, store.module, self.new_update, trains) for trains in (True, False)
-            }
-        budget = activation_budget(
-            self.config,
-            store,
-            max(self.costs[True]["none"].bytes, self.costs[False]["none"].bytes),
-            self.state_bytes,
-        )
+        budget = self._budget(store)
         budget = max(0.0, budget - len(recomputed) * self.costs[False]["full"].bytes)
         kinds = choose(self.costs, {True: len(active), False: len(frozen)}, budget)
         for index in [*range(lowest), *recomputed]:
@@ -93,11 +85,60 @@ class CheckpointingPolicy:
             ),
         )
 
+    def _budget(self, store: ParameterStore) -> float:
+        if not self.costs:
+            self.costs = {
+                trains: measure_costs(self.config, store.module, self.new_update, trains) for trains in (True, False)
+            }
+        working_bytes = max(self.costs[True]["none"].bytes, self.costs[False]["none"].bytes)
+        return activation_budget(self.config, store, working_bytes, self.state_bytes)
+
+    def _keep_what_fits(self, store: ParameterStore, active_blocks: list[int]) -> None:
+        """Let as many frozen blocks stay on the device as fit beside the activations, from the top; the others stream.
+
+        Those above the lowest block that trains are copied twice where they stream, the others once.
+
+        Raises:
+            UserError: not even one block at a time fits.
+        """
+        if not active_blocks:  # before the first draw: what will train needs its room first
+            store.keep_on_device([])
+            return
+        sizes, kind = store.frozen_block_bytes(), self.config.parallel.activation_checkpointing
+        left = self._budget(store) + sum(size for block, size in sizes.items() if not store.recomputes(block))
+        lowest, extra = _lowest_reached(store, active_blocks), {}
+        for block in range(lowest, len(store.layers.blocks)):
+            cost = self.costs[block in active_blocks]
+            left -= cost["full" if block in sizes else kind].bytes
+            extra[block] = cost[kind].bytes - cost["full"].bytes  # kept where it is not computed again
+        if left < 0:
+            raise UserError(
+                f"parallel.offload=auto: needs {format_bytes(-left)} more with every frozen block in host memory; "
+                "raise parallel.memory_limit, or lower train.micro_batch_size, data.sequence_length or "
+                "sampler.active_layers"
+            )
+        kept = []
+        for block in sorted(sizes, reverse=True):
+            left -= sizes[block] + extra.get(block, 0)
+            if left < 0:
+                break
+            kept.append(block)
+        store.keep_on_device(kept)
+        logger.info("parallel.offload=auto: %d of %d frozen blocks stay on the device", len(kept), len(sizes))
+
+
+def _lowest_reached(store: ParameterStore, active_blocks: list[int]) -> int:
+    """Return the lowest block that the backward pass reaches; below it nothing is kept."""
+    to_embeddings = any(store.parameter(name).requires_grad for name in store.parameters_of("embeddings"))
+    return 0 if to_embeddings else min(active_blocks, default=len(store.layers.blocks))
+
 
 def activation_budget(
     config: Config, store: ParameterStore, working_bytes: int, state_bytes: Callable[[torch.Tensor], int]
 ) -> float:
     """Return the bytes that activations may take on this rank; infinite on a CPU without ``parallel.memory_limit``.
+
+    Negative where what else is needed does not fit.
 
     From the device's memory go what is set aside, the persistent bytes, the gradients still to come, and what
     passes: what the store gathers and reduces, and a block's computation.
@@ -114,7 +155,7 @@ def activation_budget(
     held = sum(counted.values()) - counted["gradients"] + gradients + state
     hosted = [store.parameter(name).detach() for name in store.names if store.on_host(name)]
     held -= held if config.parallel.offload == "all" else sum(local_shard(tensor).nbytes for tensor in hosted)
-    return max(0.0, limit - RESERVED_BYTES - held - store.transient_bytes() - working_bytes)
+    return limit - RESERVED_BYTES - held - store.transient_bytes() - working_bytes
 
 
 def memory_limit(config: Config) -> float | None:

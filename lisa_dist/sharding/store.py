@@ -121,6 +121,14 @@ class ParameterStore(Protocol):
         """Bytes of weights that the store itself has copied from host memory to the device since the start."""
         return 0
 
+    def frozen_block_bytes(self) -> dict[int, int]:
+        """Return the bytes of each block that may lie in host memory or on the device, where there is a choice."""
+        return {}
+
+    def keep_on_device(self, blocks: Iterable[int]) -> None:
+        """Have these of the blocks of :meth:`frozen_block_bytes` lie on the device, the others in host memory."""
+        assert not list(blocks), "no block has a choice"
+
     def recomputes(self, block: int) -> bool:
         """Whether the store itself has a block computed again in the backward pass; then that keeps its input alone."""
         return False

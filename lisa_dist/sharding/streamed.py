@@ -22,9 +22,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lisa_dist.config import PrecisionConfig, UserError
 from lisa_dist.models.layer_map import LayerMap
+from lisa_dist.runtime import distributed
+from lisa_dist.runtime.units import format_bytes
 from lisa_dist.sharding.link import Slots, link_to
 from lisa_dist.sharding.recomputed import recompute
 from lisa_dist.sharding.resident import ResidentStore
+from lisa_dist.telemetry.memory import free_host_bytes
 
 ALIGNMENT = 256  # bytes between the starts of two parameters in a buffer, as CUDA's allocator aligns tensors
 BLOCK = "block:"
@@ -78,15 +81,24 @@ class StreamedStore(ResidentStore):
         self._ahead = ahead
         self._pieces: dict[int, list[Piece]] = {}  # of the blocks that stream: what of them does
         self._hosts: dict[int, Tensor] = {}  # their buffers
+        self._kept: set[int] = set()  # blocks that stay on the device although they are frozen
         self._names = [self.block_parameters(index) for index in range(len(layers.blocks))]
         self._check_own_parameters()
         for index, block in enumerate(layers.blocks):
             block.forward = partial(self._run, index, block.forward)
 
     def allocate(self, trained: Iterable[str], device: torch.device) -> None:
-        """Allocate what stays on the device, host memory for what does not, and the slots."""
+        """Allocate what stays on the device, and host memory for what does not.
+
+        Raises:
+            UserError: there is not as much host memory.
+        """
+        trained = set(trained)
+        frozen = ([name for name in names if name not in trained] for names in self._names)
+        check_host_memory(sum(self._pieces_of(filter(self._may_stream, names))[1] for names in frozen))
         self._pieces.clear()
         self._hosts.clear()
+        self._kept.clear()
         self.device, self.link = device, link_to(device)
         super().allocate(trained, device)
         for block in range(len(self._names)):
@@ -112,8 +124,25 @@ class StreamedStore(ResidentStore):
                 self._pack(block)
 
     def thaw_replaces(self, name: str) -> bool:
-        """Whether the parameter streams, or its dtype changes."""
-        return self._may_stream(name) or super().thaw_replaces(name)
+        """Whether the parameter lies in host memory, or its dtype changes."""
+        return self.on_host(name) or super().thaw_replaces(name)
+
+    def frozen_block_bytes(self) -> dict[int, int]:
+        """Return the bytes of each block that streams, or would if it were not kept on the device."""
+        found = {}
+        for block in range(len(self._names)):
+            if names := self._frozen_in(block):
+                found[block] = sum(self.parameter(name).nbytes for name in names)
+        return found
+
+    def keep_on_device(self, blocks: Iterable[int]) -> None:
+        """Have these blocks stay on the device while they are frozen, until this is called again."""
+        before, self._kept = self._kept, set(blocks)
+        moved = before ^ self._kept
+        if moved:
+            self.slots.forget()
+        for block in sorted(moved, key=self._kept.__contains__):  # those that leave first
+            self._pack(block)
 
     def on_host(self, name: str) -> bool:
         """Whether the parameter lies in its block's buffer."""
@@ -165,12 +194,20 @@ class StreamedStore(ResidentStore):
             end = -(-pieces[-1].end // ALIGNMENT) * ALIGNMENT
         return pieces, end
 
+    def _frozen_in(self, block: int) -> list[str]:
+        """Return what streams of a block, or would if it were not kept on the device."""
+        names = self._names[block]
+        return [name for name in names if self._may_stream(name) and not self.parameter(name).requires_grad]
+
     def _pack(self, block: int) -> None:
-        """Give what is frozen of a block a new buffer in host memory, in the order of its parameters."""
-        frozen = [name for name in self._names[block] if not self.parameter(name).requires_grad]
-        pieces, size = self._pieces_of(filter(self._may_stream, frozen))
-        self._pieces.pop(block, None)
-        self._hosts.pop(block, None)
+        """Give what is frozen of a block a new buffer in host memory, in the order of its parameters, or the device."""
+        before, _ = self._pieces.pop(block, []), self._hosts.pop(block, None)
+        pieces, size = self._pieces_of(self._frozen_in(block))
+        if block in self._kept:
+            for piece in before:
+                if not self.parameter(piece.name).requires_grad:
+                    self._put(piece.name, self.parameter(piece.name).detach().to(self.device, copy=True), trained=False)
+            return
         if not pieces:
             return
         buffer = self.link.host_buffer(size)
@@ -221,3 +258,14 @@ class StreamedStore(ResidentStore):
         for name, parameter in parameters.items():
             for owner, key in self._owners[name]:
                 owner._parameters[key] = parameter
+
+
+def check_host_memory(needed: int) -> None:
+    """Raise :class:`UserError` where the frozen blocks do not fit into what is free of host memory; not in a plan."""
+    free = None if distributed.is_simulated() else free_host_bytes()
+    if free is not None and needed > free:
+        raise UserError(
+            f"parallel.offload=frozen: the frozen blocks need {format_bytes(needed)} of host memory, and "
+            f"{format_bytes(free)} are free; take a machine with more, more ranks, or model.quantization=int8 with "
+            "update=lora"
+        )

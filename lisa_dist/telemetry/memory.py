@@ -63,6 +63,11 @@ def free_memory_bytes() -> int | None:
     here = device()
     if here.type == "cuda":
         return torch.cuda.mem_get_info(here)[0]
+    return free_host_bytes()
+
+
+def free_host_bytes() -> int | None:
+    """Return what the machine has of free memory and this process may take of it; None where it does not say."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None

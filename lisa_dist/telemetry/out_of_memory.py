@@ -127,7 +127,7 @@ def savings(config: Config, phase: str, on_gpu: bool) -> list[tuple[str, object,
             found.append(("model.loss_chunk", smaller_chunk, chunk))
     offload = config.parallel.offload
     if on_gpu:  # without one, host memory is what ran out
-        kinds = ["none", "frozen", "all"]
+        kinds = ["none", "auto", "frozen", "all"] if offload == "auto" else ["none", "frozen", "all"]
         found += [("parallel.offload", kind, offload) for kind in kinds[kinds.index(offload) + 1 :]]
     if has_activations:
         found.append(("data.sequence_length", max(2, length // 2), length))

@@ -117,6 +117,7 @@ REFUSED = [
     ),
     (["parallel.optimizer_shard=world", "optimizer.in_backward=true"], "needs optimizer.in_backward=false"),
     (["parallel.optimizer_shard=world", "parallel.offload=all"], "parallel.offload must be none or frozen"),
+    (["parallel.offload=auto", "parallel.activation_checkpointing=auto"], "auto: shares out the memory"),
     (["optimizer.in_backward=true", "update=low_rank"], "update=low_rank needs a step's gradients all together"),
     (["optimizer.in_backward=true", "train.on_nonfinite=skip"], "train.on_nonfinite must be stop"),
 ]
@@ -133,6 +134,13 @@ def test_a_routers_loss_is_refused_where_blocks_are_computed_again_and_nowhere_e
     with pytest.raises(UserError, match=r"parallel.offload=frozen: .*set model.router_aux_loss=false, or"):
         check_streamed(config, ranks=1)
     check_streamed(config, ranks=2)
+
+
+def test_the_choice_of_what_stays_on_the_device_is_that_of_one_rank() -> None:
+    config = load([*MODEL, "parallel.offload=auto"])
+    check_streamed(config, ranks=1)
+    with pytest.raises(UserError, match=r"parallel.offload=auto: needs one rank, .*choose parallel.offload=frozen"):
+        check_streamed(config, ranks=2)
 
 
 def test_blocks_that_are_copied_ahead_on_one_rank_are_prefetched_and_not_gathered() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lisa_dist.commands import self_test
 from lisa_dist.commands.bench import command as bench
@@ -106,6 +107,17 @@ def test_bf16_follows_fp32_and_reduces_in_fp32() -> None:
     mixed = train_here(make_config(precision=MIXED))
     assert mixed["losses"] == pytest.approx(plain["losses"], rel=0.01)
     assert all(dtypes == {torch.float32} for dtypes in mixed["dtypes"])
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 2])
+def test_blocks_that_come_from_host_memory_train_as_those_that_stay(prefetch: int) -> None:
+    with sdpa_kernel(SDPBackend.MATH):  # its gradients are the same each time
+        stay, come = (
+            train_here(make_config(precision=MIXED, parallel={"offload": offload, "prefetch": prefetch}))
+            for offload in ("none", "frozen")
+        )
+    assert come["losses"] == stay["losses"]
+    assert all(torch.equal(parameter, stay["final"][name]) for name, parameter in come["final"].items())
 
 
 def test_persistent_bytes_obey_the_law_and_the_allocator_holds_little_more() -> None:

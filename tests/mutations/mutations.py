@@ -228,8 +228,8 @@ SWITCH = [
     Mutation(
         "slots hold what lay in host memory before a switch",
         "sharding/streamed.py",
-        "self.slots.forget()",
-        "pass",
+        "self.slots.forget()\n        for name in names:",
+        "for name in names:",
         f"{STREAMED}[lisa]",
     ),
     Mutation(
@@ -245,6 +245,13 @@ SWITCH = [
         "torch.set_rng_state(states[0])",
         "pass",
         f"{STREAMED}[gpt2 with dropout]",
+    ),
+    Mutation(
+        "frozen blocks that stay on the device take no memory of it",
+        "sharding/checkpointing_policy.py",
+        "left -= sizes[block] + extra.get(block, 0)",
+        "left -= extra.get(block, 0)",
+        "sharding/test_streamed.py::test_as_many_frozen_blocks_stay_on_the_device_as_fit_with_the_same_numbers",
     ),
     Mutation(
         "where masters lie apart, a block that enters has its shards stepped instead",

@@ -17,11 +17,12 @@ from lisa_dist.checkpoint.manifest import checkpoint_name
 from lisa_dist.checkpoint.restore import restore_checkpoint
 from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.checkpoint.state import Progress
-from lisa_dist.config import Config
+from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import load, to_yaml
 from lisa_dist.method import probes
 from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
 from lisa_dist.planning.simulation import simulate
+from lisa_dist.runtime.units import GIB
 from lisa_dist.sharding import streamed
 from lisa_dist.sharding.resident import ResidentStore
 from lisa_dist.sharding.streamed import StreamedStore
@@ -192,3 +193,55 @@ def test_what_is_copied_in_a_step_is_planned(ends: list[str], copies: int, there
     block = second // (4 * copies)
     assert first == second + there * block, "what a step begins with is there from the one before"
     assert simulate(config).work.link_bytes == first
+
+
+def refusal_of_host_memory() -> str:
+    """What is said where a byte too few is free. Runs on one rank."""
+    train_module = built(configured(["method=lisa"], BF16, "llama"), "frozen")
+    needed = sum(2 * parameter.numel() for parameter in train_module.store.layers.blocks[0].parameters()) * 5
+    with mock.patch.object(streamed, "free_host_bytes", lambda: needed - 1), pytest.raises(UserError) as refused:
+        load_initial_weights(train_module, CPU)
+    return str(refused.value)
+
+
+def test_too_little_host_memory_is_told_before_weights_are_read() -> None:
+    message = run_on_ranks(1, refusal_of_host_memory)[0]
+    assert message.startswith("parallel.offload=frozen: the frozen blocks need") and "are free; take" in message
+
+
+def train_within(limits: list[float]) -> list[tuple[list[int], list[float]]]:
+    """The blocks that are copied and the losses under limits of memory, in GiB. Runs on one rank."""
+    found = []
+    for limit in limits:
+        config = configured(["method=lisa"], BF16, "llama")
+        config.parallel = dataclasses.replace(config.parallel, memory_limit=limit)
+        train_module = built(config, "auto")
+        load_initial_weights(train_module, CPU)
+        losses = run_steps(train_module)
+        store = train_module.store
+        streaming = [block for block in range(5) if store.recomputes(block)]
+        assert all(store.on_host(name) for block in streaming for name in store.block_parameters(block))
+        found.append((streaming, losses))
+    return found
+
+
+def test_as_many_frozen_blocks_stay_on_the_device_as_fit_with_the_same_numbers() -> None:
+    (streaming, losses), (none, same) = run_on_ranks(1, train_within, [2.005, 2.01])[0]
+    assert streaming == [0, 3] and none == [], "the upper one of three frozen blocks stays"
+    assert losses == same
+    with pytest.raises(
+        AssertionError, match=r"UserError: parallel.offload=auto: needs .* more with every frozen block in"
+    ):
+        run_on_ranks(1, train_within, [2.0001])
+
+
+def test_the_plan_of_a_limit_keeps_it_and_copies_what_a_rank_does() -> None:
+    config = configured(["sampler=fixed", "sampler.blocks=[5]"], {}, "llama", num_hidden_layers=7)
+    limit, every = 2.006, {"offload": "frozen"}
+    config.train = dataclasses.replace(config.train, global_batch_size=4, micro_batch_size=1)
+    frozen = simulate(dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **every))).host_bytes
+    config.parallel = dataclasses.replace(config.parallel, offload="auto", memory_limit=limit)
+    planned = simulate(config)
+    assert 0 < planned.host_bytes < frozen
+    assert planned.peak_bytes <= (limit - 2) * GIB
+    assert planned.work.link_bytes == run_on_ranks(1, copied_in_steps, config)[0][0]
