@@ -76,11 +76,14 @@ def preset_of(device: torch.device) -> Gpu | None:
 
 @functools.cache
 def preset_named(device_name: str) -> Gpu | None:
-    """Return the preset whose name, without its memory size, is in the device's name."""
-    plain = device_name.lower().replace(" ", "")
+    """Return the preset whose name stands in the device's, however that is spaced: best one of its memory size."""
+    found = {}
     for preset in sorted(file.stem for file in (conf_dir() / "gpu").glob("*.yaml")):
-        if re.sub(r"_\d+gb$", "", preset).replace("_", "") in plain:
-            return read_gpu(preset)
+        name, _, size = re.fullmatch(r"(.*?)(_(\d+gb))?", preset).groups()  # type: ignore[union-attr]
+        if re.search(rf"\b{' ?'.join(name.replace('_', ''))}\b", device_name, re.IGNORECASE):
+            found[size is not None and size in device_name.lower()] = preset
+    if found:
+        return read_gpu(found[max(found)])
     logger.warning("conf/gpu has no preset for %s: how far it is used is not known", device_name)
     return None
 
