@@ -22,6 +22,7 @@ from lisa_dist.runtime.units import format_count, format_duration, format_ranges
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
+WIDTH_IN_FILES = 110  # of tables, where there is no terminal
 Doing = Callable[[], tuple[str, float]]  # what a run works on, and for how many seconds
 
 SLOW = 1.0  # seconds of one part of the work, until the bar names it
@@ -38,7 +39,15 @@ def announce(entries: dict[str, str], title: str = "") -> None:
     table.add_column(overflow="fold")
     for key, value in entries.items():
         table.add_row(key, Text(value))  # as a plain text, a path with [brackets] would be taken for markup
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110, highlight=False).print(table)
+    print_table(table)
+
+
+def print_table(table: Table) -> None:
+    """Print a table, above the bar where there is one: of a text that is printed the bar knows, of a console not."""
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH_IN_FILES, highlight=False)
+    with console.capture() as text:
+        console.print(table)
+    print(text.get(), end="", flush=True)
 
 
 class ProgressDisplay:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +15,7 @@ from lisa_dist.data.preview import Question, sample_questions
 from lisa_dist.data.stops import stop_ids
 from lisa_dist.method.probes import mean_loss
 from lisa_dist.runtime import distributed
+from lisa_dist.telemetry.progress import print_table
 from lisa_dist.training.generation import AnswerSettings
 from lisa_dist.training.setup import Run
 
@@ -102,7 +102,7 @@ def show_answers(run: Run, title: str) -> None:
         table.add_row(*map(Text, rows[-1]))
     run.recorder.record_event(run.progress.step, "answers", title, answers=[dict(zip(columns, row)) for row in rows])
     if distributed.is_main():
-        Console(highlight=False).print(table)
+        print_table(table)
 
 
 def answer_questions(run: Run, questions: list[Question]) -> list[list[int]]:

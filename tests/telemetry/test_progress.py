@@ -89,17 +89,18 @@ def test_the_screen_has_one_bar_that_names_what_takes_long(width, monkeypatch):
         assert bar.startswith("step  1/40") and bar.endswith(f" {doing[0]}, 1 min 15 s")
         assert len(bar) == width and line.endswith("…") == (width == 80)
         print("a line of the log", file=sys.stderr)
-        print("a table\nof two lines")
+        announce({"a table": "of one line"})
         doing = ("forward", 0.1)
         display.update({"step": 1, "eval_loss": 2.25})
         display.live.refresh()
         above = terminal.screen(width)
-        assert above[:3] == ["a line of the log", "a table", "of two lines"] and len(above) == 5
-        assert above[3].endswith("to go") and above[4].startswith("loss 2.5000  eval 2.2500")
+        assert above[0] == "a line of the log" and above[2] == "│ a table │ of one line │" and len(above) == 6
+        assert above[1][0] == "┌" and above[3][0] == "└", "no line is lost under the bar"
+        assert above[4].endswith("to go") and above[5].startswith("loss 2.5000  eval 2.2500")
         doing = ("the checkpoint", 4.0)
     shown = [line for line in terminal.screen(width) if line]
-    assert shown[:3] == above[:3] and len(shown) == 5, "nothing is left of what was shown before"
-    assert shown[3].startswith("step  1/40") and "go" not in shown[3] and "checkpoint" not in shown[3]
+    assert shown[:4] == above[:4] and len(shown) == 6, "nothing is left of what was shown before"
+    assert shown[4].startswith("step  1/40") and "go" not in shown[4] and "checkpoint" not in shown[4]
 
 
 def test_what_goes_to_a_file_is_not_shown_beside_the_bar(monkeypatch):
