@@ -1,7 +1,8 @@
-"""Draws the pictures of docs/concepts.md: ``python docs/concepts_pictures.py`` writes docs/concepts_*.svg anew."""
+"""Draws the pictures of docs/concepts.md and the README: ``python docs/concepts_pictures.py`` writes them anew."""
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ text { font: 14px system-ui, sans-serif; } .small { font-size: 12px; }
 .middle { text-anchor: middle; } .end { text-anchor: end; }
 """
 BLOCKS, PERIODS, ACTIVE = 8, 6, 2
+RUN = "lisa_by_part"  # of docs/results
 
 
 def box(x: float, y: float, width: float, height: float, kind: str) -> str:
@@ -114,7 +116,53 @@ def placement() -> str:
     return picture("What lies where", int(y) + 96, parts)
 
 
-PICTURES = {"period": period, "memory": memory, "placement": placement}
+def run() -> str:
+    """A run of docs/results.md: its loss, and below which blocks trained when."""
+    folder = DOCS / "results" / RUN
+    steps, layers = (
+        [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for name in ("metrics.jsonl", "layers.jsonl")
+    )
+    losses = {row["step"]: row["loss"] for row in steps if "loss" in row}
+    held_out = {row["step"]: row["eval_loss"] for row in steps if "eval_loss" in row}
+    last, blocks, left, wide, high, thin = max(losses), layers[0]["num_blocks"], 90, WIDTH - 110, 150, 6
+    shown = [*losses.values(), *held_out.values()]
+    least, most = min(shown), max(shown)
+
+    def at(step: float, loss: float) -> tuple[float, float]:
+        return round(left + wide * step / last, 1), round(30 + high * (most - loss) / (most - least), 1)
+
+    path = "L".join("{:g} {:g}".format(*at(step - 0.5, loss)) for step, loss in losses.items())
+    parts = [
+        words(left - 10, 36, f"{most:.2f}", "weak small end"),
+        words(left - 10, 34 + high, f"{least:.2f}", "weak small end"),
+    ]
+    parts += [words(left - 10, 36 + high / 2, "loss", "text end"), f'<path class="line" d="M{path}"/>']
+    for step, loss in held_out.items():
+        x, y = at(step, loss)
+        parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="5" class="gradient"/>')
+        anchor, shift = ("small end", -10) if step else ("small", 10)
+        parts.append(words(x + shift, y + 4, f"{loss:.3f}", f"text {anchor}"))
+    top = high + 56
+    ends = [row["step"] - 1 for row in layers[1:]] + [last]
+    for row, end in zip(layers, ends):
+        start = row["step"] - 1
+        for block in range(blocks):
+            kind = "weight" if block in row["active_layers"] else "frozen"
+            y = top + (blocks - 1 - block) * thin
+            parts.append(box(left + wide * start / last, y, wide * (end - start) / last - 3, thin - 1, kind))
+    for block, place in ((blocks - 1, top + 8), (0, top + blocks * thin)):
+        parts.append(words(left - 10, place, f"block {block}", "text small end"))
+    bottom = top + blocks * thin
+    parts += [
+        words(left, bottom + 20, "step 0", "weak small"),
+        words(left + wide, bottom + 20, f"step {last}", "weak small end"),
+    ]
+    kinds = {"weight": "trains", "frozen": "frozen", "gradient": "held-out loss (the line: of each step's rows)"}
+    return picture("A run: its loss, and the blocks that train", bottom + 60, [*parts, *legend(bottom + 46, kinds)])
+
+
+PICTURES = {"period": period, "memory": memory, "placement": placement, "run": run}
 
 if __name__ == "__main__":
     for name, draw in PICTURES.items():

@@ -12,7 +12,7 @@ from lisa_dist.checkpoint.export import find_checkpoint
 from lisa_dist.checkpoint.manifest import step_of
 from lisa_dist.checkpoint.restore import restore_weights
 from lisa_dist.checkpoint.state import read_state
-from lisa_dist.config import AlwaysActiveConfig, Config, UserError
+from lisa_dist.config import AlwaysActiveConfig, Config
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.config.sampling import UniformSamplerConfig
 from lisa_dist.config.updates import FullRankUpdateConfig
@@ -46,7 +46,7 @@ def open_model(config: Config, path: str | None, step: int | None, command: str)
         command: whose keys are named in messages.
 
     Raises:
-        UserError: neither is named, or there is nothing that can be opened.
+        UserError: there is nothing that can be opened.
     """
     frozen = without_training(config, path)
     if path is not None:
@@ -55,9 +55,7 @@ def open_model(config: Config, path: str | None, step: int | None, command: str)
         allocate(train_module, [], distributed.device())
         load_pretrained(train_module.store.module, path)
         return OpenedModel(train_module, tokenizer, path, None)
-    if config.run.dir is None:
-        raise UserError(f"{command}.path=null: name a Hugging Face directory, or a run by run.dir=DIR")
-    run = RunDirectory.of(config)
+    run = RunDirectory.of(config)  # launching/inputs.py has seen that one of the two is named
     checkpoint: Path = distributed.on_rank_zero(lambda: find_checkpoint(run.checkpoints, step, f"{command}.step"))
     tokenizer = load_tokenizer(str(run.tokenizer), config.model.trust_remote_code)
     model = described_model(run, config.model)

@@ -1,4 +1,4 @@
-"""The pictures of the docs are those that their script draws, from the tables of the docs."""
+"""The pictures and the table of results are those that their scripts make, from the tables and rows in the docs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_pictures_are_up_to_date_and_shown() -> None:
-    page = (DOCS / "concepts.md").read_text()
+    pages = "".join((DOCS / name).read_text() for name in ("concepts.md", "results.md"))
     for name, draw in runpy.run_path(str(DOCS / "concepts_pictures.py"))["PICTURES"].items():
         drawn = (DOCS / f"concepts_{name}.svg").read_text()
         assert drawn == draw(), "run python docs/concepts_pictures.py"
         assert ElementTree.fromstring(drawn).tag.endswith("svg")
-        assert f"](concepts_{name}.svg)" in page
+        assert f"](concepts_{name}.svg)" in pages
+
+
+def test_the_table_of_results_is_that_of_the_raw_rows() -> None:
+    assert runpy.run_path(str(DOCS / "results_table.py"))["table"]() in (DOCS / "results.md").read_text()
