@@ -90,8 +90,8 @@ def test_generate_answers_as_transformers_does(trained: tuple[Path, Path], tmp_p
     assert run_on_ranks(2, printed_by, generate.run, None, [*length, *more, "parallel.cpu_threads=1"]) == ["", ""]
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["answer"] for row in rows] == expected and [row["prompt"] for row in rows] == QUESTIONS
-    (told,) = run_on_ranks(1, refusals, [(generate.run, None, [*length, *more])])
-    assert told == [f"generate.output={output}: is there already and is not written over, name a new file"]
+    (told,) = run_on_ranks(1, refusal, generate.run, None, [*length, *more])
+    assert told == f"generate.output={output}: is there already and is not written over, name a new file"
 
 
 def conversation(said: list[str], overrides: list[str]) -> tuple[str, str]:
@@ -131,15 +131,15 @@ def as_user(question: str) -> dict[str, str]:
     return {"role": "user", "content": question}
 
 
-def refusal(run_dir: str) -> str:
-    """What the user is told who asks for a step that was not saved. Runs on a rank."""
+def refusal(command: Any, run_dir: str | None, keys: list[str]) -> str:
+    """What the user is told. Runs on a rank."""
     with pytest.raises(UserError) as caught:
-        printed_by(evaluate.run, run_dir, ["evaluate.step=7"])
+        printed_by(command, run_dir, keys)
     return str(caught.value)
 
 
 def test_a_step_that_was_not_saved_is_refused(trained: tuple[Path, Path]) -> None:
-    told = run_on_ranks(1, refusal, str(trained[0]))[0]
+    (told,) = run_on_ranks(1, refusal, evaluate.run, str(trained[0]), ["evaluate.step=7"])
     assert told.startswith("evaluate.step=7") and "it has 2" in told
 
 
