@@ -22,7 +22,7 @@ def test_interface_by_which_a_host_is_reached() -> None:
 def test_segments_grow_where_nothing_was_chosen_before_torch_is_imported(chosen: dict[str, str]) -> None:
     code = (
         "import os, sys; from unittest import mock; from lisa_dist import cli\n"
-        "with mock.patch.object(cli, '_run', lambda _: print('torch' in sys.modules, "
+        "with mock.patch.object(cli, '_run', lambda *_: print('torch' in sys.modules, "
         "{key: value for key, value in os.environ.items() if 'ALLOC_CONF' in key})): cli.main([])"
     )
     environment = {key: value for key, value in os.environ.items() if key not in ALLOCATOR_SETTINGS}

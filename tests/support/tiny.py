@@ -37,7 +37,8 @@ HOLD = Path(__file__).with_name("hold")
 def held(step: int, until: Path) -> dict[str, str]:
     """Return variables under which ranks make ``step`` steps and wait, to be asked to stop or for the file ``until``.
 
-    A run that is asked to stop then makes one step more, or two where every rank heard of it in its wait.
+    A run that is asked to stop then makes one step more, or two where every rank heard of it in its wait; none where it
+    hears of it in the last step before, of which the row of the step before that is no sign: it is written meanwhile.
     """
     places = [str(HOLD), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONPATH": os.pathsep.join(places), "LISA_DIST_HOLD": f"{step}:{until}"}
