@@ -260,6 +260,18 @@ def all_reduce_sum(values: list[float], group: dist.ProcessGroup | None = None) 
 
 
 @contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Let Python look for garbage in the body only where that calls ``gc.collect``."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextmanager
 def garbage_collected_when_asked() -> Iterator[None]:
     """Let Python look for garbage in the body only where that calls ``gc.collect``, and only among what is new.
 
@@ -267,18 +279,16 @@ def garbage_collected_when_asked() -> Iterator[None]:
     there before the body, imported modules above all, is left out: it makes each search long and finds nothing.
     Where the caller has left something out already, that stays so, and nothing is added.
     """
-    was_enabled, has_frozen = gc.isenabled(), gc.get_freeze_count() > 0
+    has_frozen = gc.get_freeze_count() > 0
     gc.collect()
     if not has_frozen:
         gc.freeze()
-    gc.disable()
     try:
-        yield
+        with no_garbage_collection():
+            yield
     finally:
         if not has_frozen:
             gc.unfreeze()
-        if was_enabled:
-            gc.enable()
 
 
 def barrier() -> None:
