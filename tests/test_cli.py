@@ -44,6 +44,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     for address in TARGETS:
         monkeypatch.setattr(address, recorder(address))
     monkeypatch.setattr("lisa_dist.telemetry.logs.setup_logging", lambda: None)
+    monkeypatch.setattr("lisa_dist.launching.rank_server.start_rank_server", lambda: None)
     for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     return recorded

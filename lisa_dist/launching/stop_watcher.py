@@ -46,7 +46,9 @@ class StopWatcher:
         }
         self.old_wakeup = signal.set_wakeup_fd(self.write_end, warn_on_full_buffer=False)
         resource_tracker.ensure_running()  # multiprocessing's helper process: its start would lift the mask
-        self.thread.start()  # before the mask, which threads and child processes inherit
+        # Before the mask, which threads and child processes inherit; this process's own parent may have set it too.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        self.thread.start()
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         return self
 

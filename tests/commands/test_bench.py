@@ -125,6 +125,7 @@ def test_mistakes_are_refused() -> None:
 
 def test_ranks_log_beside_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
+    monkeypatch.setattr("lisa_dist.launching.rank_server.start_rank_server", lambda: None)
     monkeypatch.setattr("lisa_dist.launching.local.launch_ranks", lambda *arguments: seen.append(arguments) or 0)
     for name in ("RANK", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)

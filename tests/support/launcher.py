@@ -12,6 +12,7 @@ from pathlib import Path
 from lisa_dist.config import EXIT_INTERRUPTED, EXIT_USER_ERROR, Config, ParallelConfig, RunConfig, UserError
 from lisa_dist.launching.local import Entry, launch_ranks
 from lisa_dist.launching.rank_server import start_rank_server
+from lisa_dist.runtime.signals import STOP_SIGNALS
 from tests.support.forkserver import FORKSERVER
 from tests.support.processes import PATIENCE, fork_ranks, send_output_to
 
@@ -26,6 +27,7 @@ def _launch(config: Config, entry: Entry, terminal: Path, stderr: Path, forked: 
     send_output_to(terminal, stderr)
     if forked:
         fork_ranks()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # as a parent that holds them back leaves it
     else:
         start_rank_server()
     try:
