@@ -127,9 +127,9 @@ PROMPTS = ["x=3, y=[1,2]?", "data = 5", "-5 + 3 = ?", "--what is 'this'?", "{a: 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_a_prompt_is_meant_letter_by_letter(prompt: str, calls: list[tuple[Any, ...]]) -> None:
     guard = ["--"] if prompt.startswith("model=") else []  # what begins like a key needs it
-    assert main(["generate", "generate.max_new_tokens=3", "builtin:demo", *guard, prompt]) == 7
+    assert main(["generate", "generate.max_new_tokens=3", "someone/model", *guard, prompt]) == 7
     (_, config, entry, _) = calls[0]
-    assert entry == table.generate and config.generate.path == "builtin:demo"
+    assert entry == table.generate and config.generate.path == "someone/model"
     assert (config.generate.prompts, config.generate.max_new_tokens) == ([prompt], 3)
 
 
@@ -158,10 +158,11 @@ def test_compare_asks_each_model_in_ranks_of_its_own(
     monkeypatch.setattr("lisa_dist.launching.local.launch_ranks", answer)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    models = ["builtin:demo", str(tmp_path / "model")]
+    (tmp_path / "model" / "model.safetensors").touch()
+    models = ["someone/model", str(tmp_path / "model")]
     assert main(["generate", "--compare", *models, "Which?"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("by") == 2 and "Which?" in shown and "by builtin:demo" in " ".join(shown.split())
+    assert shown.count("by") == 2 and "Which?" in shown and "by someone/model" in " ".join(shown.split())
     output = tmp_path / "answers.jsonl"
     assert main(["generate", f"generate.compare=[{','.join(models)}]", "Which?", f"generate.output={output}"]) == 0
     expected = {"prompt": "Which?", "answers": {model: f"by {model}" for model in models}}
@@ -169,13 +170,13 @@ def test_compare_asks_each_model_in_ranks_of_its_own(
 
 
 def test_a_command_that_saves_nothing_ends_at_the_first_interrupt(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*arguments: Any) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lisa_dist.launching.local.launch_ranks", interrupted)
-    assert main(["generate", "builtin:demo", "Hello"]) == 130
+    assert main(["generate", "someone/model", "Hello"]) == 130
     assert capsys.readouterr().err == "lisa-dist: interrupted\n"
 
 

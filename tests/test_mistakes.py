@@ -72,6 +72,9 @@ MISTAKES = [
     (["evaluate", "run.dir=FOLDER/empty"], "must be the directory of a run"),
     (["generate", "FOLDER/nowhere", "Hello"], "generate.path=FOLDER/nowhere: no such directory"),
     (["generate", "FOLDER/empty", "Hello"], "has no config.json"),
+    (["generate", "builtin:demo", "Hello"], "generate.path=builtin:demo: has no *.safetensors, so"),
+    (["evaluate", "evaluate.path=FOLDER/pickled", "data=demo"], "has pytorch_model.bin but no safetensors"),
+    (["train", "model=custom", "model.path=FOLDER/bare"], "model.path=FOLDER/bare: has no *.safetensors"),
     (["generate", "generate.prompts=[Hello]"], "name a Hugging Face directory, or a run"),
     (["generate", "FOLDER/model"], "holds no prompt"),
     (["generate", "FOLDER/model", "  "], "prompt 1 of 1 is empty"),
@@ -82,7 +85,7 @@ MISTAKES = [
     (["generate", "FOLDER/model", "Hello", "generate.output=FOLDER/my.yaml"], "is there already and is not written"),
     (["generate", "--compare", "FOLDER/model"], "--compare: expected 2 arguments"),
     (["generate", "generate.compare=[FOLDER/model]", "Hello"], "must name at least two directories"),
-    (["generate", "--compare", "FOLDER/model", "FOLDER/nowhere", "Hello"], "FOLDER/nowhere: no such directory"),
+    (["generate", "--compare", "FOLDER/model", "FOLDER/nowhere", "Hello"], "generate.compare=FOLDER/nowhere: no such"),
     (["chat"], "name a Hugging Face directory, or a run"),
     (["chat", "FOLDER/model", "Hello"], "what you say is typed once the model is there"),
     (["evaluate", "--compare", "FOLDER/a", "FOLDER/b"], "--compare: belongs to generate"),
@@ -114,9 +117,12 @@ print(json.dumps(results))
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mistakes")
     (folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    for name in ("model", "empty", "used"):
+    for name in ("model", "bare", "pickled", "empty", "used"):
         (folder / name).mkdir()
-    (folder / "model" / "config.json").write_text('{"model_type": "llama"}')
+    for name in ("model", "bare", "pickled"):
+        (folder / name / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model" / "model.safetensors").touch()
+    (folder / "pickled" / "pytorch_model.bin").touch()
     (folder / "used" / "config.yaml").write_text("method: lisa\n")
     (folder / "used" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     (folder / "my.yaml").write_text("model: demo\n")

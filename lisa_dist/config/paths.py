@@ -61,6 +61,26 @@ def check_model_directory(directory: Path, key: str) -> None:
         raise UserError(f"{key}: the directory has no {MODEL_CONFIG}, so it is no Hugging Face model")
 
 
+def check_has_weights(directory: Path, key: str, *, or_random: bool = False) -> None:
+    """Raise :class:`UserError` where a model's directory, which ``key`` names, holds no safetensors.
+
+    Args:
+        directory: of Hugging Face.
+        key: what named it, as ``model.path=DIR``.
+        or_random: the remedy is to start from random weights, and not to name another directory.
+    """
+    if any(directory.glob("*.safetensors")):
+        return
+    pickled = sorted(file.name for file in directory.glob("*.bin"))
+    if pickled:
+        raise UserError(
+            f"{key}: has {pickled[0]} but no safetensors; unpickling runs code, so convert it first: "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
+    remedy = "model.init=random starts without" if or_random else "name the directory of a trained model"
+    raise UserError(f"{key}: has no *.safetensors, so there are no weights to load; {remedy}")
+
+
 def check_is_new(directory: Path, key: str) -> None:
     """Raise :class:`UserError` where a directory to be written, the value of ``key``, holds something already."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):

@@ -6,11 +6,19 @@ What it takes torch, transformers or the hub to know is told by the ranks, as ea
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from lisa_dist.config import Config, ModelConfig, UserError
 from lisa_dist.config.checks import check_global_batch, check_package, check_streamed
 from lisa_dist.config.errors import as_written
-from lisa_dist.config.paths import check_is_new, check_model_directory, local_path, model_directory, path_exists
+from lisa_dist.config.paths import (
+    check_has_weights,
+    check_is_new,
+    check_model_directory,
+    local_path,
+    model_directory,
+    path_exists,
+)
 from lisa_dist.config.prompts import check_output, read_prompts
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free
 from lisa_dist.data.locate import check_data, is_local, locate
@@ -40,7 +48,7 @@ def check_export(config: Config) -> None:
 def check_evaluate(config: Config) -> None:
     """Raise :class:`UserError` where no model or no data to evaluate are named, or are not there."""
     choice = config.evaluate
-    check_opened(config, choice.path, "evaluate")
+    check_opened(config, choice.path, "evaluate.path")
     if choice.path is not None and choice.data is None and config.run.dir is None and not choice.tasks:
         raise UserError("evaluate.data=null: name the data to evaluate evaluate.path on, or a run by run.dir=DIR")
     if choice.data is not None and not is_local(choice.data):
@@ -51,17 +59,19 @@ def check_evaluate(config: Config) -> None:
 
 def check_generate(config: Config) -> None:
     """Raise :class:`UserError` where no model or no prompt is named, or the answers can't be written."""
-    check_opened(config, config.generate.path, "generate")
+    check_opened(config, config.generate.path, "generate.path")
     read_prompts(config.generate.prompts)
     check_output(config.generate.output)
 
 
-def check_opened(config: Config, path: str | None, command: str) -> None:
-    """Raise :class:`UserError` where neither ``path``, the key COMMAND.path, nor ``run.dir`` names a model."""
+def check_opened(config: Config, path: str | None, key: str) -> None:
+    """Raise :class:`UserError` where neither ``path``, the value of ``key``, nor ``run.dir`` names a trained model."""
     if path is not None:
-        _check_directory(path, f"{command}.path")
+        directory = _check_directory(path, key)
+        if directory is not None:
+            check_has_weights(directory, f"{key}={path}")
     elif config.run.dir is None:
-        raise UserError(f"{command}.path=null: name a Hugging Face directory, or a run by run.dir=DIR")
+        raise UserError(f"{key}=null: name a Hugging Face directory, or a run by run.dir=DIR")
     elif not path_exists(RunDirectory.of(config).checkpoints):
         raise UserError(f"run.dir={config.run.dir}: has no checkpoint yet")
 
@@ -69,15 +79,19 @@ def check_opened(config: Config, path: str | None, command: str) -> None:
 def _check_model(model: ModelConfig) -> None:
     model.check_is_named()
     if model.path is not None:
-        _check_directory(model.path, "model.path")
+        directory = _check_directory(model.path, "model.path")
+        if directory is not None and model.initialization == "pretrained":
+            check_has_weights(directory, f"model.path={model.path}", or_random=True)
     if model.tokenizer is not None:
         model_directory(model.tokenizer, "model.tokenizer")
 
 
-def _check_directory(path: str, key: str) -> None:
+def _check_directory(path: str, key: str) -> Path | None:
+    """Return the directory of a model; None where ``path`` is a hub id."""
     directory = model_directory(path, key)
     if directory is not None:
         check_model_directory(directory, f"{key}={path}")
+    return directory
 
 
 CHECKS: dict[str, Callable[[Config], None]] = {
@@ -85,5 +99,5 @@ CHECKS: dict[str, Callable[[Config], None]] = {
     "export": check_export,
     "evaluate": check_evaluate,
     "generate": check_generate,
-    "chat": lambda config: check_opened(config, config.generate.path, "generate"),
+    "chat": lambda config: check_opened(config, config.generate.path, "generate.path"),
 }  # by command

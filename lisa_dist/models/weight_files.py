@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lisa_dist.config import UserError
-from lisa_dist.config.paths import model_directory
+from lisa_dist.config.paths import check_has_weights, model_directory
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.files import check_is_whole, read_json_object
 
@@ -54,14 +54,7 @@ class SafetensorsDirectory:
         single = self.directory / SINGLE_FILE
         files = [single] if single.is_file() else sorted(self.directory.glob("*.safetensors"))
         if not files:
-            pickled = sorted(file.name for file in self.directory.glob("*.bin"))
-            advice = (
-                f"has {pickled[0]} but no safetensors; unpickling runs code, so convert it first: "
-                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
-                if pickled
-                else "has no *.safetensors, so there are no weights to load; model.init=random starts without"
-            )
-            raise UserError(f"{self._key}: {advice}")
+            check_has_weights(self.directory, self._key, or_random=True)
         self._check_parts([file.name for file in files])
         found: dict[str, str] = {}
         for file in files:
