@@ -74,6 +74,8 @@ def changed_data(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     Rows are compared as tokens, so they are named only where nothing else made them others.
     """
     different = [part for part in now if then.get(part, False) != now[part]]  # False: off before there was a key
+    if "rows" not in different:
+        different = [part for part in different if part != "date"]  # a day that no row shows
     others = [part for part in different if part not in ("rows", "packing", "group_by_length")]
     return [part for part in different if part != "rows" or not others]
 

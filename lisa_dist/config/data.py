@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from datetime import date
 
 from lisa_dist.config.errors import UserError, check_auto_or_count, check_choices, check_minimums
 
@@ -28,6 +29,7 @@ class DataConfig:
     validation: str | None = None  # a path, or a fraction of the rows held out
     on_bad_row: str = "error"  # error or skip
     limit: int | None = None  # use only the first rows
+    date: str | None = None  # YYYY-MM-DD, for chat templates that write today's; null: the day of tokenizing
     num_proc: str = "auto"  # processes that tokenize, on each machine; auto: the cores available, at most 16
     cache_dir: str | None = None  # where tokenized rows are kept; null: ~/.cache/lisa_dist
 
@@ -35,6 +37,10 @@ class DataConfig:
         check_choices("data", self, format=FORMATS, on_bad_row=["error", "skip"])
         check_minimums("data", self, sequence_length=2, preview=1, limit=1)
         check_auto_or_count("data.num_proc", self.num_proc)
+        try:
+            date.fromisoformat(self.date or "2000-01-01")
+        except ValueError as error:
+            raise UserError(f"data.date={self.date}: must be a day such as 2026-01-31, or null") from error
         fraction = self.validation_fraction
         if fraction is not None and not 0 < fraction < 1:
             raise UserError(f"data.validation={self.validation}: a fraction must lie between 0 and 1, or give a path")

@@ -6,6 +6,7 @@ tokenizer's offsets.
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,16 +35,22 @@ class Encoded:
 class Encoder:
     """Encodes samples with one tokenizer and one set of options; holds what it found out about the tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int, train_on_prompt: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        sequence_length: int,
+        train_on_prompt: bool = False,
+        date: datetime.date | None = None,
+    ) -> None:
         """Encode samples cut at the right to ``sequence_length`` tokens; ``train_on_prompt`` trains every token.
 
-        ``tokenizer`` has a chat template, unless only plain text is encoded.
+        ``tokenizer`` has a chat template, unless only plain text is encoded. ``date``: see ``tokenizer.render``.
         """
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
         self.train_on_prompt = train_on_prompt
         self._adds_bos = adds_bos(tokenizer)
-        self._finder = AnswerFinder(tokenizer)
+        self._finder = AnswerFinder(tokenizer, date)
 
     @property
     def rendered(self) -> dict[str, str]:

@@ -6,6 +6,7 @@ there are, nor on which of them had which rows.
 
 from __future__ import annotations
 
+import datetime
 import logging
 import re
 import sys
@@ -25,7 +26,7 @@ from lisa_dist.data.encode import Encoded, Encoder
 from lisa_dist.data.formats import BadRowError, Conversation, RowFormat, Sample, choose_format
 from lisa_dist.data.readers import BrokenRow, Row
 from lisa_dist.data.sources import Source
-from lisa_dist.data.tokenizer import ensure_chat_template
+from lisa_dist.data.tokenizer import ensure_chat_template, writes_day
 from lisa_dist.data.workers import WorkerDiedError, map_in_order
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class DataCounts:
     trained_tokens: int = 0
     empty_answers: int = 0
     unread_columns: list[str] = field(default_factory=list)  # columns with content that the format does not read
+    date: str | None = None  # that the chat template writes into rows as today's
     not_rendered: list[str] = field(default_factory=list)  # what the chat template leaves out, a sentence each
 
     @property
@@ -128,9 +130,14 @@ class RowReader:
         chosen = self.format = choose_format(self.config.format, self.config.columns, first.values)
         if chosen.name != "text":
             ensure_chat_template(tokenizer)
+        if chosen.name != "text" and writes_day(tokenizer):
+            # One for all rows and processes, whenever midnight comes.
+            self.counts.date = self.config.date or datetime.date.today().isoformat()
+        date = None if self.counts.date is None else datetime.date.fromisoformat(self.counts.date)
 
         def encode(chunk: list[Row | BrokenRow]) -> tuple[list[EncodedRow], dict[str, str]]:
-            return encode_chunk(chunk, chosen, tokenizer, self.config)
+            encoder = Encoder(tokenizer, self.config.sequence_length, self.config.train_on_prompt, date)
+            return encode_chunk(chunk, chosen, encoder)
 
         num_proc = self.config.num_processes
         mapped = map_in_order(encode, self._chunks(chain([first], rows)), num_proc, CHUNKS_BEFORE_WORKERS)
@@ -201,10 +208,9 @@ class RowReader:
 
 
 def encode_chunk(
-    chunk: list[Row | BrokenRow], chosen: RowFormat, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+    chunk: list[Row | BrokenRow], chosen: RowFormat, encoder: Encoder
 ) -> tuple[list[EncodedRow], dict[str, str]]:
     """Return what became of a chunk's rows, and what its own encoder found out of the chat template (AnswerFinder)."""
-    encoder = Encoder(tokenizer, config.sequence_length, config.train_on_prompt)
     return [_encode_row(row, chosen, encoder) for row in chunk], encoder.rendered
 
 

@@ -111,6 +111,7 @@ def fingerprint(config: DataConfig, data: PreparedData, tokenizer: PreTrainedTok
         "template": None if data.format == "text" else _hash(tokenizer.chat_template),
         "sequence_length": config.sequence_length,
         "packing": config.packing,
+        "date": data.counts.date or False,
         "group_by_length": config.group_by_length and not config.packing,
     }
 

@@ -17,6 +17,7 @@ that; where it does not agree, the answer's own prompt is rendered.
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -44,8 +45,9 @@ class Answers:
 class AnswerFinder:
     """Finds answers with one tokenizer and its chat template; remembers how that template ends turns."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: datetime.date | None = None) -> None:
         self.tokenizer = tokenizer
+        self.date = date
         self.texts = TemplateTexts(tokenizer)
         self.turn_ends: dict[tuple[bool, str], tuple[int, bool]] = {}
         self.rendered: dict[str, str] = {}  # by field: "" where the template renders it, else a sentence that says no
@@ -75,7 +77,8 @@ class AnswerFinder:
                 continue
             bare = [*search.messages[:-1], {name: value for name, value in last.items() if name != field}]
             try:
-                without = render(self.tokenizer, bare, tools=None if field == "tools" else search.tools)
+                tools = None if field == "tools" else search.tools
+                without = render(self.tokenizer, bare, tools=tools, date=self.date)
             except TemplateError:
                 continue
             lost = f"the chat template does not render {field}, so the model neither sees nor learns them"
@@ -102,7 +105,7 @@ class _Search:
         self.rests: dict[tuple[str, str], tuple[str | None, str | None]] = {}
 
     def render(self, messages: list[Message], prompt: bool = False) -> str:
-        return render(self.finder.tokenizer, messages, tools=self.tools, prompt=prompt)
+        return render(self.finder.tokenizer, messages, tools=self.tools, prompt=prompt, date=self.finder.date)
 
     def render_or_none(self, messages: list[Message], prompt: bool = False) -> str | None:
         try:

@@ -75,6 +75,9 @@ def tokenize(
     tokenized = _load(cache / folders.pop(), tokenizer)
     for warning in tokenized.counts.warnings():
         logger.warning("%s=%s: %s", key, path, warning)
+    if (date := tokenized.counts.date) is not None and config.date is None:
+        told = "the chat template writes the day into rows: %s, when they were tokenized; data.date=%s settles it"
+        logger.warning("%s=%s: " + told, key, path, date, date)
     return tokenized
 
 
@@ -96,7 +99,7 @@ def _cache_key(config: DataConfig, source: Source, tokenizer: PreTrainedTokenize
         "limit": limit,
         **{
             name: getattr(config, name)
-            for name in ("format", "columns", "sequence_length", "train_on_prompt", "on_bad_row")
+            for name in ("format", "columns", "sequence_length", "train_on_prompt", "on_bad_row", "date")
         },
     }
     return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:32]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 import logging
+import re
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,9 @@ FILES += ["chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "spiec
 # What tokenizers call the token that ends a text, where no configuration says it.
 USUAL_EOS = ["</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|end▁of▁sentence|>", "[SEP]"]
 USUAL_BOS = ["<s>", "<|begin_of_text|>", "<bos>", "<|begin▁of▁sentence|>", "[CLS]"]
+
+# transformers gives its own function to every template; a caller can't give another.
+TODAY = re.compile(r"""\bstrftime_now\(\s*(?P<quote>['"])(?P<form>[^'"]*)(?P=quote)\s*\)""")
 
 # The template for a tokenizer that has none. BOS and the end-of-text token are those of the tokenizer.
 FALLBACK_TEMPLATE = (
@@ -117,6 +123,7 @@ def render(
     *,
     tools: list[dict[str, Any]] | None = None,
     prompt: bool = False,
+    date: datetime.date | None = None,
 ) -> str:
     """Render ``messages`` with the chat template; with ``prompt``, up to where the answer begins.
 
@@ -126,14 +133,20 @@ def render(
             Where it refuses the arguments of calls as objects, it gets them as JSON text.
         tools: the functions that may be called, as JSON schemas.
         prompt: open an answer at the end.
+        date: what a template that writes the day takes for today; None: today.
 
     Raises:
         jinja2.TemplateError: the template refuses these messages.
     """
 
+    # None: the tokenizer's own.
+    template = None if date is None else template_of_day(str(tokenizer.get_chat_template(tools=tools)), date)
+
     def write(messages: list[dict[str, Any]]) -> str:
         try:
-            text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+            text = tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=prompt, chat_template=template
+            )
         except (TypeError, ValueError, LookupError, AttributeError) as error:  # templates add and compare what they get
             raise TemplateError(str(error) or type(error).__name__) from error
         if not isinstance(text, str):
@@ -148,6 +161,19 @@ def render(
             with suppress(TemplateError):
                 return write(with_text)
         raise
+
+
+def writes_day(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat template writes the day on which it is rendered, in a form that stands in it."""
+    template = tokenizer.chat_template
+    named = template.values() if isinstance(template, dict) else [template]
+    return any(TODAY.search(text) for text in named)
+
+
+@lru_cache(maxsize=16)
+def template_of_day(template: str, date: datetime.date) -> str:
+    """Return a chat template with ``date`` in the place of today's."""
+    return TODAY.sub(lambda call: json.dumps(date.strftime(call["form"]), ensure_ascii=False), template)
 
 
 def _with_arguments_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import datetime
+import itertools
 import json
 import os
 from pathlib import Path
@@ -325,3 +327,36 @@ def test_subsets_reach_the_validation_split(tmp_path):
 
 def files(name: str) -> list[dict]:
     return [{"split": "train", "path": f"{name}.jsonl"}, {"split": "validation", "path": f"{name}_held.jsonl"}]
+
+
+class EveryCallAnotherDay(datetime.date):
+    """A clock that passes midnight each time it is looked at."""
+
+    days = itertools.count(1)
+
+    @classmethod
+    def today(cls) -> datetime.date:
+        return datetime.date(2024, 1, next(cls.days))
+
+
+def test_a_template_that_writes_the_day_writes_one_and_says_which(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(encode_rows.datetime, "date", EveryCallAnotherDay)
+    tokenizer = load_tokenizer("builtin:demo")
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+
+    def days(**options) -> set[str]:
+        config = DataConfig(path=write(tmp_path / "rows.jsonl", ROWS), cache_dir=str(tmp_path / "cache"), **options)
+        data = prepare_data(config, tokenizer, seed=0)
+        assert fingerprint(config, data, tokenizer)["date"] == data.counts.date
+        return {tokenizer.decode(ids).partition("<user>")[0].replace("<s>", "").strip() for ids in rows_of(data.train)}
+
+    assert len(first := days()) == 1
+    assert days() == first, "of the cache, whatever the day is"
+    said = "the chat template writes the day into rows: 2024-01-0"
+    assert caplog.text.count(said) == 2 and "data.date=2024-01-0" in caplog.text
+    caplog.clear()
+    assert days(date="2001-02-03") == {tokenizer.decode(tokenizer("03 Feb 2001").input_ids).strip()} != first
+    assert said not in caplog.text
+    assert prepare(tmp_path).counts.date is None, "a template that writes none"
+    with pytest.raises(UserError, match=r"data.date=31.1.2026: must be a day such as 2026-01-31"):
+        DataConfig(date="31.1.2026")
