@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lisa_dist.runtime.files import write_atomically
 from tests.support.forkserver import FORKSERVER
 from tests.support.network_program import run_rank
 from tests.support.tiny import SYSTEM_PATH
@@ -98,23 +99,42 @@ def _link(device: str, host: str, other_device: str, other_host: str) -> None:
 
 
 class Run:
-    """A run of two ranks, one on each host."""
+    """A run of two ranks, one on each host, that makes ``steps`` steps until more are allowed."""
 
-    def __init__(self, hosts: Hosts, folder: Path, *overrides: str) -> None:
+    def __init__(self, hosts: Hosts, folder: Path, steps: int, *overrides: str) -> None:
         self.folder = folder
+        self.allowed = folder / "allowed_steps"
+        self.allow(steps)
         self.logs = [folder / f"host_{rank}.log" for rank in (0, 1)]
         self.processes = []
         for rank, host in enumerate(hosts.names):
             settings = {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(PORT), "WORLD_SIZE": "2", "RANK": str(rank)}
             settings |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-            arguments = (host, settings, self.logs[rank], self._counts(rank), list(overrides))
+            arguments = (host, settings, self.logs[rank], self._counts(rank), self.allowed, list(overrides))
             self.processes.append(FORKSERVER.Process(target=run_rank, args=arguments))
             self.processes[-1].start()
 
     def _counts(self, rank: int) -> Path:
         return self.folder / f"bytes_{rank}.json"
 
-    def wait_until(self, condition: Callable[[], bool]) -> None:
+    def allow(self, steps: int) -> None:
+        """Let the run make so many steps in all."""
+        write_atomically(self.allowed, str(steps))
+
+    def train_to(self, steps: int) -> None:
+        """Let the run make so many steps in all, and wait until both ranks have made them."""
+        self.allow(steps)
+        self._wait_until(lambda: self.steps_made() == [steps, steps])
+
+    def steps_made(self) -> list[int]:
+        """Return how many steps each rank has made in this start."""
+        return [len(self._bytes_of_steps(rank)) for rank in (0, 1)]
+
+    def _bytes_of_steps(self, rank: int) -> list[int]:
+        path = self._counts(rank)
+        return json.loads(path.read_text()) if path.exists() else []
+
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE
         while not condition():
             running = all(process.is_alive() for process in self.processes)
@@ -123,7 +143,7 @@ class Run:
 
     def bytes_of_a_step(self, rank: int) -> float:
         """Return the median over the steps so far, the first ones left out: they open connections."""
-        return statistics.median(json.loads(self._counts(rank).read_text())[2:])
+        return statistics.median(self._bytes_of_steps(rank)[2:])
 
     def wait(self) -> list[int | None]:
         """Wait for the end of both ranks and return their codes."""

@@ -1,4 +1,4 @@
-"""What a host runs in the tests of the network: the trainer, and a count of the bytes that each step sends."""
+"""What a host runs in the tests of the network: the trainer, step by step as allowed, and a count of the bytes sent."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,13 @@ def bytes_sent() -> int:
     return sum(int(device[9]) for device in devices if device[0].startswith("v"))
 
 
-def run_rank(host: str, settings: dict[str, str], log: Path, counts_of_bytes: Path, overrides: list[str]) -> None:
-    """Be a rank on ``host``: train, and write a number for each step into ``counts_of_bytes``."""
+def run_rank(
+    host: str, settings: dict[str, str], log: Path, counts_of_bytes: Path, allowed: Path, overrides: list[str]
+) -> None:
+    """Be a rank on ``host``: train, and write a number for each step into ``counts_of_bytes``.
+
+    Before a step past those whose number ``allowed`` holds the rank waits.
+    """
     move_to(host)
     send_output_to(log, log)
     os.environ.update(settings)
@@ -41,9 +47,11 @@ def run_rank(host: str, settings: dict[str, str], log: Path, counts_of_bytes: Pa
     counts: list[int] = []
     train_step = loop.train_step
 
-    def counted(*arguments: Any, **more: Any) -> Any:
+    def counted(train_module: Any, micro_batches: Any, step: int, *rest: Any, **more: Any) -> Any:
+        while step >= int(allowed.read_text()):
+            time.sleep(0.02)
         before = bytes_sent()
-        result = train_step(*arguments, **more)
+        result = train_step(train_module, micro_batches, step, *rest, **more)
         counts.append(bytes_sent() - before)
         write_atomically(counts_of_bytes, json.dumps(counts))
         return result
