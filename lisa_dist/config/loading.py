@@ -6,7 +6,7 @@ import copy
 import functools
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -195,7 +195,7 @@ def _sentence(error: BaseException) -> str:
 
 def to_yaml(config: Config) -> str:
     """Return the configuration as YAML, keys as the user writes them."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+    return OmegaConf.to_yaml(asdict(config), resolve=True)
 
 
 def load_run(run_dir: str, overrides: list[str]) -> Config:

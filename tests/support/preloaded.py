@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+import pytest  # noqa: F401  which the modules of tests import
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 import lisa_dist.cli
