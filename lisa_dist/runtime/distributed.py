@@ -280,8 +280,8 @@ def garbage_collected_when_asked() -> Iterator[None]:
     Where the caller has left something out already, that stays so, and nothing is added.
     """
     has_frozen = gc.get_freeze_count() > 0
-    gc.collect()
     if not has_frozen:
+        gc.collect()
         gc.freeze()
     try:
         with no_garbage_collection():

@@ -101,24 +101,18 @@ def own_weights(directory: Path) -> dict[str, int]:
     return {name: tensors.read(name).nbytes for name in tensors}
 
 
-def test_in_the_background_is_the_same(plain: Path, tmp_path: Path) -> None:
-    config = make_config(tmp_path, "checkpoint.keep=0", "checkpoint.async=true")
-    train(2, config, Kill("inside", PERIOD + 1))
-    assert_same_run(tmp_path, plain)
-    for step in range(1, STEPS + 1):
-        found, expected = tensors_of(checkpoint(tmp_path, step)), tensors_of(checkpoint(plain, step))
-        assert verify(checkpoint(tmp_path, step)) is None
-        assert all(torch.equal(found[name], expected[name]) for name in expected), f"step {step} was staged too late"
-
-
-def test_only_what_changed(plain: Path, tmp_path: Path) -> None:
-    """Between full checkpoints lie those weights alone that trained since the one before."""
-    train(2, make_config(tmp_path, "checkpoint.keep=0", "checkpoint.full_every=4"), Kill("before", 4))
+def test_in_the_background_only_what_changed(plain: Path, tmp_path: Path) -> None:
+    """Between full checkpoints lie those weights alone that trained since the one before, as they were at that step."""
+    settings = ["checkpoint.keep=0", "checkpoint.async=true", "checkpoint.full_every=4"]
+    train(2, make_config(tmp_path, *settings), Kill("inside", 4))
     assert_same_run(tmp_path, plain)
     blocks = {row["step"]: row["active_layers"][0] for row in read_rows(tmp_path / "layers.jsonl")}
     assert blocks[1] != blocks[3], "a seed whose draws differ is needed for this test"
     everything = own_weights(checkpoint(plain, 1))
     for step in range(1, STEPS + 1):
+        assert verify(checkpoint(tmp_path, step)) is None
+        found, expected = tensors_of(checkpoint(tmp_path, step)), tensors_of(checkpoint(plain, step))
+        assert all(torch.equal(found[name], expected[name]) for name in expected), f"step {step} was staged too late"
         written = own_weights(checkpoint(tmp_path, step))
         if step in (1, 5):  # every fourth, counted on over the resume
             assert written.keys() == everything.keys()
@@ -127,19 +121,19 @@ def test_only_what_changed(plain: Path, tmp_path: Path) -> None:
         now = (step - 1) // PERIOD * PERIOD + 1
         active = {blocks[now]} | ({blocks[now - PERIOD]} if step == now else set())
         inside = {name for name in everything if ".layers." in name}
-        expected = {name for name in inside if int(name.split(".layers.")[1].split(".")[0]) in active}
-        assert written.keys() == expected | (everything.keys() - inside)
-        found = tensors_of(checkpoint(tmp_path, step))
-        assert all(torch.equal(found[name], t) for name, t in tensors_of(checkpoint(plain, step)).items())
+        changed = {name for name in inside if int(name.split(".layers.")[1].split(".")[0]) in active}
+        assert written.keys() == changed | (everything.keys() - inside)
 
 
 def test_a_chain_is_kept_and_restored(plain: Path, tmp_path: Path) -> None:
-    config = make_config(tmp_path, "checkpoint.keep=1", "checkpoint.full_every=100")
-    train(2, config, Kill("before", STEPS))
-    assert_same_run(tmp_path, plain)
-    kept = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
-    assert kept[0] == checkpoint_name(STEPS) and checkpoint_name(1) in kept, "the base is needed"
-    needed = json.loads((checkpoint(tmp_path, STEPS) / "manifest.json").read_text())["depends_on"]
+    run_dir = tmp_path / "run"
+    copy_up_to(4, plain, run_dir)
+    config = make_config(run_dir, "checkpoint.keep=1", "checkpoint.full_every=100")
+    train(2, resuming(config), Kill("before", STEPS))
+    assert_same_run(run_dir, plain)
+    kept = [path.name for path in list_checkpoints(run_dir / "checkpoints")]
+    assert kept[0] == checkpoint_name(STEPS) and checkpoint_name(4) in kept, "the base is needed"
+    needed = json.loads((checkpoint(run_dir, STEPS) / "manifest.json").read_text())["depends_on"]
     assert sorted(kept[1:]) == sorted(needed)
 
 

@@ -19,6 +19,7 @@ from tests.support.runs import (
     PERIOD,
     Kill,
     assert_same_run,
+    cut_back,
     final_tensors,
     make_config,
     resuming,
@@ -48,9 +49,10 @@ def sampler_state(config: Config, checkpoint: Path) -> dict[str, Any]:
 def test_a_resumed_run_equals_the_uninterrupted_one(pair: str, tmp_path: Path) -> None:
     ranks, chosen = PAIRS[pair]
     steps = f"train.max_steps={2 * PERIOD + 1}"
-    whole, cut = (make_config(tmp_path / name, steps, *chosen) for name in ("whole", "cut"))
+    whole, cut = (make_config(tmp_path / name, steps, "checkpoint.keep=0", *chosen) for name in ("whole", "cut"))
     train(ranks, whole)
-    train(ranks, cut, Kill("inside", PERIOD + 2))
+    cut_back(tmp_path / "whole", tmp_path / "cut", PERIOD + 1)
+    train(ranks, resuming(cut))
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
     scores = [row["scores"] for row in read_rows(tmp_path / "cut" / "layers.jsonl")]
     assert len(scores) == 3 and any(len(set(row)) > 1 for row in scores), "no probe had a result"

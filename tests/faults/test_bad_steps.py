@@ -23,8 +23,8 @@ from lisa_dist.training.recovery import LossSpikeError, NonFiniteError, is_spike
 from tests.support import runs
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import (
-    Kill,
     assert_same_run,
+    cut_back,
     final_state,
     final_tensors,
     metrics,
@@ -41,7 +41,7 @@ def make_config(run_dir: Path, *overrides: str) -> Config:
     return runs.make_config(run_dir, f"train.max_steps={STEPS}", "sampler.period=3", *overrides)
 
 
-def train_with_bad_batches(config: Config, kind: str, bad: list[int], kill: Kill | None = None) -> Any:
+def train_with_bad_batches(config: Config, kind: str, bad: list[int]) -> Any:
     """Train where the loss or gradient of some global batches is bad on the last rank; the error where one ends it.
 
     Args:
@@ -71,7 +71,7 @@ def train_with_bad_batches(config: Config, kind: str, bad: list[int], kill: Kill
     patched = mock.patch.object(step_parts, "accumulate_gradients", gradients)
     with patched, mock.patch.object(loop, "train_step", step):
         try:
-            return train_here(config, kill)
+            return train_here(config)
         except (NonFiniteError, LossSpikeError) as error:
             return str(error)
 
@@ -81,7 +81,7 @@ def happened(run_dir: Path) -> list[tuple[str, int]]:
     return [(row["event"], row["step"]) for row in read_rows(RunDirectory(run_dir).events)]
 
 
-@pytest.mark.parametrize("kind", ["gradient", "loss"])
+@pytest.mark.parametrize("kind", ["gradient", pytest.param("loss", marks=pytest.mark.soak)])
 def test_bad_steps_are_left_out_and_kept(kind: str, tmp_path: Path) -> None:
     config = runs.make_config(tmp_path, "train.on_nonfinite=skip")
     assert run_on_ranks(2, train_with_bad_batches, config, kind, [3, 5]) == [0, 0]
@@ -126,16 +126,15 @@ SPIKES = ("train.spike_factor=3", "train.spike_window=3", "checkpoint.every=2")
 
 
 def test_a_spike_takes_the_run_back_without_its_batch(tmp_path: Path) -> None:
-    config = make_config(tmp_path / "whole", *SPIKES)
-    assert run_on_ranks(2, train_with_bad_batches, config, "spike", [6]) == [0, 0]
+    whole, killed = (make_config(tmp_path / name, *SPIKES, "checkpoint.keep=0") for name in ("whole", "killed"))
+    assert run_on_ranks(2, train_with_bad_batches, whole, "spike", [6]) == [0, 0]
     state = final_state(tmp_path / "whole")
     assert state["progress"]["left_out"] == [[20, 24]], "of 4 sequences a step, those of step 6"
     rows = [row for row in metrics(tmp_path / "whole") if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), "rows past the checkpoint are cut"
     assert max(row["loss"] for row in rows) < 10
     # The same with a kill after the roll-back: what is skipped survives.
-    killed = make_config(tmp_path / "killed", *SPIKES)
-    assert run_on_ranks(2, train_with_bad_batches, killed, "spike", [6], Kill("before", 8)) == [None, None]
+    cut_back(tmp_path / "whole", tmp_path / "killed", 6)
     assert run_on_ranks(2, train_with_bad_batches, resuming(killed), "spike", [-1]) == [0, 0]
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
     assert happened(tmp_path / "whole") == [("roll-back", 4)]

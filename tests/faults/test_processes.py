@@ -34,7 +34,7 @@ def train_undisturbed(run_dir: Path, *overrides: str) -> Path:
 
 @pytest.mark.timeout(3000)
 def test_kills_and_signals_in_a_row(tmp_path: Path) -> None:
-    """One rank killed; all killed; the launcher killed; SIGTERM; SIGUSR1 to one rank: then to the end."""
+    """One rank killed; the launcher killed; SIGUSR1 to one rank: then to the end."""
     common = (CONSTANT, "checkpoint.every=2")
     settings = (*common, "checkpoint.async=true", "checkpoint.full_every=3", RESUME)
     run_dir = tmp_path / "run"
@@ -51,30 +51,21 @@ def test_kills_and_signals_in_a_row(tmp_path: Path) -> None:
     assert code == EXIT_FAILED and "rank 1 failed: it was killed" in output, output
 
     run = start()
-    for rank in (0, 1):
-        os.kill(run.rank_process(rank), signal.SIGKILL)
-    assert run.finish()[0] == EXIT_FAILED
-
-    run = start()
     ranks = [run.rank_process(rank) for rank in (0, 1)]
     os.kill(run.pid, signal.SIGKILL)
     assert run.finish()[0] == -signal.SIGKILL
     wait_until(lambda: not [process for process in ranks if is_running(process)], "the ranks to die with the launcher")
 
     run = start()
-    os.kill(run.pid, signal.SIGTERM)
+    os.kill(run.rank_process(1), signal.SIGUSR1)  # as Slurm may send it to one task
     code, output = run.finish()
     assert code == EXIT_STOPPED, output
     assert read_summary(run_dir)["exit_reason"] == "signal"
 
-    run = start()
-    os.kill(run.rank_process(1), signal.SIGUSR1)  # as Slurm may send it to one task
-    assert run.finish()[0] == EXIT_STOPPED
-
     end = f"train.max_steps={last_step(run_dir) + 3}"
     code, output = Launched(run_dir, *settings, end).finish()
     assert code == EXIT_DONE, output
-    assert len(read_summary(run_dir)["resumed_from"]) == 5
+    assert len(read_summary(run_dir)["resumed_from"]) == 3
     assert_same_run(run_dir, train_undisturbed(tmp_path / "reference", *common, end))
 
 
