@@ -88,6 +88,7 @@ def _numbers(plan: Plan) -> dict[str, Any]:
         "link_bytes_per_step": work.link_bytes,
         "flops_per_step": work.flops,
         "step_seconds_estimate": plan.estimate.step_seconds,
+        "bound_by": plan.estimate.bound_by,
         "tokens_per_second_estimate": plan.estimate.tokens_per_second,
         "label_tokens_per_second_estimate": label_tokens_per_second(plan),
         "estimate_seconds": asdict(plan.estimate),
@@ -167,7 +168,8 @@ def _table_of(plan: Plan) -> Table:
     table.add_row(
         "step time, estimate",
         f"{format_duration(times.step_seconds)} (computing {format_duration(times.compute_seconds)}, communicating "
-        f"{format_duration(times.communication_seconds)}, host {format_duration(times.host_seconds)}; overlapped)",
+        f"{format_duration(times.communication_seconds)}, host {format_duration(times.host_seconds)}; overlapped, "
+        f"{times.bound_by} takes longest)",
     )
     if plan.range is not None:
         quickest, slowest = (format_duration(bound.step_seconds) for bound in plan.range)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.checks import check_accumulation, check_combinations, check_streamed
@@ -55,8 +55,7 @@ def make_plan(config: Config, gpu: Gpu, overrides: list[str] | None = None) -> P
     trace, extremes = predict_over_draws(config)
     bounds = None
     if extremes is not None:
-        least, most = (estimate(replace(trace, work=work), gpu, config) for work in extremes)
-        bounds = (least, most)
+        bounds = (estimate(extremes[0], gpu, config), estimate(extremes[1], gpu, config))
     return Plan(overrides, config, gpu, trace, estimate(trace, gpu, config), bounds)
 
 

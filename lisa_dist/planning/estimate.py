@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from lisa_dist.config import Config
 from lisa_dist.config.gpu import Gpu
 from lisa_dist.planning.simulation import Trace, micro_batches_per_step
+from lisa_dist.sharding.ledger import Work
+from lisa_dist.sharding.link import Link, Slot, Slots
 
 # Shares of the makers' numbers that large operations reach in practice, rounded; assumptions, not measurements.
 MATRIX_EFFICIENCY = 0.7
@@ -26,6 +30,16 @@ class Estimate:
     step_seconds: float
     tokens_per_second: float  # of all ranks together
 
+    @property
+    def bound_by(self) -> str:
+        """What takes longest of what a step does side by side: computing, communicating, or the host."""
+        seconds = {
+            "computing": self.compute_seconds,
+            "communicating": self.communication_seconds,
+            "host": self.host_seconds,
+        }
+        return max(seconds, key=lambda part: seconds[part])
+
 
 def estimate(trace: Trace, gpu: Gpu, config: Config) -> Estimate:
     """Estimate the time of a step.
@@ -34,17 +48,74 @@ def estimate(trace: Trace, gpu: Gpu, config: Config) -> Estimate:
     overlaps with computation but for the first block's gather and the last one's reduction.
     """
     work = trace.work
-    slowdown = FP32_SLOWDOWN if config.precision.compute == "float32" else 1.0
-    bandwidth = gpu.memory_bandwidth * MEMORY_EFFICIENCY
-    matrix = max(work.flops * slowdown / (gpu.matrix_flops * MATRIX_EFFICIENCY), work.matrix_bytes / bandwidth)
-    compute = matrix + work.other_bytes / bandwidth
+    compute = _compute_seconds(work, gpu, config)
     within = work.sent_within_nodes / (gpu.link_bandwidth_within_node * LINK_EFFICIENCY)
     across = work.sent_across_nodes / (gpu.link_bandwidth_across_nodes * LINK_EFFICIENCY)
     communication = within + across
     host = _host_seconds(trace, gpu, config)
-    overlapped = communication + host[0]
-    step = max(compute, overlapped) + min(compute, overlapped) / trace.num_blocks + host[1]
+    if work.link_bytes:
+        step = _streamed_seconds(trace, gpu, config, compute)
+    else:
+        overlapped = communication + host[0]
+        step = max(compute, overlapped) + min(compute, overlapped) / trace.num_blocks + host[1]
     return Estimate(compute, communication, sum(host), step, trace.tokens / step)
+
+
+def _compute_seconds(work: Work, gpu: Gpu, config: Config) -> float:
+    slowdown = FP32_SLOWDOWN if config.precision.compute == "float32" else 1.0
+    bandwidth = gpu.memory_bandwidth * MEMORY_EFFICIENCY
+    matrix = max(work.flops * slowdown / (gpu.matrix_flops * MATRIX_EFFICIENCY), work.matrix_bytes / bandwidth)
+    return matrix + work.other_bytes / bandwidth
+
+
+def _streamed_seconds(trace: Trace, gpu: Gpu, config: Config, compute: float) -> float:
+    """Return the seconds of a step whose frozen blocks come from host memory, by the store's own order of copies.
+
+    A backward pass, which computes its block again, takes three times as long as a forward pass for the same copy. So
+    neither the sum of copies nor that of computing alone says how long a step takes. What else is computed stands
+    where the forward pass turns into the backward pass.
+    """
+    micro_batches = micro_batches_per_step(config)
+    forward, backward = trace.streamed
+    blocks, reached = round(forward.visits / micro_batches), round(backward.visits / micro_batches)
+    up, down = (_compute_seconds(work, gpu, config) for work in trace.streamed)
+    rest = (compute - up - down) / micro_batches
+    link = _TimedLink(gpu.host_bandwidth * LINK_EFFICIENCY)
+    slots = Slots(link, 1 + config.parallel.prefetch, 0, torch.device("meta"))
+    weights = torch.empty(trace.host_bytes // blocks, dtype=torch.uint8, device="meta")
+    passes = [(block, up / forward.visits) for block in range(blocks)]
+    passes += [(block, down / backward.visits) for block in reversed(range(blocks - reached, blocks))]
+    slots.expect([block for block, _ in passes])
+    ends = []
+    for _ in range(3):  # the first begins with empty slots
+        for place, (block, seconds) in enumerate(passes):
+            link.now += rest if place == blocks else 0.0
+            slot = slots.enter(block, lambda _: weights)
+            link.now += seconds
+            slots.leave(slot)
+        link.now += 0.0 if reached else rest
+        ends.append(link.now)
+    return (ends[-1] - ends[-2]) * micro_batches
+
+
+class _TimedLink(Link):
+    """A link of so many bytes a second that knows when a copy is there, and until when what computes waits for it."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.now = 0.0  # seconds since the start, where computing has got to
+        self.copied = 0.0  # where copying has
+
+    def _copy(self, slot: Slot, host: torch.Tensor) -> None:
+        self.copied = max(self.copied, slot.free or 0.0) + host.nbytes / self.rate
+        slot.filled = self.copied
+
+    def wait(self, slot: Slot) -> None:
+        self.now = max(self.now, slot.filled)
+
+    def hand_back(self, slot: Slot) -> None:
+        slot.free = self.now
 
 
 def _host_seconds(trace: Trace, gpu: Gpu, config: Config) -> tuple[float, float]:

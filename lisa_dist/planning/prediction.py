@@ -42,8 +42,8 @@ def predict(config: Config, least_work: bool = False) -> Trace:
     return extrapolate(simulate(config, shallow, least_work), simulate(config, shallow + 1, least_work), depth)
 
 
-def predict_over_draws(config: Config) -> tuple[Trace, tuple[Work, Work] | None]:
-    """Return the trace whose peaks are those of any draw, with the mean work of a step, and the work's range.
+def predict_over_draws(config: Config) -> tuple[Trace, tuple[Trace, Trace] | None]:
+    """Return the trace whose peaks are those of any draw, with the mean work of a step, and the range of draws.
 
     The range, from the draw of the shortest backward pass to that of the longest, is None where the draw doesn't
     matter (see ``draws.py``). In between the work grows by the same amount for each block that the backward pass
@@ -56,9 +56,11 @@ def predict_over_draws(config: Config) -> tuple[Trace, tuple[Work, Work] | None]
     draws = coming_draws(config, trace.num_blocks)
     if not draws:
         return trace, None
-    least, most = predict(config, least_work=True).work, trace.work
+    least = predict(config, least_work=True)
     reached = 1 - mean_lowest(draws) / (trace.num_blocks - trace.num_active)
-    return replace(trace, work=between(least, most, reached)), (least, most)
+    forward, backward = (between(less, more, reached) for less, more in zip(least.streamed, trace.streamed))
+    mean = replace(trace, work=between(least.work, trace.work, reached), streamed=(forward, backward))
+    return mean, (least, trace)
 
 
 def draws_of_modules(config: Config) -> list[Config]:
@@ -98,6 +100,9 @@ def extrapolate(shallow: Trace, deeper: Trace, num_blocks: int) -> Trace:
     def follow(first: int, second: int) -> int:
         return first + more * (second - first)
 
+    def along(first: Work, second: Work) -> Work:
+        return sum_of_work([first, second], [1 - more, more])
+
     all_active = shallow.num_active == shallow.num_blocks
     num_active = num_blocks if all_active else shallow.num_active
     tail = EDGE + (0 if all_active else num_active)
@@ -114,7 +119,8 @@ def extrapolate(shallow: Trace, deeper: Trace, num_blocks: int) -> Trace:
         },
         host_bytes=follow(shallow.host_bytes, deeper.host_bytes),
         peaks=peaks,
-        work=sum_of_work([shallow.work, deeper.work], [1 - more, more]),
+        work=along(shallow.work, deeper.work),
+        streamed=(along(shallow.streamed[0], deeper.streamed[0]), along(shallow.streamed[1], deeper.streamed[1])),
     )
 
 

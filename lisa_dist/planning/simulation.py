@@ -38,6 +38,8 @@ from lisa_dist.sharding.ledger import Ledger, Work, sum_of_work
 from lisa_dist.training.step import train_step
 
 SWITCH = "switch of active blocks"
+STREAMED_FORWARD = ", forward of blocks that are copied for it"
+STREAMED_BACKWARD = ", backward of blocks that are copied for it"
 MAX_SIMULATED_MICRO_BATCHES = 3  # the first, one like all in between, the last
 
 
@@ -55,6 +57,7 @@ class Trace:
     host_bytes: int  # of these, in host memory
     peaks: dict[str, int]  # the most device bytes alive at once, by phase
     work: Work  # of one optimizer step
+    streamed: tuple[Work, Work]  # of it, the forward and the backward passes of blocks that are copied for them
     tokens: int  # of one optimizer step, over all ranks
 
     @property
@@ -184,6 +187,10 @@ def simulate(config: Config, num_blocks: int | None = None, least_work: bool = F
             host_bytes=clock.host_bytes,
             peaks={phase: peak for phase, peak in ledger.peaks.items() if phase != "start"},
             work=_work_of_step(ledger.work, micro_batches),
+            streamed=(
+                _work_of_passes(ledger.work, micro_batches, [STREAMED_FORWARD]),
+                _work_of_passes(ledger.work, micro_batches, [STREAMED_BACKWARD]),
+            ),
             tokens=micro_batches * config.train.micro_batch_size * dims.data_ranks * config.data.sequence_length,
         )
 
@@ -202,7 +209,7 @@ class _Clock:
     def __call__(self, part: str) -> Iterator[None]:
         if part == "forward":
             self.micro_batch += 1
-            self.ledger.scope = f"micro-batch {self.micro_batch}"
+            self._enter(None)
         elif part == "optimizer":
             self.ledger.phase = self.ledger.scope = part
             self.host_bytes = self.move_to_host()
@@ -216,17 +223,26 @@ class _Clock:
         """Set the phase as the forward and the backward pass enter each part of the model."""
         layers = self.train_module.store.layers
         for index, block in enumerate(layers.blocks):
-            self._watch(block, f"block {index} of {len(layers.blocks)}")
+            self._watch(block, f"block {index} of {len(layers.blocks)}", index)
         for modules, name in ((layers.embeddings, "embeddings"), (layers.norm, "norm"), ([layers.head], "head")):
             for module in modules:
                 self._watch(module, name)
 
-    def _watch(self, module: nn.Module, name: str) -> None:
+    def _enter(self, block: int | None, streamed: str = "") -> None:
+        """Put down what comes to this micro-batch, apart where it is the pass of a block that streams now."""
+        self.ledger.scope = f"micro-batch {self.micro_batch}"
+        if block is not None and self.train_module.store.recomputes(block):
+            self.ledger.scope += streamed
+            self.ledger.work.setdefault(self.ledger.scope, Work()).visits += 1
+
+    def _watch(self, module: nn.Module, name: str, block: int | None = None) -> None:
         def begin_forward(*_: Any) -> None:
             self.ledger.phase = f"forward of {name}"
+            self._enter(block, STREAMED_FORWARD)
 
         def begin_backward(_: torch.Tensor) -> None:
             self.ledger.phase = f"backward of {name}"
+            self._enter(block, STREAMED_BACKWARD)
 
         def end_forward(module: nn.Module, args: Any, output: Any) -> None:
             tensor = output[0] if isinstance(output, tuple) else output
@@ -260,8 +276,21 @@ def _micro_batch(config: Config) -> MicroBatch:
 
 
 def _work_of_step(work: dict[str, Work], micro_batches: int) -> Work:
-    """Return the work of a step of ``micro_batches``, of which only the first, the second and the last were made."""
-    made = [work[f"micro-batch {index}"] for index in range(min(micro_batches, MAX_SIMULATED_MICRO_BATCHES))]
-    total = sum_of_work([*made, work["optimizer"]], [1] * (len(made) + 1))
+    passes = _work_of_passes(work, micro_batches, ["", STREAMED_FORWARD, STREAMED_BACKWARD])
+    return sum_of_work([passes, work["optimizer"]], [1, 1])
+
+
+def _work_of_passes(work: dict[str, Work], micro_batches: int, parts: list[str]) -> Work:
+    """Return the work of these parts of ``micro_batches``, of which only the first, the second and the last were made.
+
+    Args:
+        work: by scope.
+        micro_batches: of a step.
+        parts: what follows the micro-batch in a scope's name.
+    """
+    made = []
+    for index in range(min(micro_batches, MAX_SIMULATED_MICRO_BATCHES)):
+        found = [work.get(f"micro-batch {index}{part}", Work()) for part in parts]
+        made.append(sum_of_work(found, [1] * len(found)))
     left_out = micro_batches - len(made)
-    return sum_of_work([total, made[1]], [1, left_out]) if left_out else total
+    return sum_of_work([*made, made[min(1, len(made) - 1)]], [*([1] * len(made)), left_out])

@@ -37,6 +37,17 @@ COLLECTIVES = {
 OPERATIONS_WITHOUT_TRAFFIC = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "resize_", "wait_tensor"}
 
 
+COUNTED = (
+    "flops",
+    "matrix_bytes",
+    "other_bytes",
+    "sent_within_nodes",
+    "sent_across_nodes",
+    "link_bytes",
+    "visits",
+)  # of Work
+
+
 @dataclass
 class Work:
     """What a rank does in some scope of a step."""
@@ -48,13 +59,14 @@ class Work:
     sent_within_nodes: int = 0  # by collectives among the ranks of one machine
     sent_across_nodes: int = 0
     link_bytes: int = 0  # of weights that are copied from host memory, where the store itself copies them
+    visits: int = 0  # passes of blocks that are copied for them
 
 
 def sum_of_work(parts: Sequence[Work], times: Sequence[int]) -> Work:
     """Return the sum of each part taken so many times, which may be negative."""
     total = Work()
     for part, count in zip(parts, times):
-        for name in ("flops", "matrix_bytes", "other_bytes", "sent_within_nodes", "sent_across_nodes", "link_bytes"):
+        for name in COUNTED:
             setattr(total, name, getattr(total, name) + count * getattr(part, name))
         for collective, size in part.sent.items():
             total.sent[collective] += count * size
@@ -75,6 +87,7 @@ def between(less: Work, more: Work, share: float) -> Work:
         at(less.sent_within_nodes, more.sent_within_nodes),
         at(less.sent_across_nodes, more.sent_across_nodes),
         at(less.link_bytes, more.link_bytes),
+        at(less.visits, more.visits),
     )
 
 

@@ -36,7 +36,7 @@ def test_the_planned_work_is_the_mean_over_draws_and_its_range_that_of_the_first
     each = [simulated(load(overrides), [block]) for block in range(BLOCKS)]
     trace, bounds = predict_over_draws(load(overrides))
     assert bounds is not None
-    assert (bounds[0].flops, bounds[1].flops) == (min(each), max(each)) == (each[-1], each[0])
+    assert (bounds[0].work.flops, bounds[1].work.flops) == (min(each), max(each)) == (each[-1], each[0])
     assert trace.work.flops == pytest.approx(statistics.mean(each), rel=1e-6)
     assert trace.peaks == predict(load(overrides)).peaks, "memory is planned for any draw"
 
