@@ -259,7 +259,7 @@ def vary(config: Config, overrides: list[str]) -> Config:
     """
     parsed = parse_overrides(overrides)
     chosen = [override for override in parsed if override.key in GROUPS]
-    fresh = load(["model=custom", *(override.text for override in chosen)])
+    fresh = load(["model=custom", *(override.text for override in chosen)]) if chosen else config
     changes: dict[str, Any] = {}
     for override in chosen:
         if override.key not in VARIED:

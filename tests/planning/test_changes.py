@@ -1,13 +1,109 @@
-"""What is proposed where a plan does not fit."""
+"""What is proposed where a plan does not fit, and the search for the largest micro-batch: over made-up plans."""
 
 from __future__ import annotations
 
-from lisa_dist.config.loading import load
-from lisa_dist.planning.changes import single_changes
+import pytest
+
+from lisa_dist.config import Config
+from lisa_dist.config.gpu import Gpu, read_gpu
+from lisa_dist.config.loading import load, vary
+from lisa_dist.planning import changes
+from lisa_dist.planning.changes import MOST_MICRO_BATCH, Plan, changes_that_fit, search, single_changes
+from lisa_dist.planning.estimate import Estimate
+from lisa_dist.planning.simulation import Trace, cluster_dims
+from lisa_dist.sharding.checkpointing_policy import RESERVED_BYTES
+from lisa_dist.sharding.ledger import Work
+
+GPU = read_gpu("rtx4090")
+ROOM = GPU.memory_bytes - RESERVED_BYTES
+KEYS = ["model.path=a/model", "data.path=rows.json", "parallel.nproc_per_node=2"]
+KINDS = {"none": 1.0, "selective": 0.5, "full": 0.25}  # of the bytes that a sequence takes
 
 
 def test_machines_that_a_fixed_number_of_shards_rules_out_are_not_proposed() -> None:
-    keys = ["model.path=a/model", "data.path=rows.json", "parallel.nproc_per_node=2"]
-    assert ["parallel.nodes=2"] in single_changes(load(keys))
-    fixed = single_changes(load([*keys, "parallel.shard=2"]))
+    assert ["parallel.nodes=2"] in single_changes(load(KEYS))
+    fixed = single_changes(load([*KEYS, "parallel.shard=2"]))
     assert fixed and ["parallel.nodes=2"] not in fixed
+
+
+class Planner:
+    """Plans of a step whose peak is the greatest of several lines over the micro-batch; counts how many it made.
+
+    Args:
+        lines: (fixed bytes, bytes a sequence). The fixed ones are divided by the ranks, and what a sequence takes is
+            less with checkpointing, which lets a token take longer.
+    """
+
+    def __init__(self, lines: list[tuple[int, int]]) -> None:
+        self.lines = lines
+        self.made: list[list[str]] = []
+
+    def __call__(self, config: Config, gpu: Gpu, overrides: list[str] | None = None) -> Plan:
+        config = vary(config, overrides or [])
+        self.made.append(overrides or [])
+        kind, size = config.parallel.activation_checkpointing, config.train.micro_batch_size
+        tokens, ranks = size * config.data.sequence_length, cluster_dims(config.parallel).num_ranks
+        seconds = (2 - KINDS[kind] + (0.5 if config.parallel.offload != "none" else 0)) * tokens * 1e-4 + 1e-2
+        trace = Trace(2, 1, {}, 0, {"head": self.peak(kind, size, ranks)}, Work(), tokens * ranks)
+        return Plan(overrides or [], config, gpu, trace, Estimate(seconds, 0, 0, seconds, tokens * ranks / seconds))
+
+    def peak(self, kind: str, size: int, ranks: int = 2) -> int:
+        return max(fixed * 2 // ranks + int(each * KINDS[kind]) * size for fixed, each in self.lines)
+
+    def largest(self, kind: str) -> int:
+        return max((size for size in range(1, MOST_MICRO_BATCH + 1) if self.peak(kind, size) <= ROOM), default=1)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        pytest.param([(0, ROOM // 37)], id="one line"),
+        pytest.param([(ROOM // 2, 10**6), (0, ROOM // 50)], id="flat, then steep"),
+        pytest.param([(ROOM // 2, 10**3), (ROOM // 3, ROOM // 300), (0, ROOM // 90 + 1)], id="three lines"),
+        pytest.param([(ROOM - 10, 10)], id="one sequence to the byte"),
+        pytest.param([(ROOM - 20, 10)], id="two sequences to the byte"),
+        pytest.param([(ROOM, 4)], id="not one"),
+        pytest.param([(0, 4)], id="more than is tried"),
+    ],
+)
+def test_the_search_finds_the_largest_micro_batch_that_fits(
+    lines: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planner = Planner(lines)
+    monkeypatch.setattr(changes, "make_plan", planner)
+    found = search(load(KEYS), GPU)
+    assert {plan.config.parallel.activation_checkpointing: plan.config.train.micro_batch_size for plan in found} == {
+        kind: planner.largest(kind) for kind in KINDS
+    }
+    assert [plan.fits for plan in found] == [planner.peak("none", 1) <= ROOM] * 3
+    seconds = [plan.estimate.step_seconds / plan.trace.tokens for plan in found]
+    assert seconds == sorted(seconds), "the fastest first"
+    assert len(planner.made) <= 3 * 10, "each takes seconds"
+
+
+def test_of_changes_that_fit_the_cheapest_is_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner = Planner([(ROOM // 2, ROOM // 6)])
+    monkeypatch.setattr(changes, "make_plan", planner)
+    plan = planner(load([*KEYS, "train.micro_batch_size=4"]), GPU)
+    assert not plan.fits
+    found = changes_that_fit(plan)
+    fitting = [other for other in found if other.fits]
+    assert fitting == found[: len(fitting)] and len(fitting) < len(found)
+    assert [other.overrides for other in fitting] == [
+        ["parallel.nodes=2"],  # as long a step for twice the tokens
+        ["train.micro_batch_size=2"],  # what each step takes besides is for fewer tokens
+        ["parallel.activation_checkpointing=selective"],
+        ["parallel.activation_checkpointing=full"],
+    ]
+
+
+def test_where_no_change_alone_is_enough_they_are_made_together_with_ever_more_machines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planner = Planner([(7 * ROOM, ROOM)])
+    monkeypatch.setattr(changes, "make_plan", planner)
+    savings = ["parallel.activation_checkpointing=full", "train.micro_batch_size=1"]
+    found = changes_that_fit(planner(load([*KEYS, "train.micro_batch_size=4"]), GPU))
+    assert found[0].overrides == [*savings, "parallel.nodes=16"] and [plan.fits for plan in found].count(True) == 1
+    together = [plan.overrides for plan in found if len(plan.overrides) > 1]
+    assert [*savings, "parallel.offload=all"] in together and len(together) == 6

@@ -13,7 +13,7 @@ from lisa_dist.planning.draws import coming_draws, mean_lowest, typical_draws
 from lisa_dist.planning.prediction import predict, predict_over_draws
 from lisa_dist.planning.simulation import simulate
 
-BLOCKS = 8
+BLOCKS = 3
 SMALL = [
     "model=custom",
     f"model.architecture={{model_type:llama,vocab_size:301,hidden_size:54,intermediate_size:101,"
@@ -31,9 +31,12 @@ def simulated(config: Config, blocks: list[int]) -> int:
     return simulate(config).work.flops
 
 
-def test_the_planned_work_is_the_mean_over_draws_and_its_range_that_of_the_first_and_the_last_block() -> None:
-    overrides = [*SMALL, "method=badam"]
-    each = [simulated(load(overrides), [block]) for block in range(BLOCKS)]
+@pytest.mark.parametrize("blocks", [BLOCKS, pytest.param(8, marks=pytest.mark.soak)])  # of 8 two depths are simulated
+def test_the_planned_work_is_the_mean_over_draws_and_its_range_that_of_the_first_and_the_last_block(
+    blocks: int,
+) -> None:
+    overrides = [*SMALL, "method=badam", f"model.architecture.num_hidden_layers={blocks}"]
+    each = [simulated(load(overrides), [block]) for block in range(blocks)]
     trace, bounds = predict_over_draws(load(overrides))
     assert bounds is not None
     assert (bounds[0].work.flops, bounds[1].work.flops) == (min(each), max(each)) == (each[-1], each[0])

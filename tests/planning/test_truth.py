@@ -11,9 +11,9 @@ from lisa_dist.planning.simulation import Trace, simulate
 from tests.support.planned import SETTINGS, make_config, measure
 from tests.support.ranks import run_on_ranks
 
-# Every setting once, and each family with the settings that its tied weights or capped logits could change.
+# Every setting once, alone or with another, and each family with what its tied weights or capped logits could change.
 FAMILIES = {
-    "llama": set(SETTINGS) - {"checkpointing that fits, chosen block by block"},
+    "llama": {"lisa", "gathered weights kept, gradients reduced once", "selective checkpointing in fp32"},
     "qwen3 with tied weights": {"full, two micro-batches"},
     "gemma2": {"checkpointing that fits, chosen block by block"},
 }

@@ -16,7 +16,7 @@ from tests.support.families import tiny_config
 from tests.support.small_training import make_config
 
 LENGTHS = (17, 9, 21, 4, 13)  # of the prompts: above and below the sliding window
-NEW_TOKENS = 12
+NEW_TOKENS = 8
 CASES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 8},

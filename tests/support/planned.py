@@ -58,6 +58,11 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "train": {"global_batch_size": 8},
     },
     "selective checkpointing": {"parallel": {"activation_checkpointing": "selective"}},
+    "selective checkpointing in fp32": {
+        "precision": {"frozen": "float32", "compute": "float32"},
+        "train": {"micro_batch_size": 3, "global_batch_size": 6},
+        "parallel": {"activation_checkpointing": "selective"},
+    },
     "checkpointing that fits, chosen block by block": {
         "parallel": {"activation_checkpointing": "auto", "memory_limit": 2 + 0.006},
     },

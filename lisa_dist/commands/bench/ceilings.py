@@ -16,6 +16,7 @@ REPEATS = {"cuda": 10, "cpu": 2}
 TRIES = 3
 
 
+@functools.cache  # for each line of a sweep they are the same
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Return the device's rates, each the best of three tries.
 
