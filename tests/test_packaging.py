@@ -14,6 +14,10 @@ from lisa_dist.config.loading import conf_dir
 CHECKOUT = Path(__file__).parents[1]
 
 
+def set_of_modules(folder: Path) -> set[Path]:
+    return {file.relative_to(folder) for file in (folder / "lisa_dist").rglob("*.py")}
+
+
 def test_wheel_works_away_from_the_checkout(tmp_path: Path) -> None:
     build = f"from hatchling.build import build_wheel; print(build_wheel({str(tmp_path)!r}))"
     subprocess.run([sys.executable, "-c", build], cwd=CHECKOUT, check=True, capture_output=True)
@@ -21,6 +25,8 @@ def test_wheel_works_away_from_the_checkout(tmp_path: Path) -> None:
     installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
     zipfile.ZipFile(wheel).extractall(installed)
     elsewhere.mkdir()
+    modules, packed = (set_of_modules(folder) for folder in (CHECKOUT, installed))
+    assert packed == modules
     groups = {str(file.relative_to(conf_dir())) for file in conf_dir().rglob("*.yaml")}
     assert {str(file.relative_to(installed / "lisa_dist/conf")) for file in installed.rglob("conf/**/*.yaml")} == groups
     assert (installed / "lisa_dist" / "py.typed").is_file(), "else the types are not seen by who imports the package"

@@ -184,7 +184,9 @@ def _page(sweep_dir: Path, jobs: list[JobRecord]) -> str:
     cards += _varied_cards(jobs)
     for heading, lines in (("Training loss", training), ("Validation loss", validation)):
         cards.append(Card(heading, chart(line_chart(lines, format_y=".4f")), wide=True))
-    return render_page(f"Sweep {sweep_dir.resolve().name}", subtitle="  ·  ".join(shared), numbers=headlines, cards=cards)
+    return render_page(
+        f"Sweep {sweep_dir.resolve().name}", subtitle="  ·  ".join(shared), numbers=headlines, cards=cards
+    )
 
 
 def _name(job: JobRecord, marked: str) -> str | Link:

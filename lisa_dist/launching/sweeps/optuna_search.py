@@ -11,8 +11,8 @@ from typing import Any
 
 from lisa_dist.config import UserError
 from lisa_dist.config.sweeps import Interval, Space, varies
-from lisa_dist.launching.sweeps.jobs import OF_THE_SWEEP, jobs_text, unfinished
 from lisa_dist.launching.sweeps.comparison import JOBS_FILE, JobRecord, write_comparison
+from lisa_dist.launching.sweeps.jobs import OF_THE_SWEEP, jobs_text, unfinished
 from lisa_dist.runtime.files import make_folder, write_atomically
 
 STUDY_FILE = "optuna.log"  # Optuna's journal: what it has chosen, and the losses
@@ -38,7 +38,7 @@ class OptunaSearch:
             from optuna.storages.journal import JournalFileBackend
         except ImportError:
             raise UserError(
-                'sweep.trials: needs the package optuna; run pip install optuna, or list the values'
+                "sweep.trials: needs the package optuna; run pip install optuna, or list the values"
             ) from None
         self.space, self.sweep_dir = space, sweep_dir
         self.distributions = {key: _distribution(values) for key, values in space.items() if varies(values)}

@@ -20,16 +20,23 @@ from types import FrameType
 
 import torch
 
-from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Config
 from lisa_dist.config.overrides import write_override
-from lisa_dist.launching.sweeps.optuna_search import OptunaSearch
+from lisa_dist.config.run_directory import RunDirectory
+from lisa_dist.launching.sweeps.comparison import (
+    EXIT_CODE_FILE,
+    LOG_FILE,
+    RESUME,
+    JobRecord,
+    last_words,
+    write_comparison,
+)
 from lisa_dist.launching.sweeps.jobs import list_jobs, read_sweep, unfinished
-from lisa_dist.runtime.signals import STOP_SIGNALS, die_with
-from lisa_dist.launching.sweeps.comparison import EXIT_CODE_FILE, LOG_FILE, RESUME, JobRecord, last_words, write_comparison
-from lisa_dist.telemetry.records import record_failure, summary_is_new
+from lisa_dist.launching.sweeps.optuna_search import OptunaSearch
 from lisa_dist.runtime.files import write_atomically
+from lisa_dist.runtime.signals import STOP_SIGNALS, die_with
 from lisa_dist.runtime.units import format_duration
+from lisa_dist.telemetry.records import record_failure, summary_is_new
 
 POLL_SECONDS = 0.1
 

@@ -13,8 +13,8 @@ from lisa_dist.cli import main
 from lisa_dist.config import UserError
 from lisa_dist.config.sweeps import read_space
 from lisa_dist.launching.sweeps import run as sweep
-from lisa_dist.launching.sweeps.optuna_search import OptunaSearch
 from lisa_dist.launching.sweeps.comparison import JobRecord
+from lisa_dist.launching.sweeps.optuna_search import OptunaSearch
 from tests.support.tiny import TINY
 
 STAND_IN = Path(__file__).with_name("stand_in_job.sh")
@@ -108,7 +108,7 @@ def test_missing_package_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert main(["train", "--multirun", *SPACE, "sweep.trials=2", f"sweep.dir={tmp_path / 'sweep'}"]) == 2
-    assert 'pip install optuna' in capsys.readouterr().err
+    assert "pip install optuna" in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
     assert main(["launch", "slurm", "--multirun", *SPACE, "sweep.trials=2", "launch.dry_run=true"]) == 2
     assert "an array can't wait for" in capsys.readouterr().err
