@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from lisa_dist.cli import main
+from lisa_dist.config.loading import load
+from lisa_dist.training.loop import train
 from tests.support.cluster import Cluster
+from tests.support.ranks import run_on_ranks
 from tests.support.tiny import TINY, held, read_summary, steps_recorded, weights
 
 REPOSITORY = Path(__file__).parents[2]
@@ -18,7 +21,7 @@ STAND_INS = Path(__file__).with_name("stand_ins")
 STEPS, HELD_AT = 12, 4
 STOPS_AT = range(HELD_AT, HELD_AT + 3)  # the last held step may still be under way when the signal comes
 SMALL = 'launch.options=["--mem=100M"]'  # a job without it takes the memory of a whole node
-SWEPT = [*TINY, SMALL, "launch.nodes=2", f"train.max_steps={STEPS}", "sampler.period=3,-1"]
+SWEPT = [*TINY, SMALL, f"train.max_steps={STEPS}", "sampler.period=3,-1"]
 
 
 def launch(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
@@ -31,7 +34,7 @@ def launch(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
 
 @pytest.fixture(scope="module")
 def sweep_dir(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a sweep as a job array, each job over two nodes, a rank on each, the second with a mistake."""
+    """The directory of a sweep as a job array, a rank each job, the second with a mistake."""
     sweep_dir = tmp_path_factory.mktemp("slurm") / "sweep"
     assert main(["launch", "slurm", "--multirun", *SWEPT, f"sweep.dir={sweep_dir}"]) == 0
     job = cluster.command("squeue", "-h", "-r", "-o", "%F", "--name=sweep").split()[0]
@@ -54,9 +57,13 @@ def test_array_over_a_sweep(sweep_dir: Path, capsys: pytest.CaptureFixture[str])
     assert "#SBATCH --array=1\n" in capsys.readouterr().out
 
 
+def train_undisturbed(run_dir: str) -> None:
+    """The same run without Slurm. Runs on every rank."""
+    assert train(load([*TINY, f"train.max_steps={STEPS}", f"run.dir={run_dir}"])) == 0
+
+
 def test_signal_before_the_limit_requeues_and_the_job_goes_on(
     cluster: Cluster,
-    sweep_dir: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -77,7 +84,8 @@ def test_signal_before_the_limit_requeues_and_the_job_goes_on(
     assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1")
     assert read_summary(run_dir)["resumed_from"] == [saved]
     assert steps_recorded(run_dir) == list(range(1, STEPS + 1))
-    assert weights(run_dir, STEPS) == weights(sweep_dir / "0_period=3", STEPS)
+    run_on_ranks(2, train_undisturbed, str(tmp_path / "undisturbed"))
+    assert weights(run_dir, STEPS) == weights(tmp_path / "undisturbed", STEPS)
     logs = [file.name for file in (run_dir / "logs").glob("slurm-*")]
     assert sorted(logs) == [f"slurm-{job}.log", f"slurm-{job}.n0.t0.log", f"slurm-{job}.n1.t1.log"]
 
