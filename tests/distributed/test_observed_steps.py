@@ -64,20 +64,26 @@ def test_the_first_step_shows_the_mean_squares_of_plain_gradients() -> None:
     assert len(expected) == 2 and result["seen"][0] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    """What one rank sees."""
+    return run_on_ranks(1, observe_on_rank, make_bandit(optimizer={"grad_clip": 0.0}))[0]
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("ranks", "changes"),
     [
-        {"parallel": {"replicate": 2}},
-        {"parallel": {"replicate": 2, "optimizer_shard": "world"}},
-        {"parallel": {"replicate": 2}, "optimizer": {"in_backward": True}},
-        {"parallel": {"offload": "all"}},
+        pytest.param(RANKS, {"parallel": {"replicate": 2}}, id="hybrid", marks=pytest.mark.soak),
+        pytest.param(RANKS, {"parallel": {"replicate": 2, "optimizer_shard": "world"}}, id="masters apart"),
+        pytest.param(RANKS, {"parallel": {"replicate": 2}, "optimizer": {"in_backward": True}}, id="in backward"),
+        pytest.param(2, {"parallel": {"offload": "all"}}, id="offloaded"),
     ],
-    ids=["hybrid", "masters apart", "in backward", "offloaded"],
 )
-def test_any_mesh_shows_the_sampler_of_rank_0_the_same(changes: dict[str, Any]) -> None:
+def test_any_mesh_shows_the_sampler_of_rank_0_the_same(
+    ranks: int, changes: dict[str, Any], alone: dict[str, Any]
+) -> None:
     unclipped = {"optimizer": {"grad_clip": 0.0} | changes.get("optimizer", {})}
-    alone = run_on_ranks(1, observe_on_rank, make_bandit(optimizer={"grad_clip": 0.0}))[0]
-    main, *others = run_on_ranks(RANKS, observe_on_rank, make_bandit(**changes | unclipped))
+    main, *others = run_on_ranks(ranks, observe_on_rank, make_bandit(**changes | unclipped))
     assert [sorted(step) for step in main["seen"]] == [sorted(step) for step in alone["seen"]]
     for step, expected in zip(main["seen"], alone["seen"], strict=True):
         assert step == pytest.approx(expected, rel=1e-3)

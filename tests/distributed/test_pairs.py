@@ -31,7 +31,7 @@ from tests.support.plain_methods import Batch, PlainAdamW, PlainGaLore, adam, pl
 from tests.support.ranks import run_on_ranks
 from tests.support.small_training import full_parameters, make_config, make_global_batches
 
-BLOCKS, STEPS, PERIOD = 2, 6, 2
+BLOCKS, STEPS, PERIOD = 2, 5, 2
 RANK, ALPHA, ADAPTED = 3, 5.0, ["q_proj", "down_proj"]
 
 # The first value of each is the default. Of the samplers that look at nothing but indices, uniform stands for all.
@@ -197,7 +197,10 @@ def check_row(row: dict[str, Any], ranks: int) -> None:
     for name in set(result["initial"]) - trained:
         assert torch.equal(result["final"][name], result["initial"][name]), name
     if row["sampler"] not in ("uniform", "all"):
-        chosen = (row[key] for key in ("update", "sampler", "optimizer", "quantization", "in_backward"))
+        kept = ("update", "sampler", "optimizer", "quantization")
+        if row == DEFAULTS | {key: row[key] for key in kept}:
+            return  # it is the run that it would be compared with
+        chosen = (row[key] for key in (*kept, "in_backward"))
         draws, scores = first_draws(ranks, *chosen)
         assert result["draws"][: len(draws)] == draws
         for found, expected in zip(result["scores"], scores):

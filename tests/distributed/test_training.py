@@ -44,7 +44,7 @@ from tests.support.small_training import (
         pytest.param(1, {}, False, id="1"),
         pytest.param(1, {}, True, id="1, tied", marks=pytest.mark.soak),
         pytest.param(2, {}, False, id="2"),
-        pytest.param(2, {}, True, id="2, tied"),
+        pytest.param(2, {}, True, id="2, tied", marks=pytest.mark.soak),
         pytest.param(4, {}, False, id="4", marks=pytest.mark.soak),
         pytest.param(4, {"replicate": 2}, False, id="2 x 2"),
         pytest.param(4, {"replicate": 2, "optimizer_shard": "world"}, True, id="2 x 2, masters apart, tied"),
