@@ -109,8 +109,7 @@ def _run(arguments: argparse.Namespace, literals: list[str]) -> int:
     if arguments.help:
         print(command_help_text(name))
         return EXIT_DONE
-    if arguments.compare and name != "generate":
-        raise UserError(f"--compare: belongs to generate, not to {name}")
+    _check_options(name, arguments)
     if name == "launch":
         if overrides[:1] != ["slurm"]:
             raise UserError("launch: must be followed by slurm, as in lisa-dist launch slurm experiment=NAME")
@@ -123,8 +122,6 @@ def _run(arguments: argparse.Namespace, literals: list[str]) -> int:
         if file is not None:  # what it says comes first, so that the command line counts
             overrides = [*file_overrides(file, overrides, arguments.config_dir), *overrides]
     if arguments.watch:
-        if name != "report":
-            raise UserError(f"--watch: the report of a run is watched, not {name}")
         overrides = [*overrides, "report.watch=true"]
     if name == "runs" and overrides and "=" not in overrides[0]:
         overrides[0] = write_override("runs.dir", overrides[0])
@@ -145,6 +142,19 @@ def _run(arguments: argparse.Namespace, literals: list[str]) -> int:
     if name == "generate" and config.generate.compare:
         return _compare(config.generate, overrides, arguments.config_dir)
     return _dispatch(name, config)
+
+
+def _check_options(name: str, arguments: argparse.Namespace) -> None:
+    """Raise :class:`UserError` for an option that the command, or another option, does not go with."""
+    if arguments.compare and name != "generate":
+        raise UserError(f"--compare: belongs to generate, not to {name}")
+    if arguments.watch and name != "report":
+        raise UserError(f"--watch: the report of a run is watched, not {name}")
+    if arguments.multirun and name not in ("train", "launch"):
+        raise UserError(f"--multirun: sweeps train only, not {name}")
+    if arguments.cfg and (arguments.multirun or name == "init"):
+        many = "--multirun has one for each job" if arguments.multirun else "init writes it to a file"
+        raise UserError(f"--cfg {arguments.cfg}: prints one configuration, and {many}; leave one of the two out")
 
 
 def _compare(choice: GenerateConfig, overrides: list[str], config_dir: str | None) -> int:
@@ -218,8 +228,6 @@ def _multirun(name: str, overrides: list[str], config_dir: str | None) -> int:
         from lisa_dist.launching.slurm import run_sweep as submit_sweep
 
         return submit_sweep(overrides, config_dir)
-    if name != "train":
-        raise UserError(f"--multirun: sweeps train only, not {name}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or has_ranks():
         raise UserError("--multirun: must be started once and not in every rank, so without torchrun or srun")
     from lisa_dist.launching.sweeps.run import run_sweep
