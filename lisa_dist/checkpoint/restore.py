@@ -61,7 +61,7 @@ def restore_checkpoint(
     The active set comes first: optimizer state exists for it alone, and storage dtypes follow it.
 
     Args:
-        train_module: its model is on ``meta``, or its memory was freed.
+        train_module: fresh, or one whose training goes back; then nothing of what it holds is left.
         checkpoint: its directory.
         device: where shards are kept.
         data: the fingerprint of the data that the run is resumed with.
@@ -75,6 +75,7 @@ def restore_checkpoint(
     state = distributed.on_rank_zero(lambda: read_state(checkpoint))
     check_identity(train_module, checkpoint, state["identity"])
     progress = place_in_data(Progress(**state["progress"]), checkpoint, data, train_module.config)
+    train_module.optimizer.remove_all()
     allocate(train_module, state["active_layers"], device, state["active_modules"])
     train_module.active.period = state["period"]
     restore_weights(train_module, checkpoint, state)

@@ -106,7 +106,6 @@ def roll_back(run: Run, loss: float) -> None:
     newest = newest_complete(run.checkpoints.directory)
     assert newest is not None, "a run that measures spikes begins with a checkpoint"
     train_module = run.train_module
-    train_module.optimizer.remove_params(list(train_module.optimizer.parameters))
     restored, state = restore_checkpoint(train_module, newest, distributed.device(), progress.data)
     run.checkpoints.continue_from(newest, state)
     progress.step, progress.sequences = restored.step, restored.sequences

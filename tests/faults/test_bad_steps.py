@@ -122,14 +122,16 @@ def test_stop_and_the_limit_name_the_step(tmp_path: Path) -> None:
         assert message.startswith("step 5: loss nan") and "1 steps were left out before" in message
 
 
-SPIKES = ("train.spike_factor=3", "train.spike_window=3", "checkpoint.every=2")
+SPIKES = ("train.spike_factor=3", "train.spike_window=3", "checkpoint.every=3")
 
 
 def test_a_spike_takes_the_run_back_without_its_batch(tmp_path: Path) -> None:
-    whole, killed = (make_config(tmp_path / name, *SPIKES, "checkpoint.keep=0") for name in ("whole", "killed"))
-    assert run_on_ranks(2, train_with_bad_batches, whole, "spike", [6]) == [0, 0]
+    """Over a switch, whose blocks leave no moments in host memory when the run goes back to where they were frozen."""
+    choices = (*SPIKES, "optimizer.state_on_freeze=offload", "checkpoint.keep=0")
+    whole, killed = (make_config(tmp_path / name, *choices) for name in ("whole", "killed"))
+    assert run_on_ranks(2, train_with_bad_batches, whole, "spike", [5]) == [0, 0]
     state = final_state(tmp_path / "whole")
-    assert state["progress"]["left_out"] == [[20, 24]], "of 4 sequences a step, those of step 6"
+    assert state["progress"]["left_out"] == [[16, 20]], "of 4 sequences a step, those of step 5"
     rows = [row for row in metrics(tmp_path / "whole") if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), "rows past the checkpoint are cut"
     assert max(row["loss"] for row in rows) < 10
@@ -137,8 +139,8 @@ def test_a_spike_takes_the_run_back_without_its_batch(tmp_path: Path) -> None:
     cut_back(tmp_path / "whole", tmp_path / "killed", 6)
     assert run_on_ranks(2, train_with_bad_batches, resuming(killed), "spike", [-1]) == [0, 0]
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
-    assert happened(tmp_path / "whole") == [("roll-back", 4)]
-    assert happened(tmp_path / "killed") == [("roll-back", 4), ("resume", 6)]
+    assert happened(tmp_path / "whole") == [("roll-back", 3)]
+    assert happened(tmp_path / "killed") == [("roll-back", 3), ("resume", 6)]
 
 
 def test_spikes_end_a_run_at_their_limit(tmp_path: Path) -> None:

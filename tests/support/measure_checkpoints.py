@@ -124,7 +124,6 @@ def main() -> None:
         assert newest is not None
         restores = []
         for _ in range(ROUNDS):
-            train_module.optimizer.remove_params(list(train_module.optimizer.parameters))
             begun = time.perf_counter()
             newest_complete(Path(folder))
             checked = time.perf_counter()

@@ -125,6 +125,14 @@ class ActiveOptimizer:
             self._stepper.state.pop(entry.stepped, None)
         self._point_at(self.trained)
 
+    def remove_all(self) -> None:
+        """Drop every parameter and all state, that too which waits in host memory."""
+        self.before_change()
+        self.drop_gradients()
+        self.trained, self.offloaded = {}, {}
+        self._stepper.state.clear()
+        self._point_at(self.trained)
+
     def step(
         self, rates: Mapping[str, float], divisor: torch.Tensor | None = None, finite: torch.Tensor | None = None
     ) -> None:
