@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lisa_dist.commands.inference import OpenedModel, open_model
+from lisa_dist.commands.inference import OpenedModel, answer_ends, open_model
 from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.config.paths import local_path
 from lisa_dist.config.run_directory import RunDirectory
@@ -43,7 +43,7 @@ def run(config: Config) -> int:
     if choice.data is not None or not choice.tasks:
         results |= held_out_loss(config, opened)
     if choice.tasks:
-        results["tasks"] = run_tasks(config, opened)
+        results |= run_tasks(config, opened)
     distributed.on_rank_zero(lambda: _write(config, results))
     return EXIT_DONE
 
@@ -85,14 +85,14 @@ def held_out_sequences(config: Config, opened: OpenedModel) -> tuple[str, Sequen
 
 
 def run_tasks(config: Config, opened: OpenedModel) -> dict[str, Any]:
-    """Run ``evaluate.tasks`` and return the harness' results by task. Collective: every rank.
+    """Run ``evaluate.tasks``, and return the harness' results by task and what was cut. Collective: every rank.
 
     Raises:
-        UserError: lm-evaluation-harness does not know a task.
+        UserError: a task is unknown, can't be loaded or asks for what is not done here.
     """
     from lisa_dist.commands.harness import evaluate_tasks  # needs the optional package lm-eval
 
-    return evaluate_tasks(opened, config.evaluate, config.train.micro_batch_size, config.data.sequence_length)
+    return evaluate_tasks(opened, config, answer_ends(config, opened, config.evaluate.path))
 
 
 def _write(config: Config, results: dict[str, Any]) -> None:

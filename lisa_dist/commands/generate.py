@@ -13,12 +13,10 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from lisa_dist.commands.inference import OpenedModel, open_model
+from lisa_dist.commands.inference import OpenedModel, answer_ends, open_model
 from lisa_dist.config import EXIT_DONE, Config, UserError
-from lisa_dist.config.paths import local_path, model_directory
+from lisa_dist.config.paths import local_path
 from lisa_dist.config.prompts import Prompt, check_output, read_prompts
-from lisa_dist.config.run_directory import RunDirectory
-from lisa_dist.data.stops import stop_ids
 from lisa_dist.data.tokenizer import encode_prompt
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.files import make_folder
@@ -65,8 +63,7 @@ def run(config: Config) -> int:
 def settings_of(config: Config, opened: OpenedModel) -> AnswerSettings:
     """Return how ``generate.*`` and the opened model's files want prompts to be answered."""
     choice = config.generate
-    directory = RunDirectory.of(config).model if choice.path is None else model_directory(choice.path)
-    ends = stop_ids(opened.tokenizer, directory)
+    ends = answer_ends(config, opened, choice.path)
     seed = config.train.seed
     return AnswerSettings(frozenset(ends), choice.max_new_tokens, choice.batch_size, choice.temperature, seed)
 

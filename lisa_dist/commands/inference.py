@@ -13,9 +13,11 @@ from lisa_dist.checkpoint.manifest import step_of
 from lisa_dist.checkpoint.restore import restore_weights
 from lisa_dist.checkpoint.state import read_state
 from lisa_dist.config import AlwaysActiveConfig, Config
+from lisa_dist.config.paths import model_directory
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.config.sampling import UniformSamplerConfig
 from lisa_dist.config.updates import FullRankUpdateConfig
+from lisa_dist.data.stops import stop_ids
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.method.module import TrainModule, allocate, build_train_module
 from lisa_dist.models.architecture import read_architecture
@@ -63,6 +65,12 @@ def open_model(config: Config, path: str | None, step: int | None, command: str)
     allocate(train_module, [], distributed.device())
     restore_weights(train_module, checkpoint, distributed.on_rank_zero(lambda: read_state(checkpoint)))
     return OpenedModel(train_module, tokenizer, str(checkpoint), step_of(checkpoint))
+
+
+def answer_ends(config: Config, opened: OpenedModel, path: str | None) -> set[int]:
+    """Return the tokens that end an answer of the model that :func:`open_model` opened from ``path`` or a run."""
+    directory = RunDirectory.of(config).model if path is None else model_directory(path)
+    return stop_ids(opened.tokenizer, directory)
 
 
 def without_training(config: Config, path: str | None) -> Config:

@@ -25,7 +25,7 @@ class EvaluateConfig:
     path: str | None = None  # a Hugging Face directory; null: the checkpoint of run.dir
     step: int | None = None  # which checkpoint of run.dir; null: the newest
     data: str | None = None  # a file, a glob, a directory or a hub id; null: the validation data of the run
-    tasks: list[str] = field(default_factory=list)  # of lm-evaluation-harness, from local task data
+    tasks: list[str] = field(default_factory=list)  # of lm-evaluation-harness, by name or pattern (mmlu_*)
     task_dir: str | None = None  # a folder with further tasks of lm-evaluation-harness (YAML)
     limit: int | None = None  # rows, or samples a task
     batch_size: int = 8  # answers to a task that a rank generates together

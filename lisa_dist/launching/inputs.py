@@ -17,6 +17,7 @@ from lisa_dist.config.paths import (
     check_model_directory,
     local_path,
     model_directory,
+    nearest_path,
     path_exists,
 )
 from lisa_dist.config.prompts import check_output, read_prompts
@@ -55,6 +56,9 @@ def check_evaluate(config: Config) -> None:
         locate(choice.data, key="evaluate.data")
     if choice.tasks:
         check_package("lm_eval", f"evaluate.tasks={as_written(choice.tasks)}", "lm-eval")
+    if choice.task_dir is not None and not local_path(choice.task_dir).is_dir():
+        near = nearest_path(local_path(choice.task_dir))
+        raise UserError(f"evaluate.task_dir={choice.task_dir}: must be a directory that exists{near}")
 
 
 def check_generate(config: Config) -> None:

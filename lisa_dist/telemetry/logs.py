@@ -13,7 +13,7 @@ from lisa_dist.runtime.distributed import rank
 from lisa_dist.runtime.redaction import RedactingFormatter
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-FOREIGN = ("transformers", "datasets", "huggingface_hub", "peft", "wandb", "torch")
+FOREIGN = ("transformers", "datasets", "huggingface_hub", "peft", "wandb", "torch", "lm_eval")
 
 
 class TerminalHandler(logging.Handler):
