@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 
-import pytest  # noqa: F401  which the modules of tests import
+import peft  # noqa: F401  for adapters
+import pytest  # noqa: F401  which modules of tests import
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 import lisa_dist.cli

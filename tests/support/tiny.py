@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import socket
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ TINY = [
     "checkpoint.keep=0",
 ]
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-LISA_DIST = [sys.executable, "-m", "lisa_dist"]
 HOLD = Path(__file__).with_name("hold")
 
 

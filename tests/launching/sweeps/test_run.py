@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import signal
-import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,9 +14,11 @@ import pytest
 from lisa_dist.cli import main
 from lisa_dist.config import UserError
 from lisa_dist.launching.sweeps import run as sweep
-from lisa_dist.launching.sweeps.jobs import list_jobs, read_sweep, unfinished
 from lisa_dist.launching.sweeps.comparison import JobRecord
-from tests.support.tiny import LISA_DIST, TINY, held, read_summary, steps_recorded
+from lisa_dist.launching.sweeps.jobs import list_jobs, read_sweep, unfinished
+from tests.support.forkserver import FORKSERVER
+from tests.support.processes import send_output_to
+from tests.support.tiny import TINY, held, read_summary, steps_recorded
 
 PATIENCE = 600  # seconds for what hangs
 STEPS, HELD_AT = 12, 4
@@ -33,6 +35,14 @@ def jobs_of(*overrides: str) -> list[JobRecord]:
     return list_jobs(space, Path(str(config.sweep.dir)))
 
 
+def be_a_sweep(arguments: list[str], environment: dict[str, str], output: Path) -> None:
+    """Be the command line, in a session of its own."""
+    os.setsid()
+    send_output_to(output, output)
+    os.environ.update(environment)
+    sys.exit(main(arguments))
+
+
 def test_failed_and_stopped_jobs_go_on_when_the_sweep_is_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -40,18 +50,19 @@ def test_failed_and_stopped_jobs_go_on_when_the_sweep_is_run_again(
     arguments = ["train", "--multirun", *TINY, f"train.max_steps={STEPS}", "sampler.period=3,-1"]
     arguments += [f"sweep.dir={sweep_dir}", "sweep.parallel=2"]
     jobs = [sweep_dir / name for name in ("0_period=3", "1_period=-1")]
-    environment = {**os.environ, **held(HELD_AT, tmp_path / "never")}
-    process = subprocess.Popen(
-        [*LISA_DIST, *arguments], start_new_session=True, stdout=subprocess.PIPE, text=True, env=environment
-    )
+    told = tmp_path / "output"
+    process = FORKSERVER.Process(target=be_a_sweep, args=(arguments, held(HELD_AT, tmp_path / "never"), told))
+    process.start()
     deadline = time.monotonic() + PATIENCE
     # The row of a step is written when the next one is under way.
     while len(steps_recorded(jobs[0])) < HELD_AT - 1 or not (jobs[1] / "exit_code").exists():
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline and process.is_alive(), told.read_text()
         time.sleep(0.05)
+    assert process.pid is not None
     os.killpg(process.pid, signal.SIGINT)  # Ctrl-C
-    output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 1
+    process.join(PATIENCE)
+    output = told.read_text()
+    assert process.exitcode == 1, output
     assert "the jobs save and stop" in output and "job 1 of 2 failed" in output and "at least 1" in output
     assert [(row["state"], row["exit_code"]) for row in table(sweep_dir)] == [("stopped", "75"), ("failed", "2")]
     assert read_summary(jobs[0])["exit_reason"] == "signal"
