@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from lisa_dist.config import Config
 from lisa_dist.config.errors import as_written
@@ -92,9 +93,10 @@ def keys_in(part: object, prefix: str) -> Iterator[Key]:
             yield Key(prefix + field.name, type_name, as_written(value), meaning)
 
 
-def _comments(part: type) -> dict[str, str]:
+@functools.cache  # Python parses a class' whole file to find its source
+def _comments(part: type) -> Mapping[str, str]:
     """Return the comment beside each field of a dataclass and of the dataclasses that it extends."""
-    comments = _comments(part.__mro__[1]) if dataclasses.is_dataclass(part.__mro__[1]) else {}
+    comments = {**_comments(part.__mro__[1])} if dataclasses.is_dataclass(part.__mro__[1]) else {}
     source = textwrap.dedent(inspect.getsource(part))
     lines = source.splitlines()
     body = ast.parse(source).body[0]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 from lisa_dist.config import Config
 from lisa_dist.config.gpu import Gpu, read_gpu
-from lisa_dist.config.loading import load, vary
+from lisa_dist.config.loading import load
 from lisa_dist.planning import changes
 from lisa_dist.planning.changes import MOST_MICRO_BATCH, Plan, changes_that_fit, search, single_changes
 from lisa_dist.planning.estimate import Estimate
@@ -26,6 +28,15 @@ def test_machines_that_a_fixed_number_of_shards_rules_out_are_not_proposed() -> 
     assert fixed and ["parallel.nodes=2"] not in fixed
 
 
+def with_keys(config: Config, overrides: list[str]) -> Config:
+    """As ``vary``, for single keys of numbers and words, and at once: the search makes dozens of plans."""
+    config = copy.deepcopy(config)
+    for key, _, value in (override.partition("=") for override in overrides):
+        group, name = key.split(".")
+        setattr(getattr(config, group), name, int(value) if value.isdigit() else value)
+    return config
+
+
 class Planner:
     """Plans of a step whose peak is the greatest of several lines over the micro-batch; counts how many it made.
 
@@ -39,7 +50,7 @@ class Planner:
         self.made: list[list[str]] = []
 
     def __call__(self, config: Config, gpu: Gpu, overrides: list[str] | None = None) -> Plan:
-        config = vary(config, overrides or [])
+        config = with_keys(config, overrides or [])
         self.made.append(overrides or [])
         kind, size = config.parallel.activation_checkpointing, config.train.micro_batch_size
         tokens, ranks = size * config.data.sequence_length, cluster_dims(config.parallel).num_ranks

@@ -176,11 +176,14 @@ def test_blocks_that_no_gradient_reaches_travel_once() -> None:
 
 
 def copied_in_steps(config: Config) -> list[int]:
-    """The bytes that the first steps of a period copy to the device. Runs on one rank."""
+    """The bytes that the first two steps of a period copy to the device. Runs on one rank."""
     train_module = build_train_module(config)
     load_initial_weights(train_module, CPU)
     begin_period(train_module, 0)
-    return [train_step(train_module, batch, 0, 2).link_bytes for batch in make_global_batches(2, 4)]
+    return [
+        train_step(train_module, batch, 0, 2).link_bytes
+        for batch in make_global_batches(2, config.train.global_batch_size)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -240,7 +243,7 @@ def test_as_many_frozen_blocks_stay_on_the_device_as_fit_with_the_same_numbers()
 def test_the_plan_of_a_limit_keeps_it_and_copies_what_a_rank_does() -> None:
     config = configured(["sampler=fixed", "sampler.blocks=[5]"], {}, "llama", num_hidden_layers=7)
     limit, every = 2.006, {"offload": "frozen"}
-    config.train = dataclasses.replace(config.train, global_batch_size=4, micro_batch_size=1)
+    config.train = dataclasses.replace(config.train, global_batch_size=2, micro_batch_size=1)
     frozen = simulate(dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **every))).host_bytes
     config.parallel = dataclasses.replace(config.parallel, offload="auto", memory_limit=limit)
     planned = simulate(config)
