@@ -12,6 +12,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from lisa_dist.config import Config
 from lisa_dist.config.errors import as_written
@@ -82,7 +83,8 @@ def _own_keys(group: str, name: str) -> list[Key]:
 def keys_in(part: object, prefix: str) -> Iterator[Key]:
     """Yield the keys of a dataclass and of those inside it; the default is the value that ``part`` has."""
     assert dataclasses.is_dataclass(part)
-    comments = _comments(type(part))
+    kind: Any = type(part)
+    comments = _comments(kind)
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         if dataclasses.is_dataclass(value):

@@ -57,9 +57,13 @@ def build_adapted(config: Config) -> torch.nn.Module:
 @pytest.mark.parametrize(
     ("family", "overrides"),
     [
-        ("llama", ["method=lora", "update.rank=3", "update.target_modules=[q_proj,down_proj]"]),
+        pytest.param(  # each of its keys is in another case too
+            "llama",
+            ["method=lora", "update.rank=3", "update.target_modules=[q_proj,down_proj]"],
+            marks=pytest.mark.soak,
+        ),
         ("llama", ["method=lora", "update.dora=true", "update.rslora=true"]),
-        ("gpt2", ["method=lora_fa"]),
+        ("gpt2", ["method=lora_fa", "update.rank=3"]),
         ("llama", ["method=lora", "model.quantization=int8", "update.target_modules=[q_proj,down_proj]"]),
     ],
 )

@@ -91,7 +91,13 @@ def shards_are_rounded_masters(train_module: TrainModule) -> bool:
     )
 
 
-@pytest.mark.parametrize("parallel", [WORLD, WORLD | {"offload": "frozen"}], ids=["on the device", "offloaded"])
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        pytest.param(WORLD, id="on the device"),
+        pytest.param(WORLD | {"offload": "frozen"}, id="offloaded", marks=pytest.mark.soak),
+    ],
+)
 def test_bytes_obey_the_law(parallel: dict[str, Any]) -> None:
     ranks = run_on_ranks(RANKS, count_over_periods, parallel, "offload")
     for rows in ranks:
