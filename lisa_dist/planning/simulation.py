@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,8 +57,9 @@ class Trace:
     host_bytes: int  # of these, in host memory
     peaks: dict[str, int]  # the most device bytes alive at once, by phase
     work: Work  # of one optimizer step
-    streamed: tuple[Work, Work]  # of it, the forward and the backward passes of blocks that are copied for them
     tokens: int  # of one optimizer step, over all ranks
+    # Of the work, the forward and the backward passes of blocks that are copied for them; none where no block is.
+    streamed: tuple[Work, Work] = field(default_factory=lambda: (Work(), Work()))
 
     @property
     def peak_at(self) -> str:
@@ -187,11 +188,11 @@ def simulate(config: Config, num_blocks: int | None = None, least_work: bool = F
             host_bytes=clock.host_bytes,
             peaks={phase: peak for phase, peak in ledger.peaks.items() if phase != "start"},
             work=_work_of_step(ledger.work, micro_batches),
+            tokens=micro_batches * config.train.micro_batch_size * dims.data_ranks * config.data.sequence_length,
             streamed=(
                 _work_of_passes(ledger.work, micro_batches, [STREAMED_FORWARD]),
                 _work_of_passes(ledger.work, micro_batches, [STREAMED_BACKWARD]),
             ),
-            tokens=micro_batches * config.train.micro_batch_size * dims.data_ranks * config.data.sequence_length,
         )
 
 
