@@ -55,7 +55,7 @@ class Planner:
         kind, size = config.parallel.activation_checkpointing, config.train.micro_batch_size
         tokens, ranks = size * config.data.sequence_length, cluster_dims(config.parallel).num_ranks
         seconds = (2 - KINDS[kind] + (0.5 if config.parallel.offload != "none" else 0)) * tokens * 1e-4 + 1e-2
-        trace = Trace(2, 1, {}, 0, {"head": self.peak(kind, size, ranks)}, Work(), (Work(), Work()), tokens * ranks)
+        trace = Trace(2, 1, {}, 0, {"head": self.peak(kind, size, ranks)}, Work(), tokens * ranks)
         return Plan(overrides or [], config, gpu, trace, Estimate(seconds, 0, 0, seconds, tokens * ranks / seconds))
 
     def peak(self, kind: str, size: int, ranks: int = 2) -> int:
