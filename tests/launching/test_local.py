@@ -194,6 +194,15 @@ def test_control_c_saves_and_stops(launch: Callable[..., Launcher]) -> None:
     assert all_gone(ranks)
 
 
+def test_term_to_the_launcher_saves_and_stops(launch: Callable[..., Launcher]) -> None:
+    quick = launch(programs.train_until_stopped, seconds_to_save=0.1)
+    ranks = quick.ranks()
+    quick.send(signal.SIGTERM)
+    assert quick.finish()[0] == 75
+    assert (quick.run_dir / "saved_0").exists() and (quick.run_dir / "saved_1").exists()
+    assert all_gone(ranks)
+
+
 def test_signal_while_the_ranks_start_is_not_lost(launch: Callable[..., Launcher]) -> None:
     quick = launch(programs.train_until_stopped, ranks=1, forked=False)
     quick.wait_for("logs")  # the launcher listens; its rank has not even imported torch
