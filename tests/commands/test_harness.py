@@ -32,7 +32,13 @@ CHOICES = [
     {"text": LONG, "choices": [" six", " A", " five", " a bus"], "answer": 1},  # all are cut
     {"text": "Before", "choices": [" six", " five comes", " low", " coat"], "answer": 1},
 ]
-TEXTS = [{"text": "A shark is a kind of fish."}, {"text": LONG + "then a coat."}, {"text": "Berlin"}]
+# Five windows, two at a time: of two ranks one has a pass more than the other.
+TEXTS = [
+    {"text": "A shark is a kind of fish."},
+    {"text": LONG + "then a coat."},
+    {"text": "Berlin"},
+    {"text": "Six"},
+]
 QUESTIONS = [
     {"text": "Name what comes after Tuesday.", "answer": "After Tuesday comes Wednesday."},
     {"text": LONG, "answer": "There are three."},  # is cut
