@@ -195,14 +195,17 @@ def allocate(
     trained = trained_parameters(train_module.store, train_module.update, train_module.active)
     train_module.store.allocate(trained, device)
     restore_buffers(train_module.store.module)
-    train_module.checkpointing.apply(train_module.store, train_module.active.blocks)
 
 
 def add_trained_params(train_module: TrainModule) -> None:
-    """Hand what trains to the optimizer, with zero state, now that its weights are there. No communication."""
+    """Hand what trains to the optimizer, with zero state, now that its weights are there. No communication.
+
+    What is kept of activations, and of frozen blocks on the device, follows from what masters leave of its memory.
+    """
     trained = trained_parameters(train_module.store, train_module.update, train_module.active)
     train_module.store.make_masters(trained)
     train_module.optimizer.add_params({name: train_module.store.master(name) for name in trained})
+    train_module.checkpointing.apply(train_module.store, train_module.active.blocks)
 
 
 def load_initial_weights(train_module: TrainModule, device: torch.device) -> None:

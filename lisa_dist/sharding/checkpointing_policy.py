@@ -86,10 +86,6 @@ class CheckpointingPolicy:
         )
 
     def _budget(self, store: ParameterStore) -> float:
-        if not self.costs:
-            self.costs = {
-                trains: measure_costs(self.config, store.module, self.new_update, trains) for trains in (True, False)
-            }
         working_bytes = max(self.costs[True]["none"].bytes, self.costs[False]["none"].bytes)
         return activation_budget(self.config, store, working_bytes, self.state_bytes)
 
