@@ -18,11 +18,10 @@ from lisa_dist.config.sampling import ProbeRequest
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.data.encode import UNTRAINED
 from lisa_dist.method.updates import Update
-from lisa_dist.method.updates.sharded import own_rows
 from lisa_dist.models.matrices import InputSquares, input_dim
 from lisa_dist.objectives import Objective
 from lisa_dist.runtime import distributed
-from lisa_dist.runtime.distributed import local_shard
+from lisa_dist.runtime.distributed import local_region, local_shard
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.sharding.store import ParameterStore
 
@@ -148,7 +147,7 @@ def suppressed_losses(
     return losses
 
 
-# By the kind of a request; ``config.method.PROBE_KINDS`` says the same without torch.
+# By the kind of a request; ``config.sampling.PROBE_KINDS`` says the same without torch.
 PROBES: dict[str, Callable[..., list[float]]] = {
     "gradient_norms": gradient_norms,
     "outlier_shares": outlier_shares,
@@ -205,8 +204,7 @@ def _scaled_entries(store: ParameterStore, name: str, norms: Tensor) -> Tensor:
     rows = local_shard(weight).float().abs()
     module = store.module.get_submodule(name.rpartition(".")[0])
     factors = norms[..., :, None] if input_dim(module) == -2 else norms[..., None, :]
-    factors = factors.expand(weight.shape)
-    return rows * own_rows(weight, factors).to(rows.device)
+    return rows * factors.expand(weight.shape)[local_region(weight)].to(rows.device)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ architecture (adapters) are left alone.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily  # has no public name up to torch 2.13
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
 from lisa_dist.models.architecture import meta_replica
@@ -24,6 +21,8 @@ from lisa_dist.models.inspection import check_experts, check_names, check_shape,
 from lisa_dist.models.quantization import StagedTensors
 from lisa_dist.models.weight_files import SafetensorsDirectory, weights_directory
 from lisa_dist.runtime import distributed
+from lisa_dist.runtime.distributed import fill, local_region, local_shard
+from lisa_dist.runtime.seeds import keyed_seed
 
 
 def load_pretrained(model: nn.Module, path: str | Path) -> list[str]:
@@ -63,11 +62,11 @@ def initialize_random(model: nn.Module, seed: int) -> list[str]:
         if not any(key in tensors for key in _part_state(name, part, recurse)):
             continue
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(_keyed_seed(seed, name))
+            torch.manual_seed(keyed_seed(seed, name))
             _initialize(replica, name, part, recurse, device)
         for key, value in _part_state(name, part, recurse).items():
             if key in tensors:  # a tied head is not: its weight was made with the embeddings
-                _copy_region(tensors[key], value)
+                fill(tensors[key], value)
         tensors.settle()
         part.to_empty(device="meta", recurse=recurse)
     return added
@@ -126,8 +125,8 @@ def _fill(
     if source.converter is None:
         tensor = tensors[target]
         check_shape(weights.directory, target, weights.shape(source.name), tensor)
-        region = _local_region(tensor)
-        local = distributed.local_shard(tensor.detach())
+        region = local_region(tensor)
+        local = local_shard(tensor.detach())
         if local.numel():
             local.copy_(weights.read(source.name, region))
         return {target}
@@ -135,31 +134,17 @@ def _fill(
         converted = source.convert(target, replica, weights.read, slice(None))
         for name, value in converted.items():
             check_shape(weights.directory, name, tuple(value.shape), tensors[name])
-            _copy_region(tensors[name], value)
+            fill(tensors[name], value)
         return set(converted)
     tensor = tensors[target]
     check_experts(weights.directory, target, source, tensor)
-    region = _local_region(tensor)
-    local = distributed.local_shard(tensor.detach())
+    region = local_region(tensor)
+    local = local_shard(tensor.detach())
     for place, expert in enumerate(range(*region[0].indices(tensor.shape[0]))):
         value = source.convert(target, replica, weights.read, slice(expert, expert + 1))[target]
         check_shape(weights.directory, target, (tensor.shape[0], *value.shape[1:]), tensor)
         local[place].copy_(value[0][region[1:]])
     return {target}
-
-
-def _local_region(tensor: Tensor) -> tuple[slice, ...]:
-    """Return the region of the full tensor that this rank keeps, one slice a dimension."""
-    if not isinstance(tensor, DTensor):
-        return tuple(slice(0, size) for size in tensor.shape)
-    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tuple(slice(offset, offset + size) for size, offset in zip(sizes, offsets))
-
-
-def _copy_region(tensor: Tensor, full: Tensor) -> None:
-    local = distributed.local_shard(tensor.detach())
-    if local.numel():
-        local.copy_(full.detach()[_local_region(tensor)])
 
 
 def _parts(replica: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
@@ -200,7 +185,3 @@ def _owner(replica: Any, name: str) -> PreTrainedModel:
         if isinstance(module, PreTrainedModel):
             return module
     return replica
-
-
-def _keyed_seed(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest(), "big")

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lisa_dist.config import ParallelConfig, UserError
 from lisa_dist.runtime.environment import in_slurm_step, interface_towards
@@ -125,6 +126,21 @@ def set_threads(config: ParallelConfig) -> None:
 def local_shard(parameter: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a parameter, gradient or moment, without copying."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def local_region(tensor: torch.Tensor) -> tuple[slice, ...]:
+    """Return which part of the whole tensor this rank holds, one slice a dimension."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(offset, offset + size) for size, offset in zip(sizes, offsets))
+
+
+def fill(tensor: torch.Tensor, full: torch.Tensor) -> None:
+    """Copy this rank's part of ``full`` into a sharded tensor of the same shape."""
+    local = local_shard(tensor.detach())
+    if local.numel():
+        local.copy_(full.detach()[local_region(tensor)])
 
 
 def as_sharded(local: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
+
+from lisa_dist.runtime.seeds import keyed_seed
 
 ROUNDING_CHUNK = 1 << 22  # elements rounded at a time: bounds the temporaries of stochastic rounding
 
@@ -16,8 +16,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 def rounding_seed(seed: int, period: int, name: str, shard_index: int) -> int:
     """Return the seed of a shard's rounding noise: the same on every replica and after a resume."""
-    digest = hashlib.blake2b(f"{seed}/{period}/{name}/{shard_index}".encode(), digest_size=7).digest()
-    return int.from_bytes(digest, "big")
+    return keyed_seed(seed, period, name, shard_index)
 
 
 def round_stochastically(values: torch.Tensor, seed: int) -> torch.Tensor:

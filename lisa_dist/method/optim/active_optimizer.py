@@ -220,7 +220,7 @@ class ActiveOptimizer:
         def step_at_once(parameter: torch.Tensor) -> None:
             step = self._in_backward
             if step is None or parameter.grad is None:
-                return  # a rehearsal or a probe
+                return  # a dry run or a probe
             gradient = local_shard(parameter.grad)
             step.squares[name] = (torch.linalg.vector_norm(gradient) / step.label_tokens).square()
             divisor = gradient.new_full((), step.label_tokens, dtype=torch.float32)

@@ -17,9 +17,9 @@ from lisa_dist.config import UserError
 from lisa_dist.config.errors import nearest
 from lisa_dist.config.updates import LoraUpdateConfig
 from lisa_dist.method.updates.base import OptimizedParam, Update
-from lisa_dist.method.updates.sharded import fill, keyed_generator, whole
+from lisa_dist.method.updates.sharded import keyed_generator, whole
 from lisa_dist.models.layer_map import NORM, LayerMap, linear_layers
-from lisa_dist.runtime.distributed import local_shard
+from lisa_dist.runtime.distributed import fill, local_shard
 from lisa_dist.runtime.units import format_count
 
 logger = logging.getLogger(__name__)

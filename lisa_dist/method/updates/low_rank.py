@@ -16,11 +16,11 @@ from lisa_dist.config.updates import LowRankUpdateConfig
 from lisa_dist.method.updates import projection
 from lisa_dist.method.updates.base import OptimizedParam, Update
 from lisa_dist.method.updates.projection import is_tall
-from lisa_dist.method.updates.sharded import fill, keyed_generator, own_rows, sharded_zeros, whole
+from lisa_dist.method.updates.sharded import keyed_generator, sharded_zeros, whole
 from lisa_dist.models.layer_map import LayerMap, linear_layers
 from lisa_dist.models.matrices import weight_matrices
 from lisa_dist.runtime import distributed
-from lisa_dist.runtime.distributed import as_sharded, computed_on, local_shard
+from lisa_dist.runtime.distributed import as_sharded, computed_on, fill, local_region, local_shard
 from lisa_dist.runtime.units import format_count
 
 logger = logging.getLogger(__name__)
@@ -234,7 +234,7 @@ def turn_sharded(moment: Tensor, squared: bool, overlap: Tensor, tall: bool) -> 
     """Return this rank's rows of the moment of a matrix in its new basis. Collective, every rank, where it is wide."""
     if tall:
         return turn_local(moment, squared, overlap, tall)
-    return own_rows(moment, projection.turn_moment(whole(moment), overlap, tall, squared))
+    return projection.turn_moment(whole(moment), overlap, tall, squared)[local_region(moment)]
 
 
 def turn_local(moment: Tensor, squared: bool, overlap: Tensor, tall: bool) -> Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lisa_dist.runtime.distributed import as_sharded, local_shard
+from lisa_dist.runtime.seeds import keyed_seed
 
 
 def sharded_zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -19,21 +18,6 @@ def sharded_zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     local_shape, _ = compute_local_shape_and_global_offset(shape, like.device_mesh, like.placements)
     zeros = local_shard(like.detach()).new_zeros(local_shape, dtype=torch.float32)
     return as_sharded(zeros, like, shape)
-
-
-def own_rows(like: Tensor, full: Tensor) -> Tensor:
-    """Return the rows of ``full`` that this rank holds of a sharded tensor of the same shape."""
-    if not isinstance(like, DTensor):
-        return full
-    shape, offsets = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-    return full[tuple(slice(start, start + size) for start, size in zip(offsets, shape))]
-
-
-def fill(tensor: Tensor, full: Tensor) -> None:
-    """Copy this rank's rows of ``full`` into a sharded tensor of the same shape."""
-    local = local_shard(tensor.detach())
-    if local.numel():
-        local.copy_(own_rows(tensor, full))
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -52,5 +36,4 @@ def whole(tensor: Tensor) -> Tensor:
 
 def keyed_generator(seed: int, name: str) -> torch.Generator:
     """Return a generator on the CPU that depends on the seed and a parameter's name alone."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    return torch.Generator().manual_seed(keyed_seed(seed, name))
