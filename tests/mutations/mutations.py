@@ -164,8 +164,8 @@ SWITCH = [
     Mutation(
         "the rounding noise is the same in every period",
         "sharding/rounding.py",
-        'f"{seed}/{period}/{name}/{shard_index}"',
-        'f"{seed}/{name}/{shard_index}"',
+        "keyed_seed(seed, period, name, shard_index)",
+        "keyed_seed(seed, name, shard_index)",
         "sharding/test_rounding.py::test_noise_depends_on_every_part_of_its_key",
     ),
     Mutation(
