@@ -14,7 +14,7 @@ from lisa_dist.config import AlwaysActiveConfig, SamplerConfig, UserError
 from lisa_dist.config.sampling import UniformSamplerConfig
 from lisa_dist.method.sampling import build_sampler
 from lisa_dist.method.switch import RankSynchronizedSampler
-from lisa_dist.models.layer_map import LayerMap, find_layers
+from lisa_dist.models.layer_map import LayerMap, block_of, find_layers
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding.fsdp2 import fsdp_groups, refresh_group, reshard_all
 
@@ -118,9 +118,8 @@ class LisaCallback(TrainerCallback):
     def _trains(self, name: str) -> bool:
         assert self._layers is not None
         part = self._layers.group_of(name)
-        if part.startswith("block:"):
-            return int(part.removeprefix("block:")) in self.active_blocks
-        return bool(getattr(self.always_active, part))
+        block = block_of(part)
+        return bool(getattr(self.always_active, part)) if block is None else block in self.active_blocks
 
 
 def _is_sharded(model: nn.Module) -> bool:

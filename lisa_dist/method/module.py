@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.checks import check_combinations, check_streamed
+from lisa_dist.config.optimization import PARTS
 from lisa_dist.config.sampling import ProbeRequest
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.method import probes
@@ -33,7 +34,7 @@ from lisa_dist.method.updates import Update, build_update
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.inspection import pretrained_architecture
 from lisa_dist.models.kernels import choose_kernels, install_liger
-from lisa_dist.models.layer_map import LayerMap, find_layers
+from lisa_dist.models.layer_map import LayerMap, block_of, find_layers
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
 from lisa_dist.models.masking import (
     Separation,
@@ -271,9 +272,9 @@ def trained_by_block(train_module: TrainModule) -> dict[int, list[str]]:
     """Return the names of what trains in each active block."""
     named: dict[int, list[str]] = {block: [] for block in train_module.active.blocks}
     for name in train_module.optimizer.parameters:
-        part = train_module.store.layers.group_of(name)
-        if part.startswith("block:"):
-            named[int(part.removeprefix("block:"))].append(name)
+        block = block_of(train_module.store.layers.group_of(name))
+        if block is not None:
+            named[block].append(name)
     return named
 
 
@@ -309,7 +310,7 @@ def count_persistent_bytes(train_module: TrainModule) -> dict[str, int]:
 
 def count_trained_parameters(train_module: TrainModule) -> dict[str, int]:
     """Count the parameters, of all ranks together, that train now, by part: blocks, embeddings, norm, head."""
-    counts = {"blocks": 0, "embeddings": 0, "norm": 0, "head": 0}
+    counts = dict.fromkeys(PARTS, 0)
     for name, parameter in train_module.optimizer.parameters.items():
         counts[train_module.store.layers.part_of(name)] += parameter.numel()
     return counts

@@ -16,7 +16,7 @@ from lisa_dist.config.sampling import ProbeRequest, SamplerConfig
 from lisa_dist.method.optim.active_optimizer import ActiveOptimizer
 from lisa_dist.method.sampling import Sampler
 from lisa_dist.method.updates import Update
-from lisa_dist.models.layer_map import LayerMap
+from lisa_dist.models.layer_map import LayerMap, block_of
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding.store import ParameterStore
 
@@ -143,8 +143,8 @@ def trained_parameters(store: ParameterStore, update: Update, active: ActiveSet)
 
 def _trained_in(store: ParameterStore, update: Update, part: str) -> list[str]:
     """Return the parameters that train in a part that was drawn."""
-    if part.startswith("block:"):
-        return update.trainable_parameters(store.block_parameters(int(part.removeprefix("block:"))))
+    if block_of(part) is not None:
+        return update.trainable_parameters(store.parameters_of(part))
     tied = part == "embeddings" and store.layers.tied  # then a head may have a bias of its own
     return [*store.parameters_of(part), *(store.parameters_of("head") if tied else [])]
 

@@ -50,11 +50,16 @@ class LayerMap:
     def part_of(self, parameter_name: str) -> str:
         """Return ``blocks``, ``embeddings``, ``norm`` or ``head``: the group without the number of the block."""
         group = self.group_of(parameter_name)
-        return "blocks" if group.startswith("block:") else group
+        return group if block_of(group) is None else "blocks"
 
     def path_in_block(self, parameter_name: str) -> str:
         """Return a parameter's name without its block's: the same for all blocks."""
         return parameter_name.removeprefix(f"{self.blocks_path}.").partition(".")[2]
+
+
+def block_of(group: str) -> int | None:
+    """Return the index of a group ``block:<i>``, None for one outside the blocks."""
+    return int(group.removeprefix("block:")) if group.startswith("block:") else None
 
 
 def find_layers(model: nn.Module, blocks_path: str | None = None) -> LayerMap:

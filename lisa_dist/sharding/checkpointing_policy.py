@@ -64,7 +64,7 @@ class CheckpointingPolicy:
             for index, block in enumerate(blocks if setting != "none" else []):
                 set_checkpointing(block, "none" if store.recomputes(index) else setting)
             return
-        lowest = _lowest_reached(store, active_blocks)
+        lowest = store.lowest_reached()
         recomputed = [index for index in range(lowest, len(blocks)) if store.recomputes(index)]
         active = [index for index in active_blocks if index >= lowest and index not in recomputed]
         frozen = [index for index in range(lowest, len(blocks)) if index not in [*active, *recomputed]]
@@ -102,7 +102,7 @@ class CheckpointingPolicy:
             return
         sizes, kind = store.frozen_block_bytes(), self.config.parallel.activation_checkpointing
         left = self._budget(store) + sum(size for block, size in sizes.items() if not store.recomputes(block))
-        lowest, extra = _lowest_reached(store, active_blocks), {}
+        lowest, extra = store.lowest_reached(), {}
         for block in range(lowest, len(store.layers.blocks)):
             cost = self.costs[block in active_blocks]
             left -= cost["full" if block in sizes else kind].bytes
@@ -121,12 +121,6 @@ class CheckpointingPolicy:
             kept.append(block)
         store.keep_on_device(kept)
         logger.info("parallel.offload=auto: %d of %d frozen blocks stay on the device", len(kept), len(sizes))
-
-
-def _lowest_reached(store: ParameterStore, active_blocks: list[int]) -> int:
-    """Return the lowest block that the backward pass reaches; below it nothing is kept."""
-    to_embeddings = any(store.parameter(name).requires_grad for name in store.parameters_of("embeddings"))
-    return 0 if to_embeddings else min(active_blocks, default=len(store.layers.blocks))
 
 
 def activation_budget(

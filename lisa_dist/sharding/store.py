@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lisa_dist.models.layer_map import LayerMap
+from lisa_dist.models.layer_map import EMBEDDINGS, LayerMap, block_of
 from lisa_dist.runtime.distributed import local_shard
 
 GradHook = Callable[[Tensor], None]
@@ -41,6 +41,12 @@ class ParameterStore(Protocol):
     def block_parameters(self, block: int) -> list[str]:
         """Return the names of all parameters of a block."""
         return self.parameters_of(f"block:{block}")
+
+    def lowest_reached(self) -> int:
+        """Return the lowest block that a backward pass reaches, by what trains; their number where it reaches none."""
+        groups = {self.layers.group_of(name) for name in self.names if self.parameter(name).requires_grad}
+        blocks = [block for group in groups if (block := block_of(group)) is not None]
+        return 0 if EMBEDDINGS in groups else min(blocks, default=len(self.layers.blocks))
 
     def parameter(self, name: str) -> nn.Parameter:
         """Return what the model computes with, as it is stored; ``requires_grad`` says whether it trains."""

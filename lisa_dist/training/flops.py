@@ -13,6 +13,7 @@ import torch
 from lisa_dist.config.gpu import Gpu, read_gpu
 from lisa_dist.config.loading import conf_dir
 from lisa_dist.method.module import TrainModule
+from lisa_dist.models.layer_map import EMBEDDINGS, block_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,19 +28,16 @@ def parameter_flops_per_token(train_module: TrainModule) -> float:
     """
     store, trained = train_module.store, train_module.optimizer.parameters
     layers = store.layers
-    lowest = (
-        0
-        if any(layers.group_of(name) == "embeddings" for name in trained)
-        else min(train_module.active.blocks, default=0)
-    )
+    lowest = store.lowest_reached()
     architecture = store.module.config
     share = (getattr(architecture, "num_experts_per_tok", None) or 1) / _experts(architecture)
     total = 0.0
     for name in store.names:
         part = layers.group_of(name)
-        if part == "embeddings" and not layers.tied:
+        if part == EMBEDDINGS and not layers.tied:
             continue
-        below = part.startswith("block:") and int(part.removeprefix("block:")) < lowest
+        block = block_of(part)
+        below = block is not None and block < lowest
         visited = share if ".experts." in name else 1.0
         total += (2 if below else 6 if name in trained else 4) * visited * store.parameter(name).numel()
     return total

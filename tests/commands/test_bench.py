@@ -99,6 +99,9 @@ def test_operations_follow_from_what_trains() -> None:
     frozen = [*TINY, "always_active.embeddings=false", "sampler=fixed", "sampler.blocks=[2]"]
     ((_, stops_early, _),) = run_on_ranks(1, counted_flops, frozen)
     assert stops_early == 2 * 2 * BLOCK + 6 * BLOCK + 4 * BLOCK + 6 * HEAD + norm
+    without_blocks = [*TINY, "always_active.embeddings=false", "sampler.active_layers=0"]
+    ((_, head_alone, _),) = run_on_ranks(1, counted_flops, without_blocks)
+    assert head_alone == 4 * 2 * BLOCK + 6 * HEAD + norm
 
 
 def refusals(lines: list[list[str]]) -> list[str]:
