@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lisa_dist.config import PrecisionConfig, UserError
-from lisa_dist.models.layer_map import LayerMap
+from lisa_dist.models.layer_map import LayerMap, block_of
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.units import format_bytes
 from lisa_dist.sharding.link import Slots, link_to
@@ -30,14 +30,12 @@ from lisa_dist.sharding.resident import ResidentStore
 from lisa_dist.telemetry.memory import free_host_bytes
 
 ALIGNMENT = 256  # bytes between the starts of two parameters in a buffer, as CUDA's allocator aligns tensors
-BLOCK = "block:"
 
 
 @dataclass(frozen=True)
-class Piece:
+class Extent:
     """Where a parameter lies in the buffer of its block."""
 
-    name: str
     start: int  # bytes
     shape: torch.Size
     dtype: torch.dtype
@@ -50,6 +48,14 @@ class Piece:
     def of(self, buffer: Tensor) -> Tensor:
         """Return the parameter's part of a buffer."""
         return buffer[self.start : self.end].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class HostBlock:
+    """What streams of a block: a buffer in host memory, and where in it each parameter lies, by name."""
+
+    buffer: Tensor
+    extents: dict[str, Extent]
 
 
 class StreamedStore(ResidentStore):
@@ -79,8 +85,7 @@ class StreamedStore(ResidentStore):
         """
         super().__init__(module, layers, mesh, precision, keeps_precision)
         self._ahead = ahead
-        self._pieces: dict[int, list[Piece]] = {}  # of the blocks that stream: what of them does
-        self._hosts: dict[int, Tensor] = {}  # their buffers
+        self._hosted: dict[int, HostBlock] = {}  # the blocks that stream
         self._kept: set[int] = set()  # blocks that stay on the device although they are frozen
         self._names = [self.block_parameters(index) for index in range(len(layers.blocks))]
         self._check_own_parameters()
@@ -95,16 +100,15 @@ class StreamedStore(ResidentStore):
         """
         trained = set(trained)
         frozen = ([name for name in names if name not in trained] for names in self._names)
-        check_host_memory(sum(self._pieces_of(filter(self._may_stream, names))[1] for names in frozen))
-        self._pieces.clear()
-        self._hosts.clear()
+        check_host_memory(sum(self._layout(filter(self._may_stream, names))[1] for names in frozen))
+        self._hosted.clear()
         self._kept.clear()
         self.device, self.link = device, link_to(device)
         super().allocate(trained, device)
         for block in range(len(self._names)):
             self._pack(block)
         # Any block may stream one day, whatever trains now.
-        size = max(self._pieces_of(filter(self._may_stream, names))[1] for names in self._names)
+        size = max(self._layout(filter(self._may_stream, names))[1] for names in self._names)
         self.slots = Slots(self.link, min(1 + self._ahead, len(self._names)), size, device)
 
     def set_trainable(self, names: Iterable[str], trained: bool, seed: int = 0, period: int = 0) -> None:
@@ -147,7 +151,7 @@ class StreamedStore(ResidentStore):
     def on_host(self, name: str) -> bool:
         """Whether the parameter lies in its block's buffer."""
         block = self._block_of(name)
-        return block in self._pieces and any(piece.name == name for piece in self._pieces[block])
+        return block in self._hosted and name in self._hosted[block].extents
 
     @property
     def link_bytes(self) -> int:
@@ -156,19 +160,18 @@ class StreamedStore(ResidentStore):
 
     def recomputes(self, block: int) -> bool:
         """Whether the block is fetched and computed again in the backward pass."""
-        return block in self._pieces
+        return block in self._hosted
 
     def transient_bytes(self) -> int:
         """Return the bytes of the slots, and of the gradients that a block that streams has at a time."""
-        gradients = [sum(self.parameter(name).nbytes for name in self._trained_in(block)) for block in self._pieces]
+        gradients = [sum(self.parameter(name).nbytes for name in self._trained_in(block)) for block in self._hosted]
         return self.slots.count * self.slots.size + max([super().transient_bytes(), *gradients])
 
     def _trained_in(self, block: int) -> list[str]:
         return [name for name in self._names[block] if self.parameter(name).requires_grad]
 
     def _block_of(self, name: str) -> int | None:
-        part = self.layers.group_of(name)
-        return int(part.removeprefix(BLOCK)) if part.startswith(BLOCK) else None
+        return block_of(self.layers.group_of(name))
 
     def _check_own_parameters(self) -> None:
         for index, block in enumerate(self.layers.blocks):
@@ -186,13 +189,13 @@ class StreamedStore(ResidentStore):
     def _place(self, name: str, trained: bool, device: torch.device) -> torch.device:
         return device if trained or not self._may_stream(name) else torch.device("meta")  # until it is packed
 
-    def _pieces_of(self, names: Iterable[str]) -> tuple[list[Piece], int]:
+    def _layout(self, names: Iterable[str]) -> tuple[dict[str, Extent], int]:
         """Return where frozen parameters lie in their block's buffer, and its bytes."""
-        pieces, end = [], 0
+        extents, end = {}, 0
         for name in names:
-            pieces.append(Piece(name, end, self.parameter(name).shape, self._storage_dtype(name, trained=False)))
-            end = -(-pieces[-1].end // ALIGNMENT) * ALIGNMENT
-        return pieces, end
+            extents[name] = Extent(end, self.parameter(name).shape, self._storage_dtype(name, trained=False))
+            end = -(-extents[name].end // ALIGNMENT) * ALIGNMENT
+        return extents, end
 
     def _frozen_in(self, block: int) -> list[str]:
         """Return what streams of a block, or would if it were not kept on the device."""
@@ -201,28 +204,27 @@ class StreamedStore(ResidentStore):
 
     def _pack(self, block: int) -> None:
         """Give what is frozen of a block a new buffer in host memory, in the order of its parameters, or the device."""
-        before, _ = self._pieces.pop(block, []), self._hosts.pop(block, None)
-        pieces, size = self._pieces_of(self._frozen_in(block))
+        before = self._hosted.pop(block, None)
         if block in self._kept:
-            for piece in before:
-                if not self.parameter(piece.name).requires_grad:
-                    self._put(piece.name, self.parameter(piece.name).detach().to(self.device, copy=True), trained=False)
+            for name in before.extents if before is not None else ():
+                if not self.parameter(name).requires_grad:
+                    self._put(name, self.parameter(name).detach().to(self.device, copy=True), trained=False)
             return
-        if not pieces:
+        extents, size = self._layout(self._frozen_in(block))
+        if not extents:
             return
-        buffer = self.link.host_buffer(size)
-        for piece in pieces:
-            value, place = self.parameter(piece.name).detach(), piece.of(buffer)
-            if value.device.type != "meta":
-                place.copy_(value)
-            self._put(piece.name, place, trained=False)
-        self._pieces[block], self._hosts[block] = pieces, buffer
+        hosted = self._hosted[block] = HostBlock(self.link.host_buffer(size), extents)
+        for name, extent in extents.items():
+            old, new = self.parameter(name).detach(), extent.of(hosted.buffer)
+            if old.device.type != "meta":
+                new.copy_(old)
+            self._put(name, new, trained=False)
 
     def _run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a block's forward pass, with its weights fetched where they stream."""
-        if index not in self._pieces:
+        if index not in self._hosted:
             return forward(*args, **kwargs)
-        if index == min(self._pieces):
+        if index == min(self._hosted):
             self._expect_visits()
         names = self._trained_in(index)
         trained = [self.parameter(name) for name in names]
@@ -230,23 +232,20 @@ class StreamedStore(ResidentStore):
 
     def _expect_visits(self) -> None:
         """Say which blocks are visited in this pass: all upwards, and back to the lowest that gradients reach."""
-        streaming, lowest = sorted(self._pieces), len(self.layers.blocks)
-        if torch.is_grad_enabled():
-            trained = {self.layers.group_of(name) for name in self.names if self.parameter(name).requires_grad}
-            reached = (int(part.removeprefix(BLOCK)) for part in trained if part.startswith(BLOCK))
-            lowest = 0 if "embeddings" in trained else min(reached, default=lowest)
+        streaming = sorted(self._hosted)
+        lowest = self.lowest_reached() if torch.is_grad_enabled() else len(self.layers.blocks)
         self.slots.expect([*streaming, *(block for block in reversed(streaming) if block >= lowest)])
 
     @contextmanager
     def _visit(self, block: int, trained: list[str]) -> Iterator[list[Tensor]]:
         """Have a block's modules hold their frozen weights in a slot of the device; gives what is ``trained`` of it."""
-        slot = self.slots.enter(block, self._hosts.__getitem__)
+        slot = self.slots.enter(block, lambda coming: self._hosted[coming].buffer)
         there = {}
-        for piece in self._pieces[block]:
+        for name, extent in self._hosted[block].extents.items():
             # Each block's own parameters: blocks differ in more than weights. The version of a view is the slot's, so
             # that autograd would refuse what was saved of another visit.
-            has_gradient = torch.is_grad_enabled() and self.parameter(piece.name).requires_grad
-            there[piece.name] = nn.Parameter(piece.of(slot.buffer), requires_grad=has_gradient)
+            has_gradient = torch.is_grad_enabled() and self.parameter(name).requires_grad
+            there[name] = nn.Parameter(extent.of(slot.buffer), requires_grad=has_gradient)
         self._hand_out(there)
         try:
             yield [there.get(name, self.parameter(name)) for name in trained]
