@@ -17,7 +17,7 @@ from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.config.paths import local_path
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.units import format_count, format_duration
-from lisa_dist.telemetry.history import last_row, planned_steps, state_of
+from lisa_dist.telemetry.history import last_row, max_steps_of, state_of
 
 COLORS = {"running": "green", "starting": "green", "finished": "", "stopped": "yellow", "failed": "red"}
 
@@ -80,7 +80,7 @@ def line_of(path: Path) -> RunLine:
         state=state.name,
         reason=state.reason,
         step=step.get("step"),
-        max_steps=planned_steps(run),
+        max_steps=max_steps_of(run),
         loss=step.get("loss"),
         eval_loss=evaluation.get("eval_loss"),
         tokens_per_second=step.get("tokens_per_second"),

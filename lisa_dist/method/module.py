@@ -288,7 +288,7 @@ def observe_step(train_module: TrainModule, squared_norms: Mapping[int, float]) 
         train_module.sampler.observe_step({block: squared_norms[block] / max(size, 1) for block, size in sizes.items()})
 
 
-def weight_norms(train_module: TrainModule) -> dict[int, float]:
+def trained_norms(train_module: TrainModule) -> dict[int, float]:
     """Return the norm of what trains in each active block, by its fp32 masters. Collective: every rank."""
     parameters = train_module.optimizer.parameters
     blocks: dict[int, list[torch.Tensor]] = {

@@ -92,7 +92,7 @@ def read_summary(run: RunDirectory) -> MetricsRow | None:
     return json.loads(run.summary.read_text(encoding="utf-8")) if run.summary.exists() else None
 
 
-def planned_steps(run: RunDirectory) -> int | None:
+def max_steps_of(run: RunDirectory) -> int | None:
     """Return the optimizer steps of the whole run, as rank 0 last noted them; None where it has not."""
     try:
         return json.loads(run.heartbeat(0).read_text()).get("max_steps")

@@ -15,7 +15,7 @@ from lisa_dist.config.checks import check_accumulation
 from lisa_dist.method.module import (
     begin_period,
     count_trained_parameters,
-    weight_norms,
+    trained_norms,
 )
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import garbage_collected_when_asked, now
@@ -71,7 +71,7 @@ def train(config: Config) -> int:
             failure = run.heartbeat.explained(error)
             recorder.write_summary(f"failed: {type(failure).__name__}: {failure}")
             raise failure from (error if failure is not error else error.__cause__)
-        recorder.summary["weight_norms"] = weight_norms(run.train_module)
+        recorder.summary["weight_norms"] = trained_norms(run.train_module)
         recorder.write_summary("signal" if stopped else "finished")
     if distributed.is_main():
         print("\n".join(last_lines(run.recorder.run, stopped)), flush=True)
@@ -192,9 +192,9 @@ def switch(run: Run, step: int) -> float:
     """Begin the period that starts with ``step``, and return the seconds it took. Collective: every rank."""
     started = now()
     train_module, period = run.train_module, step // run.train_module.period_length
-    norms = weight_norms(train_module)  # of the blocks that leave, before they are rounded
+    norms = trained_norms(train_module)  # of the blocks that leave, before they are rounded
     begin_period(train_module, period, run.coming_micro_batches)
-    norms |= weight_norms(train_module)
+    norms |= trained_norms(train_module)
     run.checkpoints.note_trained()
     active, scores = train_module.active, train_module.sampler.scores()
     modules = active.modules if run.config.sampler.draws_non_block_modules else None

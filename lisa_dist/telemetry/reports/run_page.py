@@ -14,7 +14,7 @@ from lisa_dist.config import UserError
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.units import GIB, format_bytes, format_count, format_duration, format_ranges
-from lisa_dist.telemetry.history import MetricsRow, RunState, course_of, planned_steps, read_rows, state_of
+from lisa_dist.telemetry.history import MetricsRow, RunState, course_of, max_steps_of, read_rows, state_of
 from lisa_dist.telemetry.reports.charts import (
     MAX_MARKS,
     MAX_POINTS,
@@ -266,7 +266,7 @@ def _headlines(record: Record) -> dict[str, str]:
     def known(rows: list[MetricsRow], key: str) -> list[float]:
         return [value for value in _column(rows, key) if value is not None]
 
-    total = planned_steps(record.run)
+    total = max_steps_of(record.run)
     shown = {"steps": (str(steps[-1]["step"]) if steps else "0") + (f" of {total}" if total else "")}
     for name, rows, key in (("training loss", steps, "loss"), ("validation loss", evals, "eval_loss")):
         if course := course_of(rows, key):
