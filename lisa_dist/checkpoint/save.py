@@ -67,13 +67,14 @@ class CheckpointSaver:
     def _take_snapshot(self, progress: Progress) -> Snapshot:
         """Collective: every rank (the sampler's state)."""
         weights, optimizer = self.train_module.store.tensors(), self.train_module.optimizer
+        moments = optimizer.moment_tensors()  # once: packed ones are unpacked here
         plan = self.changes.begin(checkpoint_name(progress.step), weights, optimizer.parameters)
-        state = state_of(self.train_module, progress)
+        state = state_of(self.train_module, progress, moments)
         state |= {"external": plan.external, "since_full": plan.since_full}
         written = plan.written
         folders = {
             WEIGHTS: own_pieces({name: tensor for name, tensor in weights.items() if name in written}),
-            MOMENTS: own_pieces(optimizer.moment_tensors()),
+            MOMENTS: own_pieces(moments),
         }
         frozen = frozen_tensors(self.train_module, [name for pieces in folders.values() for name in pieces])
         texts = {STATE: json.dumps(state, indent=1), CONFIG: self.config_yaml}

@@ -52,15 +52,15 @@ class Progress:
         return place
 
 
-def state_of(train_module: TrainModule, progress: Progress) -> dict[str, Any]:
-    """Return all that is not a tensor, ready for JSON. Collective: every rank."""
+def state_of(train_module: TrainModule, progress: Progress, moments: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Return all that is not a tensor, ready for JSON; ``moments`` are the optimizer's. Collective: every rank."""
     return {
         "progress": asdict(progress),
         "period": train_module.active.period,
         "active_layers": list(train_module.active.blocks),
         "active_modules": list(train_module.active.modules),
         "sampler": train_module.sampler.state_dict(),
-        "moments": hash_of_shapes(train_module.optimizer.moment_tensors()),
+        "moments": hash_of_shapes(moments),
         "optimizer_steps": train_module.optimizer.step_counts(),
         "identity": identity(train_module),
         "world_size": distributed.world_size(),
