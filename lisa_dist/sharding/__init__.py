@@ -26,7 +26,7 @@ def build_store(
     mesh: DeviceMesh,
     parallel: ParallelConfig,
     precision: PrecisionConfig,
-    keeps_precision: Callable[[str], bool] = lambda name: False,
+    keeps_precision: Callable[[str], bool],
 ) -> ParameterStore:
     """Put a model on ``meta`` into the store that the configuration asks for. Nothing is allocated."""
     ranks = mesh["shard"].size()

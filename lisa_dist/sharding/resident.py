@@ -36,7 +36,7 @@ class ResidentStore(ParameterStore):
         layers: LayerMap,
         mesh: DeviceMesh,
         precision: PrecisionConfig,
-        keeps_precision: Callable[[str], bool] = lambda name: False,
+        keeps_precision: Callable[[str], bool],
     ) -> None:
         """Take in a model on ``meta``. Nothing is allocated.
 

@@ -33,7 +33,7 @@ class ShardedStore(ParameterStore):
         mesh: DeviceMesh,
         parallel: ParallelConfig,
         precision: PrecisionConfig,
-        keeps_precision: Callable[[str], bool] = lambda name: False,
+        keeps_precision: Callable[[str], bool],
     ) -> None:
         """Wrap a model on ``meta``. Nothing is allocated.
 

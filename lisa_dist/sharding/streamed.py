@@ -67,8 +67,8 @@ class StreamedStore(ResidentStore):
         layers: LayerMap,
         mesh: DeviceMesh,
         precision: PrecisionConfig,
-        keeps_precision: Callable[[str], bool] = lambda name: False,
-        ahead: int = 1,
+        keeps_precision: Callable[[str], bool],
+        ahead: int,
     ) -> None:
         """Take in a model on ``meta``, and the forward passes of its blocks. Nothing is allocated.
 

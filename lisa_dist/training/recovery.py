@@ -114,6 +114,7 @@ def roll_back(run: Run, loss: float) -> None:
     progress.evaluations_since_best = restored.evaluations_since_best
     progress.left_out.append(stretch)
     run.recorder.cut_after(progress.step)
+    run.heartbeat.take_seconds()  # of the steps that are dropped
     run.recorder.record_event(progress.step, "roll-back", f"{found}: back to step {progress.step}")
     if distributed.is_main():
         logger.warning(

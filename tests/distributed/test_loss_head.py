@@ -46,7 +46,7 @@ def differences(root: str, family: str) -> dict[str, float]:
     assert install_loss_head(model, layers, chunk_tokens=7) is not None
     parallel = ParallelConfig()
     precision = PrecisionConfig(frozen="float32", compute="float32")
-    store = build_store(model, layers, ParallelDims.of(parallel).mesh, parallel, precision)
+    store = build_store(model, layers, ParallelDims.of(parallel).mesh, parallel, precision, lambda name: False)
     store.allocate(list(store.names), torch.device("cpu"))
     restore_buffers(model)
     load_pretrained(model, directory)

@@ -135,6 +135,8 @@ def test_a_spike_takes_the_run_back_without_its_batch(tmp_path: Path) -> None:
     rows = [row for row in metrics(tmp_path / "whole") if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), "rows past the checkpoint are cut"
     assert max(row["loss"] for row in rows) < 10
+    timed = [row for row in read_rows(RunDirectory(tmp_path / "whole").metrics) if "loss" in row]
+    assert all(sum(row["part_seconds"].values()) <= row["step_seconds"] for row in timed), "no seconds of dropped steps"
     # The same with a kill after the roll-back: what is skipped survives.
     cut_back(tmp_path / "whole", tmp_path / "killed", 6)
     assert run_on_ranks(2, train_with_bad_batches, resuming(killed), "spike", [-1]) == [0, 0]

@@ -228,7 +228,7 @@ def gradients_of_experts(sent_to: list[list[str]]) -> list[float]:
     module = Experts()
     config = make_config(parallel=REPLICAS)
     mesh = ParallelDims.of(config.parallel).mesh
-    store = ResidentStore(module, cast(LayerMap, None), mesh, config.precision)
+    store = ResidentStore(module, cast(LayerMap, None), mesh, config.precision, lambda name: False)
     store.set_trainable(store.names, trained=True)
     experts = sent_to[distributed.rank()]
     for index, expert in enumerate(experts):

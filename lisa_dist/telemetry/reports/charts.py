@@ -86,7 +86,7 @@ def line_chart(
     return {"data": [*traces, *_mark_traces(marks)], "layout": layout}
 
 
-def stacked_chart(series: list[Series], *, format_y: str = ".3~g") -> Figure | None:
+def stacked_chart(series: list[Series]) -> Figure | None:
     """Return the series, which share their x, on top of each other; many steps are drawn as means of pieces."""
     drawn = [one for one in series if any(one.y)]
     if not drawn:
@@ -95,10 +95,10 @@ def stacked_chart(series: list[Series], *, format_y: str = ".3~g") -> Figure | N
     traces = [
         {"x": list(one.x[::size]), "y": [_mean(one.y[at : at + size]) for at in range(0, len(one.y), size)],
          "name": one.label, "meta": place, "stackgroup": "all", "mode": "lines",
-         "line": {"width": 1, "dash": DASHES[place % len(DASHES)]}, "hovertemplate": f"%{{y:{format_y}}}"}
+         "line": {"width": 1, "dash": DASHES[place % len(DASHES)]}, "hovertemplate": "%{y:.3~g}"}
         for place, one in enumerate(drawn)
     ]  # fmt: skip
-    return {"data": traces, "layout": _layout(340, from_zero=True, format_y=format_y)}
+    return {"data": traces, "layout": _layout(340, from_zero=True, format_y=".3~g")}
 
 
 def scatter_chart(values: list[str], y: Sequence[float | None], texts: list[str], title: str) -> Figure | None:
