@@ -90,7 +90,7 @@ def made_up(lines: list[tuple[str, int]], needed: int) -> Any:
     def make(config: Config, gpu: Gpu, overrides: list[str] | None = None) -> Plan:
         saved = sum(size for change, size in lines if change in (overrides or []))
         config = vary(config, overrides or [])
-        trace = Trace(2, 1, {}, 0, {"head": needed - saved}, Work(), (Work(), Work()), config.train.micro_batch_size)
+        trace = Trace(2, 1, {}, 0, {"head": needed - saved}, Work(), config.train.micro_batch_size)
         return Plan(overrides or [], config, gpu, trace, Estimate(1, 0, 0, 1, 1))
 
     return make
