@@ -118,8 +118,10 @@ def replayed_seconds(events: list[tuple[str, int, int, int]], operations: int, l
 
 @pytest.mark.parametrize(
     ("depth", "slots", "micro_batches", "always_active"),
-    [(24, 2, 2, {}), (32, 3, 1, FROZEN)],
-    ids=["2 slots, 2 micro-batches", "3 slots, frozen ends"],
+    [
+        pytest.param(24, 2, 2, {}, marks=pytest.mark.soak, id="2 slots, 2 micro-batches"),
+        pytest.param(32, 3, 1, FROZEN, id="3 slots, frozen ends"),
+    ],
 )
 def test_a_streamed_step_is_planned_as_long_as_the_replayed_one(
     depth: int, slots: int, micro_batches: int, always_active: dict[str, bool]
