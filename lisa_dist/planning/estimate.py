@@ -71,7 +71,7 @@ def _compute_seconds(work: Work, gpu: Gpu, config: Config) -> float:
 def _streamed_seconds(trace: Trace, gpu: Gpu, config: Config, compute: float) -> float:
     """Return the seconds of a step whose frozen blocks come from host memory, by the store's own order of copies.
 
-    A backward pass, which computes its block again, takes three times as long as a forward pass for the same copy. So
+    A backward pass, which computes its block again, takes twice as long as a forward pass for the same copy. So
     neither the sum of copies nor that of computing alone says how long a step takes. What else is computed stands
     where the forward pass turns into the backward pass.
     """
