@@ -33,10 +33,14 @@ def run(config: Config) -> int:
     gpu = read_gpu(config.plan.gpu)
     for method in config.plan.compare:
         check_choice("plan.compare", method, group_choices("method"))
-    plan = make_plan(config, gpu)
-    changes = [] if plan.fits else changes_that_fit(plan)
-    compared = {method: make_plan(config, gpu, [f"method={method}"]) for method in config.plan.compare}
-    found = search(config, gpu) if config.plan.search else []
+    with Console(stderr=True).status("planning") as status:  # on a terminal; each plan takes seconds
+        plan = make_plan(config, gpu)
+        status.update("it does not fit: planning changes")
+        changes = [] if plan.fits else changes_that_fit(plan)
+        status.update("planning other methods")
+        compared = {method: make_plan(config, gpu, [f"method={method}"]) for method in config.plan.compare}
+        status.update("looking for the largest micro-batch")
+        found = search(config, gpu) if config.plan.search else []
     if config.run.dir is not None and (run := RunDirectory.of(config)).config.is_file():
         write_atomically(run.plan, to_json(_numbers(plan)) + "\n")  # for the run's report
     if config.plan.format == "json":
@@ -123,12 +127,19 @@ def _print_tables(plan: Plan, changes: list[Plan], compared: dict[str, Plan], fo
         console.print(f"note: {note}")
     if changes:
         title = "changes that make it fit, the cheapest first" if changes[0].fits else "no change tried makes it fit"
-        console.print(_table_of_several(title, {" ".join(other.overrides): other for other in changes}))
+        _print_overrides(console, title, changes)
     if compared:
         console.print(_table_of_several("methods", compared))
     if found:
         title = "the largest micro-batch for each kind of checkpointing, the fastest first"
-        console.print(_table_of_several(title, {" ".join(other.overrides): other for other in found}))
+        _print_overrides(console, title, found)
+
+
+def _print_overrides(console: Console, title: str, plans: list[Plan]) -> None:
+    """Print plans as a table, and below it the overrides of each, whole, to be pasted."""
+    console.print(_table_of_several(title, {str(number): plan for number, plan in enumerate(plans, start=1)}))
+    for number, plan in enumerate(plans, start=1):
+        console.print(f"{number}: {' '.join(plan.overrides)}", soft_wrap=True)
 
 
 def _table_of(plan: Plan) -> Table:

@@ -62,12 +62,18 @@ def make_plan(config: Config, gpu: Gpu, overrides: list[str] | None = None) -> P
 def changes_that_fit(plan: Plan) -> list[Plan]:
     """Return plans of changed configurations, those that fit first, the cheapest in time a token foremost.
 
-    Tried are: a smaller micro-batch, checkpointing, masters over all replicas, offload, more ranks; each alone, and
-    then the savings together.
+    Tried are, until something fits: what saves memory and leaves the training as it is, each alone and then together;
+    on top of it what trains less at a time; and more machines.
     """
-    alone = [make_plan(plan.config, plan.gpu, overrides) for overrides in single_changes(plan.config)]
-    together = [] if any(other.fits for other in alone) else _joint_changes(plan)
-    tried = [*alone, *together]
+    config, tried = plan.config, []
+    for stage in (single_changes, _joint_savings, _smaller_training, _more_machines):
+        for overrides in stage(config):
+            if _is_allowed(config, overrides):
+                tried.append(make_plan(config, plan.gpu, overrides))
+                if tried[-1].fits and stage is not single_changes:
+                    break
+        if any(other.fits for other in tried):
+            break
     return sorted(tried, key=lambda other: (not other.fits, _seconds_per_token(other), -other.head_room))
 
 
@@ -78,7 +84,7 @@ def _seconds_per_token(plan: Plan) -> float:
 
 
 def single_changes(config: Config) -> list[list[str]]:
-    """Return the changes that save memory and that ``config`` allows, as overrides."""
+    """Return the changes that save memory without one of the training, and that ``config`` allows, as overrides."""
     parallel, micro_batch = config.parallel, config.train.micro_batch_size
     changes = [
         (f"train.micro_batch_size={micro_batch // 2}", micro_batch > 1),
@@ -87,14 +93,13 @@ def single_changes(config: Config) -> list[list[str]]:
         ("parallel.optimizer_shard=world", parallel.replicate > 1 and parallel.optimizer_shard == "replica"),
         ("parallel.offload=frozen", parallel.offload == "none"),
         ("parallel.offload=all", parallel.offload == "none"),
-        (f"parallel.nodes={2 * parallel.nodes}", True),
     ]
     return [[change] for change, saves in changes if saves and _is_allowed(config, [change])]
 
 
 def _is_allowed(config: Config, overrides: list[str]) -> bool:
-    varied = vary(config, overrides)
     try:
+        varied = vary(config, overrides)
         check_combinations(varied)
         check_accumulation(varied, cluster_dims(varied.parallel).data_ranks)
         check_streamed(varied, cluster_dims(varied.parallel).num_ranks)
@@ -103,26 +108,43 @@ def _is_allowed(config: Config, overrides: list[str]) -> bool:
     return True
 
 
-def _joint_changes(plan: Plan) -> list[Plan]:
-    """Return the plan with every saving, and with ever more machines until it fits."""
+def _savings(config: Config) -> list[str]:
     savings = []
-    if plan.config.parallel.activation_checkpointing != "full":
+    if config.parallel.activation_checkpointing != "full":
         savings.append("parallel.activation_checkpointing=full")
-    if plan.config.train.micro_batch_size > 1:
+    if config.train.micro_batch_size > 1:
         savings.append("train.micro_batch_size=1")
-    tried = [make_plan(plan.config, plan.gpu, savings)] if savings else []
-    offloaded = [*savings, "parallel.offload=all"]
-    untried = plan.config.parallel.offload == "none" and _is_allowed(plan.config, offloaded)
-    if untried and not (tried and tried[-1].fits):
-        tried.append(make_plan(plan.config, plan.gpu, offloaded))
-    nodes = 2 * plan.config.parallel.nodes
-    while nodes <= MOST_NODES and not (tried and tried[-1].fits):
-        changes = [*savings, f"parallel.nodes={nodes}"]
-        if not _is_allowed(plan.config, changes):  # a fixed number of shards
-            break
-        tried.append(make_plan(plan.config, plan.gpu, changes))
-        nodes *= 2
-    return tried
+    return savings
+
+
+def _offloaded(config: Config) -> list[str]:
+    """Return the savings with what can lie in host memory there."""
+    offload = ["parallel.offload=all"] if config.parallel.offload == "none" else []
+    return [*_savings(config), *(offload if _is_allowed(config, offload) else [])]
+
+
+def _joint_savings(config: Config) -> list[list[str]]:
+    """Return every saving together, without and with offload; one alone was tried by itself."""
+    return [joint for joint in (_savings(config), _offloaded(config)) if len(joint) > 1]
+
+
+def _smaller_training(config: Config) -> list[list[str]]:
+    """Return, with every saving, moments in 8 bits, frozen ends, a single active block, and these together."""
+    ends = [f"always_active.{part}=false" for part in ("embeddings", "norm", "head")]
+    one_block = ["sampler.active_layers=1"] if (config.sampler.active_layers or 0) > 1 else []
+    frozen_ends = ends if config.always_active.embeddings else []
+    moments = ["optimizer=adamw8bit"] if _is_allowed(config, ["optimizer=adamw8bit"]) else []
+    less = [moments, frozen_ends, one_block, [*frozen_ends, *one_block], [*moments, *frozen_ends, *one_block]]
+    distinct = dict.fromkeys(tuple(change) for change in less if change)
+    return [[*_offloaded(config), *change] for change in distinct]
+
+
+def _more_machines(config: Config) -> list[list[str]]:
+    """Return ever more machines: the next number alone, then all with every saving that leaves weights on the GPU."""
+    doubled = [config.parallel.nodes * 2**times for times in range(1, MOST_NODES.bit_length())]
+    nodes = [[f"parallel.nodes={number}"] for number in doubled if number <= MOST_NODES]
+    savings = _savings(config)
+    return [*nodes[:1], *([*savings, *number] for number in (nodes if savings else nodes[1:]))]
 
 
 def search(config: Config, gpu: Gpu) -> list[Plan]:

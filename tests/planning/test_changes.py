@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from lisa_dist.config import Config
 from lisa_dist.config.gpu import Gpu, read_gpu
 from lisa_dist.config.loading import load
 from lisa_dist.planning import changes
-from lisa_dist.planning.changes import MOST_MICRO_BATCH, Plan, changes_that_fit, search, single_changes
+from lisa_dist.planning.changes import MOST_MICRO_BATCH, Plan, changes_that_fit, search
 from lisa_dist.planning.estimate import Estimate
 from lisa_dist.planning.simulation import Trace, cluster_dims
 from lisa_dist.sharding.checkpointing_policy import RESERVED_BYTES
@@ -20,12 +21,6 @@ GPU = read_gpu("rtx4090")
 ROOM = GPU.memory_bytes - RESERVED_BYTES
 KEYS = ["model.path=a/model", "data.path=rows.json", "parallel.nproc_per_node=2"]
 KINDS = {"none": 1.0, "selective": 0.5, "full": 0.25}  # of the bytes that a sequence takes
-
-
-def test_machines_that_a_fixed_number_of_shards_rules_out_are_not_proposed() -> None:
-    assert ["parallel.nodes=2"] in single_changes(load(KEYS))
-    fixed = single_changes(load([*KEYS, "parallel.shard=2"]))
-    assert fixed and ["parallel.nodes=2"] not in fixed
 
 
 def with_keys(config: Config, overrides: list[str]) -> Config:
@@ -101,7 +96,6 @@ def test_of_changes_that_fit_the_cheapest_is_first(monkeypatch: pytest.MonkeyPat
     fitting = [other for other in found if other.fits]
     assert fitting == found[: len(fitting)] and len(fitting) < len(found)
     assert [other.overrides for other in fitting] == [
-        ["parallel.nodes=2"],  # as long a step for twice the tokens
         ["train.micro_batch_size=2"],  # what each step takes besides is for fewer tokens
         ["parallel.activation_checkpointing=selective"],
         ["parallel.activation_checkpointing=full"],
@@ -116,5 +110,25 @@ def test_where_no_change_alone_is_enough_they_are_made_together_with_ever_more_m
     savings = ["parallel.activation_checkpointing=full", "train.micro_batch_size=1"]
     found = changes_that_fit(planner(load([*KEYS, "train.micro_batch_size=4"]), GPU))
     assert found[0].overrides == [*savings, "parallel.nodes=16"] and [plan.fits for plan in found].count(True) == 1
-    together = [plan.overrides for plan in found if len(plan.overrides) > 1]
-    assert [*savings, "parallel.offload=all"] in together and len(together) == 6
+    tried = [plan.overrides for plan in found]
+    for joint in (savings, [*savings, "parallel.offload=all"], ["parallel.nodes=2"], [*savings, "parallel.nodes=8"]):
+        assert joint in tried
+    fixed = changes_that_fit(planner(load([*KEYS, "parallel.shard=2"]), GPU))
+    assert fixed and not any("parallel.nodes" in change for plan in fixed for change in plan.overrides)
+
+
+def test_less_is_trained_at_a_time_before_there_are_more_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner = Planner([(7 * ROOM, ROOM)])
+    ends = [f"always_active.{part}=false" for part in ("embeddings", "norm", "head")]
+
+    def smaller(config: Config, gpu: Gpu, overrides: list[str] | None = None) -> Plan:
+        plan = planner(config, gpu, overrides)
+        fits = {*ends, "sampler.active_layers=1"}.issubset(plan.overrides)
+        return replace(plan, trace=replace(plan.trace, peaks={"head": 1})) if fits else plan
+
+    monkeypatch.setattr(changes, "make_plan", smaller)
+    found = changes_that_fit(planner(load(KEYS), GPU))
+    savings = ["parallel.activation_checkpointing=full", "parallel.offload=all"]
+    assert found[0].fits and found[0].overrides == [*savings, *ends, "sampler.active_layers=1"]
+    tried = [plan.overrides for plan in found]
+    assert [*savings, *ends] in tried and not any("parallel.nodes" in " ".join(overrides) for overrides in tried)
