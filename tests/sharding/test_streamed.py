@@ -55,6 +55,7 @@ def configured(overrides: list[str], precision: dict[str, str], family: str, **a
         config.model.architecture |= architecture
     chosen = load([*overrides, "sampler.period=2"])
     config.update, config.sampler, config.always_active = chosen.update, chosen.sampler, chosen.always_active
+    config.data.packing = chosen.data.packing
     return config
 
 
@@ -65,11 +66,19 @@ def built(config: Config, offload: str, slots: int = 2) -> TrainModule:
     return train_module
 
 
+def packed(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Samples as one sequence, each with positions of its own; nothing predicts a sample's first token."""
+    parts = [{**sample, "labels": sample["labels"].index_fill(1, torch.tensor([0]), -100)} for sample in samples]
+    return {name: torch.cat([part[name] for part in parts], dim=1) for name in samples[0]}
+
+
 def run_steps(
     train_module: TrainModule, first: int = 0, last: int = STEPS, saver: CheckpointSaver | None = None
 ) -> list[float]:
     """Make steps, with a held-out loss before each draw; a checkpoint after each. Returns the losses."""
     batches, found = make_global_batches(STEPS, MICRO_BATCHES), []
+    if train_module.config.data.packing:
+        batches = [[packed(step)] for step in batches]
     store = train_module.store
     for step in range(first, last):
         if step % 2 == 0:
@@ -118,6 +127,7 @@ def train_in_each_store(config: Config, slots: list[int]) -> None:
             ["method=lisa"], {}, "qwen2_moe", {"mlp_only_layers": [0]}, [2], id="qwen2_moe, blocks of two sizes"
         ),
         pytest.param(["method=lora"], {}, "gpt_neox", {}, [2], id="gpt_neox"),
+        pytest.param(["method=lisa", "data.packing=true"], {}, "llama", {"hidden_size": 48}, [2], id="packed"),
     ],
 )
 def test_training_is_that_of_the_resident_store(

@@ -26,6 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "llama, lora": {},
     "llama, packed": {},  # in training its attention is without masks
     "qwen2, int8": {},
+    "llama, streamed": {},  # blocks come from host memory, on one rank
 }
 HOW: dict[str, str] = dict.fromkeys(CASES, "batched") | {"xlnet": "none"}
 XLNET = {"model_type": "xlnet", "vocab_size": 128, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64}
@@ -42,6 +43,7 @@ def case_config(name: str, **changes: Any) -> Config:
     model = {"architecture": architecture, "quantization": kind if kind == "int8" else "none"}
     config = make_config(model=model, **changes)
     config.data.packing = kind == "packed"
+    config.parallel.offload = "frozen" if kind == "streamed" else "none"
     if kind in ("lora", "int8"):
         config = dataclasses.replace(config, update=LoraUpdateConfig())
     return config
