@@ -35,8 +35,10 @@ def run(config: Config) -> int:
         check_choice("plan.compare", method, group_choices("method"))
     with Console(stderr=True).status("planning") as status:  # on a terminal; each plan takes seconds
         plan = make_plan(config, gpu)
-        status.update("it does not fit: planning changes")
-        changes = [] if plan.fits else changes_that_fit(plan)
+        changes = []
+        if not plan.fits:
+            status.update("it does not fit: planning changes")
+            changes = changes_that_fit(plan)
         status.update("planning other methods")
         compared = {method: make_plan(config, gpu, [f"method={method}"]) for method in config.plan.compare}
         status.update("looking for the largest micro-batch")

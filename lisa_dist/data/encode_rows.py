@@ -130,9 +130,8 @@ class RowReader:
         chosen = self.format = choose_format(self.config.format, self.config.columns, first.values)
         if chosen.name != "text":
             ensure_chat_template(tokenizer)
-        if chosen.name != "text" and writes_day(tokenizer):
-            # One for all rows and processes, whenever midnight comes.
-            self.counts.date = self.config.date or datetime.date.today().isoformat()
+            if writes_day(tokenizer):  # one day for all rows and processes, whenever midnight comes
+                self.counts.date = self.config.date or datetime.date.today().isoformat()
         date = None if self.counts.date is None else datetime.date.fromisoformat(self.counts.date)
 
         def encode(chunk: list[Row | BrokenRow]) -> tuple[list[EncodedRow], dict[str, str]]:

@@ -51,10 +51,9 @@ class SafetensorsDirectory:
         return weight_map
 
     def _read_headers(self) -> dict[str, str]:
+        check_has_weights(self.directory, self._key, or_random=True)
         single = self.directory / SINGLE_FILE
         files = [single] if single.is_file() else sorted(self.directory.glob("*.safetensors"))
-        if not files:
-            check_has_weights(self.directory, self._key, or_random=True)
         self._check_parts([file.name for file in files])
         found: dict[str, str] = {}
         for file in files:

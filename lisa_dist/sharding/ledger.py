@@ -12,7 +12,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import prod
 from typing import Any
 
@@ -37,17 +37,6 @@ COLLECTIVES = {
 OPERATIONS_WITHOUT_TRAFFIC = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "resize_", "wait_tensor"}
 
 
-COUNTED = (
-    "flops",
-    "matrix_bytes",
-    "other_bytes",
-    "sent_within_nodes",
-    "sent_across_nodes",
-    "link_bytes",
-    "visits",
-)  # of Work
-
-
 @dataclass
 class Work:
     """What a rank does in some scope of a step."""
@@ -60,6 +49,9 @@ class Work:
     sent_across_nodes: int = 0
     link_bytes: int = 0  # of weights that are copied from host memory, where the store itself copies them
     visits: int = 0  # passes of blocks that are copied for them
+
+
+COUNTED = tuple(field.name for field in fields(Work) if field.name != "sent")
 
 
 def sum_of_work(parts: Sequence[Work], times: Sequence[int]) -> Work:
@@ -79,16 +71,10 @@ def between(less: Work, more: Work, share: float) -> Work:
     def at(first: int, second: int) -> int:
         return round(first + share * (second - first))
 
-    return Work(
-        at(less.flops, more.flops),
-        at(less.matrix_bytes, more.matrix_bytes),
-        at(less.other_bytes, more.other_bytes),
-        {collective: at(less.sent[collective], size) for collective, size in more.sent.items()},
-        at(less.sent_within_nodes, more.sent_within_nodes),
-        at(less.sent_across_nodes, more.sent_across_nodes),
-        at(less.link_bytes, more.link_bytes),
-        at(less.visits, more.visits),
-    )
+    found = Work(sent={collective: at(less.sent[collective], size) for collective, size in more.sent.items()})
+    for name in COUNTED:
+        setattr(found, name, at(getattr(less, name), getattr(more, name)))
+    return found
 
 
 class Ledger(TorchDispatchMode):
