@@ -55,8 +55,9 @@ OFFLOADED = ["parallel.offload=frozen"]
 # What trains and learns: the loss of its last step is below that of its first.
 LEARNS: dict[str, list[str]] = {
     "lisa": [],
-    **{method: [f"method={method}"] for method in ("full", "lora", "lora_fa", "grass", "ist", "badam")},
-    **{method: [f"method={method}", "update.rank=8"] for method in ("galore", "owlore")},
+    **{method: [f"method={method}"] for method in ("full", "lisa_lean", "lora", "lora_fa", "grass", "ist", "badam")},
+    "galore": ["method=galore", "update.rank=8"],
+    "owlore": ["method=owlore", "update.rank=8", "sampler.active_layers=2"],
     **{sampler: [f"sampler={sampler}"] for sampler in ("coverage", "bandit", "weighted")},
     "randomized projector": ["method=galore", "update.rank=8", "update.projector=randomized"],
     "adamw8bit": ["optimizer=adamw8bit"],
@@ -77,6 +78,7 @@ CHANGES_NOTHING: dict[str, tuple[list[str], list[str]]] = {
     "offload frozen": ([], OFFLOADED),
     "offload all": ([], ["parallel.offload=all"]),
     "offload frozen, lora": (LORA, OFFLOADED),
+    "offload frozen, one slot": ([], [*OFFLOADED, "parallel.prefetch=0"]),
     "in backward": (["train.global_batch_size=4", "optimizer.grad_clip=0"], ["optimizer.in_backward=true"]),
     **{
         f"checkpointing {kind}": ([], [f"parallel.activation_checkpointing={kind}"])
@@ -96,6 +98,8 @@ ON_A_GPU: dict[str, tuple[list[str], list[str]]] = {  # or with minutes of compi
     "compile, lora": (LORA, ["model.kernels=compile"]),
     "compile, offload": ([], ["model.kernels=compile", *OFFLOADED]),
     "liger": ([], ["model.kernels=liger"]),
+    "liger, packed": (PACKED, ["model.kernels=liger"]),
+    "liger, offload": ([], ["model.kernels=liger", *OFFLOADED]),
 }
 RESUMED: dict[str, list[str]] = {
     "lisa": [],
@@ -119,7 +123,7 @@ class Matrix:
     def model(self) -> list[str]:
         """The model, and the arithmetic that this device is quick with."""
         if self.tiny:
-            return [*TINY, "precision.compute=float32"]
+            return [*TINY, "precision.frozen=float32", "precision.compute=float32"]
         return ["precision.compute=bfloat16"]
 
     def trained(self, overrides: list[str], fresh: bool = False) -> Path:
@@ -159,13 +163,15 @@ def changes_nothing(matrix: Matrix, base: list[str], change: list[str]) -> str:
 
 
 def resumes(matrix: Matrix, overrides: list[str]) -> str:
-    """Train in one go and in two; the losses are equal, bit for bit."""
+    """Train in one go and in two; the losses are equal, bit for bit but where a resume rounds."""
     straight = matrix.losses(overrides)
+    rounded = "optimizer=adamw8bit" in overrides  # a resume rounds its moments once more
     cut = matrix.trained([*overrides, "train.max_steps=3"], fresh=True)
     settled = [f"run.dir={cut}", "checkpoint.resume=auto"]
     assert train(load([*matrix.model, *BASE, *overrides, *settled])) == 0
-    assert losses_in(cut) == straight, (losses_in(cut), straight)
-    return f"{STEPS} losses equal bit for bit"
+    apart = max(abs(one - other) / abs(other) for one, other in zip(losses_in(cut), straight, strict=True))
+    assert apart <= (0.01 if rounded else 0), (losses_in(cut), straight)
+    return f"{STEPS} losses within {apart:.1e}" if rounded else f"{STEPS} losses equal bit for bit"
 
 
 def family(name: str) -> str:
