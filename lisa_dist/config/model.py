@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lisa_dist.config.errors import UserError, check_choices, check_minimums
+from lisa_dist.config.errors import UserError, check_auto_or_count, check_choices
 from lisa_dist.config.paths import BUILTIN_PREFIX
 
 
@@ -22,15 +22,15 @@ class ModelConfig:
     quantization: str = "none"  # storage of the frozen base under adapters: none, int8, nf4
     trust_remote_code: bool = False  # run Python code that comes with the model
     attention: str = "auto"  # auto (packed rows without a mask), sdpa, eager, varlen, flash_attention_2, flex_attention
-    loss_chunk: int = 1024  # tokens whose logits the loss head holds at a time
-    kernels: str = "auto"  # what runs the blocks: eager, liger, compile; auto: on a GPU the faster, on a CPU eager
+    loss_chunk: str = "auto"  # tokens whose logits the loss head holds at a time; auto: 4096 in place on a GPU, or 1024
+    kernels: str = "auto"  # what runs blocks and loss: eager, liger, compile; auto: on a GPU the faster, on a CPU eager
     router_aux_loss: bool = False  # add a mixture-of-experts model's router loss
 
     def __post_init__(self) -> None:
         attention = ["auto", "sdpa", "eager", "varlen", "flash_attention_2", "flex_attention"]
         check_choices("model", self, init=["pretrained", "random"], quantization=["none", "int8", "nf4"])
         check_choices("model", self, attention=attention, kernels=["auto", "eager", "liger", "compile"])
-        check_minimums("model", self, loss_chunk=1)
+        check_auto_or_count("model.loss_chunk", self.loss_chunk)
 
     def check_is_named(self) -> None:
         """Raise :class:`UserError` where neither a path nor the fields of an architecture say which model."""
@@ -38,6 +38,12 @@ class ModelConfig:
             raise UserError(
                 "model.path=null: name a Hugging Face directory, a hub id or builtin:demo, or choose a preset"
             )
+
+    def chunk_tokens(self, in_place: bool) -> int:
+        """Return ``loss_chunk``, with the default resolved: as much memory whether or not logits become gradients."""
+        if self.loss_chunk != "auto":
+            return int(self.loss_chunk)
+        return 4096 if in_place else 1024  # 2 bytes a logit and 8
 
     @property
     def own_attention(self) -> str | None:

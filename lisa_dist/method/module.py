@@ -33,7 +33,7 @@ from lisa_dist.method.switch import (
 from lisa_dist.method.updates import Update, build_update
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.inspection import pretrained_architecture
-from lisa_dist.models.kernels import choose_kernels, install_liger
+from lisa_dist.models.kernels import choose_kernels, install_liger, loss_in_place
 from lisa_dist.models.layer_map import LayerMap, block_of, find_layers
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
 from lisa_dist.models.masking import (
@@ -110,12 +110,15 @@ def build_train_module(
     if kind != "none" and not quantize_linears(layers.blocks, kind):
         raise UserError(f"model.quantization={kind}: this model has no layers for it")
     undecayed = frozenset() if config.optimizer.decay_norms_and_biases else norms_and_biases(module)
-    objective = prepare_supervised(module, layers, config.model)
+    # Compiled blocks were tried with weights on the device alone, and never with quantised ones.
+    may_compile = config.parallel.offload == "none" and config.model.quantization == "none"
+    kernels = choose_kernels(config.model.kernels, module, may_compile=may_compile)
+    objective = prepare_supervised(module, layers, config.model, loss_in_place(kernels))
     install_position_handling(module, separation)
     state_bytes = optimizer_spec(config.optimizer).state_bytes
     checkpointing = CheckpointingPolicy(config, lambda: build_update(config.update), state_bytes)
     checkpointing.measure(module)
-    kernels = install_kernels(config, module, layers)
+    install_kernels(config, module, layers, kernels)
     dims = dims or ParallelDims.of(config.parallel)
     check_streamed(config, dims.num_ranks)
     store = build_store(module, layers, dims.mesh, config.parallel, config.precision, update.keeps_precision)
@@ -125,20 +128,12 @@ def build_train_module(
     return TrainModule(config, dims, store, update, optimizer, sampler, active, checkpointing, objective, kernels)
 
 
-def install_kernels(config: Config, module: nn.Module, layers: LayerMap) -> str:
-    """Let the kernels of ``model.kernels`` run the blocks; return which. Call it when nothing else changes a forward.
-
-    Raises:
-        UserError: they can't run here, or not with this model.
-    """
-    # Compiled blocks were tried with weights on the device alone, and never with quantised ones.
-    may_compile = config.parallel.offload == "none" and config.model.quantization == "none"
-    kernels = choose_kernels(config.model.kernels, module, may_compile=may_compile)
+def install_kernels(config: Config, module: nn.Module, layers: LayerMap, kernels: str) -> None:
+    """Let ``kernels`` run the blocks. Call it when nothing else changes a forward."""
     if kernels == "liger":
         install_liger(module, keep_inputs=config.parallel.activation_checkpointing in ("selective", "auto"))
     elif kernels == "compile":
         compile_blocks(module, layers.blocks, lengths_vary=not config.data.packing)
-    return kernels
 
 
 def separate_packed_samples(config: Config, module: nn.Module, layers: LayerMap) -> Separation | None:

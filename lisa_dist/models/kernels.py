@@ -84,6 +84,14 @@ def has_liger() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None
 
 
+def loss_in_place(kernels: str) -> bool:
+    """Whether a kernel of this device may turn logits into their gradient: Triton comes with torch for GPUs."""
+    if kernels == "eager":
+        return False
+    on_gpu = distributed.device().type == "cuda" and importlib.util.find_spec("triton") is not None
+    return distributed.is_simulated() or on_gpu
+
+
 def missing_for_compiling(on_gpu: bool) -> str | None:
     """Return the compiler that torch.compile needs here and that is not found, in words; None where there is one."""
     variable, names = ("CC", ("cc", "gcc", "clang")) if on_gpu else ("CXX", ("g++", "clang++"))

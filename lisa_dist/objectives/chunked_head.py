@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lisa_dist.config import UserError
 from lisa_dist.data.encode import UNTRAINED
 from lisa_dist.models.layer_map import LayerMap
+from lisa_dist.runtime import distributed
 
 logger = logging.getLogger(__name__)
 
@@ -61,36 +62,46 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         transform: LogitTransform,
         chunk_tokens: int,
+        in_place: bool,
         with_gradients: bool,
     ) -> Tensor:
         """Shapes: hidden [N, D], weight [V, D], bias [V], targets [N]. Returns a float32 scalar.
 
-        ``with_gradients`` must be ``torch.is_grad_enabled()`` of the caller: ``needs_input_grad`` is True under
-        ``no_grad`` too, and inside this function gradients are always off.
+        ``in_place`` has a kernel of the GPU put gradients where the logits were. ``with_gradients`` must be
+        ``torch.is_grad_enabled()`` of the caller: ``needs_input_grad`` is True under ``no_grad`` too, and inside this
+        function gradients are always off.
         """
+        ctx.in_place = in_place
         needs_hidden, needs_weight, needs_bias = (with_gradients and needed for needed in ctx.needs_input_grad[:3])
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        weight_gradient: Tensor | None = None
         bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
         needed = needs_hidden or needs_weight or needs_bias
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            keep = (targets[rows] != UNTRAINED)[:, None]  # applied to what is small: never to all logits
-            log_probs, slope = _log_probabilities(hidden[rows], weight, bias, transform)
-            index = targets[rows].clamp_min(0)[:, None]
-            own = log_probs.gather(1, index)
-            loss -= (own * keep).sum()
+            inputs, logits = hidden[rows], F.linear(hidden[rows], weight, bias)
+            if in_place:
+                loss += _put_gradient(logits, targets[rows], transform, needed).sum()
+                gradient = logits
+            else:
+                keep = (targets[rows] != UNTRAINED)[:, None]  # applied to what is small: never to all logits
+                log_probs, slope = _log_probabilities(logits, transform)
+                index = targets[rows].clamp_min(0)[:, None]
+                own = log_probs.gather(1, index)
+                loss -= (own * keep).sum()
+                if needed:
+                    gradient, inputs = _gradient(log_probs, own, index, slope, hidden.dtype), inputs * keep
             if not needed:
                 continue
-            gradient = _gradient(log_probs, own, index, slope, hidden.dtype)
             if hidden_gradient is not None:
                 torch.mm(gradient, weight, out=hidden_gradient[rows])
-                hidden_gradient[rows] *= keep
-            if weight_gradient is not None:
-                add_product(weight_gradient, gradient, hidden[rows] * keep)
+                if not in_place:
+                    hidden_gradient[rows] *= keep
+            if needs_weight:
+                weight_gradient = add_product(weight_gradient, gradient, inputs)
             if bias_gradient is not None:
-                bias_gradient += (gradient * keep).sum(0, dtype=torch.float32)
+                bias_gradient += (gradient if in_place else gradient * keep).sum(0, dtype=torch.float32)
         ctx.gradients = (
             hidden_gradient,
             None if weight_gradient is None else weight_gradient.to(gradient_dtype(weight)),
@@ -104,16 +115,35 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the chunked loss gives its gradients once; run the forward pass again")
         gradients, ctx.gradients = ctx.gradients, None
         # The incoming scalar stays float32: cast to bfloat16 it would cost 0.2% of every gradient.
-        return *(None if gradient is None else gradient.mul_(incoming[0]) for gradient in gradients), *(None,) * 4
+        for gradient in gradients:
+            if gradient is not None:
+                _multiply(gradient, incoming[0], ctx.in_place)
+        return *gradients, *(None,) * 5
 
 
-def _log_probabilities(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform
-) -> tuple[Tensor, Tensor | float]:
+def _put_gradient(logits: Tensor, targets: Tensor, transform: LogitTransform, needed: bool) -> Tensor:
+    """Return the float32 losses of some rows, 0 where untrained; their gradient, if needed, replaces the logits."""
+    if distributed.is_simulated():  # as much is read and written
+        return logits.exp_().new_empty(len(logits), dtype=torch.float32)
+    from lisa_dist.objectives.loss_kernel import cross_entropy_in_place  # Triton is there where there is a GPU
+
+    return cross_entropy_in_place(logits, targets, transform.scale, transform.cap, needed)
+
+
+def _multiply(gradient: Tensor, factor: Tensor, in_place: bool) -> None:
+    """Multiply a gradient by the incoming one; where that is 1, a kernel on the GPU sees it and ends."""
+    if not in_place:
+        gradient.mul_(factor)
+    elif not distributed.is_simulated():
+        from lisa_dist.objectives.loss_kernel import multiply_in_place
+
+        multiply_in_place(gradient, factor)
+
+
+def _log_probabilities(logits: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor | float]:
     """Return the float32 logarithms of the probabilities of some rows, [rows, V], and the transformation's slope."""
-    logits, slope = F.linear(hidden, weight, bias), 1.0
     if transform == LogitTransform():
-        return torch.log_softmax(logits, -1, dtype=torch.float32), slope
+        return torch.log_softmax(logits, -1, dtype=torch.float32), 1.0
     values, slopes = transform.with_slope(logits.float())
     return torch.log_softmax(values, -1), slopes
 
@@ -140,18 +170,22 @@ def gradient_dtype(weight: Tensor) -> torch.dtype:
     return (weight.grad_dtype if weight.is_leaf else None) or weight.dtype
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add ``left.T @ right`` to a float32 ``total``, which is not rounded on the way; without a temporary if possible.
+def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """Return ``total + left.T @ right`` in float32, added where ``total`` lies; without a temporary if possible.
 
-    Shapes: total [V, D], left [rows, V], right [rows, D].
+    Shapes: total [V, D], None for zero; left [rows, V], right [rows, D].
     """
-    if left.dtype == total.dtype:
-        total.addmm_(left.T, right)
-    elif sums_in_place(left.device, left.dtype):
-        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
-    else:
-        for rows, part in zip(total.chunk(WEIGHT_SLICES), left.chunk(WEIGHT_SLICES, dim=1)):
-            rows += part.T @ right
+    if left.dtype == torch.float32:
+        return left.T @ right if total is None else total.addmm_(left.T, right)
+    if sums_in_place(left.device, left.dtype):
+        if total is None:
+            return torch.mm(left.T, right, out_dtype=torch.float32)
+        return torch.addmm(total, left.T, right, out_dtype=torch.float32, out=total)
+    if total is None:
+        total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float32, device=left.device)
+    for rows, part in zip(total.chunk(WEIGHT_SLICES), left.chunk(WEIGHT_SLICES, dim=1)):
+        rows += part.T @ right
+    return total
 
 
 @functools.cache
@@ -188,13 +222,14 @@ def install_loss_head(
     layer_map: LayerMap,
     chunk_tokens: int,
     router_aux_loss: bool = False,
+    in_place: bool = False,
 ) -> LogitTransform | None:
     """Make ``model(input_ids=..., labels=...)`` return the summed loss, computed in chunks of ``chunk_tokens`` tokens.
 
     Call it before ``fully_shard``, on any device, but outside ``FakeTensorMode``: it looks at a few values. Labels
     are unshifted [b, t], -100 where there is no loss; the result is a float32 scalar, the sum over label tokens. With
     ``labels=None`` the model answers as before. With ``router_aux_loss`` the router's loss times its coefficient is
-    added for each label token.
+    added for each label token. ``in_place``: logits and gradients share their memory, by a kernel that needs a GPU.
 
     Returns what the model does to the head's product; None where it does something else (or has a head of its own
     kind), in which case the model's own head and the plain float32 loss are used, and that is logged.
@@ -211,7 +246,7 @@ def install_loss_head(
             "%s has a head of its own kind: the logits of a micro-batch are held in full", type(model).__name__
         )
     else:
-        head.forward = _loss_head(head, transform, chunk_tokens)
+        head.forward = _loss_head(head, transform, chunk_tokens, in_place)
 
     @functools.wraps(original)
     def forward(*args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
@@ -234,14 +269,14 @@ def install_loss_head(
     return transform
 
 
-def _loss_head(head: nn.Module, transform: LogitTransform, chunk_tokens: int) -> Callable[..., Tensor]:
+def _loss_head(head: nn.Module, transform: LogitTransform, chunk_tokens: int, in_place: bool) -> Callable[..., Tensor]:
     product = head.forward
 
     def forward(hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
             return product(hidden)
         inputs: Any = hidden.flatten(0, 1), head.weight, head.bias, shift_labels(labels).flatten(), transform
-        return ChunkedCrossEntropy.apply(*inputs, chunk_tokens, torch.is_grad_enabled())
+        return ChunkedCrossEntropy.apply(*inputs, chunk_tokens, in_place, torch.is_grad_enabled())
 
     return forward
 

@@ -11,12 +11,12 @@ from lisa_dist.objectives import Objective
 from lisa_dist.objectives.chunked_head import install_loss_head
 
 
-def prepare_supervised(model: nn.Module, layers: LayerMap, config: ModelConfig) -> Objective:
+def prepare_supervised(model: nn.Module, layers: LayerMap, config: ModelConfig, in_place: bool) -> Objective:
     """Let the model compute its loss in chunks, and return the objective. Call it before the model is sharded.
 
     See :func:`install_loss_head`, which does the first.
     """
-    install_loss_head(model, layers, config.loss_chunk, config.router_aux_loss)
+    install_loss_head(model, layers, config.chunk_tokens(in_place), config.router_aux_loss, in_place)
     return supervised
 
 

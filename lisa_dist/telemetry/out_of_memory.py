@@ -113,7 +113,8 @@ def savings(config: Config, phase: str, on_gpu: bool) -> list[tuple[str, object,
     Returns:
         Key, smaller value, present value; of a key that is there twice the later value saves more.
     """
-    micro, length, chunk = config.train.micro_batch_size, config.data.sequence_length, config.model.loss_chunk
+    micro, length = config.train.micro_batch_size, config.data.sequence_length
+    chunk = config.model.chunk_tokens(in_place=on_gpu and config.model.kernels != "eager")
     found: list[tuple[str, object, object]] = []
     has_activations = phase != GENERATE and not phase.startswith(WITHOUT_ACTIVATIONS)
     if has_activations:
@@ -124,7 +125,7 @@ def savings(config: Config, phase: str, on_gpu: bool) -> list[tuple[str, object,
             found.append(("parallel.activation_checkpointing", "full", checkpointing))
         smaller_chunk = min(chunk, micro * length) // 4
         if smaller_chunk >= SMALLEST_LOSS_CHUNK:
-            found.append(("model.loss_chunk", smaller_chunk, chunk))
+            found.append(("model.loss_chunk", smaller_chunk, config.model.loss_chunk))
     offload = config.parallel.offload
     if on_gpu:  # without one, host memory is what ran out
         kinds = ["none", "auto", "frozen", "all"] if offload == "auto" else ["none", "frozen", "all"]

@@ -94,7 +94,7 @@ def test_the_explicit_mask_of_packed_samples_is_planned() -> None:
             **{"num_hidden_layers": 2, "num_attention_heads": 2},
         }
         config.data.packing, config.data.sequence_length, config.model.attention = packing, 1024, "sdpa"
-        config.model.loss_chunk = 2**16
+        config.model.loss_chunk = str(2**16)
         peaks[packing] = simulate(config).peak_bytes
     assert peaks[True] - peaks[False] >= 1024**2
 

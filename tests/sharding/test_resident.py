@@ -153,7 +153,7 @@ def error_of_a_frequent_token(kind: str) -> float:
 
 def head_gradient(tied: bool) -> torch.Tensor:
     """The gradient of a head in bf16 whose master is in fp32, a sum of many products. Runs on one rank."""
-    config = make_config(precision=BF16, model={"loss_chunk": 2})
+    config = make_config(precision=BF16, model={"loss_chunk": "2"})
     config.model.architecture["tie_word_embeddings"] = tied
     train_module = build_train_module(config)
     load_initial_weights(train_module, CPU)

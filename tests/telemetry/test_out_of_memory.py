@@ -76,7 +76,7 @@ def test_keys_are_advised_in_the_order_to_try_them() -> None:
     assert keys_of(config) == [
         "train.micro_batch_size=3",  # not 4, with which a global batch of 6 x ranks could not be had
         "parallel.activation_checkpointing=full",
-        "model.loss_chunk=256",
+        "model.loss_chunk=1024",
         "parallel.offload=frozen",
         "data.sequence_length=1024",
     ]
@@ -108,7 +108,7 @@ def test_the_next_command_plans_the_run_on_its_ranks() -> None:
 def test_a_command_beside_training_is_advised_what_it_has(tmp_path: Path) -> None:
     config = load(["model=llama2_7b", "train.micro_batch_size=8", "data.sequence_length=2048"])
     assert keys_of(config, "evaluate") == [
-        "train.micro_batch_size=4", "model.loss_chunk=256", "parallel.offload=frozen", "data.sequence_length=1024",
+        "train.micro_batch_size=4", "model.loss_chunk=1024", "parallel.offload=frozen", "data.sequence_length=1024",
     ]  # fmt: skip
     assert keys_of(config, "generate") == ["parallel.offload=frozen"]
     for name in ("evaluate", "generate"):
