@@ -12,7 +12,7 @@ import os
 import shutil
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,19 +31,21 @@ class _Family:
     casting: str = "llama"  # where a norm goes back from float32: before its weight (llama), after it (gemma)
     gate: str | None = "silu"  # the activation of the gate; None: its MLPs are of another kind
     joined: bool = False  # gate and up are one linear layer
+    norms_last: bool = False  # norms of what is added to a residual: their gradient is the residual's too
 
 
 _GEMMA = _Family(offset=1.0, casting="gemma", gate="gelu")
+_GEMMA_2 = replace(_GEMMA, norms_last=True)
 LIGER_FAMILIES = {
     "llama": _Family(),
     "mistral": _Family(),
     "qwen2": _Family(),
     "qwen3": _Family(),
     "phi3": _Family(joined=True),
-    "olmo2": _Family(casting="gemma"),
+    "olmo2": _Family(casting="gemma", norms_last=True),
     "gemma": _GEMMA,
-    "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
+    "gemma2": _GEMMA_2,
+    "gemma3_text": _GEMMA_2,
     "mixtral": _Family(gate=None),
     "qwen3_moe": _Family(gate=None),
 }
@@ -157,8 +159,7 @@ def _norm(module: Any, family: _Family, apply: Callable[..., Tensor]) -> Callabl
     epsilon = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
 
     def forward(hidden: Tensor) -> Tensor:
-        # Its gradient must not overwrite what comes in: it may be a residual's too.
-        return apply(hidden, module.weight, epsilon, family.offset, family.casting, False)
+        return apply(hidden, module.weight, epsilon, family.offset, family.casting, not family.norms_last)
 
     return forward
 

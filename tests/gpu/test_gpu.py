@@ -29,12 +29,14 @@ from lisa_dist.method.module import (
     load_initial_weights,
     separate_packed_samples,
 )
+from lisa_dist.method.optim.adamw import FusedAdamW, zero_state
+from lisa_dist.method.optim.schedule import learning_rates
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.objectives.chunked_head import ChunkedCrossEntropy, LogitTransform, add_product, sums_in_place
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.environment import ALLOCATOR_SETTINGS
-from lisa_dist.training.step import accumulate_gradients, train_step
+from lisa_dist.training.step import accumulate_gradients, step_clipped, train_step
 from tests.support.answers import answerer_of, greedy, prompts
 from tests.support.families import tiny_config
 from tests.support.left_out import leave_out
@@ -231,6 +233,45 @@ def test_products_are_added_to_the_gradient_of_a_head_in_float32_where_it_is() -
     assert torch.cuda.max_memory_allocated() - before < total.nbytes // 4
     expected = 2 * (left.double().T @ right.double())
     assert (total.double() - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_adamw_steps_by_a_kernel_as_torchs_own() -> None:
+    ended = []
+    for kind in (torch.optim.AdamW, FusedAdamW):
+        torch.manual_seed(0)
+        parameter = torch.nn.Parameter(torch.randn(1000, 1001, device="cuda"))
+        optimizer = kind([parameter], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        optimizer.state[parameter] = zero_state(optimizer, parameter)
+        for step in range(4):
+            parameter.grad = torch.randn_like(parameter)
+            optimizer.grad_scale = torch.full((), 7.0, device="cuda")
+            optimizer.found_inf = torch.full((), float(step == 2), device="cuda")
+            optimizer.step()
+        ended.append([parameter.detach(), *optimizer.state[parameter].values()])
+    for plain, kernel in zip(*ended, strict=True):
+        torch.testing.assert_close(kernel, plain, rtol=1e-5, atol=2e-6)
+
+
+def test_norm_and_step_of_1_5_billion_parameters_take_18_ms() -> None:
+    if "H100" not in torch.cuda.get_device_name():
+        pytest.skip("the time is one of an H100")
+    config = load([*MIDDLING, "method=full", "optimizer.decay_norms_and_biases=true"])
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, distributed.device())
+    begin_period(train_module, 0)
+    trained = sum(parameter.numel() for parameter in train_module.optimizer.parameters.values())
+    zero, rates = torch.zeros((), device="cuda"), learning_rates(config.scheduler, config.optimizer, 0, 2)
+
+    def step() -> None:
+        for parameter in train_module.optimizer.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.ones_like(parameter)
+        step_clipped(train_module, rates, zero, 1.0, {})
+
+    step()
+    gradients = [torch.ones_like(parameter) for parameter in train_module.optimizer.parameters.values()]
+    made = milliseconds(step) - milliseconds(lambda: [torch.ones_like(gradient) for gradient in gradients])
+    assert made * 1.5e9 / trained < 18
 
 
 def milliseconds(function: Callable[[], object]) -> float:

@@ -130,6 +130,20 @@ class _Number(float):
         return self
 
 
+class _Overwritten(torch.autograd.Function):
+    """What comes through, whose incoming gradient is of no use any more to anybody else."""
+
+    @staticmethod
+    def forward(ctx: Any, through: torch.Tensor) -> torch.Tensor:
+        return through.view_as(through)
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: torch.Tensor) -> torch.Tensor:
+        kept = incoming[0].clone()
+        incoming[0].fill_(torch.nan)
+        return kept
+
+
 @pytest.fixture
 def liger(monkeypatch: pytest.MonkeyPatch) -> None:
     """Liger's kernels by Triton's interpreter where both packages are; elsewhere what they compute, in plain torch."""
@@ -151,12 +165,13 @@ def liger(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _stand_ins() -> dict[str, types.ModuleType]:
     def rms_norm(hidden: Any, weight: Any, epsilon: float, offset: float, casting: str, in_place: bool) -> Any:
-        assert not in_place
         wide = hidden.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
         if casting == "llama":
-            return (weight + offset) * normed.to(hidden.dtype)
-        return ((weight.float() + offset) * normed).to(hidden.dtype)
+            normed = (weight + offset) * normed.to(hidden.dtype)
+        else:
+            normed = ((weight.float() + offset) * normed).to(hidden.dtype)
+        return _Overwritten.apply(normed) if in_place else normed
 
     def rotate(query: Any, key: Any, cos: Any, sin: Any, position_ids: Any = None, unsqueeze_dim: int = 1) -> Any:
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)

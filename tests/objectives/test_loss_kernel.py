@@ -60,5 +60,4 @@ assert torch.equal(multiplied, tensor * 0.5)
 
 def test_losses_and_gradients_are_those_of_torch() -> None:
     pytest.importorskip("triton", reason="needs triton, which comes with torch for GPUs")
-    unset = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", CODE], env={**unset, "TRITON_INTERPRET": "1"}, check=True)
+    subprocess.run([sys.executable, "-c", CODE], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
