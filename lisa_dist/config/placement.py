@@ -14,7 +14,7 @@ class ParallelConfig:
     replicate: int = 1  # replicas of the model (hybrid sharding)
     shard: str = "auto"  # ranks a replica is sharded over, 1: weights stay whole; auto: all ranks / replicate
     reshard_after_forward: bool = True  # free a block's gathered weights between forward and backward
-    prefetch: int = 1  # blocks gathered, or copied from host memory, ahead of the one in use, in both passes; 0: none
+    prefetch: int | None = None  # blocks gathered (null: 1) or copied from the host (null: 4) ahead, in both passes
     offload: str = "none"  # none, frozen (blocks in host memory), auto (of one rank those that must), all (FSDP2's)
     activation_checkpointing: str = "none"  # none, selective, full, auto (what fits, each block by itself)
     memory_limit: float | None = None  # GiB of its device that a rank may use, for auto; null: all of a GPU
@@ -30,6 +30,19 @@ class ParallelConfig:
         check_minimums("parallel", self, nodes=1, replicate=1, prefetch=0, timeout=1, memory_limit=0)
         check_choices("parallel", self, optimizer_shard=["replica", "world"], offload=["none", "frozen", "auto", "all"])
         check_choices("parallel", self, activation_checkpointing=["none", "full", "selective", "auto"])
+
+    @property
+    def gathered_ahead(self) -> int:
+        """Blocks that are gathered ahead of the one in use."""
+        return 1 if self.prefetch is None else self.prefetch
+
+    @property
+    def copied_ahead(self) -> int:
+        """Blocks that are copied from host memory ahead of the one in use.
+
+        Several, so that copies go on while head and optimizer compute, which takes as long as some blocks' copies.
+        """
+        return 4 if self.prefetch is None else self.prefetch
 
     def ranks_of_replica(self, num_ranks: int) -> int:
         """Return over how many ranks a replica is sharded, of so many in all."""

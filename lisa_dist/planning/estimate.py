@@ -53,7 +53,7 @@ def estimate(trace: Trace, gpu: Gpu, config: Config) -> Estimate:
     across = work.sent_across_nodes / (gpu.link_bandwidth_across_nodes * LINK_EFFICIENCY)
     communication = within + across
     host = _host_seconds(trace, gpu, config)
-    if work.link_bytes:
+    if trace.streamed[0].visits:
         step = _streamed_seconds(trace, gpu, config, compute)
     else:
         overlapped = communication + host[0]
@@ -81,8 +81,8 @@ def _streamed_seconds(trace: Trace, gpu: Gpu, config: Config, compute: float) ->
     up, down = (_compute_seconds(work, gpu, config) for work in trace.streamed)
     rest = (compute - up - down) / micro_batches
     link = _TimedLink(gpu.host_bandwidth * LINK_EFFICIENCY)
-    slots = Slots(link, 1 + config.parallel.prefetch, 0, torch.device("meta"))
     weights = torch.empty(trace.host_bytes // blocks, dtype=torch.uint8, device="meta")
+    slots = Slots(link, 1 + config.parallel.copied_ahead, 0, torch.device("meta"), lambda _: weights)
     passes = [(block, up / forward.visits) for block in range(blocks)]
     passes += [(block, down / backward.visits) for block in reversed(range(blocks - reached, blocks))]
     slots.expect([block for block, _ in passes])
@@ -90,7 +90,7 @@ def _streamed_seconds(trace: Trace, gpu: Gpu, config: Config, compute: float) ->
     for _ in range(3):  # the first begins with empty slots
         for place, (block, seconds) in enumerate(passes):
             link.now += rest if place == blocks else 0.0
-            slot = slots.enter(block, lambda _: weights)
+            slot = slots.enter(block)
             link.now += seconds
             slots.leave(slot)
         link.now += 0.0 if reached else rest
@@ -122,7 +122,7 @@ def _host_seconds(trace: Trace, gpu: Gpu, config: Config) -> tuple[float, float]
     """Return the seconds of copies from and to host memory, which overlap, and of the optimizer's step there."""
     if config.parallel.offload == "none":
         return 0.0, 0.0
-    if trace.work.link_bytes or config.parallel.offload == "auto":
+    if trace.streamed[0].visits or config.parallel.offload == "auto":
         return trace.work.link_bytes / (gpu.host_bandwidth * LINK_EFFICIENCY), 0.0
     sizes = trace.persistent_bytes
     copied = 2 * sizes["frozen_parameters"]  # to the device for the forward and for the backward pass

@@ -36,7 +36,9 @@ def predict(config: Config, least_work: bool = False) -> Trace:
         return simulate(config, None, least_work)  # every block has a kind or a place of its own
     depth = architecture_of(config.model).num_hidden_layers
     num_active = len(extreme_sets(config, depth)[1])
-    shallow = 2 * EDGE + 1 + (0 if num_active == depth else num_active)
+    # From one frozen block more than are copied or gathered at a time.
+    ahead = config.parallel.copied_ahead if config.parallel.offload == "frozen" else config.parallel.gathered_ahead
+    shallow = max(2 * EDGE + 1, 2 + ahead) + (0 if num_active == depth else num_active)
     if config.sampler.listed_blocks is not None or shallow + 2 >= depth or not has_equal_blocks(config.model):
         return simulate(config, None, least_work)
     return extrapolate(simulate(config, shallow, least_work), simulate(config, shallow + 1, least_work), depth)

@@ -181,6 +181,8 @@ def simulate(config: Config, num_blocks: int | None = None, least_work: bool = F
             batches = [_micro_batch(config) for _ in range(min(micro_batches, MAX_SIMULATED_MICRO_BATCHES))]
             with torch.compiler.set_stance("force_eager"):  # an optimizer may compile its own step
                 train_step(train_module, batches, 0, 2, stopwatch=clock)
+            # Any step but the first after a switch begins with what is there at its end.
+            ledger.work["optimizer"].link_bytes -= train_module.store.link_bytes_ahead()
         return Trace(
             num_blocks=len(train_module.store.layers.blocks),
             num_active=len(blocks),

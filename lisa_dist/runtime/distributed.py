@@ -140,7 +140,9 @@ def fill(tensor: torch.Tensor, full: torch.Tensor) -> None:
     """Copy this rank's part of ``full`` into a sharded tensor of the same shape."""
     local = local_shard(tensor.detach())
     if local.numel():
-        local.copy_(full.detach()[local_region(tensor)])
+        part = full.detach()[local_region(tensor)]
+        # A copy to host memory in another dtype would be converted there, after it came whole in the first one.
+        local.copy_(part if part.device == local.device else part.to(local.dtype))
 
 
 def as_sharded(local: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -31,7 +31,7 @@ def build_store(
     """Put a model on ``meta`` into the store that the configuration asks for. Nothing is allocated."""
     ranks = mesh["shard"].size()
     if stream_frozen(parallel, precision, ranks):
-        return StreamedStore(module, layers, mesh, precision, keeps_precision, parallel.prefetch)
+        return StreamedStore(module, layers, mesh, precision, keeps_precision, parallel.copied_ahead)
     if stay_whole(parallel, precision, ranks):
         return ResidentStore(module, layers, mesh, precision, keeps_precision)
     kind = WorldMastersStore if parallel.optimizer_shard == "world" and parallel.replicate > 1 else ShardedStore

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lisa_dist.config import UserError
 from lisa_dist.runtime import distributed
-from lisa_dist.runtime.units import format_bytes
+from lisa_dist.sharding.pinned import PinnedPool
 
 
 class Slot:
@@ -62,6 +61,7 @@ class CudaLink(Link):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.stream = torch.cuda.Stream(device)
+        self._pinned = PinnedPool()
 
     def host_buffer(self, size: int) -> Tensor:
         """Return ``size`` bytes of pinned host memory.
@@ -69,13 +69,7 @@ class CudaLink(Link):
         Raises:
             UserError: the driver or the system refuses to pin as much.
         """
-        try:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as error:
-            raise UserError(
-                f"parallel.offload=frozen: no {format_bytes(size)} more of pinned host memory for a block ({error}); "
-                "raise the limit (ulimit -l, the container's memory), or take parallel.offload=none or more ranks"
-            ) from error
+        return self._pinned.take(size)
 
     def wait(self, slot: Slot) -> None:
         """Have the stream that computes wait for the copy."""
@@ -110,9 +104,17 @@ class Slots:
         misses: visits to blocks that were not on their way, and were fetched on demand.
     """
 
-    def __init__(self, link: Link, count: int, size: int, device: torch.device) -> None:
-        """Have ``count`` slots of ``size`` bytes on ``device``, which are allocated at the first visit."""
-        self.link, self.count, self.size, self.device = link, count, size, device
+    def __init__(self, link: Link, count: int, size: int, device: torch.device, host: Callable[[int], Tensor]) -> None:
+        """Have ``count`` slots of ``size`` bytes on ``device``, which are allocated at the first visit.
+
+        Args:
+            link: brings what they hold.
+            count: of slots.
+            size: of a slot.
+            device: where they are.
+            host: gives the host buffer of a block.
+        """
+        self.link, self.count, self.size, self.device, self.host = link, count, size, device, host
         self.slots: list[Slot] = []
         self.misses = 0
         self._visits: Sequence[int] = ()
@@ -122,12 +124,10 @@ class Slots:
         """Give the visits to come, over and over, by their blocks."""
         self._visits, self._next = visits, 0
 
-    def enter(self, block: int, host: Callable[[int], Tensor]) -> Slot:
+    def enter(self, block: int) -> Slot:
         """Return the slot that holds a block when what is computed from now on runs; send for those that come next.
 
-        Args:
-            block: is visited now; between this and :meth:`leave` its slot is not touched.
-            host: gives the host buffer of a block.
+        Between this and :meth:`leave` the slot is not touched.
         """
         if not self.slots:
             self.slots = [Slot(self.size, self.device) for _ in range(self.count)]
@@ -136,22 +136,30 @@ class Slots:
         place = next((place for place in order if self._visits[place] == block), None)
         if place is not None:
             self._next = (place + 1) % len(self._visits)
-        coming = itertools.chain(self._visits[self._next :], self._visits[: self._next])
-        wanted = list(dict.fromkeys([block, *coming]))[: len(self.slots)]
-        for name in wanted:
-            if any(slot.block == name for slot in self.slots):
-                continue
-            self.misses += name == block
-            slot = next(slot for slot in self.slots if slot.block not in wanted)
-            slot.block = name
-            self.link.fetch(slot, host(name))
+        self.misses += all(slot.block != block for slot in self.slots)
+        self._send_for([block])
         slot = next(slot for slot in self.slots if slot.block == block)
         self.link.wait(slot)
         return slot
 
     def leave(self, slot: Slot) -> None:
-        """Hand a slot back."""
+        """Hand a slot back, for the next block that is not there: while head and optimizer compute, all are filled."""
         self.link.hand_back(slot)
+        self._send_for([])
+
+    def _send_for(self, visited: list[int]) -> None:
+        """Fetch what is ``visited`` now and comes next, as much as there are slots, where it is not there."""
+        coming = itertools.chain(visited, self._visits[self._next :], self._visits[: self._next])
+        wanted = list(dict.fromkeys(coming))[: len(self.slots)]
+        for block in wanted:
+            if all(slot.block != block for slot in self.slots):
+                slot = next(slot for slot in self.slots if slot.block not in wanted)
+                slot.block = block
+                self.link.fetch(slot, self.host(block))
+
+    def held_bytes(self) -> int:
+        """Return the bytes that are there, or on their way, for the next visits."""
+        return sum(self.host(slot.block).nbytes for slot in self.slots if slot.block is not None)
 
     def forget(self) -> None:
         """Hold nothing any more, since what lies in host memory changes."""

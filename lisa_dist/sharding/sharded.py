@@ -54,7 +54,7 @@ class ShardedStore(ParameterStore):
         self.module, self.layers, self.mesh, self.precision = module, layers, mesh, precision
         self.keeps_precision = keeps_precision
         self.handles: dict[str, tuple[Any, Any]] = fsdp2.fsdp_parameters(module)  # (FSDPParam, its group) by name
-        self._prefetch = parallel.prefetch
+        self._prefetch = parallel.gathered_ahead
         if mesh.device_type == "cpu" and not distributed.is_simulated():
             fsdp2.gather_in_background(module)  # type: ignore[arg-type]
         self._offloads_frozen, self._offloads_all = parallel.offload == "frozen", parallel.offload == "all"

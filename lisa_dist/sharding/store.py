@@ -127,6 +127,15 @@ class ParameterStore(Protocol):
         """Bytes of weights that the store itself has copied from host memory to the device since the start."""
         return 0
 
+    def link_bytes_ahead(self) -> int:
+        """Return how many of these bytes are there for the next step, which need not be copied in it."""
+        return 0
+
+    @property
+    def link_misses(self) -> int:
+        """How often, since the start, weights from host memory were not on their way when they were used."""
+        return 0
+
     def frozen_block_bytes(self) -> dict[int, int]:
         """Return the bytes of each block that may lie in host memory or on the device, where there is a choice."""
         return {}

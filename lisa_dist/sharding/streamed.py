@@ -109,7 +109,8 @@ class StreamedStore(ResidentStore):
             self._pack(block)
         # Any block may stream one day, whatever trains now.
         size = max(self._layout(filter(self._may_stream, names))[1] for names in self._names)
-        self.slots = Slots(self.link, min(1 + self._ahead, len(self._names)), size, device)
+        count = min(1 + self._ahead, len(self._names))
+        self.slots = Slots(self.link, count, size, device, lambda block: self._hosted[block].buffer)
 
     def set_trainable(self, names: Iterable[str], trained: bool, seed: int = 0, period: int = 0) -> None:
         """Give each parameter the tensors of its new state, and its block a buffer of what is frozen of it then.
@@ -157,6 +158,15 @@ class StreamedStore(ResidentStore):
     def link_bytes(self) -> int:
         """Bytes that were copied to the device since the start."""
         return self.link.copied_bytes
+
+    def link_bytes_ahead(self) -> int:
+        """Return the bytes that the slots hold."""
+        return self.slots.held_bytes()
+
+    @property
+    def link_misses(self) -> int:
+        """How often a block was not on its way when it was used, since the start: once after each switch."""
+        return self.slots.misses
 
     def recomputes(self, block: int) -> bool:
         """Whether the block is fetched and computed again in the backward pass."""
@@ -239,7 +249,7 @@ class StreamedStore(ResidentStore):
     @contextmanager
     def _visit(self, block: int, trained: list[str]) -> Iterator[list[Tensor]]:
         """Have a block's modules hold their frozen weights in a slot of the device; gives what is ``trained`` of it."""
-        slot = self.slots.enter(block, lambda coming: self._hosted[coming].buffer)
+        slot = self.slots.enter(block)
         there = {}
         for name, extent in self._hosted[block].extents.items():
             # Each block's own parameters: blocks differ in more than weights. The version of a view is the slot's, so

@@ -84,6 +84,7 @@ def count_step(run: Run, result: StepResult, seconds: dict[str, float]) -> None:
     flops = None if peak_rate(distributed.device()) is None else step_flops(run.train_module, lengths)
     if result.link_bytes:
         run.recorder.summary["link_bytes_per_step"] = result.link_bytes
+        run.recorder.summary["link_misses"] = run.train_module.store.link_misses
     run.recorder.count_step(tokens=int(lengths.sum()), label_tokens=result.label_tokens, flops=flops, **seconds)
 
 

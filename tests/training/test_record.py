@@ -1,12 +1,13 @@
-"""What a run says at its end."""
+"""What a run says at its end, and what a step adds to its record."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 from lisa_dist.config.run_directory import RunDirectory
-from lisa_dist.training.record import last_lines
+from lisa_dist.training.record import StepResult, count_step, last_lines
 
 
 def test_the_last_lines_say_losses_checkpoint_and_the_next_command(tmp_path: Path) -> None:
@@ -32,3 +33,10 @@ def test_the_last_lines_say_losses_checkpoint_and_the_next_command(tmp_path: Pat
     ]  # fmt: skip
     run.metrics.unlink()
     assert last_lines(RunDirectory(tmp_path / "nothing"), stopped=False)[0] == "finished after step 0"
+
+
+def test_the_summary_says_what_a_step_copied_and_what_had_to_be_waited_for() -> None:
+    run = mock.MagicMock()
+    run.recorder.summary, run.train_module.store.link_misses = {}, 3
+    count_step(run, StepResult(mock.MagicMock(), 1.0, 8, 1e-3, False, link_bytes=4096), {})
+    assert run.recorder.summary == {"link_bytes_per_step": 4096, "link_misses": 3}
