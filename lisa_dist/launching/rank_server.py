@@ -1,4 +1,4 @@
-"""The process that ranks are forked from: it imports what all of them need, once, while the launcher imports torch."""
+"""The process that ranks are forked from: it imports torch, once, while the launcher does."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from multiprocessing import forkserver, resource_tracker
 
 from lisa_dist.runtime.signals import STOP_SIGNALS
 
-# Imported by name in the server: none starts a thread or touches a GPU, which a forked process could not go on with.
-PRELOADED = ["lisa_dist.launching.ends_with_launcher", "lisa_dist.launching.local", "lisa_dist.training.loop"]
+# Imported by name in the server. None may start a thread or touch a GPU, which a forked process could not go on with;
+# torch alone promises that. Others do, or don't, as their next version likes: transformers imports torchao where it is
+# installed, which asks the GPU what it can. Ranks import the rest.
+PRELOADED = ["lisa_dist.launching.ends_with_launcher", "torch.distributed.launcher.api"]
 
 
 def start_rank_server() -> None:
