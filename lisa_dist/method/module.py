@@ -37,12 +37,13 @@ from lisa_dist.models.kernels import choose_kernels, install_liger, loss_in_plac
 from lisa_dist.models.layer_map import LayerMap, block_of, find_layers
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
 from lisa_dist.models.masking import (
+    REMEDY,
     Separation,
     find_separation,
     install_position_handling,
     kernels_without_mask,
 )
-from lisa_dist.models.packed_attention import WIDEST_HEAD
+from lisa_dist.models.packed_attention import HEAD_MULTIPLE, WIDEST_HEAD
 from lisa_dist.models.quantization import quantize_linears
 from lisa_dist.objectives import Objective
 from lisa_dist.objectives.supervised import prepare_supervised
@@ -174,11 +175,12 @@ def _find_packed_attention(config: Config, module: nn.Module, blocks_path: str) 
         except UserError as error:
             if wanted != "auto":
                 raise
-            logger.debug("model.attention=auto: not %s: %s", kernel, error)
+            if not distributed.is_simulated():
+                logger.info("model.attention=auto: not %s: %s", kernel, str(error).removesuffix(f"; {REMEDY}"))
     if wanted == "varlen":
         raise UserError(
             f"model.attention=varlen: on this GPU needs precision.compute=bfloat16, heads of at most {WIDEST_HEAD} "
-            "numbers and no dropout in attention; use model.attention=auto"
+            f"numbers, a multiple of {HEAD_MULTIPLE}, and no dropout in attention; use model.attention=auto"
         )
     return None, find_separation(module, blocks_path)
 

@@ -16,7 +16,7 @@ from transformers import masking_utils
 
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import in_one_line
-from lisa_dist.models.packed_attention import VARLEN, WIDEST_HEAD
+from lisa_dist.models.packed_attention import VARLEN, fits_flash
 from lisa_dist.models.tiny_copy import FIRST_PLAIN_TOKEN, VOCABULARY, NoTinyCopyError, tiny_copy
 from lisa_dist.runtime import distributed
 
@@ -27,6 +27,7 @@ BY_BORDERS = (VARLEN, "flash_attention_2")  # kernels that are told the borders,
 PACKED_MASKS = ("eager", "sdpa", "flex_attention")  # kernels whose masks can tell samples apart
 SAMPLE_TOKENS = (21, 13)  # longer than the tiny copy's windows, and no multiple of them
 PADDING = 6
+REMEDY = "use data.packing=false"
 # Differences in standard deviations of the logits: rounding gives up to 1e-4 in float32 and 0.1 in bfloat16, a sample
 # in sight 0.3 to 6.
 SAME = {torch.float32: 2e-3, torch.bfloat16: 0.2}
@@ -151,7 +152,7 @@ def kernels_without_mask(model: nn.Module, wanted: str, *, halved: bool, compile
         found = [VARLEN] if wanted == VARLEN or not (compiled or _drops_attention(architecture)) else []
     else:
         heads = getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
-        flash = halved and heads <= WIDEST_HEAD and not _drops_attention(architecture)
+        flash = halved and fits_flash(heads) and not _drops_attention(architecture)
         has_package = importlib.util.find_spec("flash_attn") is not None
         found = [VARLEN] * flash + ["flash_attention_2"] * (halved and has_package) + ["flex_attention"]
     return [kernel for kernel in found if wanted in ("auto", kernel)]
@@ -178,12 +179,12 @@ def find_separation(model: Any, blocks_path: str, kernel: str | None = None) -> 
     Raises:
         UserError: neither keeps them apart, or that can't be tried.
     """
-    name, remedy = type(model).__name__, "use data.packing=false"
+    name = type(model).__name__
     untried = f"data.packing=true: whether {name} keeps packed samples apart can't be tried"
     try:
         small = tiny_copy(model, blocks_path)
     except NoTinyCopyError as error:
-        raise UserError(f"{untried}, since no tiny copy of it can be built ({error}); {remedy}") from error
+        raise UserError(f"{untried}, since no tiny copy of it can be built ({error}); {REMEDY}") from error
     own = str(small.config._attn_implementation)
     if (kernel or own) not in ("eager", "sdpa"):
         small.to(distributed.device())  # type: ignore[arg-type]
@@ -200,10 +201,10 @@ def find_separation(model: Any, blocks_path: str, kernel: str | None = None) -> 
             return separation
     reasons = [reason if isinstance(reason, str) else f"a difference of {reason:.2g}" for reason in found.values()]
     if all(isinstance(reason, str) for reason in found.values()):
-        raise UserError(f"{untried}: a tiny copy of it gives {reasons[-1]}; {remedy}")
+        raise UserError(f"{untried}: a tiny copy of it gives {reasons[-1]}; {REMEDY}")
     raise UserError(
         f"data.packing=true: {name} does not keep packed samples apart: in a tiny copy of it a sample packed behind "
-        f"another gets other numbers than alone ({'; with an explicit mask '.join(reasons)}); {remedy}"
+        f"another gets other numbers than alone ({'; with an explicit mask '.join(reasons)}); {REMEDY}"
     )
 
 

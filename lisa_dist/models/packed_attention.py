@@ -17,8 +17,13 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 VARLEN = "varlen"  # its name among transformers' kernels
-WIDEST_HEAD = 256  # of flash kernels
+HEAD_MULTIPLE, WIDEST_HEAD = 8, 256  # of flash kernels; torch's own attention pads heads for them, this does not
 _KNOWS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # since torch 2.13
+
+
+def fits_flash(head_size: int) -> bool:
+    """Whether flash kernels have heads of so many numbers."""
+    return head_size % HEAD_MULTIPLE == 0 and head_size <= WIDEST_HEAD
 
 
 def packed_attention(

@@ -28,8 +28,8 @@ POSITIONS = 64  # at least
 WINDOW = 8  # tokens that windows, chunks and other reaches over the sequence are cut to
 EXPERTS = 16  # enough for groups of experts with several in each
 HEADS = 4  # at least
-HEAD_SIZE = 16  # at least: kernels want multiples of 8, and half of it may be rotary
-MULTIPLE = 8  # of widths, for kernels
+HEAD_SIZE = 16  # at least, and half of it may be rotary
+MULTIPLE = 8  # of widths and sizes of heads that are multiples of it, for kernels
 NARROW = 32  # widths up to this stay: ranks, kernels, states
 MAX_PARAMETERS = 50_000_000
 WEIGHT_GAIN = 1.5  # attention must not be uniform, and every block must change the result much
@@ -136,6 +136,7 @@ def _divisors(config: PretrainedConfig, fields: dict[str, Any]) -> tuple[int, in
         small = [size // by for size in sizes]
         return (
             all(size % by == 0 and size // by >= min(size, HEAD_SIZE // 2) for size in sizes)
+            and all(size // by % MULTIPLE == 0 for size in sizes if size % MULTIPLE == 0)
             and max(small) >= HEAD_SIZE
             and int(small[-1] * rotary_share) % 2 == 0
             and (width is None or width % (by_heads * by * MULTIPLE) == 0)

@@ -16,6 +16,7 @@ from lisa_dist.models import masking
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.masking import find_separation, install_position_handling
+from lisa_dist.models.packed_attention import fits_flash
 from lisa_dist.models.tiny_copy import NoTinyCopyError, tiny_copy
 from lisa_dist.objectives.chunked_head import install_loss_head
 from lisa_dist.runtime import distributed
@@ -87,6 +88,7 @@ def test_auto_attends_to_packed_samples_without_a_mask(
         ({}, True, False, ["varlen", "flex_attention"]),
         ({}, False, True, ["flex_attention"]),
         ({"head_dim": 512}, True, False, ["flex_attention"]),
+        ({"head_dim": 12}, True, False, ["flex_attention"]),
         ({"attention_dropout": 0.1}, True, False, ["flex_attention"]),
     ],
 )
@@ -95,11 +97,27 @@ def test_kernels_of_a_gpu_are_preferred_in_order(
 ) -> None:
     monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
-    architecture = tiny_config("llama")
+    architecture = tiny_config("llama", head_dim=16)
     architecture.update(fields)
     model: Any = torch.nn.Module()
     model.config = architecture
     assert masking.kernels_without_mask(model, "auto", halved=halved, compiled=False) == preferred
+
+
+def test_why_a_kernel_is_not_taken_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = build_meta_model(ModelConfig(), tiny_config("gemma2"))
+    with caplog.at_level(logging.INFO):
+        assert separate_packed_samples(Config(data=DataConfig(packing=True)), model, find_layers(model)) == "positions"
+    (said,) = caplog.messages
+    assert said.startswith("model.attention=auto: not varlen: ") and "soft caps" in said
+    assert "data.packing=false" not in said
+
+
+@pytest.mark.parametrize("head_size", [80, 96, 128, 100])
+def test_heads_of_a_copy_fit_flash_kernels_where_those_of_the_model_do(head_size: int) -> None:
+    model = _meta("llama", hidden_size=32 * head_size, num_attention_heads=32, num_hidden_layers=2)
+    small = tiny_copy(model, find_layers(model).blocks_path).config
+    assert fits_flash(small.head_dim) == fits_flash(head_size)
 
 
 @pytest.mark.parametrize("model_type", WITHOUT_POSITIONS)

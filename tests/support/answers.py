@@ -43,7 +43,8 @@ def case_config(name: str, **changes: Any) -> Config:
     model = {"architecture": architecture, "quantization": kind if kind == "int8" else "none"}
     config = make_config(model=model, **changes)
     config.data.packing = kind == "packed"
-    config.parallel.offload = "frozen" if kind == "streamed" else "none"
+    if kind == "streamed":
+        config.parallel.offload = "frozen"
     if kind in ("lora", "int8"):
         config = dataclasses.replace(config, update=LoraUpdateConfig())
     return config
