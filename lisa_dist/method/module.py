@@ -111,7 +111,7 @@ def build_train_module(
     if kind != "none" and not quantize_linears(layers.blocks, kind):
         raise UserError(f"model.quantization={kind}: this model has no layers for it")
     undecayed = frozenset() if config.optimizer.decay_norms_and_biases else norms_and_biases(module)
-    # Compiled blocks were tried with weights on the device alone, and never with quantised ones.
+    # On a GPU compiled blocks were tried with weights on the device alone, and never with quantised ones.
     may_compile = config.parallel.offload == "none" and config.model.quantization == "none"
     kernels = choose_kernels(config.model.kernels, module, may_compile=may_compile)
     objective = prepare_supervised(module, layers, config.model, loss_in_place(kernels))

@@ -17,8 +17,9 @@ GRAPHS_OF_A_BLOCK = 32
 def compile_blocks(model: nn.Module, blocks: Iterable[nn.Module], *, lengths_vary: bool) -> None:
     """Let each block be compiled at its first forward pass, whole: a break in its graph is an error.
 
-    Without gradients (validation, answers) the blocks run as they are: those would be further graphs. Call it when
-    the root's forward is otherwise final.
+    It is their forward passes that are compiled, so that what a store does around one stays outside: hooks that gather
+    weights, weights that come from host memory. Without gradients (validation, answers) the blocks run as they are:
+    those would be further graphs. Call it before the store is built, and when the root's forward is otherwise final.
 
     Args:
         model: the root, whose forward runs the blocks.
@@ -27,7 +28,8 @@ def compile_blocks(model: nn.Module, blocks: Iterable[nn.Module], *, lengths_var
     """
     torch._dynamo.config.recompile_limit = GRAPHS_OF_A_BLOCK
     for block in blocks:
-        block.compile(fullgraph=True, dynamic=True if lengths_vary else None)
+        compiled = torch.compile(block.forward, fullgraph=True, dynamic=True if lengths_vary else None)
+        block.forward = compiled  # type: ignore[method-assign]
     original = model.forward
 
     @functools.wraps(original)

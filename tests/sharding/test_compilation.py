@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 from unittest import mock
 
@@ -18,23 +19,21 @@ from tests.support.small_training import make_config
 ROWS = ((2, 16), (2, 8), (3, 24), (2, 40), (2, 16), (4, 8))  # rows and tokens of each period's micro-batch
 
 
-def train(kernels: str, machine_code: bool = False) -> dict[str, Any]:
+def train(kernels: str, machine_code: bool = False, **parallel: Any) -> dict[str, Any]:
     """Train with a fresh compiler. Runs on every rank."""
     torch._dynamo.reset()
     counters.clear()
-    compiles = torch.nn.Module.compile
     # The graphs are what is tested here; making machine code of them takes most of the time.
     backend = "inductor" if machine_code else "aot_eager"
-    with mock.patch.object(
-        torch.nn.Module, "compile", lambda block, **settings: compiles(block, backend=backend, **settings)
-    ):
-        return train_periods(kernels, 2 if machine_code else len(ROWS))
+    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend=backend)):
+        return train_periods(kernels, 2 if machine_code else len(ROWS), parallel)
 
 
-def train_periods(kernels: str, periods: int) -> dict[str, Any]:
+def train_periods(kernels: str, periods: int, parallel: dict[str, Any]) -> dict[str, Any]:
     """Periods of one step each, of rows of another length and number, with an evaluation after it."""
     config = make_config(
         model={"kernels": kernels},
+        parallel=parallel,
         sampler={"period": 1, "active_layers": 1},
     )
     train_module = build_train_module(config)
@@ -60,6 +59,13 @@ def test_two_graphs_serve_every_active_set_length_and_evaluation() -> None:
     assert plain["graphs"] == 0 and plain["sets"] > 2
     assert compiled["graphs"] == 2  # a block that trains, and one that is frozen
     assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-4)
+
+
+def test_blocks_that_come_from_host_memory_are_compiled_too() -> None:
+    plain = run_on_ranks(1, train, "eager")[0]
+    streamed = run_on_ranks(1, functools.partial(train, "compile", offload="frozen"))[0]
+    assert streamed["graphs"] == 3  # of a block that trains, and of a frozen one forwards and again with gradients
+    assert streamed["losses"] == pytest.approx(plain["losses"], rel=1e-4)
 
 
 @pytest.mark.soak
