@@ -12,6 +12,9 @@ from tests.support.processes import OVERRIDES, last_step
 # A package that asks the GPU something when it is imported: a forked process can't use that GPU any more.
 TOUCHES_A_GPU = """
 import os, sys
+from lisa_dist.launching import rank_server
+
+rank_server.may_have_gpu = lambda: True
 
 class Watch:
     def find_spec(name, path=None, target=None):
