@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama import modeling_llama
 
 from lisa_dist.commands.bench import command as bench
 from lisa_dist.commands.bench.peers import PEERS, PeerTarget, check_peer, peer_full, peer_lisa, peer_lora
@@ -104,6 +105,28 @@ def test_pefts_adapters_are_those_of_the_configured_update() -> None:
     assert {min(shape) for shape, _ in chosen.values()} == {4}
     assert {min(shape) for shape, _ in usual.values()} == {16}
     assert {dtype for _, dtype in (*chosen.values(), *usual.values())} == {torch.float32}
+
+
+def module_after_a_peer(overrides: list[str]) -> list[bool]:
+    """Whether what a training puts into transformers' modules is there in it, and after it. Runs on a rank."""
+    config = load(overrides)
+    batches = bench.bench_batches(config)
+    target = peer_full(config, batches)
+    train, seen, original = target.trainer.train, [], modeling_llama.apply_rotary_pos_emb
+
+    def with_liger() -> Any:  # which replaces functions and classes of the module, not of the model
+        modeling_llama.apply_rotary_pos_emb = lambda *args, **kwargs: original(*args, **kwargs)
+        trained = train()
+        seen.append(modeling_llama.apply_rotary_pos_emb is not original)
+        return trained
+
+    target.trainer.train = with_liger
+    target.make_steps(StepClock(batches), 1)
+    return [*seen, modeling_llama.apply_rotary_pos_emb is not original]
+
+
+def test_a_peers_kernels_are_not_those_of_other_targets() -> None:
+    assert run_on_ranks(1, module_after_a_peer, TINY) == [[True, False]]
 
 
 def test_peers_stand_in_the_same_table() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -181,7 +182,7 @@ class PeerTarget:
     def _train(self, steps: int, source: Callable[[], list[MicroBatch]]) -> None:
         self.trainer.args.max_steps = steps
         self.trainer.get_train_dataloader = lambda: _Batches(source)
-        with _launched_as_accelerate_expects():
+        with _launched_as_accelerate_expects(), _unchanged_elsewhere(self.model):
             self.trainer.train()
 
 
@@ -230,6 +231,18 @@ class TogglingCallback(TrainerCallback):
         chosen = self.random.sample(range(len(self.layers.blocks)), self.active_layers)
         for index, block in enumerate(self.layers.blocks):
             block.requires_grad_(index in chosen)
+
+
+@contextmanager
+def _unchanged_elsewhere(model: nn.Module) -> Iterator[None]:
+    """Put back what Liger changes, anew for each training, in transformers' modules: other targets use them too."""
+    kinds = {type(module).__module__ for module in model.modules()}
+    before = {name: dict(vars(sys.modules[name])) for name in kinds if name.startswith("transformers.models.")}
+    try:
+        yield
+    finally:
+        for name, contents in before.items():
+            vars(sys.modules[name]).update(contents)
 
 
 @contextmanager
