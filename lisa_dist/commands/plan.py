@@ -63,8 +63,10 @@ def notes_on(plan: Plan) -> list[str]:
             f"train would refuse {config.train.global_batch_size}"
         )
     notes += options_without_effect(config, dims.data_ranks)
-    if config.model.kernels != "eager":
-        notes.append(f"activations are those of model.kernels=eager: with {config.model.kernels} a GPU keeps fewer")
+    if plan.trace.kernels == "compile":
+        notes.append(
+            "compiled blocks are planned as with Liger's kernels, or as eager ones where those are not known to fit"
+        )
     if not plan.fits:
         notes.append(
             f"does not fit: {format_bytes(-plan.head_room)} too much on each rank, "
@@ -89,6 +91,7 @@ def _numbers(plan: Plan) -> dict[str, Any]:
         "peak_bytes": trace.peak_bytes,
         "peak_at": trace.peak_at,
         "fits": plan.fits,
+        "kernels": trace.kernels,
         "head_room_bytes": plan.head_room,
         "communication_bytes_per_step": dict(work.sent),
         "link_bytes_per_step": work.link_bytes,
@@ -167,7 +170,10 @@ def _table_of(plan: Plan) -> Table:
         f"{format_bytes(RESERVED_BYTES)} set aside for CUDA, NCCL and fragmentation",
     )
     checkpointing = config.parallel.activation_checkpointing
-    table.add_row("blocks", f"{trace.num_active} of {trace.num_blocks} train, {checkpointing} checkpointing")
+    table.add_row(
+        "blocks",
+        f"{trace.num_active} of {trace.num_blocks} train, {checkpointing} checkpointing, {trace.kernels} kernels",
+    )
     table.add_row(
         "step",
         f"{format_count(trace.tokens)} tokens: {config.train.micro_batch_size} x {config.data.sequence_length} a "

@@ -33,7 +33,7 @@ from lisa_dist.method.switch import (
 from lisa_dist.method.updates import Update, build_update
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.inspection import pretrained_architecture
-from lisa_dist.models.kernels import choose_kernels, install_liger, loss_in_place
+from lisa_dist.models.kernels import choose_kernels, install_liger, knows_liger, loss_in_place
 from lisa_dist.models.layer_map import LayerMap, block_of, find_layers
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
 from lisa_dist.models.masking import (
@@ -130,10 +130,15 @@ def build_train_module(
 
 
 def install_kernels(config: Config, module: nn.Module, layers: LayerMap, kernels: str) -> None:
-    """Let ``kernels`` run the blocks. Call it when nothing else changes a forward."""
-    if kernels == "liger":
+    """Let ``kernels`` run the blocks. Call it when nothing else changes a forward.
+
+    In a simulation, where nothing is compiled, Liger's stand in for compiled blocks where they are known to fit: such
+    blocks were measured to need the same memory and time (docs/performance.md).
+    """
+    simulated = distributed.is_simulated()
+    if kernels == "liger" or (kernels == "compile" and simulated and knows_liger(module)):
         install_liger(module, keep_inputs=config.parallel.activation_checkpointing in ("selective", "auto"))
-    elif kernels == "compile":
+    elif kernels == "compile" and not simulated:
         compile_blocks(module, layers.blocks, lengths_vary=not config.data.packing)
 
 

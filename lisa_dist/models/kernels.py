@@ -1,6 +1,7 @@
 """Which kernels run a model's blocks: transformers' own operators, Liger's, or what torch.compile makes of them.
 
 Liger's (arXiv 2410.10989) are put on the instances of one model: its classes, and other models, stay as they were.
+In a simulation, whose tensors have no values, operators that keep and move as many bytes stand in for them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lisa_dist.config import UserError
@@ -56,7 +58,8 @@ def choose_kernels(wanted: str, model: nn.Module, *, may_compile: bool) -> str:
     """Return what ``model.kernels`` comes to: ``eager``, ``liger`` or ``compile``.
 
     ``auto`` takes what docs/performance.md found faster: on a CPU ``eager``; on a GPU ``liger`` where the package is
-    installed and knows the architecture, else ``compile`` where that is known to work, else ``eager``.
+    installed and knows the architecture, else ``compile`` where that is known to work, else ``eager``. A simulation is
+    of a GPU, on a machine that has a compiler.
 
     Args:
         wanted: ``model.kernels``.
@@ -66,19 +69,24 @@ def choose_kernels(wanted: str, model: nn.Module, *, may_compile: bool) -> str:
     Raises:
         UserError: what is wanted can't run here, or not with this model.
     """
-    on_gpu = distributed.device().type == "cuda"
-    if distributed.is_simulated() or wanted == "eager":
-        return "eager"
+    simulated = distributed.is_simulated()
+    on_gpu = simulated or distributed.device().type == "cuda"
+    missing = None if simulated else missing_for_compiling(on_gpu)
     if wanted == "liger":
         _check_liger(model, on_gpu)
-    if wanted == "compile" and (missing := missing_for_compiling(on_gpu)):
+    if wanted == "compile" and missing:
         raise UserError(f"model.kernels=compile: needs {missing}; install one, or use model.kernels=eager")
     if wanted != "auto":
         return wanted
-    if on_gpu and has_liger() and _family_of(model) is not None:
+    if on_gpu and has_liger() and knows_liger(model):
         return "liger"
-    compiles = may_compile and getattr(model, "_can_compile_fullgraph", False) and not missing_for_compiling(on_gpu)
+    compiles = may_compile and getattr(model, "_can_compile_fullgraph", False) and not missing
     return "compile" if on_gpu and compiles else "eager"
+
+
+def knows_liger(model: nn.Module) -> bool:
+    """Whether Liger's kernels are known to fit the architecture of ``model``."""
+    return _family_of(model) is not None
 
 
 def has_liger() -> bool:
@@ -106,35 +114,99 @@ def missing_for_compiling(on_gpu: bool) -> str | None:
 def install_liger(model: nn.Module, *, keep_inputs: bool) -> None:
     """Let Liger's kernels run the norms, gated MLPs and rotary embedding of ``model``, which its family allows.
 
-    Call it before the model is sharded, on any device; the kernels need a GPU. The loss stays the chunked head's.
+    Call it before the model is sharded, on any device; the kernels need a GPU. The loss stays the chunked head's. In a
+    simulated world stand-ins run.
 
     Args:
         model: a causal language model of :data:`LIGER_FAMILIES`, maybe with adapters in it.
         keep_inputs: copy what the rotary embedding turns in place, for checkpointing that keeps products by value.
     """
+    family = _family_of(model)
+    assert family is not None, "choose_kernels takes Liger for the families that it knows"
+    operators = _simulated_operators() if distributed.is_simulated() else _liger_operators()
+
+    def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if keep_inputs:
+            query, key = query.clone(), key.clone()
+        return operators.rotate(query, key, cos, sin, *args, **kwargs)
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = _norm(module, family, operators.norm)  # type: ignore[method-assign]
+        elif family.gate is not None and type(module).__name__.endswith("MLP") and _has_gate(module, family):
+            module.forward = _mlp(module, family, operators.multiply[family.gate])  # type: ignore[method-assign]
+        elif ROTARY in inspect.unwrap(type(module).forward).__code__.co_names:
+            module.forward = types.MethodType(  # type: ignore[method-assign]
+                _with_global(type(module).forward, ROTARY, rotate), module
+            )
+
+
+@dataclass(frozen=True)
+class _Operators:
+    norm: Callable[..., Tensor]
+    multiply: dict[str, Callable[[Tensor, Tensor], Tensor]]  # by the activation of the first
+    rotate: Callable[..., Any]
+
+
+def _liger_operators() -> _Operators:
     from liger_kernel.ops.geglu import LigerGELUMulFunction
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
 
-    family = _family_of(model)
-    assert family is not None, "choose_kernels takes Liger for the families that it knows"
     multiply = {"silu": LigerSiLUMulFunction.apply, "gelu": LigerGELUMulFunction.apply}
+    return _Operators(LigerRMSNormFunction.apply, multiply, liger_rotary_pos_emb)
 
-    def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if keep_inputs:
-            query, key = query.clone(), key.clone()
-        return liger_rotary_pos_emb(query, key, cos, sin, *args, **kwargs)
 
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = _norm(module, family, LigerRMSNormFunction.apply)  # type: ignore[method-assign]
-        elif family.gate is not None and type(module).__name__.endswith("MLP") and _has_gate(module, family):
-            module.forward = _mlp(module, family, multiply[family.gate])  # type: ignore[method-assign]
-        elif ROTARY in inspect.unwrap(type(module).forward).__code__.co_names:
-            module.forward = types.MethodType(  # type: ignore[method-assign]
-                _with_global(type(module).forward, ROTARY, rotate), module
-            )
+def _simulated_operators() -> _Operators:
+    multiply = dict.fromkeys(_GATES, _SimulatedMultiply.apply)
+    return _Operators(_SimulatedNorm.apply, multiply, _SimulatedRotation.apply)
+
+
+# What stands in for the kernels of liger-kernel 0.8.5: they allocate, keep, read and write the same bytes, but for what
+# is as small as a norm's weight. The numbers are meaningless.
+class _SimulatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, *args: Any) -> Tensor:
+        hidden = hidden.contiguous()
+        inverse = hidden.new_empty(hidden.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(hidden, weight, inverse)
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        hidden, weight, _ = ctx.saved_tensors
+        into = torch.zeros_like(gradients[0].contiguous())
+        torch.add(gradients[0], hidden, out=into)
+        return into, torch.empty_like(weight) if ctx.needs_input_grad[1] else None, *(None,) * 4
+
+
+class _SimulatedMultiply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        return gate * up
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        gate, up = ctx.saved_tensors
+        return gate.mul_(gradients[0].contiguous()), up.neg_()  # the gradients take the places of the inputs
+
+
+class _SimulatedRotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos.contiguous(), sin.contiguous())
+        return _turned(query), _turned(key)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return _turned(gradients[0]), _turned(gradients[1]), *(None,) * 4
+
+
+def _turned(states: Tensor) -> Tensor:
+    return states.transpose(1, 2).contiguous().neg_().transpose(1, 2)
 
 
 def _check_liger(model: nn.Module, on_gpu: bool) -> None:
@@ -142,7 +214,7 @@ def _check_liger(model: nn.Module, on_gpu: bool) -> None:
         raise UserError("model.kernels=liger: needs the package liger-kernel; run pip install liger-kernel")
     if not on_gpu:
         raise UserError("model.kernels=liger: needs a GPU; use model.kernels=eager or compile")
-    if _family_of(model) is None:
+    if not knows_liger(model):
         architecture: Any = model.config
         raise UserError(
             f"model.kernels=liger: is not known to fit model_type={architecture.model_type}, but "

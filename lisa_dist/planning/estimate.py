@@ -12,9 +12,12 @@ from lisa_dist.planning.simulation import Trace, micro_batches_per_step
 from lisa_dist.sharding.ledger import Work
 from lisa_dist.sharding.link import Link, Slot, Slots
 
-# Shares of the makers' numbers that large operations reach in practice, rounded; assumptions, not measurements.
-MATRIX_EFFICIENCY = 0.7
+# Shares of the makers' numbers that operations reach, rounded: as one H100 ran a step of an 8B model, kernel by kernel
+# (docs/memory.md). Of other GPUs they are assumptions, as is that of links between GPUs everywhere.
+MATRIX_EFFICIENCY = 0.71
+ATTENTION_EFFICIENCY = 0.41  # 0.5 in its forward, 0.39 in its backward pass
 MEMORY_EFFICIENCY = 0.8
+HOST_EFFICIENCY = 0.85
 LINK_EFFICIENCY = 0.8
 FP32_SLOWDOWN = 16.0  # of matrix products in float32 without tensor cores (A100: 312 to 19.5 TFLOP/s)
 HOST_OPTIMIZER_BANDWIDTH = 20e9  # bytes a second of host memory for a rank's optimizer step there
@@ -44,8 +47,9 @@ class Estimate:
 def estimate(trace: Trace, gpu: Gpu, config: Config) -> Estimate:
     """Estimate the time of a step.
 
-    Matrix products are bound by the matrix rate or the memory, all other operators by the memory. Communication
-    overlaps with computation but for the first block's gather and the last one's reduction.
+    Matrix products are bound by the matrix rate, thin ones by that or the memory, attention by a rate of its own, all
+    other operators by the memory. Communication overlaps with computation but for the first block's gather and the
+    last one's reduction.
     """
     work = trace.work
     compute = _compute_seconds(work, gpu, config)
@@ -64,8 +68,10 @@ def estimate(trace: Trace, gpu: Gpu, config: Config) -> Estimate:
 def _compute_seconds(work: Work, gpu: Gpu, config: Config) -> float:
     slowdown = FP32_SLOWDOWN if config.precision.compute == "float32" else 1.0
     bandwidth = gpu.memory_bandwidth * MEMORY_EFFICIENCY
-    matrix = max(work.flops * slowdown / (gpu.matrix_flops * MATRIX_EFFICIENCY), work.matrix_bytes / bandwidth)
-    return matrix + work.other_bytes / bandwidth
+    rate = gpu.matrix_flops / slowdown
+    products = work.product_flops / (rate * MATRIX_EFFICIENCY)
+    thin = max(work.thin_flops / (rate * MATRIX_EFFICIENCY), work.thin_bytes / bandwidth)
+    return products + thin + work.attention_flops / (rate * ATTENTION_EFFICIENCY) + work.other_bytes / bandwidth
 
 
 def _streamed_seconds(trace: Trace, gpu: Gpu, config: Config, compute: float) -> float:
@@ -80,7 +86,7 @@ def _streamed_seconds(trace: Trace, gpu: Gpu, config: Config, compute: float) ->
     blocks, reached = round(forward.visits / micro_batches), round(backward.visits / micro_batches)
     up, down = (_compute_seconds(work, gpu, config) for work in trace.streamed)
     rest = (compute - up - down) / micro_batches
-    link = _TimedLink(gpu.host_bandwidth * LINK_EFFICIENCY)
+    link = _TimedLink(gpu.host_bandwidth * HOST_EFFICIENCY)
     weights = torch.empty(trace.host_bytes // blocks, dtype=torch.uint8, device="meta")
     slots = Slots(link, 1 + config.parallel.copied_ahead, 0, torch.device("meta"), lambda _: weights)
     passes = [(block, up / forward.visits) for block in range(blocks)]
@@ -123,12 +129,12 @@ def _host_seconds(trace: Trace, gpu: Gpu, config: Config) -> tuple[float, float]
     if config.parallel.offload == "none":
         return 0.0, 0.0
     if trace.streamed[0].visits or config.parallel.offload == "auto":
-        return trace.work.link_bytes / (gpu.host_bandwidth * LINK_EFFICIENCY), 0.0
+        return trace.work.link_bytes / (gpu.host_bandwidth * HOST_EFFICIENCY), 0.0
     sizes = trace.persistent_bytes
     copied = 2 * sizes["frozen_parameters"]  # to the device for the forward and for the backward pass
     stepped = 0
     if config.parallel.offload == "all":
         copied += 2 * sizes["active_parameters"] + sizes["gradients"]
         stepped = 2 * sizes["optimizer_state"] + 2 * sizes["active_parameters"] + sizes["gradients"]
-    copying = copied * micro_batches_per_step(config) / (gpu.host_bandwidth * LINK_EFFICIENCY)
+    copying = copied * micro_batches_per_step(config) / (gpu.host_bandwidth * HOST_EFFICIENCY)
     return copying, stepped / HOST_OPTIMIZER_BANDWIDTH

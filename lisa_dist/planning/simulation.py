@@ -58,6 +58,7 @@ class Trace:
     peaks: dict[str, int]  # the most device bytes alive at once, by phase
     work: Work  # of one optimizer step
     tokens: int  # of one optimizer step, over all ranks
+    kernels: str = "eager"  # what runs the blocks: eager, liger or compile
     # Of the work, the forward and the backward passes of blocks that are copied for them; none where no block is.
     streamed: tuple[Work, Work] = field(default_factory=lambda: (Work(), Work()))
 
@@ -190,6 +191,7 @@ def simulate(config: Config, num_blocks: int | None = None, least_work: bool = F
             host_bytes=clock.host_bytes,
             peaks={phase: peak for phase, peak in ledger.peaks.items() if phase != "start"},
             work=_work_of_step(ledger.work, micro_batches),
+            kernels=train_module.kernels,
             tokens=micro_batches * config.train.micro_batch_size * dims.data_ranks * config.data.sequence_length,
             streamed=(
                 _work_of_passes(ledger.work, micro_batches, [STREAMED_FORWARD]),

@@ -35,6 +35,10 @@ COLLECTIVES = {
     "broadcast_": "broadcast",
 }
 OPERATIONS_WITHOUT_TRAFFIC = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "resize_", "wait_tensor"}
+OPERATIONS_WITHOUT_TRAFFIC.add("_unsafe_view")  # which is one, though torch does not say so
+UNREAD = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "zeros_like", "ones_like", "full_like"}
+INDEXED = {"embedding", "gather", "index", "index_select"}  # that need few entries of their first argument
+THIN = 256  # operations a byte below which a product waits for memory, on most GPUs of conf/gpu
 
 
 @dataclass
@@ -42,13 +46,20 @@ class Work:
     """What a rank does in some scope of a step."""
 
     flops: int = 0  # of matrix products and attention
-    matrix_bytes: int = 0  # read and written by these
-    other_bytes: int = 0  # read and written by all other operators
+    attention_flops: int = 0  # of these, of attention in one operator
+    thin_flops: int = 0  # of these, of products of fewer than THIN operations a byte, such as those with adapters
+    thin_bytes: int = 0  # read and written by thin products
+    other_bytes: int = 0  # read and written by what is neither a product nor attention
     sent: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # bytes that leave the rank, by collective
     sent_within_nodes: int = 0  # by collectives among the ranks of one machine
     sent_across_nodes: int = 0
     link_bytes: int = 0  # of weights that are copied from host memory, where the store itself copies them
     visits: int = 0  # passes of blocks that are copied for them
+
+    @property
+    def product_flops(self) -> int:
+        """Of matrix products that wait for no memory."""
+        return self.flops - self.attention_flops - self.thin_flops
 
 
 COUNTED = tuple(field.name for field in fields(Work) if field.name != "sent")
@@ -201,13 +212,16 @@ class Ledger(TorchDispatchMode):
             return
         if operator.is_view or operator.namespace in ("prim", "profiler") or name in OPERATIONS_WITHOUT_TRAFFIC:
             return
-        moved = sum(tensor.numel() * tensor.element_size() for tensor in _tensors((args, kwargs, result)))
+        moved = _bytes_moved(operator, args, kwargs, result)
         flops = _flops(operator, args, kwargs, result)
         work.flops += flops
-        if flops:
-            work.matrix_bytes += moved
-        else:
+        if not flops:
             work.other_bytes += moved
+        elif "attention" in name:
+            work.attention_flops += flops
+        elif flops < THIN * moved:
+            work.thin_flops += flops
+            work.thin_bytes += moved
 
     def _record_collective(self, work: Work, collective: str, args: Any, result: Any) -> None:
         ranks = _group_ranks(args)
@@ -224,6 +238,20 @@ class Ledger(TorchDispatchMode):
 
 def _tensors(tree: Any) -> Iterable[torch.Tensor]:
     return (leaf for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor))
+
+
+def _bytes_moved(operator: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Return the bytes of what an operator reads and of what it writes: its result, or what it is given for that."""
+    name, read, written = operator.overloadpacket.__name__, [], []
+    for place, argument in enumerate(operator._schema.arguments):
+        value = args[place] if place < len(args) else kwargs.get(argument.name)
+        if place == 0 and name in INDEXED:
+            continue
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written.append(value)
+        if not argument.is_out and not (place == 0 and name in UNREAD):
+            read.append(value)
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors((read, written or result)))
 
 
 def _group_ranks(args: Any) -> list[int]:

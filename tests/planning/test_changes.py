@@ -27,7 +27,9 @@ def with_keys(config: Config, overrides: list[str]) -> Config:
     """As ``vary``, for single keys of numbers and words, and at once: the search makes dozens of plans."""
     config = copy.deepcopy(config)
     for key, _, value in (override.partition("=") for override in overrides):
-        group, name = key.split(".")
+        group, _, name = key.partition(".")
+        if not name:  # another choice of a whole group, which these plans don't look at
+            continue
         setattr(getattr(config, group), name, int(value) if value.isdigit() else value)
     return config
 

@@ -14,7 +14,7 @@ from lisa_dist.config import Config
 from lisa_dist.config.gpu import Gpu
 from lisa_dist.config.sampling import FixedSamplerConfig
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
-from lisa_dist.planning.estimate import LINK_EFFICIENCY, MATRIX_EFFICIENCY, estimate
+from lisa_dist.planning.estimate import HOST_EFFICIENCY, MATRIX_EFFICIENCY, estimate
 from lisa_dist.planning.simulation import simulate
 from lisa_dist.sharding import ledger, streamed
 from lisa_dist.sharding.link import Slot
@@ -134,7 +134,7 @@ def test_a_streamed_step_is_planned_as_long_as_the_replayed_one(
     alone = operations / RATE
     for share in (0.25, 0.7, 1.0, 1.4, 4.0):  # of the time of computing that copying takes
         rate = copied / (share * alone)
-        gpu = Gpu("given rates", RATE / MATRIX_EFFICIENCY, 10**12, 1e30, 1e30, 1e30, rate / LINK_EFFICIENCY)
+        gpu = Gpu("given rates", RATE / MATRIX_EFFICIENCY, 10**12, 1e30, 1e30, 1e30, rate / HOST_EFFICIENCY)
         planned = estimate(trace, gpu, in_bf16)
         assert planned.step_seconds == pytest.approx(replayed_seconds(events, operations, rate), rel=0.05)
         assert planned.step_seconds > max(1, share) * alone * 0.999

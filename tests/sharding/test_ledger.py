@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lisa_dist.planning.simulation import simulate
@@ -35,13 +37,52 @@ def test_a_storage_is_worth_its_bytes_as_long_as_it_lives() -> None:
 
 def test_work_is_counted_operator_by_operator() -> None:
     with FakeTensorMode(), Ledger(1) as ledger:
-        ledger.scope = "products"
+        ledger.scope = "thin product"
         product = torch.empty(30, 20) @ torch.empty(20, 10)
+        ledger.scope = "product"
+        torch.empty(4096, 4096) @ torch.empty(4096, 4096)
+        ledger.scope = "attention"
+        F.scaled_dot_product_attention(*(torch.empty(2, 3, 64, 16) for _ in range(3)), is_causal=True)
         ledger.scope = "rest"
         product.relu().t()  # a view moves nothing
-    assert ledger.work["products"].flops == 2 * 30 * 20 * 10
-    assert ledger.work["products"].matrix_bytes == 4 * (30 * 20 + 20 * 10 + 30 * 10)
-    assert (ledger.work["rest"].flops, ledger.work["rest"].other_bytes) == (0, 2 * 4 * 300)
+    thin, full, attention, rest = (ledger.work[s] for s in ("thin product", "product", "attention", "rest"))
+    assert thin.flops == thin.thin_flops == 2 * 30 * 20 * 10
+    assert thin.thin_bytes == 4 * (30 * 20 + 20 * 10 + 30 * 10)
+    assert (full.flops, full.thin_flops, full.thin_bytes) == (2 * 4096**3, 0, 0) and full.product_flops == full.flops
+    assert attention.attention_flops == attention.flops == 2 * 2 * 2 * 3 * 64 * 64 * 16 // 2
+    assert (rest.flops, rest.other_bytes) == (0, 2 * 4 * 300)
+
+
+@pytest.mark.parametrize(
+    ("run", "passes"),
+    [
+        pytest.param(lambda a, b: a.add_(b), 3, id="in place"),
+        pytest.param(lambda a, b: a.copy_(b), 2, id="a copy, which does not read where it goes"),
+        pytest.param(lambda a, b: torch.add(a, b, out=a.new_empty(a.shape)), 3, id="into what is given"),
+        pytest.param(lambda a, b: torch.zeros_like(a), 1, id="zeros"),
+        pytest.param(
+            lambda a, b: a[torch.empty(10, dtype=torch.int64)], 0.02, id="10 of 1000 rows, beside their places"
+        ),
+        pytest.param(lambda a, b: torch.ops.aten._unsafe_view(a, [8000]), 0, id="a view"),
+        pytest.param(lambda a, b: torch._foreach_copy_([a], [b]), 2, id="a list of copies"),
+    ],
+)
+def test_bytes_are_those_that_an_operator_reads_and_writes(run: Callable[..., Any], passes: float) -> None:
+    with FakeTensorMode(), Ledger(1) as ledger:
+        first, second = torch.empty(1000, 8), torch.empty(1000, 8)
+        ledger.scope = "it"
+        run(first, second)
+    moved = ledger.work["it"].other_bytes if "it" in ledger.work else 0
+    assert moved == pytest.approx(passes * first.nbytes, abs=1000)
+
+
+def test_the_fused_optimizer_reads_four_numbers_of_a_parameter_and_writes_four() -> None:
+    with FakeTensorMode(), Ledger(1) as ledger:
+        parameter = torch.nn.Parameter(torch.empty(1000))
+        parameter.grad = torch.empty(1000)
+        ledger.scope = "step"
+        torch.optim.AdamW([parameter], fused=True).step()
+    assert ledger.work["step"].other_bytes == pytest.approx(8 * 4000 + 2 * 4000, rel=0.01)  # the moments begin at zero
 
 
 def test_what_lies_in_host_memory_is_not_counted() -> None:

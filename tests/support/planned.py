@@ -75,6 +75,7 @@ def make_config(model: str, setting: str) -> Config:
     config.model.architecture = {**sizes, "num_attention_heads": 5, **MODELS[model]}
     config.model.init = "random"
     config.model.loss_chunk = "64"
+    config.model.kernels = "eager"  # as on the CPU that is measured
     config.data.sequence_length = TOKENS
     config.train.global_batch_size, config.train.micro_batch_size = 4, 2
     config.parallel.nproc_per_node = "2"
