@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from lisa_dist.config import ModelConfig, UserError
@@ -20,6 +21,7 @@ from lisa_dist.models import kernels
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.kernels import LIGER_FAMILIES, choose_kernels, install_liger
 from lisa_dist.runtime import distributed
+from lisa_dist.sharding.ledger import Ledger
 from tests.support.families import FAMILIES, tiny_config
 
 LIGER_ONES = [family for family in FAMILIES if tiny_config(family).model_type in LIGER_FAMILIES]
@@ -107,6 +109,78 @@ def test_liger_is_put_on_one_model_alone(liger: None) -> None:
     for name in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"):
         assert "forward" in vars(block.get_submodule(name)) and "forward" not in vars(same.get_submodule(name))
     assert forwards == {type(module): type(module).forward for module in other.modules()}
+
+
+def _stand_in(operator: str) -> Any:
+    """Return how to run it on two tensors of [2, 40, 6, 16]."""
+    operators = kernels._simulated_operators()
+    weight, angles = torch.empty(6 * 16, requires_grad=True), torch.empty(2, 40, 16)
+    if operator == "norm":
+        return lambda hidden, _: operators.norm(hidden.flatten(2), weight, 1e-6, 0.0, "llama", False)
+    if operator == "multiply":
+        return lambda gate, up: operators.multiply["silu"](gate.flatten(2), up.flatten(2))
+    return lambda query, key: operators.rotate(query.transpose(1, 2), key.transpose(1, 2), angles, angles)
+
+
+# What the sources of liger-kernel 0.8.5 say, in passes over one tensor: it is a residual's gradient that a norm must
+# not write into; the gradients of a gated product take the places of its inputs; a rotation turns in place.
+@pytest.mark.parametrize(
+    ("operator", "kept", "allocated", "moved"),
+    [("norm", 1, (1, 1), (2, 4)), ("multiply", 2, (1, 0), (3, 5)), ("rotate", 0, (0, 0), (4, 4))],
+)
+def test_what_stands_in_for_liger_keeps_allocates_and_moves_as_much(
+    operator: str, kept: int, allocated: tuple[int, int], moved: tuple[int, int]
+) -> None:
+    found: list[tuple[int, int]] = []
+    saved: list[torch.Tensor] = []
+
+    def watched(scope: str, act: Any) -> Any:
+        ledger.phase = ledger.scope = scope
+        before = ledger.live_bytes
+        result = act()
+        found.append((ledger.peaks.get(scope, before) - before, ledger.work[scope].other_bytes))
+        return result
+
+    with FakeTensorMode(), Ledger(1) as ledger:
+        run = _stand_in(operator)
+        inputs = [torch.empty(2, 40, 6, 16, requires_grad=True).mul(1) for _ in range(2)]
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda it: it):
+            outputs = watched("forward", lambda: run(*inputs))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        incoming = [torch.empty(2, 40, 6, 16).transpose(1, 2) if operator == "rotate" else torch.empty_like(outputs[0])]
+        used = inputs[:1] if operator == "norm" else inputs
+        watched("backward", lambda: torch.autograd.grad(outputs, used, incoming * len(outputs)))
+    size = inputs[0].nbytes
+    small = size // 10  # a number a row, the norm's weight, sines and cosines
+    assert sum(tensor.nbytes == size for tensor in saved) == kept
+    assert [peak for peak, _ in found] == pytest.approx([passes * size for passes in allocated], abs=small)
+    assert [moved for _, moved in found] == pytest.approx([passes * size for passes in moved], abs=small)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "qwen3"])
+def test_what_stands_in_for_liger_keeps_what_its_kernels_keep(
+    family: str, liger: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="needs Triton, to interpret Liger's kernels")
+    pytest.importorskip("liger_kernel.ops", reason="needs liger-kernel")
+    model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
+    simulated = copy.deepcopy(model)
+    install_liger(model, keep_inputs=False)
+    monkeypatch.setattr(distributed, "is_simulated", lambda: True)
+    install_liger(simulated, keep_inputs=False)
+    assert _kept_bytes(model) == _kept_bytes(simulated) > 0
+
+
+def _kept_bytes(model: Any) -> int:
+    storages = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=torch.arange(40).view(2, 20))
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def _cosine(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
