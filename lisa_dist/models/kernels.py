@@ -167,17 +167,20 @@ def _simulated_operators() -> _Operators:
 # is as small as a norm's weight. The numbers are meaningless.
 class _SimulatedNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float, offset: float, casting: str, in_place: bool
+    ) -> Tensor:
         hidden = hidden.contiguous()
-        inverse = hidden.new_empty(hidden.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(hidden, weight, inverse)
+        ctx.save_for_backward(hidden, weight, hidden.new_empty(hidden.shape[:-1], dtype=torch.float32))
+        ctx.in_place = in_place
         return hidden.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         hidden, weight, _ = ctx.saved_tensors
-        into = torch.zeros_like(gradients[0].contiguous())
-        torch.add(gradients[0], hidden, out=into)
+        gradient = gradients[0].contiguous()
+        into = gradient if ctx.in_place else torch.zeros_like(gradient)
+        torch.add(gradient, hidden, out=into)
         return into, torch.empty_like(weight) if ctx.needs_input_grad[1] else None, *(None,) * 4
 
 

@@ -115,18 +115,24 @@ def _stand_in(operator: str) -> Any:
     """Return how to run it on two tensors of [2, 40, 6, 16]."""
     operators = kernels._simulated_operators()
     weight, angles = torch.empty(6 * 16, requires_grad=True), torch.empty(2, 40, 16)
-    if operator == "norm":
-        return lambda hidden, _: operators.norm(hidden.flatten(2), weight, 1e-6, 0.0, "llama", False)
+    if operator.startswith("norm"):
+        in_place = operator == "norm in place"
+        return lambda hidden, _: operators.norm(hidden.flatten(2), weight, 1e-6, 0.0, "llama", in_place)
     if operator == "multiply":
         return lambda gate, up: operators.multiply["silu"](gate.flatten(2), up.flatten(2))
     return lambda query, key: operators.rotate(query.transpose(1, 2), key.transpose(1, 2), angles, angles)
 
 
-# What the sources of liger-kernel 0.8.5 say, in passes over one tensor: it is a residual's gradient that a norm must
-# not write into; the gradients of a gated product take the places of its inputs; a rotation turns in place.
+# What the sources of liger-kernel 0.8.5 say, in passes over one tensor: a norm's gradient begins at zero unless it goes
+# where the incoming one lies; those of a gated product take the places of its inputs; a rotation turns in place.
 @pytest.mark.parametrize(
     ("operator", "kept", "allocated", "moved"),
-    [("norm", 1, (1, 1), (2, 4)), ("multiply", 2, (1, 0), (3, 5)), ("rotate", 0, (0, 0), (4, 4))],
+    [
+        ("norm", 1, (1, 1), (2, 4)),
+        ("norm in place", 1, (1, 0), (2, 3)),
+        ("multiply", 2, (1, 0), (3, 5)),
+        ("rotate", 0, (0, 0), (4, 4)),
+    ],
 )
 def test_what_stands_in_for_liger_keeps_allocates_and_moves_as_much(
     operator: str, kept: int, allocated: tuple[int, int], moved: tuple[int, int]
@@ -148,7 +154,7 @@ def test_what_stands_in_for_liger_keeps_allocates_and_moves_as_much(
             outputs = watched("forward", lambda: run(*inputs))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         incoming = [torch.empty(2, 40, 6, 16).transpose(1, 2) if operator == "rotate" else torch.empty_like(outputs[0])]
-        used = inputs[:1] if operator == "norm" else inputs
+        used = inputs[:1] if operator.startswith("norm") else inputs
         watched("backward", lambda: torch.autograd.grad(outputs, used, incoming * len(outputs)))
     size = inputs[0].nbytes
     small = size // 10  # a number a row, the norm's weight, sines and cosines
