@@ -14,6 +14,7 @@ from lisa_dist.cli import main
 from lisa_dist.config import Config
 from lisa_dist.config.gpu import Gpu, read_gpu
 from lisa_dist.config.loading import conf_dir, vary
+from lisa_dist.models.kernels import has_liger
 from lisa_dist.planning import changes
 from lisa_dist.planning.changes import Plan
 from lisa_dist.planning.estimate import Estimate
@@ -58,6 +59,7 @@ def test_json_holds_the_figures_that_the_law_and_arithmetic_give(
         "gradients": 4 * ACTIVE // 2,
         "optimizer_state": 8 * ACTIVE // 2,
     }
+    assert figures["kernels"] == ("liger" if has_liger() else "compile")
     assert figures["fits"] and figures["peak_bytes"] > sum(figures["persistent_bytes"].values())
     assert figures["head_room_bytes"] == figures["memory_bytes"] - figures["reserved_bytes"] - figures["peak_bytes"]
     # Two micro-batches of a rank; frozen matrices cost 4 operations a parameter and token, active ones 6; attention
@@ -127,7 +129,7 @@ def test_changes_of_a_real_plan_save_what_makes_it_fit(capsys: pytest.CaptureFix
 
 @pytest.mark.soak
 def test_search_finds_the_largest_micro_batch_that_fits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    one_rank = [*SHALLOW, "parallel.nproc_per_node=1"]
+    one_rank = [*SHALLOW, "parallel.nproc_per_node=1", "train.global_batch_size=1"]  # never a second micro-batch
     needed = plan(capsys, *one_rank, "train.micro_batch_size=3")["peak_bytes"]
     found = plan(capsys, *one_rank, smaller_gpu(tmp_path, needed), "plan.search=true")["search"]
     plain = next(entry for entry in found if "parallel.activation_checkpointing=none" in entry["overrides"])
