@@ -80,28 +80,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         needed = needs_hidden or needs_weight or needs_bias
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            inputs, logits = hidden[rows], F.linear(hidden[rows], weight, bias)
-            if in_place:
-                loss += _put_gradient(logits, targets[rows], transform, needed).sum()
-                gradient = logits
-            else:
-                keep = (targets[rows] != UNTRAINED)[:, None]  # applied to what is small: never to all logits
-                log_probs, slope = _log_probabilities(logits, transform)
-                index = targets[rows].clamp_min(0)[:, None]
-                own = log_probs.gather(1, index)
-                loss -= (own * keep).sum()
-                if needed:
-                    gradient, inputs = _gradient(log_probs, own, index, slope, hidden.dtype), inputs * keep
-            if not needed:
-                continue
-            if hidden_gradient is not None:
-                torch.mm(gradient, weight, out=hidden_gradient[rows])
-                if not in_place:
+            part, gradient, keep = _loss_of_chunk(
+                hidden[rows], weight, bias, targets[rows], transform, in_place, needed
+            )
+            loss += part
+            if gradient is not None:
+                if hidden_gradient is not None:
+                    torch.mm(gradient, weight, out=hidden_gradient[rows])
                     hidden_gradient[rows] *= keep
-            if needs_weight:
-                weight_gradient = add_product(weight_gradient, gradient, inputs)
-            if bias_gradient is not None:
-                bias_gradient += (gradient if in_place else gradient * keep).sum(0, dtype=torch.float32)
+                if needs_weight:
+                    weight_gradient = add_product(weight_gradient, gradient, hidden[rows] * keep)
+                if bias_gradient is not None:
+                    bias_gradient += (gradient * keep).sum(0, dtype=torch.float32)
+            del gradient  # the next chunk's logits take its place
         ctx.gradients = (
             hidden_gradient,
             None if weight_gradient is None else weight_gradient.to(gradient_dtype(weight)),
@@ -119,6 +110,30 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 _multiply(gradient, incoming[0], ctx.in_place)
         return *gradients, *(None,) * 5
+
+
+def _loss_of_chunk(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform,
+    in_place: bool,
+    needed: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | int]:
+    """Return the summed loss of some rows, its gradient with respect to the head's product if ``needed``, [rows, V].
+
+    The third is what the gradient is still to be multiplied by, [rows, 1]: 0 in untrained rows, applied to what is
+    small and never to all logits. It is 1 where they are zero in the gradient already.
+    """
+    logits = F.linear(hidden, weight, bias)
+    if in_place:
+        return _put_gradient(logits, targets, transform, needed).sum(), logits if needed else None, 1
+    keep, index = (targets != UNTRAINED)[:, None], targets.clamp_min(0)[:, None]
+    log_probs, slope = _log_probabilities(logits, transform)
+    own = log_probs.gather(1, index)
+    gradient = _gradient(log_probs, own, index, slope, hidden.dtype) if needed else None
+    return -(own * keep).sum(), gradient, keep
 
 
 def _put_gradient(logits: Tensor, targets: Tensor, transform: LogitTransform, needed: bool) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -18,6 +19,7 @@ from lisa_dist.config import ModelConfig, UserError
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.loading import restore_buffers
+from lisa_dist.objectives import chunked_head
 from lisa_dist.objectives.chunked_head import ChunkedCrossEntropy, LogitTransform, install_loss_head
 from tests.support.families import FAMILIES, tiny_config
 
@@ -256,6 +258,28 @@ def test_logits_are_passed_over_few_times() -> None:
         ("exp", torch.bfloat16): chunks,
         ("scatter_", torch.bfloat16): chunks,  # of one element a row
     }
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_chunks_logits_and_gradient_are_gone_when_the_next_ones_are_made(
+    trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    for owner, name in ((chunked_head.F, "linear"), (chunked_head, "_gradient")):
+        original = getattr(owner, name)
+
+        def spy(*args: Any, original: Any = original, name: str = name, **kwargs: Any) -> torch.Tensor:
+            if name == "linear":
+                assert not any(reference() is not None for reference in made)
+            result: torch.Tensor = original(*args, **kwargs)
+            made.append(weakref.ref(result))
+            return result
+
+        monkeypatch.setattr(owner, name, spy)
+    hidden, weight = torch.randn(ROWS, WIDTH, requires_grad=trained), torch.randn(VOCABULARY, WIDTH)
+    inputs: Any = hidden, weight, None, torch.arange(ROWS), LogitTransform(), CHUNK, False, trained
+    ChunkedCrossEntropy.apply(*inputs)
+    assert len(made) == (2 if trained else 1) * ROWS // CHUNK
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe"])
