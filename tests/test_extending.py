@@ -124,8 +124,8 @@ OBJECTIVE: dict[str, str | tuple[str, str]] = {
 from lisa_dist.objectives.supervised import prepare_supervised
 
 
-def prepare_doubled(model, layers, config):
-    supervised = prepare_supervised(model, layers, config)
+def prepare_doubled(model, layers, config, in_place):
+    supervised = prepare_supervised(model, layers, config, in_place)
 
     def doubled(model, micro_batch):
         loss, tokens = supervised(model, micro_batch)
