@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -126,7 +126,29 @@ def build_train_module(
     active = ActiveSet(always_active_parameters(store, config.always_active))
     groups = ParameterGroups(layers.part_of, undecayed)
     optimizer = ActiveOptimizer(config.optimizer, update, groups, store.masters_to_params, store.register_grad_hook)
-    return TrainModule(config, dims, store, update, optimizer, sampler, active, checkpointing, objective, kernels)
+    built = TrainModule(config, dims, store, update, optimizer, sampler, active, checkpointing, objective, kernels)
+    if config.parallel.offload == "auto":
+        keep_what_surely_fits(built)
+    return built
+
+
+def keep_what_surely_fits(train_module: TrainModule) -> None:
+    """Let those frozen blocks be allocated on the device that may stay there whatever is drawn. No communication.
+
+    So neither loading nor a switch needs host memory for more than the others. What needs most is tried on ``meta``:
+    the largest blocks train, and a backward pass reaches all blocks.
+    """
+    store, config = train_module.store, train_module.config
+    depth, listed = len(store.layers.blocks), config.sampler.listed_blocks
+    sizes = [sum(store.parameter(name).numel() for name in store.block_parameters(block)) for block in range(depth)]
+    count = min(train_module.sampler.sampler.num_active, depth)
+    blocks = sorted(range(depth), key=sizes.__getitem__)[depth - count :] if listed is None else listed
+    active = replace(train_module.active, blocks=blocks, modules=drawable_modules(config.sampler, store.layers))
+    trained = trained_parameters(store, train_module.update, active)
+    store.allocate(trained, torch.device("meta"))
+    store.make_masters(trained)
+    lowest = 0 if blocks and listed is None else store.lowest_reached()
+    store.keep_on_device(train_module.checkpointing.blocks_that_fit(store, blocks, lowest)[0])
 
 
 def install_kernels(config: Config, module: nn.Module, layers: LayerMap, kernels: str) -> None:
@@ -208,7 +230,7 @@ def add_trained_params(train_module: TrainModule) -> None:
     trained = trained_parameters(train_module.store, train_module.update, train_module.active)
     train_module.store.make_masters(trained)
     train_module.optimizer.add_params({name: train_module.store.master(name) for name in trained})
-    train_module.checkpointing.apply(train_module.store, train_module.active.blocks)
+    train_module.checkpointing.apply(train_module.store, train_module.active.blocks, bool(train_module.active.drawn))
 
 
 def load_initial_weights(train_module: TrainModule, device: torch.device) -> None:
@@ -249,7 +271,7 @@ def begin_period(train_module: TrainModule, period: int, coming: ComingBatches |
         train_module.config.train.seed,
         drawn_modules,
     )
-    train_module.checkpointing.apply(train_module.store, train_module.active.blocks)
+    train_module.checkpointing.apply(train_module.store, train_module.active.blocks, bool(train_module.active.drawn))
 
 
 def probe(train_module: TrainModule, request: ProbeRequest, coming: ComingBatches | None) -> list[float]:

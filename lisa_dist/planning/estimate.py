@@ -78,14 +78,15 @@ def _streamed_seconds(trace: Trace, gpu: Gpu, config: Config, compute: float) ->
     """Return the seconds of a step whose frozen blocks come from host memory, by the store's own order of copies.
 
     A backward pass, which computes its block again, takes twice as long as a forward pass for the same copy. So
-    neither the sum of copies nor that of computing alone says how long a step takes. What else is computed stands
-    where the forward pass turns into the backward pass.
+    neither the sum of copies nor that of computing alone says how long a step takes. Frozen blocks that stay on the
+    device lie evenly between those that are copied. What else is computed stands where the forward pass turns into the
+    backward pass.
     """
     micro_batches = micro_batches_per_step(config)
     forward, backward = trace.streamed
     blocks, reached = round(forward.visits / micro_batches), round(backward.visits / micro_batches)
     up, down = (_compute_seconds(work, gpu, config) for work in trace.streamed)
-    rest = (compute - up - down) / micro_batches
+    rest = (compute - up - (down if reached else 0.0)) / micro_batches
     link = _TimedLink(gpu.host_bandwidth * HOST_EFFICIENCY)
     weights = torch.empty(trace.host_bytes // blocks, dtype=torch.uint8, device="meta")
     slots = Slots(link, 1 + config.parallel.copied_ahead, 0, torch.device("meta"), lambda _: weights)

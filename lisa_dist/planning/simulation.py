@@ -38,8 +38,8 @@ from lisa_dist.sharding.ledger import Ledger, Work, sum_of_work
 from lisa_dist.training.step import train_step
 
 SWITCH = "switch of active blocks"
-STREAMED_FORWARD = ", forward of blocks that are copied for it"
-STREAMED_BACKWARD = ", backward of blocks that are copied for it"
+STREAMED_FORWARD = ", forward of frozen blocks"
+STREAMED_BACKWARD = ", backward of frozen blocks"
 MAX_SIMULATED_MICRO_BATCHES = 3  # the first, one like all in between, the last
 
 
@@ -59,7 +59,7 @@ class Trace:
     work: Work  # of one optimizer step
     tokens: int  # of one optimizer step, over all ranks
     kernels: str = "eager"  # what runs the blocks: eager, liger or compile
-    # Of the work, the forward and the backward passes of blocks that are copied for them; none where no block is.
+    # Of the work, the forward and the backward passes of frozen blocks, with visits of those that are copied for them.
     streamed: tuple[Work, Work] = field(default_factory=lambda: (Work(), Work()))
 
     @property
@@ -234,11 +234,14 @@ class _Clock:
                 self._watch(module, name)
 
     def _enter(self, block: int | None, streamed: str = "") -> None:
-        """Put down what comes to this micro-batch, apart where it is the pass of a block that streams now."""
+        """Put down what comes to this micro-batch, apart where it is the pass of a block that streams, or might."""
         self.ledger.scope = f"micro-batch {self.micro_batch}"
-        if block is not None and self.train_module.store.recomputes(block):
+        if block is None:
+            return
+        recomputes = self.train_module.store.recomputes(block)
+        if recomputes or block not in self.train_module.active.blocks:
             self.ledger.scope += streamed
-            self.ledger.work.setdefault(self.ledger.scope, Work()).visits += 1
+            self.ledger.work.setdefault(self.ledger.scope, Work()).visits += recomputes
 
     def _watch(self, module: nn.Module, name: str, block: int | None = None) -> None:
         def begin_forward(*_: Any) -> None:

@@ -26,6 +26,7 @@ from lisa_dist.sharding.store import ParameterStore, persistent_bytes
 
 logger = logging.getLogger(__name__)
 
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 RESERVED_BYTES = 2 * GIB  # CUDA's context, workspaces of libraries, NCCL's buffers, fragmentation
 EVERYTHING = float("inf")
 
@@ -54,11 +55,14 @@ class CheckpointingPolicy:
             for trains in (True, False):
                 self.costs[trains] = measure_costs(self.config, model, self.new_update, trains)
 
-    def apply(self, store: ParameterStore, active_blocks: list[int]) -> None:
-        """Set every block's kind for the blocks that train now, whose storage is in its place. No communication."""
+    def apply(self, store: ParameterStore, active_blocks: list[int], is_drawn: bool) -> None:
+        """Set every block's kind for the blocks that train now, whose storage is in its place. No communication.
+
+        Before anything ``is_drawn``, the frozen blocks stay where they were allocated.
+        """
         setting = self.config.parallel.activation_checkpointing
         blocks = store.layers.blocks
-        if self.config.parallel.offload == "auto":
+        if self.config.parallel.offload == "auto" and is_drawn:
             self._keep_what_fits(store, active_blocks)
         if setting != "auto":
             for index, block in enumerate(blocks if setting != "none" else []):
@@ -89,38 +93,48 @@ class CheckpointingPolicy:
         working_bytes = max(self.costs[True]["none"].bytes, self.costs[False]["none"].bytes)
         return activation_budget(self.config, store, working_bytes, self.state_bytes)
 
-    def _keep_what_fits(self, store: ParameterStore, active_blocks: list[int]) -> None:
-        """Let as many frozen blocks stay on the device as fit beside the activations, from the top; the others stream.
+    def blocks_that_fit(self, store: ParameterStore, active_blocks: list[int], lowest: int) -> tuple[list[int], float]:
+        """Return as many frozen blocks as fit on the device beside the activations, and the bytes left without them.
 
-        Those above the lowest block that trains are copied twice where they stream, the others once.
+        They lie evenly over the depth, so that the others are copied while they compute, in an order that does not
+        depend on what trains, so that a switch moves few. Negative bytes are lacking though every frozen block streams.
 
-        Raises:
-            UserError: not even one block at a time fits.
+        Args:
+            store: whose storage, on ``meta`` too, is that of these active blocks.
+            active_blocks: those that train.
+            lowest: the lowest block that a backward pass reaches.
         """
-        if not active_blocks:  # before the first draw: what will train needs its room first
-            store.keep_on_device([])
-            return
         sizes, kind = store.frozen_block_bytes(), self.config.parallel.activation_checkpointing
         left = self._budget(store) + sum(size for block, size in sizes.items() if not store.recomputes(block))
-        lowest, extra = store.lowest_reached(), {}
+        extra = {}
         for block in range(lowest, len(store.layers.blocks)):
             cost = self.costs[block in active_blocks]
             left -= cost["full" if block in sizes else kind].bytes
             extra[block] = cost[kind].bytes - cost["full"].bytes  # kept where it is not computed again
+        kept, rest = [], left
+        for block in sorted(sizes, key=lambda block: block * GOLDEN_RATIO % 1):
+            rest -= sizes[block] + extra.get(block, 0)
+            if rest < 0:
+                break
+            kept.append(block)
+        return kept, left
+
+    def _keep_what_fits(self, store: ParameterStore, active_blocks: list[int]) -> None:
+        """Let as many frozen blocks stay on the device as fit; the others stream.
+
+        Raises:
+            UserError: not even one block at a time fits.
+        """
+        kept, left = self.blocks_that_fit(store, active_blocks, store.lowest_reached())
         if left < 0:
             raise UserError(
                 f"parallel.offload=auto: needs {format_bytes(-left)} more with every frozen block in host memory; "
                 "raise parallel.memory_limit, or lower train.micro_batch_size, data.sequence_length or "
                 "sampler.active_layers"
             )
-        kept = []
-        for block in sorted(sizes, reverse=True):
-            left -= sizes[block] + extra.get(block, 0)
-            if left < 0:
-                break
-            kept.append(block)
         store.keep_on_device(kept)
-        logger.info("parallel.offload=auto: %d of %d frozen blocks stay on the device", len(kept), len(sizes))
+        count = len(store.frozen_block_bytes())
+        logger.info("parallel.offload=auto: %d of %d frozen blocks stay on the device", len(kept), count)
 
 
 def activation_budget(

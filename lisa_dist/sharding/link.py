@@ -30,12 +30,14 @@ class Link:
         copied_bytes: what was copied to the device since the start.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "cpu") -> None:
+        """Have host buffers on the device that ``host`` names: ``meta`` where nothing is allocated."""
         self.copied_bytes = 0
+        self._host = host
 
     def host_buffer(self, size: int) -> Tensor:
         """Return ``size`` bytes of host memory, uninitialised."""
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device=self._host)
 
     def fetch(self, slot: Slot, host: Tensor) -> None:
         """Begin to copy a host buffer into a slot, once what computes with the slot has handed it back."""
@@ -94,7 +96,9 @@ class CudaLink(Link):
 
 def link_to(device: torch.device) -> Link:
     """Return the link between host memory and ``device``."""
-    return CudaLink(device) if device.type == "cuda" and not distributed.is_simulated() else Link()
+    if device.type == "cuda" and not distributed.is_simulated():
+        return CudaLink(device)
+    return Link("meta" if device.type == "meta" else "cpu")
 
 
 class Slots:

@@ -93,16 +93,17 @@ class StreamedStore(ResidentStore):
             block.forward = partial(self._run, index, block.forward)
 
     def allocate(self, trained: Iterable[str], device: torch.device) -> None:
-        """Allocate what stays on the device, and host memory for what does not.
+        """Allocate what stays on the device, and host memory for what does not; on ``meta`` neither.
 
         Raises:
             UserError: there is not as much host memory.
         """
         trained = set(trained)
-        frozen = ([name for name in names if name not in trained] for names in self._names)
-        check_host_memory(sum(self._layout(filter(self._may_stream, names))[1] for names in frozen))
+        if device.type != "meta":
+            streaming = [names for block, names in enumerate(self._names) if block not in self._kept]
+            frozen = ([name for name in names if name not in trained] for names in streaming)
+            check_host_memory(sum(self._layout(filter(self._may_stream, names))[1] for names in frozen))
         self._hosted.clear()
-        self._kept.clear()
         self.device, self.link = device, link_to(device)
         super().allocate(trained, device)
         for block in range(len(self._names)):
@@ -197,7 +198,8 @@ class StreamedStore(ResidentStore):
         return self._block_of(name) is not None and not self.keeps_precision(name)
 
     def _place(self, name: str, trained: bool, device: torch.device) -> torch.device:
-        return device if trained or not self._may_stream(name) else torch.device("meta")  # until it is packed
+        stays = trained or not self._may_stream(name) or self._block_of(name) in self._kept
+        return device if stays else torch.device("meta")  # until it is packed
 
     def _layout(self, names: Iterable[str]) -> tuple[dict[str, Extent], int]:
         """Return where frozen parameters lie in their block's buffer, and its bytes."""
@@ -270,11 +272,11 @@ class StreamedStore(ResidentStore):
 
 
 def check_host_memory(needed: int) -> None:
-    """Raise :class:`UserError` where the frozen blocks do not fit into what is free of host memory; not in a plan."""
+    """Raise :class:`UserError` where what streams does not fit into what is free of host memory; not in a plan."""
     free = None if distributed.is_simulated() else free_host_bytes()
     if free is not None and needed > free:
         raise UserError(
-            f"parallel.offload=frozen: the frozen blocks need {format_bytes(needed)} of host memory, and "
-            f"{format_bytes(free)} are free; take a machine with more, more ranks, or model.quantization=int8 with "
-            "update=lora"
+            f"parallel.offload: the frozen blocks that stream need {format_bytes(needed)} of host memory, and "
+            f"{format_bytes(free)} are free; take a machine with more, more ranks, parallel.offload=auto, or "
+            "model.quantization=int8 with update=lora"
         )

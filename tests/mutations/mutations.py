@@ -249,9 +249,16 @@ SWITCH = [
     Mutation(
         "frozen blocks that stay on the device take no memory of it",
         "sharding/checkpointing_policy.py",
-        "left -= sizes[block] + extra.get(block, 0)",
-        "left -= extra.get(block, 0)",
+        "rest -= sizes[block] + extra.get(block, 0)",
+        "rest -= extra.get(block, 0)",
         "sharding/test_streamed.py::test_as_many_frozen_blocks_stay_on_the_device_as_fit_with_the_same_numbers",
+    ),
+    Mutation(
+        "blocks that stay on the device are loaded into host memory first",
+        "sharding/streamed.py",
+        "stays = trained or not self._may_stream(name) or self._block_of(name) in self._kept",
+        "stays = trained or not self._may_stream(name)",
+        "sharding/test_streamed.py::test_what_stays_on_the_device_needs_no_host_memory[ends train]",
     ),
     Mutation(
         "where masters lie apart, a block that enters has its shards stepped instead",

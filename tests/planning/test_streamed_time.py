@@ -25,6 +25,7 @@ from tests.support.small_training import make_config
 
 RATE = 1e12  # operations a second
 LENGTH = 32
+HALF = 2.003  # GiB
 FROZEN = {"embeddings": False, "norm": False, "head": False}
 
 
@@ -63,10 +64,17 @@ class WatchedLink(SimulatedLink):
         super().hand_back(slot)
 
 
-def configured(depth: int, slots: int, micro_batches: int, always_active: dict[str, bool]) -> Config:
+def configured(
+    depth: int, slots: int, micro_batches: int, always_active: dict[str, bool], limit: float | None = None
+) -> Config:
     config = make_config(
         train={"micro_batch_size": 2, "global_batch_size": 2 * micro_batches},
-        parallel={"offload": "frozen", "prefetch": slots - 1},
+        parallel={
+            "offload": "frozen" if limit is None else "auto",
+            "prefetch": slots - 1,
+            "memory_limit": limit,
+            "activation_checkpointing": "full",
+        },
         always_active=always_active,
         data={"sequence_length": LENGTH},
     )
@@ -117,16 +125,17 @@ def replayed_seconds(events: list[tuple[str, int, int, int]], operations: int, l
 
 
 @pytest.mark.parametrize(
-    ("depth", "slots", "micro_batches", "always_active"),
+    ("depth", "slots", "micro_batches", "always_active", "limit"),
     [
-        pytest.param(24, 2, 2, {}, marks=pytest.mark.soak, id="2 slots, 2 micro-batches"),
-        pytest.param(32, 3, 1, FROZEN, id="3 slots, frozen ends"),
+        pytest.param(24, 2, 2, {}, None, marks=pytest.mark.soak, id="2 slots, 2 micro-batches"),
+        pytest.param(32, 3, 1, FROZEN, None, id="3 slots, frozen ends"),
+        pytest.param(32, 3, 1, FROZEN, HALF, id="3 slots, frozen ends, half of the blocks stay"),
     ],
 )
 def test_a_streamed_step_is_planned_as_long_as_the_replayed_one(
-    depth: int, slots: int, micro_batches: int, always_active: dict[str, bool]
+    depth: int, slots: int, micro_batches: int, always_active: dict[str, bool], limit: float | None
 ) -> None:
-    config = configured(depth, slots, micro_batches, always_active)
+    config = configured(depth, slots, micro_batches, always_active, limit)
     events, operations, copied = run_on_ranks(1, events_of_a_step, config)[0]
     trace = simulate(config)
     assert trace.work.flops == operations

@@ -6,6 +6,7 @@ The link delivers late and spoils a slot when it is handed back, so that a race 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,7 +29,7 @@ from lisa_dist.method.module import (
     build_train_module,
     load_initial_weights,
 )
-from lisa_dist.planning.simulation import simulate
+from lisa_dist.planning.simulation import SWITCH, simulate
 from lisa_dist.runtime.units import GIB
 from lisa_dist.sharding import streamed
 from lisa_dist.sharding.resident import ResidentStore
@@ -225,7 +226,7 @@ def refusal_of_host_memory() -> str:
 
 def test_too_little_host_memory_is_told_before_weights_are_read() -> None:
     message = run_on_ranks(1, refusal_of_host_memory)[0]
-    assert message.startswith("parallel.offload=frozen: the frozen blocks need") and "are free; take" in message
+    assert message.startswith("parallel.offload: the frozen blocks that stream need") and "are free; take" in message
 
 
 def train_within(limits: list[float]) -> list[tuple[list[int], list[float]]]:
@@ -251,12 +252,60 @@ def train_within(limits: list[float]) -> list[tuple[list[int], list[float]]]:
 
 def test_as_many_frozen_blocks_stay_on_the_device_as_fit_with_the_same_numbers() -> None:
     (streaming, losses), (none, same) = run_on_ranks(1, train_within, [2 + 2590 * KIB, 2.01])[0]
-    assert streaming == [0, 3] and none == [], "the upper one of three frozen blocks stays"
+    assert streaming == [3, 4] and none == [], "one of three frozen blocks stays"
     assert losses == same
     with pytest.raises(
         AssertionError, match=r"UserError: parallel.offload=auto: needs .* more with every frozen block in"
     ):
         run_on_ranks(1, train_within, [2 + 2400 * KIB])
+
+
+def train_beside_a_small_host(config: Config, free: int) -> tuple[list[set[int]], list[int]]:
+    """The blocks that stay, in turn, and the bytes in host memory, of which ``free`` are there. Runs on one rank."""
+    resident = built(config, "none")
+    load_initial_weights(resident, CPU)
+    expected = run_steps(resident)
+    kept: list[set[int]] = []
+    hosted: list[int] = []
+    keep_on_device, pack = StreamedStore.keep_on_device, StreamedStore._pack
+
+    def watch_kept(store: StreamedStore, blocks: list[int]) -> None:
+        keep_on_device(store, blocks)
+        kept.append({*blocks})
+
+    def watch_hosted(store: StreamedStore, block: int) -> None:
+        pack(store, block)
+        if store.device.type != "meta":
+            hosted.append(sum(hosted.buffer.nbytes for hosted in store._hosted.values()))
+
+    with (
+        mock.patch.object(streamed, "link_to", lambda device: SimulatedLink()),
+        mock.patch.object(streamed, "free_host_bytes", lambda: free),
+        mock.patch.object(StreamedStore, "keep_on_device", watch_kept),
+        mock.patch.object(StreamedStore, "_pack", watch_hosted),
+    ):
+        with pytest.raises(UserError, match=r"the frozen blocks that stream need .* parallel.offload=auto"):
+            load_initial_weights(built(config, "frozen"), CPU)
+        train_module = built(config, "auto")
+        load_initial_weights(train_module, CPU)
+        assert run_steps(train_module) == expected
+    for (name, tensor), other in zip(weights(train_module).items(), weights(resident).values()):
+        assert torch.equal(tensor, other), name
+    return kept, hosted
+
+
+@pytest.mark.parametrize("ends", [[], FROZEN_ENDS], ids=["ends train", "ends frozen"])
+def test_what_stays_on_the_device_needs_no_host_memory(ends: list[str]) -> None:
+    config = configured(["method=lisa", *ends], BF16, "llama", num_hidden_layers=9)
+    limit = 2 + (2685 if ends else 2900) * KIB
+    config.parallel = dataclasses.replace(config.parallel, memory_limit=limit, activation_checkpointing="full")
+    free = 6 * 50 * 2**10  # of nine blocks of about 48 KiB
+    kept, hosted = run_on_ranks(1, train_beside_a_small_host, config, free)[0]
+    assert 0 < max(hosted) <= free
+    assert len(kept) == 4, "what surely fits, and the draws"
+    assert all(len(before ^ after) <= 4 for before, after in itertools.pairwise(kept)), "two leave and two enter"
+    config.parallel = dataclasses.replace(config.parallel, offload="auto")
+    assert simulate(config).peaks[SWITCH] <= (limit - 2) * GIB
 
 
 def test_the_plan_of_a_limit_keeps_it_and_copies_what_a_rank_does() -> None:
