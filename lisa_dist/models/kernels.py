@@ -94,12 +94,16 @@ def has_liger() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None
 
 
+def has_triton() -> bool:
+    """Whether Triton is installed, in which this program's own kernels for a GPU are written."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def loss_in_place(kernels: str) -> bool:
     """Whether a kernel of this device may turn logits into their gradient: Triton comes with torch for GPUs."""
     if kernels == "eager":
         return False
-    on_gpu = distributed.device().type == "cuda" and importlib.util.find_spec("triton") is not None
-    return distributed.is_simulated() or on_gpu
+    return distributed.is_simulated() or (distributed.device().type == "cuda" and has_triton())
 
 
 def missing_for_compiling(on_gpu: bool) -> str | None:

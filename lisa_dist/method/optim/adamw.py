@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from lisa_dist.config.optimization import AdamWConfig
 from lisa_dist.method.optim.spec import Moment, OptimizerSpec
+from lisa_dist.models.kernels import has_triton
 from lisa_dist.runtime.distributed import local_shard
 
 MOMENTS = (Moment("exp_avg"), Moment("exp_avg_sq", squared=True))
@@ -39,31 +39,28 @@ class FusedAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Make a step of the parameters that have a gradient."""
-        stepped = [parameter for group in self.param_groups for parameter in group["params"]]
-        if not all(map(_has_kernel, stepped)):
+        stepped = [(group, one) for group in self.param_groups for one in group["params"] if one.grad is not None]
+        if closure is not None or not stepped or not all(_has_kernel(parameter) for _, parameter in stepped):
             return super().step(closure)
         from lisa_dist.method.optim.adamw_kernel import adamw_step  # Triton is there where there is a GPU
 
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state, shard = self.state[parameter], local_shard(parameter)
-                divisor = shard.new_ones(()) if self.grad_scale is None else self.grad_scale
-                left_out = shard.new_zeros(()) if self.found_inf is None else self.found_inf
-                state["step"] += 1 - left_out
-                moments = local_shard(state["exp_avg"]), local_shard(state["exp_avg_sq"])
-                numbers = group["lr"], group["betas"], group["eps"], group["weight_decay"]
-                gradient = local_shard(parameter.grad).contiguous()
-                adamw_step(shard, gradient, moments, state["step"], divisor, left_out, *numbers)
+        like = local_shard(stepped[0][1])
+        divisor = like.new_ones(()) if self.grad_scale is None else self.grad_scale
+        left_out = like.new_zeros(()) if self.found_inf is None else self.found_inf
+        for group, parameter in stepped:
+            state = self.state[parameter]
+            state["step"] += 1 - left_out
+            moments = local_shard(state["exp_avg"]), local_shard(state["exp_avg_sq"])
+            numbers = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+            gradient = local_shard(parameter.grad).contiguous()
+            adamw_step(local_shard(parameter), gradient, moments, state["step"], divisor, left_out, *numbers)
         return None
 
 
 def _has_kernel(parameter: Tensor) -> bool:
     """Whether Triton can step a parameter: on a GPU, with which it comes, in float32."""
     shard = local_shard(parameter)
-    known = shard.is_cuda and shard.dtype == torch.float32 and shard.is_contiguous()
-    return known and importlib.util.find_spec("triton") is not None
+    return shard.is_cuda and shard.dtype == torch.float32 and shard.is_contiguous() and has_triton()
 
 
 def zero_state(optimizer: torch.optim.Optimizer, stepped: Tensor) -> dict[str, Tensor]:
