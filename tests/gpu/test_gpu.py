@@ -34,7 +34,7 @@ from lisa_dist.method.optim.adamw import FusedAdamW, zero_state
 from lisa_dist.method.optim.schedule import learning_rates
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
-from lisa_dist.objectives.chunked_head import ChunkedCrossEntropy, LogitTransform, add_product, sums_in_place
+from lisa_dist.objectives.chunked_cross_entropy import ChunkedCrossEntropy, LogitTransform, add_product, sums_in_place
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.environment import ALLOCATOR_SETTINGS
 from lisa_dist.training.step import accumulate_gradients, step_clipped, train_step

@@ -19,8 +19,9 @@ from lisa_dist.config import ModelConfig, UserError
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.loading import restore_buffers
-from lisa_dist.objectives import chunked_head
-from lisa_dist.objectives.chunked_head import ChunkedCrossEntropy, LogitTransform, install_loss_head
+from lisa_dist.objectives import chunked_cross_entropy
+from lisa_dist.objectives.chunked_cross_entropy import ChunkedCrossEntropy, LogitTransform
+from lisa_dist.objectives.chunked_head import install_loss_head
 from tests.support.families import FAMILIES, tiny_config
 
 LLAMA_SHAPE = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -265,7 +266,7 @@ def test_a_chunks_logits_and_gradient_are_gone_when_the_next_ones_are_made(
     trained: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[weakref.ref[torch.Tensor]] = []
-    for owner, name in ((chunked_head.F, "linear"), (chunked_head, "_gradient")):
+    for owner, name in ((chunked_cross_entropy.F, "linear"), (chunked_cross_entropy, "_gradient")):
         original = getattr(owner, name)
 
         def spy(*args: Any, original: Any = original, name: str = name, **kwargs: Any) -> torch.Tensor:

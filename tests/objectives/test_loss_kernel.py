@@ -11,7 +11,7 @@ import pytest
 CODE = """
 import itertools, torch
 from torch.nn.functional import cross_entropy
-from lisa_dist.objectives.chunked_head import ChunkedCrossEntropy, LogitTransform
+from lisa_dist.objectives.chunked_cross_entropy import ChunkedCrossEntropy, LogitTransform
 from lisa_dist.objectives.loss_kernel import COLUMNS, cross_entropy_in_place, multiply_in_place
 
 torch.manual_seed(0)
