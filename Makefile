@@ -9,8 +9,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH_FOR_CPU := https://download.pytorch.org/whl/cpu
 CONSTRAINTS := constraints.txt
-# Two files of tests at a time, each test and rank on one thread: more threads than cores wait for each other.
-TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" --numprocesses 2 --dist loadfile
+# Two files of tests at a time, each test and rank on one thread: more threads than cores wait for each other. Byte code
+# is written: each Python that a test starts would compile the program anew.
+TESTS = env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" --numprocesses 2 --dist loadfile
 GPU_CHECK ?= gpu_check.json
 RUN_DIR ?= runs/demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 

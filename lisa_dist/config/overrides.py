@@ -33,6 +33,8 @@ TYPE_DESCRIPTIONS = {
     str: "a text (quote it where it holds blanks, commas or brackets)",
 }
 
+PARSER = OverridesParser.create()
+
 
 @dataclass(frozen=True)
 class KeyOverride:
@@ -111,7 +113,7 @@ def _parse(text: str) -> KeyOverride:
     if (literal := _path_override(text)) is not None:
         return literal
     try:
-        override: Override = OverridesParser.create().parse_override(text)
+        override: Override = PARSER.parse_override(text)
     except HydraException:
         raise UserError(
             f"{text}: cannot be read, it must be KEY=VALUE where a value that holds brackets, commas or = "

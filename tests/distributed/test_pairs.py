@@ -226,9 +226,10 @@ def test_every_pair_of_options_equals_plain_pytorch(row: dict[str, Any]) -> None
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("row", covering_array(3), ids=named)
-def test_every_three_options_equal_plain_pytorch(row: dict[str, Any]) -> None:
-    check_row(row, ranks=4)
+def test_every_three_options_equal_plain_pytorch(subtests: pytest.Subtests) -> None:
+    for row in covering_array(3):
+        with subtests.test(named(row)):
+            check_row(row, ranks=4)
 
 
 def test_exactly_the_other_pairs_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Real ranks for tests: processes that stay for the whole session, and join a gloo process group for each call.
+"""Real ranks for tests: processes of a gloo process group that stay for the whole session.
 
 ``run_on_ranks(4, function, *args)`` calls ``function(*args)`` on every rank and returns the results in rank
 order. The function must be importable (module level). An exception on any rank is raised here with that
@@ -8,6 +8,7 @@ rank's traceback, and the next call has new processes.
 from __future__ import annotations
 
 import atexit
+import gc
 import itertools
 import os
 import tempfile
@@ -102,22 +103,26 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
+    timeout = datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)
+    world, base = dist.distributed_c10d._world, dist.distributed_c10d._get_default_store()
     for number in itertools.count():
         try:
             function, args = pipe.recv()
         except EOFError:
             os._exit(0)
+        # Groups that calls make have the same names each time, which torch remembers, and keys of their own.
+        world.group_count = 1
+        world.pg_map[dist.group.WORLD] = ("gloo", dist.PrefixStore(f"call {number}", base))
         try:
-            # A group for each call: those that a call makes have threads, which wake 100 times a second for ever.
-            dist.init_process_group(
-                "gloo",
-                init_method=f"file://{store}.{number}",
-                rank=rank,
-                world_size=world_size,
-                timeout=datetime.timedelta(seconds=120),
-            )
             answer = (False, function(*args))
-            dist.destroy_process_group()
+            made = [group for group in world.pg_map if group != dist.group.WORLD]
+            if made:
+                dist.barrier()  # a rank that leaves while another still connects to it breaks that one
+                for group in made:
+                    dist.destroy_process_group(group)
+                gc.collect()  # models in circles keep groups, whose threads wake 100 times a second
+            dist.distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
         except BaseException:
             answer = (True, f"rank {rank}:\n{traceback.format_exc()}")
         pipe.send(answer)
