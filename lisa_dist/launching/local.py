@@ -6,6 +6,7 @@ signal means, gathers the exit codes and shows the first failure, and only that 
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -165,6 +166,7 @@ def run_rank(entry: Entry, config: Config, outcome_dir: Path, log_dir: Path, lau
     die_with(os.getppid())  # the server that ranks are forked from, which ends when the launcher does
     if not Path(f"/proc/{launcher}").exists():
         os._exit(EXIT_FAILED)
+    gc.enable()
     install_stop_handlers(ignore_interrupt=True)
     rank = int(os.environ["RANK"])
     (outcome_dir / f"started_{rank}_{os.getpid()}").touch()

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_iter
@@ -157,6 +158,8 @@ class Ledger(TorchDispatchMode):
             ShardingPropagator._propagate_tensor_meta_non_cached = infer  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator is torch.ops.prim.device.default:  # two of three calls in a simulated step
+            return _device_of(args[0])
         if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented  # a DTensor's operators, or another wrapper's, on what it holds come here again
         if operator is aten._local_scalar_dense.default:
@@ -167,7 +170,7 @@ class Ledger(TorchDispatchMode):
         if self._infers_shapes:
             return result
         for tensor in _tensors(result):
-            if tensor.device.type != "meta":
+            if _device_of(tensor).type != "meta":
                 self._book(tensor.untyped_storage())
         self._record(operator, args, kwargs, result)
         return result
@@ -234,6 +237,13 @@ class Ledger(TorchDispatchMode):
             work.sent_within_nodes += sent
         else:
             work.sent_across_nodes += sent
+
+
+def _device_of(tensor: torch.Tensor) -> torch.device:
+    """Return ``tensor.device``, of a fake tensor without the dispatch that its property takes."""
+    if not isinstance(tensor, FakeTensor):
+        return tensor.device
+    return torch.device("meta") if tensor.fake_mode.in_kernel_invocation else tensor.fake_device
 
 
 def _tensors(tree: Any) -> Iterable[torch.Tensor]:

@@ -9,4 +9,5 @@ from __future__ import annotations
 import multiprocessing
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["__main__", "tests.support.preloaded"])
+# As the process that ranks are forked from does: end with who started it, and collect no garbage while importing.
+FORKSERVER.set_forkserver_preload(["lisa_dist.launching.ends_with_launcher", "__main__", "tests.support.preloaded"])

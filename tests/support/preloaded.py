@@ -13,5 +13,5 @@ import lisa_dist.launching.local
 import lisa_dist.training.loop
 
 lisa_dist.config.loading.load([])
-gc.collect()
 gc.freeze()
+gc.enable()
