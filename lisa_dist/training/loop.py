@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from time import perf_counter
 
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, UserError
@@ -119,15 +120,9 @@ def train_until_spike(run: Run, first_step: int, start_up: ExitStack) -> float |
             seconds["data_seconds"] = perf_counter() - started
             stop = stop_requested() or run.checkpoints.must_stop()
             result = train_step(run.train_module, micro_batches, step, run.max_steps, stop, heartbeat.phase)
-            ends = step + 1 == run.max_steps
-            saves = ends or result.stop_requested or is_due(config.checkpoint.every, step + 1)
-            evaluates = ends or is_due(config.train.eval_every, step + 1)
-            samples = not ends and is_due(config.train.sample_every, step + 1)
-            # A step is read once the device has the next one to go on with, but before whatever else comes after it.
-            reads = saves or evaluates or samples or step == first_step or config.train.spike_factor > 0
-            reads = reads or is_due(run.train_module.period_length, step + 1)
+            after = what_follows(run, step + 1, result.stop_requested, step == first_step)
             with heartbeat.phase("the wait for the device"):
-                for waited_for in ([] if unread is None else [unread.result]) + ([result] if reads else []):
+                for waited_for in ([] if unread is None else [unread.result]) + ([result] if after.reads else []):
                     waited_for.measured.read()
             seconds["step_seconds"] = perf_counter() - started
             start_up.close()  # no later step compiles, connects and allocates as the first does
@@ -140,23 +135,44 @@ def train_until_spike(run: Run, first_step: int, start_up: ExitStack) -> float |
             progress.step += 1
             progress.sequences += run.batches.global_batch_size
             count_step(run, result, seconds)
-            # Whatever is saved has a row: a resume finds in the rows what was counted until then.
-            has_row = saves or is_due(config.train.log_every, progress.step)
-            has_row = has_row or (evaluates and may_save_after_evaluation(config))
-            unread = MadeStep(result, micro_batches, progress.step, progress.sequences, has_row)
-            if reads:
+            unread = MadeStep(result, micro_batches, progress.step, progress.sequences, after.has_row)
+            if after.reads:
                 finish_step(run, unread)
                 unread = None
-            if evaluates:
+            if after.evaluates:
                 evaluate(run)
-                saves = saves or ends_early(run) or is_best_to_keep(run)
-            if samples and not ends_early(run):
+            if after.samples and not ends_early(run):
                 show_answers(run, f"answers after step {progress.step}")
-            if saves:
+            if after.saves or (after.evaluates and (ends_early(run) or is_best_to_keep(run))):
                 save_checkpoint(run)
             if result.stop_requested or ends_early(run):
                 break
     return None
+
+
+@dataclass(frozen=True)
+class Following:
+    """What comes after a step; ``reads``: the step's loss and norm are waited for before the next one is begun."""
+
+    evaluates: bool
+    samples: bool
+    saves: bool
+    reads: bool
+    has_row: bool
+
+
+def what_follows(run: Run, step: int, stops: bool, is_first: bool) -> Following:
+    """Return what comes after ``step`` steps by the schedules; an evaluation may have the run saved too."""
+    train, ends = run.config.train, step == run.max_steps
+    evaluates = ends or is_due(train.eval_every, step)
+    samples = not ends and is_due(train.sample_every, step)
+    saves = ends or stops or is_due(run.config.checkpoint.every, step)
+    # A step is read once the device has the next one to go on with, but before whatever else comes after it.
+    switches = is_due(run.train_module.period_length, step)
+    reads = evaluates or samples or saves or switches or is_first or train.spike_factor > 0
+    # Whatever is saved has a row: a resume finds in the rows what was counted until then.
+    has_row = saves or is_due(train.log_every, step) or (evaluates and may_save_after_evaluation(run.config))
+    return Following(evaluates, samples, saves, reads, has_row)
 
 
 def begin_step(run: Run, step: int, first_step: int) -> dict[str, float]:
