@@ -28,13 +28,18 @@ from lisa_dist.data.locate import check_data, is_local, locate
 def check_training(config: Config) -> None:
     """Raise :class:`UserError` where training, with ``run.dir`` settled, can't begin."""
     check_run_dir_is_free(config)
-    _check_model(config.model)
-    check_data(config.data)
+    check_read(config)
     local = config.parallel.nproc_per_node
     if config.checkpoint.resume == "none":
         check_global_batch(config.train, 1 if local == "auto" else int(local))
     if local != "auto":
         check_streamed(config, config.parallel.nodes * int(local))
+
+
+def check_read(config: Config) -> None:
+    """Raise :class:`UserError` where the model or the data to train with are named and not there."""
+    _check_model(config.model)
+    check_data(config.data)
 
 
 def check_export(config: Config) -> None:

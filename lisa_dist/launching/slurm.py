@@ -18,6 +18,7 @@ from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, LaunchConfig, User
 from lisa_dist.config.overrides import write_override
 from lisa_dist.config.paths import local_path
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
+from lisa_dist.launching.inputs import check_read
 from lisa_dist.launching.sweeps.comparison import EXIT_CODE_FILE, JOBS_FILE, RESUME
 from lisa_dist.launching.sweeps.jobs import list_jobs, read_sweep, unfinished
 from lisa_dist.runtime.files import make_folder
@@ -60,16 +61,31 @@ def run(config: Config, overrides: list[str], config_dir: str | None) -> int:
     """Write the job script of a run, which repeats ``overrides``, show it, and submit it unless ``launch.dry_run``.
 
     Raises:
-        UserError: the configuration is not that of a job, or Slurm refuses it.
+        UserError: the configuration is not that of a job, what it reads is not there, or Slurm refuses it.
     """
     config = resolve_run_dir(config)
     check_run_dir_is_free(config)
+    _look_for_inputs(config)
     run = RunDirectory.of(config)
     kept = [text for text in overrides if not _is_settled(text)]
     script = run_script(config, kept, config_dir)
     make_folder(run.logs, str(run.logs))
     path = local_path(config.launch.script or str(run.job_script)).resolve()
     return _hand_over(script, path, config.launch, f"lisa-dist: the run is in {run.path}")
+
+
+def _look_for_inputs(config: Config) -> None:
+    """Raise :class:`UserError` where what the job will read is not here, or say it where the job may find it elsewhere.
+
+    A job may wait for hours before it could say so itself.
+    """
+    launch = config.launch
+    try:
+        check_read(config)
+    except UserError as error:
+        if not (launch.container or launch.setup or launch.dry_run):
+            raise
+        print(f"lisa-dist: {error} (on this machine; the job must find it where it runs)", file=sys.stderr)
 
 
 def run_sweep(overrides: list[str], config_dir: str | None) -> int:

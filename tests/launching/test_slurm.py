@@ -28,6 +28,19 @@ def options(script: str) -> list[str]:
     return [shlex.split(line)[0] for line in lines]
 
 
+def test_what_a_job_could_not_read_is_told_before_it_waits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # without sbatch
+    run_dir = tmp_path / "run"
+    launch = ["launch", "slurm", "data.path=/nowhere.json", f"run.dir={run_dir}"]
+    assert main(launch) == 2
+    assert "data.path=/nowhere.json: " in capsys.readouterr().err and not run_dir.exists()
+    for elsewhere in ("launch.dry_run=true", "launch.setup=['fetch it']", "launch.container=train.sif"):
+        main([*launch, elsewhere])
+        assert run_dir.exists() and "the job must find it where it runs" in capsys.readouterr().err
+
+
 def test_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     settings = [
