@@ -20,7 +20,7 @@ from lisa_dist.planning.changes import Plan, changes_that_fit, make_plan, search
 from lisa_dist.planning.simulation import cluster_dims, micro_batches_per_step
 from lisa_dist.runtime.files import to_json, write_atomically
 from lisa_dist.runtime.units import format_bytes, format_count, format_duration
-from lisa_dist.sharding.checkpointing_policy import RESERVED_BYTES
+from lisa_dist.sharding.memory_policy import RESERVED_BYTES
 
 
 def run(config: Config) -> int:

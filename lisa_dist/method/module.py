@@ -50,9 +50,9 @@ from lisa_dist.objectives.supervised import prepare_supervised
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.units import format_count
 from lisa_dist.sharding import build_store
-from lisa_dist.sharding.checkpointing_policy import CheckpointingPolicy
 from lisa_dist.sharding.compilation import compile_blocks
 from lisa_dist.sharding.dimensions import ParallelDims
+from lisa_dist.sharding.memory_policy import MemoryPolicy
 from lisa_dist.sharding.store import ParameterStore, persistent_bytes
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class TrainModule:
     optimizer: ActiveOptimizer
     sampler: RankSynchronizedSampler
     active: ActiveSet
-    checkpointing: CheckpointingPolicy
+    memory: MemoryPolicy
     objective: Objective
     kernels: str  # eager, liger or compile
 
@@ -117,8 +117,8 @@ def build_train_module(
     objective = prepare_supervised(module, layers, config.model, loss_in_place(kernels))
     install_position_handling(module, separation)
     state_bytes = optimizer_spec(config.optimizer).state_bytes
-    checkpointing = CheckpointingPolicy(config, lambda: build_update(config.update), state_bytes)
-    checkpointing.measure(module)
+    memory = MemoryPolicy(config, lambda: build_update(config.update), state_bytes)
+    memory.measure(module)
     install_kernels(config, module, layers, kernels)
     dims = dims or ParallelDims.of(config.parallel)
     check_streamed(config, dims.num_ranks)
@@ -126,7 +126,7 @@ def build_train_module(
     active = ActiveSet(always_active_parameters(store, config.always_active))
     groups = ParameterGroups(layers.part_of, undecayed)
     optimizer = ActiveOptimizer(config.optimizer, update, groups, store.masters_to_params, store.register_grad_hook)
-    built = TrainModule(config, dims, store, update, optimizer, sampler, active, checkpointing, objective, kernels)
+    built = TrainModule(config, dims, store, update, optimizer, sampler, active, memory, objective, kernels)
     if config.parallel.offload == "auto":
         keep_what_surely_fits(built)
     return built
@@ -148,7 +148,7 @@ def keep_what_surely_fits(train_module: TrainModule) -> None:
     store.allocate(trained, torch.device("meta"))
     store.make_masters(trained)
     lowest = 0 if blocks and listed is None else store.lowest_reached()
-    store.keep_on_device(train_module.checkpointing.blocks_that_fit(store, blocks, lowest)[0])
+    store.keep_on_device(train_module.memory.blocks_that_fit(store, blocks, lowest)[0])
 
 
 def install_kernels(config: Config, module: nn.Module, layers: LayerMap, kernels: str) -> None:
@@ -230,7 +230,7 @@ def add_trained_params(train_module: TrainModule) -> None:
     trained = trained_parameters(train_module.store, train_module.update, train_module.active)
     train_module.store.make_masters(trained)
     train_module.optimizer.add_params({name: train_module.store.master(name) for name in trained})
-    train_module.checkpointing.apply(train_module.store, train_module.active.blocks, bool(train_module.active.drawn))
+    train_module.memory.apply(train_module.store, train_module.active.blocks, bool(train_module.active.drawn))
 
 
 def load_initial_weights(train_module: TrainModule, device: torch.device) -> None:
@@ -271,7 +271,7 @@ def begin_period(train_module: TrainModule, period: int, coming: ComingBatches |
         train_module.config.train.seed,
         drawn_modules,
     )
-    train_module.checkpointing.apply(train_module.store, train_module.active.blocks, bool(train_module.active.drawn))
+    train_module.memory.apply(train_module.store, train_module.active.blocks, bool(train_module.active.drawn))
 
 
 def probe(train_module: TrainModule, request: ProbeRequest, coming: ComingBatches | None) -> list[float]:

@@ -13,7 +13,7 @@ from lisa_dist.planning.prediction import predict_over_draws
 from lisa_dist.planning.simulation import Trace, cluster_dims
 from lisa_dist.runtime.units import GIB
 from lisa_dist.sharding.activation_checkpointing import KINDS
-from lisa_dist.sharding.checkpointing_policy import RESERVED_BYTES
+from lisa_dist.sharding.memory_policy import RESERVED_BYTES
 
 MOST_MICRO_BATCH = 1024
 MOST_NODES = 1024

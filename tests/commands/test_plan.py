@@ -19,8 +19,8 @@ from lisa_dist.planning import changes
 from lisa_dist.planning.changes import Plan
 from lisa_dist.planning.estimate import Estimate
 from lisa_dist.planning.simulation import Trace
-from lisa_dist.sharding.checkpointing_policy import RESERVED_BYTES
 from lisa_dist.sharding.ledger import Work
+from lisa_dist.sharding.memory_policy import RESERVED_BYTES
 
 ARCHITECTURE = (
     "model.architecture={model_type:llama,vocab_size:4096,hidden_size:512,intermediate_size:1024,"

@@ -18,7 +18,7 @@ from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.planning.changes import make_plan
 from lisa_dist.planning.simulation import architecture_of
-from lisa_dist.sharding.checkpointing_policy import RESERVED_BYTES
+from lisa_dist.sharding.memory_policy import RESERVED_BYTES
 
 EXPERIMENTS = [name for name in group_choices("experiment") if name != "demo"]
 ALWAYS = ("gsm8k_tinyllama",)  # a plan takes seconds, so the others by make soak

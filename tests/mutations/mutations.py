@@ -248,7 +248,7 @@ SWITCH = [
     ),
     Mutation(
         "frozen blocks that stay on the device take no memory of it",
-        "sharding/checkpointing_policy.py",
+        "sharding/memory_policy.py",
         "rest -= sizes[block] + extra.get(block, 0)",
         "rest -= extra.get(block, 0)",
         "sharding/test_streamed.py::test_as_many_frozen_blocks_stay_on_the_device_as_fit_with_the_same_numbers",

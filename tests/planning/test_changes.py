@@ -14,8 +14,8 @@ from lisa_dist.planning import changes
 from lisa_dist.planning.changes import MOST_MICRO_BATCH, Plan, changes_that_fit, search
 from lisa_dist.planning.estimate import Estimate
 from lisa_dist.planning.simulation import Trace, cluster_dims
-from lisa_dist.sharding.checkpointing_policy import RESERVED_BYTES
 from lisa_dist.sharding.ledger import Work
+from lisa_dist.sharding.memory_policy import RESERVED_BYTES
 
 GPU = read_gpu("rtx4090")
 ROOM = GPU.memory_bytes - RESERVED_BYTES

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lisa_dist.config import Config, UserError
 from lisa_dist.method.updates import build_update
 from lisa_dist.sharding.activation_checkpointing import KINDS, OPERATIONS_PER_BYTE, Cost, choose, set_checkpointing
-from lisa_dist.sharding.checkpointing_policy import measure_costs
+from lisa_dist.sharding.memory_policy import measure_costs
 from tests.support.ranks import run_on_ranks
 from tests.support.small_training import PERIOD, make_config, train_on_rank
 

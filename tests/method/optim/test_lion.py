@@ -18,7 +18,7 @@ from lisa_dist.method.optim import optimizer_spec
 from lisa_dist.method.optim.schedule import learning_rate
 from lisa_dist.planning.simulation import simulate
 from lisa_dist.runtime import distributed
-from lisa_dist.sharding.checkpointing_policy import activation_budget
+from lisa_dist.sharding.memory_policy import activation_budget
 from lisa_dist.training.step import train_step
 from tests.support.plain_methods import PlainAdamW, PlainGaLore, plain_model, train_by_hand
 from tests.support.ranks import run_on_ranks

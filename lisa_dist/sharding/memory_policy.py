@@ -1,4 +1,4 @@
-"""The kind of activation checkpointing of every block: set once, or by ``auto`` anew after each switch."""
+"""What stays on the device, by its memory: of activations, and of frozen blocks; by ``auto`` anew after each switch."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class PreparesBlocks(Protocol):
 
 
 @dataclass
-class CheckpointingPolicy:
-    """Sets the kind of every block; for ``auto`` it must ``measure`` once what each kind costs."""
+class MemoryPolicy:
+    """Sets every block's kind of checkpointing and its place; for ``auto``, ``measure`` comes once before."""
 
     config: Config
     new_update: Callable[[], PreparesBlocks]  # one that has seen no model
@@ -56,14 +56,16 @@ class CheckpointingPolicy:
                 self.costs[trains] = measure_costs(self.config, model, self.new_update, trains)
 
     def apply(self, store: ParameterStore, active_blocks: list[int], is_drawn: bool) -> None:
-        """Set every block's kind for the blocks that train now, whose storage is in its place. No communication.
+        """Place frozen blocks and set every block's kind for the blocks that train now. No communication.
 
         Before anything ``is_drawn``, the frozen blocks stay where they were allocated.
         """
-        setting = self.config.parallel.activation_checkpointing
-        blocks = store.layers.blocks
         if self.config.parallel.offload == "auto" and is_drawn:
             self._keep_what_fits(store, active_blocks)
+        self._set_kinds(store, active_blocks)
+
+    def _set_kinds(self, store: ParameterStore, active_blocks: list[int]) -> None:
+        setting, blocks = self.config.parallel.activation_checkpointing, store.layers.blocks
         if setting != "auto":
             for index, block in enumerate(blocks if setting != "none" else []):
                 set_checkpointing(block, "none" if store.recomputes(index) else setting)
