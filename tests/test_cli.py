@@ -152,7 +152,7 @@ def test_compare_asks_each_model_in_ranks_of_its_own(
     def answer(config: Config, entry: Any, logs: Path) -> int:
         assert config.generate.output is not None
         rows = [{"prompt": prompt, "answer": f"by {config.generate.path}"} for prompt in config.generate.prompts]
-        Path(config.generate.output).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        Path(config.generate.output).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return 0
 
     monkeypatch.setattr("lisa_dist.launching.local.launch_ranks", answer)
@@ -163,9 +163,9 @@ def test_compare_asks_each_model_in_ranks_of_its_own(
     assert main(["generate", "--compare", *models, "Which?"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("by") == 2 and "Which?" in shown and "by someone/model" in " ".join(shown.split())
-    output = tmp_path / "answers.jsonl"
-    assert main(["generate", f"generate.compare=[{','.join(models)}]", "Which?", f"generate.output={output}"]) == 0
-    expected = {"prompt": "Which?", "answers": {model: f"by {model}" for model in models}}
+    output, asked = tmp_path / "new" / "answers.jsonl", "Which\u2028one?"  # which str.splitlines would cut
+    assert main(["generate", f"generate.compare=[{','.join(models)}]", asked, f"generate.output={output}"]) == 0
+    expected = {"prompt": asked, "answers": {model: f"by {model}" for model in models}}
     assert [json.loads(line) for line in output.read_text().splitlines()] == [expected]
 
 
@@ -192,7 +192,7 @@ def test_train_starts_ranks_with_a_settled_run_directory(
 
 
 def test_train_does_not_write_over_a_run(calls: list[tuple[Any, ...]], tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
     assert main(["train", f"run.dir={tmp_path}"]) == 2
     assert calls == []
     assert main(["train", f"run.dir={tmp_path}", "checkpoint.resume=auto"]) == 7

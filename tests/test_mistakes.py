@@ -94,6 +94,7 @@ MISTAKES = [
     (["evaluate", "--compare", "FOLDER/a", "FOLDER/b"], "--compare: belongs to generate"),
     (["export", "export.path=FOLDER/out"], "run.dir=null: name the directory of the run"),
     (["export", "run.dir=FOLDER/used"], "export.path=null"),
+    (["launch", "slurm", "run.dir=FOLDER/job", "launch.script=FOLDER/empty"], "FOLDER/empty: must be a new file"),
     (["export", "run.dir=FOLDER/used", "export.path=FOLDER/model"], "must be a new or an empty directory"),
 ]
 

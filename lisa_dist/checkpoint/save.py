@@ -43,16 +43,17 @@ class CheckpointSaver:
         plan = plan_of_checkpoint(checkpoint.name, weights, state["external"], state["since_full"])
         self.changes.continue_from(plan, self.train_module.optimizer.parameters)
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: Progress, is_last: bool = False) -> None:
         """Write the checkpoint of ``progress.step``, or have it written. Collective: every rank.
 
         Raises:
-            CheckpointError: this write, or the one before in the background, failed and ``on_error=stop``.
+            CheckpointError: this write, or the one before in the background, failed and ``on_error=stop``; or this one,
+                at once and ``is_last`` of the start: there is no next one to make up for it.
         """
         self.finish()
         self.writer.start(self._take_snapshot(progress))
         if not self.writer.config.in_background:
-            self.finish()
+            self.finish(stop_on_error=is_last or None)
 
     def finish(self, stop_on_error: bool | None = None) -> None:
         """Wait for the write in the background and remember its outcome; see :meth:`CheckpointWriter.finish`."""

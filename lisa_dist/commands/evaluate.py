@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from dataclasses import replace
@@ -19,7 +18,7 @@ from lisa_dist.data.sequences import Sequences
 from lisa_dist.launching.inputs import check_evaluate
 from lisa_dist.method.probes import mean_loss
 from lisa_dist.runtime import distributed
-from lisa_dist.runtime.files import write_atomically
+from lisa_dist.runtime.files import to_json, write_atomically
 from lisa_dist.telemetry.logs import setup_logging
 from lisa_dist.training.setup import make_batches
 
@@ -99,14 +98,14 @@ def _write(config: Config, results: dict[str, Any]) -> None:
     # Without a run the results are named as a run's would be, in the current directory.
     run = RunDirectory(Path(config.run.dir or "."))
     file = local_path(config.evaluate.output) if config.evaluate.output else run.evaluation
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(results, indent=1))
-    except OSError as error:
-        raise UserError(f"evaluate.output={file}: can't be written ({error.strerror})") from error
     if "eval_loss" in results:
         print(f"loss {results['eval_loss']:.4f}, perplexity {results['perplexity']:.2f} on {results['data']}")
     for task, found in results.get("tasks", {}).items():
         numbers = (f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float))
         print(f"{task}: {', '.join(numbers)}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, to_json(results, indent=1))
+    except OSError as error:
+        raise UserError(f"evaluate.output={file}: can't be written ({error.strerror})") from error
     print(file)

@@ -14,7 +14,7 @@ def run(config: Config) -> int:
     Raises:
         UserError: there is nothing to export, or it can't be written.
     """
-    target = local_path(str(config.export.path))
+    target = local_path(str(config.export.path)).resolve()
     checkpoint = find_checkpoint(RunDirectory.of(config).checkpoints, config.export.step)
     files = export_checkpoint(config, checkpoint, target)
     print(f"{target}: {len(files)} file{'s' if len(files) > 1 else ''} of weights from {checkpoint}")

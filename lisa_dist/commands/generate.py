@@ -108,7 +108,7 @@ def show_side_by_side(models: list[str], files: list[Path], output: str | None) 
         files: of each the answers, as ``generate.output`` has them.
         output: ``generate.output`` of the comparison; None: print.
     """
-    answers = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
+    answers = [[json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line] for file in files]
     rows = [(same[0]["prompt"], [row["answer"] for row in same]) for same in zip(*answers, strict=True)]
     if output is not None:
         lines = [json.dumps({"prompt": prompt, "answers": dict(zip(models, found))}) + "\n" for prompt, found in rows]

@@ -12,7 +12,8 @@ from lisa_dist.checkpoint.export import find_checkpoint
 from lisa_dist.checkpoint.manifest import step_of
 from lisa_dist.checkpoint.restore import restore_weights
 from lisa_dist.checkpoint.state import read_state
-from lisa_dist.config import AlwaysActiveConfig, Config
+from lisa_dist.config import AlwaysActiveConfig, Config, LoggerConfig
+from lisa_dist.config.optimization import AdamWConfig
 from lisa_dist.config.paths import model_directory
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.config.sampling import UniformSamplerConfig
@@ -83,6 +84,8 @@ def without_training(config: Config, path: str | None) -> Config:
     quiet = replace(
         config,
         sampler=UniformSamplerConfig(active_layers=1),  # never asked; it fits any number of blocks
+        optimizer=AdamWConfig(),
+        logger=LoggerConfig(),
         always_active=AlwaysActiveConfig(embeddings=False, norm=False, head=False),
         precision=replace(config.precision, frozen=compute, active=compute),
     )

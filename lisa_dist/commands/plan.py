@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -44,7 +45,10 @@ def run(config: Config) -> int:
         status.update("looking for the largest micro-batch")
         found = search(config, gpu) if config.plan.search else []
     if config.run.dir is not None and (run := RunDirectory.of(config)).config.is_file():
-        write_atomically(run.plan, to_json(_numbers(plan)) + "\n")  # for the run's report
+        try:
+            write_atomically(run.plan, to_json(_numbers(plan)) + "\n")  # for the run's report
+        except OSError as error:
+            print(f"lisa-dist: {run.plan} is not written, {error.strerror}", file=sys.stderr)
     if config.plan.format == "json":
         print(json.dumps(_to_json(plan, changes, compared, found), indent=2))
     else:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from lisa_dist.config import EXIT_DONE, Config, UserError
+from lisa_dist.config.paths import local_path
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.launching.sweeps.comparison import PAGE_FILE, write_comparison
 from lisa_dist.telemetry.history import state_of
@@ -21,14 +21,17 @@ def run(config: Config) -> int:
     if config.run.dir is None and config.sweep.dir is not None:
         if config.report.watch:
             raise UserError("--watch: the report of a run is watched, a sweep writes its own anew after each job")
-        sweep_dir = Path(config.sweep.dir)
+        sweep_dir = local_path(config.sweep.dir)
         write_comparison(sweep_dir)
         print(sweep_dir / PAGE_FILE)
         return EXIT_DONE
     if config.run.dir is None:
         raise UserError("run.dir=null: name the directory of a run, as in lisa-dist report run.dir=runs/NAME")
     run = RunDirectory.of(config)
-    path = write_report(run, live=config.report.watch)
+    try:
+        path = write_report(run, live=config.report.watch)
+    except PermissionError as error:
+        raise UserError(f"run.dir={run.path}: its page can't be written, {error.strerror}") from None
     print(path, flush=True)
     if config.report.watch:
         watch(run)

@@ -36,7 +36,10 @@ def read_gpu(name: str) -> Gpu:
         raise UserError(
             f"plan.gpu={name}: must be one of {', '.join(presets)}, or a file of the same keys{nearest(name, presets)}"
         )
-    specs = yaml.safe_load(path.read_text())
+    try:
+        specs = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"plan.gpu={name}: cannot be read as YAML, {str(error).splitlines()[0]}") from None
     wanted = {field.name for field in fields(Gpu)}
     if not isinstance(specs, dict) or set(specs) != wanted:
         raise UserError(f"plan.gpu={name}: the file must have exactly the keys {', '.join(sorted(wanted))}")

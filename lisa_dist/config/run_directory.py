@@ -49,8 +49,18 @@ class RunDirectory:
 
     def holds_run(self) -> bool:
         """Whether a step was recorded or saved here; a start that failed before its first step may be repeated."""
-        recorded = self.metrics.is_file() and self.metrics.stat().st_size > 0
-        return recorded or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
+        return self._has_step() or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
+
+    def _has_step(self) -> bool:
+        if not self.metrics.is_file():
+            return False
+        with self.metrics.open(encoding="utf-8", errors="replace") as rows:
+            return any('"loss":' in row for row in rows)  # the evaluation before the first step has none
+
+
+def name_by_time() -> str:
+    """Return the date and time as a name: to the millisecond, for several runs may start in one second."""
+    return datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")[:-3]
 
 
 def resolve_run_dir(config: Config) -> Config:
@@ -58,7 +68,7 @@ def resolve_run_dir(config: Config) -> Config:
 
     The default is ``runs/<run.name or date and time>`` in the current directory.
     """
-    name = config.run.name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    name = config.run.name or name_by_time()
     directory = local_path(config.run.dir or str(Path("runs") / name)).resolve()
     return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(directory)))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lisa_dist.data.formats import Conversation, Sample
+from lisa_dist.data.formats import BadRowError, Conversation, Sample
 from lisa_dist.data.spans import AnswerFinder
 from lisa_dist.data.tokenizer import adds_bos
 
@@ -75,6 +75,7 @@ class Encoder:
 
     def _encode_text(self, text: str) -> tuple[list[int], list[bool]]:
         """Begin with BOS where the tokenizer does so, end with EOS; a text that has them already gets no second one."""
+        check_is_text(text)
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         if not ids:
             return [], []
@@ -87,6 +88,7 @@ class Encoder:
 
     def _encode_conversation(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
         answers = self._finder.find(conversation)
+        check_is_text(answers.text)
         untrained = [span for index, span in answers.spans.items() if index in conversation.untrained]
         if self.train_on_prompt:
             ids, left_out = self._mark_tokens(answers.text, untrained)
@@ -124,3 +126,12 @@ class Encoder:
             first, last = tokens_before(start), tokens_before(end)
             trained[first:last] = [True] * (last - first)
         return ids, trained
+
+
+def check_is_text(text: str) -> None:
+    """Raise :class:`BadRowError` for half of a character, which JSON can write and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise BadRowError(f"its text holds half of a character ({half} in JSON), as where it was cut") from None

@@ -69,8 +69,9 @@ def run(config: Config, overrides: list[str], config_dir: str | None) -> int:
     run = RunDirectory.of(config)
     kept = [text for text in overrides if not _is_settled(text)]
     script = run_script(config, kept, config_dir)
-    make_folder(run.logs, str(run.logs))
     path = local_path(config.launch.script or str(run.job_script)).resolve()
+    _check_script(path)
+    make_folder(run.logs, str(run.logs))
     return _hand_over(script, path, config.launch, f"lisa-dist: the run is in {run.path}")
 
 
@@ -107,8 +108,9 @@ def run_sweep(overrides: list[str], config_dir: str | None) -> int:
         return EXIT_DONE
     array = Array(sweep_dir, [job.number for job in left], config.sweep.parallel if config.sweep.parallel > 1 else None)
     script = sweep_script(config, array, config_dir)
-    make_folder(sweep_dir / "logs", str(sweep_dir / "logs"))
     path = local_path(config.launch.script or str(sweep_dir / "sweep.sbatch")).resolve()
+    _check_script(path)
+    make_folder(sweep_dir / "logs", str(sweep_dir / "logs"))
     return _hand_over(script, path, config.launch, f"lisa-dist: the {len(left)} runs lie in {sweep_dir}")
 
 
@@ -245,12 +247,19 @@ def _is_settled(text: str) -> bool:
     return any(f"{key}.".startswith(f"{name}.") for name in SETTLED)
 
 
+def _check_script(path: Path) -> None:
+    """Raise :class:`UserError` where the script would replace what this command has not written."""
+    if path.is_dir() or (path.exists() and MARK not in path.read_text(errors="replace")):
+        raise UserError(f"launch.script={path}: must be a new file, or a script that this command wrote")
+
+
 def _hand_over(script: str, path: Path, launch: LaunchConfig, where: str) -> int:
     """Write the script, show it, and submit it unless ``launch.dry_run``."""
-    if path.exists() and MARK not in path.read_text(errors="replace"):
-        raise UserError(f"launch.script={path}: must be a new file, or a script that this command wrote")
     make_folder(path.parent, str(path.parent))
-    path.write_text(script)
+    try:
+        path.write_text(script)
+    except OSError as error:
+        raise UserError(f"launch.script={path}: can't be written, {error.strerror}") from None
     print(script)
     print(where)
     if launch.dry_run:

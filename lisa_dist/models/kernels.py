@@ -14,14 +14,17 @@ import shutil
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import metadata
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from lisa_dist.config import UserError
 from lisa_dist.runtime import distributed
 
+LIGER = "0.8.5"  # earlier ones turn all of a head whose rotary embedding is partial (Liger's pull request 1451)
 ROTARY = "apply_rotary_pos_emb"  # what the modules of transformers call their rotary embedding
 
 
@@ -57,9 +60,9 @@ _GATES = {"silu": ("silu", "swish"), "gelu": ("gelu_pytorch_tanh",)}
 def choose_kernels(wanted: str, model: nn.Module, *, may_compile: bool) -> str:
     """Return what ``model.kernels`` comes to: ``eager``, ``liger`` or ``compile``.
 
-    ``auto`` takes what docs/performance.md found faster: on a CPU ``eager``; on a GPU ``liger`` where the package is
-    installed and knows the architecture, else ``compile`` where that is known to work, else ``eager``. A simulation is
-    of a GPU, on a machine that has a compiler.
+    ``auto`` takes what docs/performance.md found faster: on a CPU ``eager``; on a GPU with a C compiler ``liger`` where
+    the package is installed and knows the architecture, else ``compile`` where that is known to work, else ``eager``.
+    A simulation is of a GPU, on a machine that has a compiler.
 
     Args:
         wanted: ``model.kernels``.
@@ -78,7 +81,7 @@ def choose_kernels(wanted: str, model: nn.Module, *, may_compile: bool) -> str:
         raise UserError(f"model.kernels=compile: needs {missing}; install one, or use model.kernels=eager")
     if wanted != "auto":
         return wanted
-    if on_gpu and has_liger() and knows_liger(model):
+    if on_gpu and has_liger() and knows_liger(model) and not missing:
         return "liger"
     compiles = may_compile and getattr(model, "_can_compile_fullgraph", False) and not missing
     return "compile" if on_gpu and compiles else "eager"
@@ -90,13 +93,17 @@ def knows_liger(model: nn.Module) -> bool:
 
 
 def has_liger() -> bool:
-    """Whether the package with Liger's kernels is installed."""
-    return importlib.util.find_spec("liger_kernel") is not None
+    """Whether the package with Liger's kernels is installed, in a version that rotates partial heads rightly."""
+    try:
+        return Version(metadata.version("liger-kernel")) >= Version(LIGER)
+    except metadata.PackageNotFoundError:
+        return False
 
 
+@functools.cache
 def has_triton() -> bool:
-    """Whether Triton is installed, in which this program's own kernels for a GPU are written."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether this program's own kernels run on a GPU: Triton, and the C compiler by which it starts what it makes."""
+    return importlib.util.find_spec("triton") is not None and missing_for_compiling(on_gpu=True) is None
 
 
 def loss_in_place(kernels: str) -> bool:
@@ -218,7 +225,9 @@ def _turned(states: Tensor) -> Tensor:
 
 def _check_liger(model: nn.Module, on_gpu: bool) -> None:
     if not has_liger():
-        raise UserError("model.kernels=liger: needs the package liger-kernel; run pip install liger-kernel")
+        raise UserError(
+            f"model.kernels=liger: needs the package liger-kernel, {LIGER} or later; run pip install -U liger-kernel"
+        )
     if not on_gpu:
         raise UserError("model.kernels=liger: needs a GPU; use model.kernels=eager or compile")
     if not knows_liger(model):

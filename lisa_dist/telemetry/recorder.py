@@ -76,6 +76,8 @@ class Recorder:
         self.counted = {}
         if is_main():
             rows = read_rows(self.run.metrics)
+            for total in ("tokens_seen", "label_tokens_seen"):
+                self.summary.pop(total, None)
             self.summary |= summary_of(rows)
             self.speeds = {key: [row[key] for row in rows if row.get(key) is not None] for key in SPEEDS}
 

@@ -143,9 +143,10 @@ def train_until_spike(run: Run, first_step: int, start_up: ExitStack) -> float |
                 evaluate(run)
             if after.samples and not ends_early(run):
                 show_answers(run, f"answers after step {progress.step}")
-            if after.saves or (after.evaluates and (ends_early(run) or is_best_to_keep(run))):
-                save_checkpoint(run)
-            if result.stop_requested or ends_early(run):
+            stops = result.stop_requested or ends_early(run)
+            if after.saves or (after.evaluates and (stops or is_best_to_keep(run))):
+                save_checkpoint(run, is_last=stops or progress.step == run.max_steps)
+            if stops:
                 break
     return None
 
@@ -227,10 +228,10 @@ def log_first_period(run: Run) -> None:
     run.recorder.summary |= known | law_bytes(run.train_module, sum(trained.values()))
 
 
-def save_checkpoint(run: Run) -> None:
-    """Write a checkpoint of this step. Collective: every rank."""
+def save_checkpoint(run: Run, is_last: bool = False) -> None:
+    """Write a checkpoint of this step, ``is_last``: of this start. Collective: every rank."""
     with run.heartbeat.phase("the checkpoint", may_take_long=True):
-        run.checkpoints.save(run.progress)
+        run.checkpoints.save(run.progress, is_last)
     if run.config.checkpoint.keep_best:
         run.recorder.summary["best_checkpoint"] = run.progress.best_step
 

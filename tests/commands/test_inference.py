@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 from pathlib import Path
@@ -15,7 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lisa_dist.commands import chat, evaluate, export, generate
+from lisa_dist.commands.inference import without_training
 from lisa_dist.config import UserError
+from lisa_dist.config.checks import check_combinations
 from lisa_dist.config.loading import load, load_run
 from lisa_dist.config.prompts import read_prompts
 from lisa_dist.data.stops import stop_ids
@@ -141,6 +144,22 @@ def refusal(command: Any, run_dir: str | None, keys: list[str]) -> str:
 def test_a_step_that_was_not_saved_is_refused(trained: tuple[Path, Path]) -> None:
     (told,) = run_on_ranks(1, refusal, evaluate.run, str(trained[0]), ["evaluate.step=7"])
     assert told.startswith("evaluate.step=7") and "it has 2" in told
+
+
+def test_results_that_can_not_be_written_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    config = load([f"evaluate.output={tmp_path}/file/results.json"])
+    with pytest.raises(UserError, match=r"evaluate\.output=.*can't be written"):
+        evaluate._write(config, {"eval_loss": 1.25, "perplexity": 3.5, "data": "rows"})
+    assert capsys.readouterr().out == "loss 1.2500, perplexity 3.50 on rows\n"
+
+
+def test_what_only_training_needs_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(["optimizer=adamw8bit", "logger=tensorboard"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs"):
+        check_combinations(config)
+    check_combinations(without_training(config, None))
 
 
 def test_prompts_are_a_list_or_the_lines_of_a_file(tmp_path: Path) -> None:

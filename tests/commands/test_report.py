@@ -7,6 +7,7 @@ import subprocess
 import zlib
 from contextlib import closing
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from lisa_dist.commands import report
 from lisa_dist.config import Config, ReportConfig, RunConfig, UserError
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.telemetry.records import RowWriter, write_summary
+from lisa_dist.telemetry.reports import run_page
 
 CONFIG = "method: lisa\nmodel:\n  path: /models/tiny\nlaunch:\n  setup: [export HF_TOKEN=hidden]\n"
 
@@ -244,6 +246,18 @@ def make_rich_run(run_dir, steps=60):
     run.events.write_text("".join(json.dumps(row) + "\n" for row in events))
     run.plan.write_text(json.dumps({"persistent_bytes": {"gradients": 2**20}, "peak_bytes": 2**30, "peak_at": "step"}))
     return run_dir
+
+
+def test_answers_of_a_resume_with_other_prompts_stand_beside_their_own():
+    def given(step, prompts):
+        answers = [{"prompt": p, "expected": "e", "answer": f"{p} at {step}"} for p in prompts]
+        return {"step": step, "event": "answers", "text": "", "answers": answers}
+
+    record = SimpleNamespace(events=[given(0, ["one", "two", "three"]), given(5, ["three", "one"])])
+    (card,) = run_page._answers_card(record)
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", str(card.body))
+    assert cells[2:4] == ["one at 0", "one at 5"] and cells[6:8] == ["two at 0", "not asked"]
+    assert cells[10:12] == ["three at 0", "three at 5"]
 
 
 def test_answers_parts_of_a_step_norms_memory_and_events(tmp_path):

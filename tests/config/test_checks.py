@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -18,6 +19,7 @@ from lisa_dist.config.checks import (
     check_streamed,
     options_without_effect,
 )
+from lisa_dist.config.gpu import read_gpu
 from lisa_dist.config.loading import load
 from lisa_dist.config.sampling import ProbeRequest, SamplerConfig
 from lisa_dist.config.updates import UpdateConfig
@@ -229,3 +231,10 @@ def test_no_torch_is_needed_to_judge() -> None:
         "check_combinations(load([])); options_without_effect(load([]), 1); assert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("content", ["description: [", "description: \x00"])
+def test_a_file_of_a_gpu_that_is_no_yaml_is_told(content: str, tmp_path: Path) -> None:
+    (tmp_path / "gpu.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"plan\.gpu=.*gpu\.yaml: cannot be read as YAML"):
+        read_gpu(str(tmp_path / "gpu.yaml"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ def test_default_lies_in_runs_under_name_or_time(tmp_path: Path, monkeypatch: py
     assert resolve_run_dir(Config(run=RunConfig(name="first"))).run.dir == str(tmp_path / "runs" / "first")
     by_time = resolve_run_dir(Config()).run.dir
     assert by_time is not None and Path(by_time).parent == tmp_path / "runs"
+    time.sleep(0.002)
+    assert resolve_run_dir(Config()).run.dir != by_time  # two that start in one second are two
     settled = resolve_run_dir(Config(run=RunConfig(dir="out", name="first")))
     assert settled.run.dir == str(tmp_path / "out")
     assert resolve_run_dir(settled) == settled
@@ -34,7 +37,9 @@ def test_what_holds_a_run(tmp_path: Path) -> None:
     run.checkpoints.mkdir()
     run.metrics.touch()
     assert not run.holds_run() and not RunDirectory(tmp_path / "absent").holds_run()
-    run.metrics.write_text("{}\n")
+    run.metrics.write_text('{"step": 0, "eval_loss": 2.5}\n')
+    assert not run.holds_run()  # evaluated, and then it failed before its first step
+    run.metrics.write_text('{"step": 1, "loss": 2.5}\n')
     assert run.holds_run()
     run.metrics.unlink()
     (run.checkpoints / "step_00000001").mkdir()
@@ -48,7 +53,7 @@ def test_a_run_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("train: {}\n")
     (tmp_path / "checkpoints").mkdir()
     check_run_dir_is_free(config)  # a start that failed before its first step may be repeated
-    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
     with pytest.raises(UserError, match=r"run\.dir=.*checkpoint\.resume=auto"):
         check_run_dir_is_free(config)
     config.checkpoint.resume = "auto"

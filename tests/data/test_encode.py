@@ -76,6 +76,16 @@ def test_refusing_template_makes_a_bad_row():
         runs_of(tokenizer, [{"role": "system", "content": "Hot."}, *CONVERSATION[:2]])
 
 
+def test_half_of_a_character_makes_a_bad_row():
+    """JSON can write it, as where a text was cut inside an emoji; Python reads it and no tokenizer does."""
+    torn = json.loads('"Hi \\ud83d"')
+    tokenizer = tokenizer_with(TEMPLATES["headers"])
+    with pytest.raises(BadRowError, match=r"half of a character \(\\ud83d in JSON\)"):
+        runs_of(tokenizer, [{"role": "user", "content": torn}, {"role": "assistant", "content": "Hello"}])
+    with pytest.raises(BadRowError, match="half of a character"):
+        Encoder(tokenizer, 64, train_on_prompt=False).encode(torn)
+
+
 def test_template_without_an_end_token_gets_eos_after_the_last_answer():
     tokenizer = tokenizer_with(None)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n{% endfor %}"

@@ -241,10 +241,11 @@ def test_a_full_disk(background: str, small_disk: Path) -> None:
 
 
 @AS_ROOT
-def test_going_on_without_a_disk(small_disk: Path) -> None:
+@pytest.mark.parametrize("in_background", ["true", "false"])
+def test_going_on_without_a_disk(in_background: str, small_disk: Path) -> None:
     """With on_error=warn the run makes every step; only the last checkpoint's failure ends it."""
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    config = make_config(small_disk.parent, "checkpoint.async=true", "checkpoint.on_error=warn")
+    config = make_config(small_disk.parent, f"checkpoint.async={in_background}", "checkpoint.on_error=warn")
     for ended, steps in run_on_ranks(2, train_and_tell, config):
         assert ended.startswith(f"the checkpoint of step {STEPS} could not be written: rank 0: Read-only file system")
         assert steps == list(range(1, STEPS + 1))

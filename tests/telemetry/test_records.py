@@ -102,6 +102,16 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_roll_back_to_the_start_counts_no_tokens_of_what_it_drops(tmp_path):
+    recorder = Recorder(Config(run=RunConfig(dir=str(tmp_path / "run"))), 9, num_blocks=4, started=0.0)
+    for kept in (2, 1):
+        for step in range(1, kept + 1):
+            recorder.count_step(tokens=60, label_tokens=10, step_seconds=1.5, data_seconds=0.5)
+            recorder.record_step(step=step, **LAST)
+        assert (recorder.summary["tokens_seen"], recorder.summary["label_tokens_seen"]) == (kept * 60, kept * 10)
+        recorder.cut_after(0)
+
+
 def test_what_the_allocator_had_to_try_again_is_counted_by_row_and_said_once(tmp_path, monkeypatch, caplog):
     found = iter([0, 3, 7])
     monkeypatch.setattr("lisa_dist.telemetry.recorder.allocator_retries", lambda: next(found))

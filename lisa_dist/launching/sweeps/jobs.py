@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import load
 from lisa_dist.config.overrides import write_override
 from lisa_dist.config.paths import local_path
+from lisa_dist.config.run_directory import name_by_time
 from lisa_dist.config.sweeps import Interval, Space, combinations, read_space, varies
 from lisa_dist.launching.sweeps.comparison import JOBS_FILE, RESUME, JobRecord, write_comparison
 from lisa_dist.runtime.files import make_folder, write_atomically
@@ -35,7 +35,7 @@ def read_sweep(overrides: list[str], config_dir: str | None) -> tuple[Space, Con
         raise UserError(
             f"{intervals[0]}: an interval has no list of values, write A,B or set sweep.trials=N to let Optuna choose"
         )
-    directory = Path(config.sweep.dir or Path("sweeps") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    directory = Path(config.sweep.dir or Path("sweeps") / name_by_time())
     return space, replace(config, sweep=replace(config.sweep, dir=str(local_path(str(directory)).resolve())))
 
 

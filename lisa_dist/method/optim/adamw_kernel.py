@@ -38,7 +38,7 @@ def adamw_step(
         eps: added to the root of the mean square.
         weight_decay: times ``lr``, taken off the parameter.
     """
-    logarithms = (math.log(betas[0]), math.log(betas[1]))
+    logarithms = tuple(math.log(beta) if beta > 0 else -math.inf for beta in betas)
     weights = (1 - betas[0], 1 - betas[1])
     count = parameter.numel()
     _adamw[(triton.cdiv(count, ELEMENTS),)](

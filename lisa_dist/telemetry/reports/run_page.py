@@ -183,9 +183,11 @@ def _answers_card(record: Record) -> list[Card]:
         return []
     shown = [given[0], *([given[-1]] if len(given) > 1 else [])]
     columns = ["prompt", "expected", *(f"after step {row['step']}" if row["step"] else "before" for row in shown)]
+    # By prompt: a resume may have asked others, or fewer.
+    found = [{answer["prompt"]: answer["answer"] for answer in row["answers"]} for row in shown]
     rows = [
-        [first["prompt"], first["expected"], *(row["answers"][place]["answer"] for row in shown)]
-        for place, first in enumerate(given[0]["answers"])
+        [first["prompt"], first["expected"], *(answers.get(first["prompt"], "not asked") for answers in found)]
+        for first in given[0]["answers"]
     ]
     return [Card("Answers before and after", table(columns, rows, numbers_from=9), wide=True)]
 
