@@ -30,8 +30,7 @@ from lisa_dist.config.errors import check_choice
 from lisa_dist.config.loading import GROUPS, load, to_yaml
 from lisa_dist.config.other_trainers import key_here
 from lisa_dist.config.overrides import write_override
-from lisa_dist.config.paths import local_path
-from lisa_dist.config.prompts import check_output, read_prompts, split_literals
+from lisa_dist.config.prompts import read_prompts, split_literals
 from lisa_dist.config.run_directory import resolve_run_dir
 from lisa_dist.runtime.environment import environment_rank, expand_segments, has_ranks
 from lisa_dist.runtime.signals import end_at_signals, ignore_stop_signals, install_stop_handlers, stops_within
@@ -160,13 +159,9 @@ def _check_options(name: str, arguments: argparse.Namespace) -> None:
 
 def _compare(choice: GenerateConfig, overrides: list[str], config_dir: str | None) -> int:
     """Ask each model, one after the other and each in ranks of its own, and show the answers side by side."""
-    from lisa_dist.launching.inputs import check_opened
-    from lisa_dist.runtime.files import make_folder
+    from lisa_dist.launching.inputs import check_opened, make_room
 
     read_prompts(choice.prompts)
-    check_output(choice.output)
-    if choice.output is not None:
-        make_folder(local_path(choice.output).parent, f"generate.output={choice.output}")
     with tempfile.TemporaryDirectory(prefix="lisa-dist-compare-") as folder:
         files = [Path(folder) / f"{number}.jsonl" for number in range(len(choice.compare))]
         models = []
@@ -175,6 +170,7 @@ def _compare(choice: GenerateConfig, overrides: list[str], config_dir: str | Non
             asked = replace(model.generate, prompts=choice.prompts, compare=[], output=str(file))
             models.append(replace(model, generate=asked))
             check_opened(models[-1], models[-1].generate.path, "generate.compare")
+        make_room(choice.output)
         for model in models:
             if (code := _dispatch("generate", model)) != EXIT_DONE:
                 return code

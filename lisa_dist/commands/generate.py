@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from lisa_dist.commands.inference import OpenedModel, answer_ends, open_model
 from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.config.paths import local_path
-from lisa_dist.config.prompts import Prompt, check_output, read_prompts
+from lisa_dist.config.prompts import Prompt, read_prompts
 from lisa_dist.data.tokenizer import encode_prompt
+from lisa_dist.launching.inputs import make_room
 from lisa_dist.runtime import distributed
-from lisa_dist.runtime.files import make_folder
 from lisa_dist.telemetry.logs import setup_logging
 from lisa_dist.training.generation import Answerer, AnswerSettings
 
@@ -39,7 +39,7 @@ def run(config: Config) -> int:
     choice = config.generate
     prompts: list[Prompt] = distributed.on_rank_zero(lambda: read_prompts(choice.prompts))
     output = local_path(choice.output) if choice.output else None
-    distributed.on_rank_zero(lambda: _make_room(choice.output))
+    distributed.on_rank_zero(lambda: make_room(choice.output))
     opened = open_model(config, choice.path, choice.step, "generate")
     tokenizer = opened.tokenizer
     asked = [prompt_ids(tokenizer, prompt, choice.system) for prompt in prompts]
@@ -120,12 +120,6 @@ def show_side_by_side(models: list[str], files: list[Path], output: str | None) 
     for prompt, found in rows:
         table.add_row(Text(prompt if isinstance(prompt, str) else json.dumps(prompt)), *map(Text, found))
     Console(highlight=False).print(table)
-
-
-def _make_room(output: str | None) -> None:
-    check_output(output)
-    if output is not None:
-        make_folder(local_path(output).parent, f"generate.output={output}")
 
 
 def _write(prompt: Prompt, text: str, output: Path | None) -> None:

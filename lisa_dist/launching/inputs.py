@@ -23,6 +23,7 @@ from lisa_dist.config.paths import (
 from lisa_dist.config.prompts import check_output, read_prompts
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free
 from lisa_dist.data.locate import check_data, is_local, locate
+from lisa_dist.runtime.files import make_folder
 
 
 def check_training(config: Config) -> None:
@@ -71,6 +72,13 @@ def check_generate(config: Config) -> None:
     check_opened(config, config.generate.path, "generate.path")
     read_prompts(config.generate.prompts)
     check_output(config.generate.output)
+
+
+def make_room(output: str | None) -> None:
+    """Make the folder of ``generate.output``; raise :class:`UserError` where the file is there, or can't be."""
+    check_output(output)
+    if output is not None:
+        make_folder(local_path(output).parent, f"generate.output={output}")
 
 
 def check_opened(config: Config, path: str | None, key: str) -> None:

@@ -22,6 +22,9 @@ SPEEDS = ("tokens_per_second", "label_tokens_per_second")
 # Kept by a resume that has nothing to do.
 KEPT = ("trained_parameters", "persistent_bytes", "law_bytes", "law", "best_checkpoint")
 
+# What summary.json says of the steps by their rows, see summary_of.
+SUMMED = ("final_step", "final_loss", "tokens_seen", "label_tokens_seen", "eval_loss", "best_eval_loss")
+
 
 class Recorder:
     """metrics.jsonl, layers.jsonl, summary.json, the logger and the progress bar. Does nothing but on rank 0.
@@ -76,9 +79,7 @@ class Recorder:
         self.counted = {}
         if is_main():
             rows = read_rows(self.run.metrics)
-            for total in ("tokens_seen", "label_tokens_seen"):
-                self.summary.pop(total, None)
-            self.summary |= summary_of(rows)
+            self.summary = {key: value for key, value in self.summary.items() if key not in SUMMED} | summary_of(rows)
             self.speeds = {key: [row[key] for row in rows if row.get(key) is not None] for key in SPEEDS}
 
     def record_event(self, step: int, event: str, text: str, **more: Any) -> None:

@@ -93,7 +93,7 @@ def test_signal_before_the_limit_requeues_and_the_job_goes_on(
 def test_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     job = cluster.command(
-        "sbatch", "--parsable", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=100M",
+        "sbatch", "--parsable", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=100M",
         f"--chdir={tmp_path}", f"--export=ALL,PYTHON={sys.executable}", str(REPOSITORY / "launch/slurm/train.sbatch"),
         *TINY, "train.max_steps=100000", f"run.dir={run_dir}",
     )  # fmt: skip
@@ -105,7 +105,7 @@ def test_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, tmp_path: Pat
         lambda: read_summary(run_dir)["exit_reason"] == "signal" if (run_dir / "summary.json").exists() else False
     )
     assert (run_dir / "checkpoints" / f"step_{steps_recorded(run_dir)[-1]:08d}" / "manifest.json").exists()
-    assert (tmp_path / f"slurm-{job}.n0.t0.log").exists()
+    assert (tmp_path / f"slurm-{job}.n0.t1.log").exists()
 
 
 def test_script_for_a_sweep_of_ones_own(cluster: Cluster, tmp_path: Path) -> None:
