@@ -89,29 +89,31 @@ class StreamedStore(ResidentStore):
         self._kept: set[int] = set()  # blocks that stay on the device although they are frozen
         self._names = [self.block_parameters(index) for index in range(len(layers.blocks))]
         self._check_own_parameters()
+        self._connect(torch.device("meta"))
         for index, block in enumerate(layers.blocks):
             block.forward = partial(self._run, index, block.forward)
 
     def allocate(self, trained: Iterable[str], device: torch.device) -> None:
         """Allocate what stays on the device, and host memory for what does not; on ``meta`` neither.
 
+        Where a run goes back to a checkpoint, what it had is given up first, and its pinned memory serves again.
+
         Raises:
             UserError: there is not as much host memory.
         """
         trained = set(trained)
-        if device.type != "meta":
-            streaming = [names for block, names in enumerate(self._names) if block not in self._kept]
-            frozen = ([name for name in names if name not in trained] for names in streaming)
-            check_host_memory(sum(self._layout(filter(self._may_stream, names))[1] for names in frozen))
+        if device == self.device:
+            self.slots.forget()
+        else:
+            if device.type != "meta":
+                streaming = [names for block, names in enumerate(self._names) if block not in self._kept]
+                frozen = ([name for name in names if name not in trained] for names in streaming)
+                check_host_memory(sum(self._layout(filter(self._may_stream, names))[1] for names in frozen))
+            self._connect(device)
         self._hosted.clear()
-        self.device, self.link = device, link_to(device)
         super().allocate(trained, device)
         for block in range(len(self._names)):
             self._pack(block)
-        # Any block may stream one day, whatever trains now.
-        size = max(self._layout(filter(self._may_stream, names))[1] for names in self._names)
-        count = min(1 + self._ahead, len(self._names))
-        self.slots = Slots(self.link, count, size, device, lambda block: self._hosted[block].buffer)
 
     def set_trainable(self, names: Iterable[str], trained: bool, seed: int = 0, period: int = 0) -> None:
         """Give each parameter the tensors of its new state, and its block a buffer of what is frozen of it then.
@@ -177,6 +179,14 @@ class StreamedStore(ResidentStore):
         """Return the bytes of the slots, and of the gradients that a block that streams has at a time."""
         gradients = [sum(self.parameter(name).nbytes for name in self._trained_in(block)) for block in self._hosted]
         return self.slots.count * self.slots.size + max([super().transient_bytes(), *gradients])
+
+    def _connect(self, device: torch.device) -> None:
+        """Have a link to ``device``, and slots there, which are allocated when they are used."""
+        self.device, self.link = device, link_to(device)
+        # Any block may stream one day, whatever trains now.
+        size = max(self._layout(filter(self._may_stream, names))[1] for names in self._names)
+        count = min(1 + self._ahead, len(self._names))
+        self.slots = Slots(self.link, count, size, device, lambda block: self._hosted[block].buffer)
 
     def _trained_in(self, block: int) -> list[str]:
         return [name for name in self._names[block] if self.parameter(name).requires_grad]

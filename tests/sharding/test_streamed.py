@@ -31,7 +31,9 @@ from lisa_dist.method.module import (
 )
 from lisa_dist.planning.simulation import SWITCH, simulate
 from lisa_dist.runtime.units import GIB
-from lisa_dist.sharding import streamed
+from lisa_dist.sharding import pinned, streamed
+from lisa_dist.sharding.link import Link
+from lisa_dist.sharding.pinned import PinnedPool
 from lisa_dist.sharding.resident import ResidentStore
 from lisa_dist.sharding.streamed import StreamedStore
 from lisa_dist.training.step import train_step
@@ -227,6 +229,40 @@ def refusal_of_host_memory() -> str:
 def test_too_little_host_memory_is_told_before_weights_are_read() -> None:
     message = run_on_ranks(1, refusal_of_host_memory)[0]
     assert message.startswith("parallel.offload: the frozen blocks that stream need") and "are free; take" in message
+
+
+def allocate_again(config: Config) -> tuple[int, int]:
+    """Bytes of pinned memory that a first allocation takes, and another one beside it. Runs on one rank."""
+    taken: list[int] = []
+
+    class Pinned:
+        def __init__(self, size: int) -> None:
+            self.bytes = bytearray(size)
+            taken.append(size)
+
+    class PinningLink(Link):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = PinnedPool()
+
+        def host_buffer(self, size: int) -> torch.Tensor:
+            return self.pool.take(size)
+
+    with (
+        mock.patch.object(pinned, "PinnedMemory", Pinned),
+        mock.patch.object(streamed, "link_to", lambda device: PinningLink()),
+    ):
+        train_module = built(config, "frozen")
+        allocate(train_module, [0], CPU)
+        first = sum(taken)
+        with mock.patch.object(streamed, "free_host_bytes", lambda: 0):  # what it has leaves no room beside it
+            allocate(train_module, [1], CPU)
+    return first, sum(taken) - first
+
+
+def test_going_back_takes_host_memory_once() -> None:
+    first, again = run_on_ranks(1, allocate_again, configured(["method=lisa"], BF16, "llama"))[0]
+    assert first > 0 and again == 0
 
 
 def train_within(limits: list[float]) -> list[tuple[list[int], list[float]]]:
