@@ -30,6 +30,7 @@ from lisa_dist.config.errors import check_choice
 from lisa_dist.config.loading import GROUPS, load, to_yaml
 from lisa_dist.config.other_trainers import key_here
 from lisa_dist.config.overrides import write_override
+from lisa_dist.config.paths import refusal
 from lisa_dist.config.prompts import read_prompts, split_literals
 from lisa_dist.config.run_directory import resolve_run_dir
 from lisa_dist.runtime.environment import environment_rank, expand_segments, has_ranks
@@ -53,17 +54,22 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 2 a mistake of the user, 75 stopped, 130 interrupted with
     nothing to save, 1 anything else.
 
-    Any other exception than :class:`UserError` is a fault of the program and leaves with its full traceback.
+    Any other exception than :class:`UserError`, and the system's refusal of a path, is a fault of the program and
+    leaves with its full traceback.
     """
+    words = sys.argv[1:] if arguments is None else arguments
     expand_segments()
     if has_ranks():
         install_stop_handlers()  # as early as can be: a signal that comes while torch is imported counts too
     try:
-        return _run(*_parse(sys.argv[1:] if arguments is None else arguments))
-    except UserError as error:
+        return _run(*_parse(words))
+    except (UserError, OSError) as error:
+        mistake = str(error) if isinstance(error, UserError) else refusal(error, words)
+        if mistake is None:
+            raise
         # torchrun and srun end every rank as soon as one leaves, so rank 0 comes first: it says what all have found.
         if environment_rank() == 0 or not stops_within(SECONDS_FOR_RANK_0):
-            print(f"lisa-dist: {error}", file=sys.stderr)
+            print(f"lisa-dist: {mistake}", file=sys.stderr)
         return EXIT_USER_ERROR
     except OutOfMemoryError as error:  # of one rank or of several, each with its own place
         print(f"lisa-dist: rank {environment_rank()} failed: {error}", file=sys.stderr)

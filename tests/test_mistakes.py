@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-# Arguments (FOLDER is where the test is), and what the sentence must hold. In FOLDER lie: rows.jsonl, model/ (a model),
-# empty/, used/ (a run that has trained), my.yaml (a configuration file).
+# Arguments (FOLDER is where the test is, LONG a name that no file system takes), and what the sentence must hold. In
+# FOLDER lie: rows.jsonl, model/ (a model), empty/, used/ (a run that has trained), my.yaml (a configuration file).
 MISTAKES = [
     (["trian"], "command=trian: must be one of train, plan"),
     (["trian"], "did you mean train?"),
@@ -96,6 +96,12 @@ MISTAKES = [
     (["export", "run.dir=FOLDER/used"], "export.path=null"),
     (["launch", "slurm", "run.dir=FOLDER/job", "launch.script=FOLDER/empty"], "FOLDER/empty: must be a new file"),
     (["export", "run.dir=FOLDER/used", "export.path=FOLDER/model"], "must be a new or an empty directory"),
+    (["export", "run.dir=FOLDER/used", "export.path=FOLDER/LONG"], "export.path=FOLDER/LONG: File name too long"),
+    (["train", "run.dir=FOLDER/LONG"], "run.dir=FOLDER/LONG: File name too long (FOLDER/LONG/metrics.jsonl); name a"),
+    (["launch", "slurm", "run.dir=FOLDER/job", "launch.script=FOLDER/LONG"], "launch.script=FOLDER/LONG: File name"),
+    (["init", "FOLDER/LONG"], "FOLDER/LONG: File name too long; name a path that this account may use"),
+    (["train", "--config-dir", "LONG"], "LONG: File name too long; name a path that this account may use"),
+    (["runs", "FOLDER/LONG"], "FOLDER/LONG: File name too long; name a path that this account may use"),
 ]
 
 PROGRAM = """
@@ -133,11 +139,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def written_out(text: str, folder: Path) -> str:
+    return text.replace("FOLDER", str(folder)).replace("LONG", "x" * 300)
+
+
 @pytest.fixture(scope="module")
 def told(folder: Path) -> list[tuple[int | str, str, str, float]]:
     """Of each mistake the exit code, what went to stderr and stdout, and seconds of computing; nothing is written."""
     before = sorted(folder.rglob("*"))
-    given = [[word.replace("FOLDER", str(folder)) for word in arguments] for arguments, _ in MISTAKES]
+    given = [[written_out(word, folder) for word in arguments] for arguments, _ in MISTAKES]
     ran = subprocess.run(
         [sys.executable, "-c", PROGRAM], input=json.dumps(given), capture_output=True, text=True, cwd=folder
     )
@@ -154,5 +164,5 @@ def test_a_mistake_is_told_in_a_sentence(
     assert code == 2, said
     assert printed == ""
     assert said.startswith("lisa-dist: ") and said.count("\n") == 1
-    assert MISTAKES[number][1].replace("FOLDER", str(folder)) in said
+    assert written_out(MISTAKES[number][1], folder) in said
     assert seconds < 1, "of computing"

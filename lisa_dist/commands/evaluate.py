@@ -18,7 +18,7 @@ from lisa_dist.data.sequences import Sequences
 from lisa_dist.launching.inputs import check_evaluate
 from lisa_dist.method.probes import mean_loss
 from lisa_dist.runtime import distributed
-from lisa_dist.runtime.files import to_json, write_atomically
+from lisa_dist.runtime.files import make_folder, to_json, write_atomically
 from lisa_dist.telemetry.logs import setup_logging
 from lisa_dist.training.setup import make_batches
 
@@ -37,6 +37,7 @@ def run(config: Config) -> int:
     setup_logging()
     choice = config.evaluate
     distributed.on_rank_zero(lambda: check_evaluate(config))  # under torchrun nobody has before
+    distributed.on_rank_zero(lambda: make_folder(results_file(config).parent, f"evaluate.output={choice.output}"))
     opened = open_model(config, choice.path, choice.step, "evaluate")
     results: dict[str, Any] = {"model": opened.source, "step": opened.step}
     if choice.data is not None or not choice.tasks:
@@ -94,17 +95,20 @@ def run_tasks(config: Config, opened: OpenedModel) -> dict[str, Any]:
     return evaluate_tasks(opened, config, answer_ends(config, opened, config.evaluate.path))
 
 
-def _write(config: Config, results: dict[str, Any]) -> None:
-    # Without a run the results are named as a run's would be, in the current directory.
+def results_file(config: Config) -> Path:
+    """Return where the results go: without a run they are named as a run's would be, in the current directory."""
     run = RunDirectory(Path(config.run.dir or "."))
-    file = local_path(config.evaluate.output) if config.evaluate.output else run.evaluation
+    return local_path(config.evaluate.output) if config.evaluate.output else run.evaluation
+
+
+def _write(config: Config, results: dict[str, Any]) -> None:
+    file = results_file(config)
     if "eval_loss" in results:
         print(f"loss {results['eval_loss']:.4f}, perplexity {results['perplexity']:.2f} on {results['data']}")
     for task, found in results.get("tasks", {}).items():
         numbers = (f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float))
         print(f"{task}: {', '.join(numbers)}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, to_json(results, indent=1))
     except OSError as error:
         raise UserError(f"evaluate.output={file}: can't be written ({error.strerror})") from error

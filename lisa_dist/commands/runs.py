@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.units import format_count, format_duration
 from lisa_dist.telemetry.history import last_row, max_steps_of, state_of
 
-COLORS = {"running": "green", "starting": "green", "finished": "", "stopped": "yellow", "failed": "red"}
+COLORS = {"running": "green", "starting": "green", "finished": "", "stopped": "yellow", "failed": "red", "unknown": ""}
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class RunLine:
     """How one run stands, for a line of the table; None: the record does not say."""
 
     run: str  # its directory
-    state: str  # starting, running, finished, stopped or failed
-    reason: str  # why it failed
+    state: str  # starting, running, finished, stopped, failed or unknown
+    reason: str  # why it failed, or is not known
     step: int | None  # the last one recorded
     max_steps: int | None  # of the whole run
     loss: float | None  # of that step
@@ -57,12 +58,16 @@ def run(config: Config) -> int:
 
 
 def find_runs(folder: Path) -> Iterator[Path]:
-    """Yield the run directories at and below ``folder``; links to folders are not followed."""
-    for path, folders, files in os.walk(folder):
+    """Yield the run directories at and below ``folder``; links to folders are not followed, closed ones are named."""
+    for path, folders, files in os.walk(folder, onerror=_tell_closed):
         recorded = {"metrics.jsonl", "summary.json"} & {*files}
         if recorded or ("config.yaml" in files and "checkpoints" in folders):
             folders.clear()  # what lies in a run is no run
             yield Path(path)
+
+
+def _tell_closed(error: OSError) -> None:
+    print(f"lisa-dist: {error.filename}: {error.strerror}, what is in it is left out", file=sys.stderr)
 
 
 def line_of(path: Path) -> RunLine:
@@ -71,10 +76,11 @@ def line_of(path: Path) -> RunLine:
     try:
         state = state_of(run)
         step, evaluation = last_row(run.metrics, "loss"), last_row(run.metrics, "eval_loss")
-    except ValueError:
+    except (ValueError, PermissionError) as error:
         changed = max(file.stat().st_mtime for file in (run.metrics, run.summary) if file.exists())
-        age = time.time() - changed
-        return RunLine(str(path), "failed", "its record is damaged", None, None, None, None, None, age)
+        closed = isinstance(error, PermissionError)
+        name, reason = ("unknown", "its record may not be read") if closed else ("failed", "its record is damaged")
+        return RunLine(str(path), name, reason, None, None, None, None, None, time.time() - changed)
     return RunLine(
         run=str(path),
         state=state.name,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import errno
+from collections.abc import Iterable
 from pathlib import Path
 
 from lisa_dist.config.errors import UserError, nearest
 
 BUILTIN_PREFIX = "builtin:"
 MODEL_CONFIG = "config.json"  # of a Hugging Face model
+# What the system says of a path as it is named, whoever asks for it: that is the user's to change.
+REFUSALS = {getattr(errno, name) for name in ("EACCES", "EPERM", "EROFS", "ENAMETOOLONG", "ELOOP", "ENOTDIR", "EISDIR")}
 MODELS = Path(__file__).parents[1] / "models"  # bundled model directories lie here, one a name
 
 
@@ -29,6 +33,25 @@ def path_exists(path: Path) -> bool:
         return path.exists()
     except OSError:
         return False
+
+
+def refusal(error: BaseException, words: Iterable[str] = ()) -> str | None:
+    """Return in a sentence that the system refuses a path as it is named; None where ``error`` says something else.
+
+    Args:
+        error: that was raised.
+        words: of the command line, of which one may have named the path, or a folder that it lies in.
+    """
+    if not isinstance(error, OSError) or error.errno not in REFUSALS or not isinstance(error.filename, str):
+        return None
+    path, said = Path(error.filename).absolute(), error.strerror
+    for word in words:
+        value = word.partition("=")[2] or word
+        named = Path(value).expanduser().absolute() if value.startswith("~/") else Path(value).absolute()
+        if named == path or (named in path.parents and named not in Path.cwd().parents):
+            inside = "" if named == path else f" ({path})"
+            return f"{word}: {said}{inside}; name a path that this account may use"
+    return f"{path}: {said}; name a path that this account may use"
 
 
 def nearest_path(path: Path) -> str:

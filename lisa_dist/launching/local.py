@@ -37,6 +37,7 @@ from lisa_dist.config import (
     ParallelConfig,
     UserError,
 )
+from lisa_dist.config.paths import refusal
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.launching.stop_watcher import StopWatcher
 from lisa_dist.runtime.files import make_folder
@@ -188,6 +189,8 @@ def run_rank(entry: Entry, config: Config, outcome_dir: Path, log_dir: Path, lau
             _write_traceback(log)
     except BaseException as error:  # whatever it is, the launcher shows it
         message, trace = hide_secrets(f"{type(error).__name__}: {error}"), _write_traceback(log)
+        if refused := refusal(error):
+            code, message = EXIT_USER_ERROR, refused
     outcome = Outcome(rank, code, message, trace, time.time())
     partial = outcome_dir / f"partial_{rank}"
     partial.write_text(json.dumps(asdict(outcome)))

@@ -146,6 +146,18 @@ def test_a_step_that_was_not_saved_is_refused(trained: tuple[Path, Path]) -> Non
     assert told.startswith("evaluate.step=7") and "it has 2" in told
 
 
+def refused_before_opening(output: str, run_dir: str) -> str:
+    """What the user is told before a model is opened. Runs on a rank."""
+    with mock.patch.object(evaluate, "open_model", side_effect=AssertionError):
+        return refusal(evaluate.run, run_dir, [f"evaluate.output={output}"])
+
+
+def test_a_folder_for_results_that_can_not_be_made_is_told_first(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (told,) = run_on_ranks(1, refused_before_opening, f"{tmp_path}/file/results.json", str(trained[0]))
+    assert told == f"evaluate.output={tmp_path}/file/results.json: can't be written, File exists"
+
+
 def test_results_that_can_not_be_written_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     config = load([f"evaluate.output={tmp_path}/file/results.json"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -112,6 +113,24 @@ def test_folders_without_a_run_and_that_are_not_there(tmp_path: Path, capsys: py
     assert capsys.readouterr().out == f"no run below {tmp_path}\n"
     assert main(["runs", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith(f"lisa-dist: runs.dir={tmp_path}/nowhere: must be a folder")
+
+
+def test_what_may_not_be_read_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    read_text, scandir = Path.read_text, os.scandir
+    done, sweep = folder / "done" / "summary.json", folder / "sweep"
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: (refuse if path == done else read_text)(path, **how))
+    monkeypatch.setattr(os, "scandir", lambda path: (refuse if path == str(sweep) else scandir)(path))
+    assert main(["runs", str(folder), "runs.format=json"]) == 0
+    shown = capsys.readouterr()
+    lines = {os.path.relpath(line["run"], folder): line for line in json.loads(shown.out)}
+    assert (lines["done"]["state"], lines["done"]["reason"]) == ("unknown", "its record may not be read")
+    assert len(lines) == 7 and lines["stopped"]["state"] == "stopped"
+    assert shown.err == f"lisa-dist: {sweep}: Permission denied, what is in it is left out\n"
 
 
 def test_nobody_waits_for_torch(folder: Path) -> None:

@@ -139,6 +139,13 @@ def test_mistake_of_the_user_is_raised_once(launch: Callable[..., Launcher], tmp
     assert summary(launcher.run_dir)["exit_reason"] == "finished"  # a mistake writes over nothing
 
 
+def test_what_the_system_refuses_a_rank_is_a_mistake(launch: Callable[..., Launcher]) -> None:
+    launcher = launch(programs.be_refused)
+    told = "/closed/model.safetensors: Permission denied; name a path that this account may use"
+    assert launcher.finish() == (2, f"{told}\n")
+    assert "Traceback" in (launcher.run_dir / "logs" / "rank_0.log").read_text()
+
+
 def test_ranks_that_disagree_have_failed(launch: Callable[..., Launcher]) -> None:
     code, shown = launch(programs.disagree).finish()
     assert code == 1 and "rank 1 failed: it ended with code 75" in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -57,6 +58,11 @@ def run_out_of_memory(config: Config) -> int:
 def mistake(config: Config) -> int:
     """Every rank finds the same mistake of the user."""
     raise UserError("data.path=nowhere: must be a file")
+
+
+def be_refused(config: Config) -> int:
+    """Every rank is refused a file by the system."""
+    raise PermissionError(errno.EACCES, "Permission denied", "/closed/model.safetensors")
 
 
 def disagree(config: Config) -> int:

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from lisa_dist.config.paths import refusal
+
+REMEDY = "name a path that this account may use"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "/a/b/c: Permission denied"),
+        (["train", "run.dir=/a"], "run.dir=/a: Permission denied (/a/b/c)"),
+        (["generate", "/a/b/c", "What is /a/b?"], "/a/b/c: Permission denied"),
+        (["train", "run.dir=/a/bc", "model.init=random"], "/a/b/c: Permission denied"),
+        (["train", "run.dir=."], "/a/b/c: Permission denied"),
+    ],
+)
+def test_a_path_that_is_refused_is_told_with_what_named_it(words: list[str], told: str) -> None:
+    assert refusal(PermissionError(errno.EACCES, "Permission denied", "/a/b/c"), words) == f"{told}; {REMEDY}"
+
+
+def test_a_path_below_here_may_be_relative(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    error = OSError(errno.EROFS, "Read-only file system", "out/x")
+    assert refusal(error, ["run.dir=out"]) == f"run.dir=out: Read-only file system ({tmp_path}/out/x); {REMEDY}"
+
+
+def test_other_errors_are_no_refusals() -> None:
+    assert refusal(FileNotFoundError(errno.ENOENT, "No such file or directory", "/a")) is None
+    assert refusal(PermissionError(errno.EPERM, "Operation not permitted")) is None, "of no path"
+    assert refusal(ValueError("/a")) is None
