@@ -22,10 +22,14 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from lisa_dist.config import UserError
+from lisa_dist.models.joined_linears import join_linears
 from lisa_dist.runtime import distributed
 
 LIGER = "0.8.5"  # earlier ones turn all of a head whose rotary embedding is partial (Liger's pull request 1451)
 ROTARY = "apply_rotary_pos_emb"  # what the modules of transformers call their rotary embedding
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # that read one input, in the order of their calls
+# All that the forward pass of a block names which is norm, attention, sum, norm, MLP, sum.
+PLAIN_BLOCK = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,9 @@ def missing_for_compiling(on_gpu: bool) -> str | None:
 def install_liger(model: nn.Module, *, keep_inputs: bool) -> None:
     """Let Liger's kernels run the norms, gated MLPs and rotary embedding of ``model``, which its family allows.
 
+    In blocks of the usual form a kernel of this program runs the norms, with the residual's sums, and the gradients of
+    linear layers that read one input are one sum: neither changes what is computed but by rounding.
+
     Call it before the model is sharded, on any device; the kernels need a GPU. The loss stays the chunked head's. In a
     simulated world stand-ins run.
 
@@ -150,11 +157,18 @@ def install_liger(model: nn.Module, *, keep_inputs: bool) -> None:
             module.forward = types.MethodType(  # type: ignore[method-assign]
                 _with_global(type(module).forward, ROTARY, rotate), module
             )
+        if inspect.unwrap(type(module).forward).__code__.co_names == PLAIN_BLOCK:
+            module.forward = _plain_block(module, family, operators.add_norm)  # type: ignore[method-assign]
+        for names in JOINED:
+            layers = [getattr(module, name, None) for name in names]
+            if all(isinstance(layer, nn.Module) for layer in layers):
+                join_linears([layer for layer in layers if layer is not None])
 
 
 @dataclass(frozen=True)
 class _Operators:
     norm: Callable[..., Tensor]
+    add_norm: Callable[..., tuple[Tensor, Tensor]]  # of a branch, if any, and a residual: their sum and its norm
     multiply: dict[str, Callable[[Tensor, Tensor], Tensor]]  # by the activation of the first
     rotate: Callable[..., Any]
 
@@ -165,17 +179,19 @@ def _liger_operators() -> _Operators:
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
 
+    from lisa_dist.models.norm_kernel import AddNorm  # Triton is there where Liger is
+
     multiply = {"silu": LigerSiLUMulFunction.apply, "gelu": LigerGELUMulFunction.apply}
-    return _Operators(LigerRMSNormFunction.apply, multiply, liger_rotary_pos_emb)
+    return _Operators(LigerRMSNormFunction.apply, AddNorm.apply, multiply, liger_rotary_pos_emb)
 
 
 def _simulated_operators() -> _Operators:
     multiply = dict.fromkeys(_GATES, _SimulatedMultiply.apply)
-    return _Operators(_SimulatedNorm.apply, multiply, _SimulatedRotation.apply)
+    return _Operators(_SimulatedNorm.apply, _SimulatedAddNorm.apply, multiply, _SimulatedRotation.apply)
 
 
-# What stands in for the kernels of liger-kernel 0.8.5: they allocate, keep, read and write the same bytes, but for what
-# is as small as a norm's weight. The numbers are meaningless.
+# What stands in for the kernels of liger-kernel 0.8.5 and of this program: they allocate, keep, read and write the same
+# bytes, but for what is as small as a norm's weight. The numbers are meaningless.
 class _SimulatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -193,6 +209,24 @@ class _SimulatedNorm(torch.autograd.Function):
         into = gradient if ctx.in_place else torch.zeros_like(gradient)
         torch.add(gradient, hidden, out=into)
         return into, torch.empty_like(weight) if ctx.needs_input_grad[1] else None, *(None,) * 4
+
+
+class _SimulatedAddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, branch: Tensor | None, residual: Tensor, weight: Tensor, epsilon: float, offset: float, casting: str
+    ) -> tuple[Tensor, Tensor]:
+        total = residual if branch is None else residual + branch
+        ctx.save_for_backward(total, weight, total.new_empty(total.shape[:-1], dtype=torch.float32))
+        ctx.adds = branch is not None
+        return total, torch.zeros_like(total) if ctx.adds else total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        total, weight, _ = ctx.saved_tensors
+        into = torch.addcmul(gradients[0], gradients[1], total, out=gradients[1])
+        of_weight = torch.empty_like(weight) if ctx.needs_input_grad[2] else None
+        return into if ctx.adds else None, into, of_weight, None, None, None
 
 
 class _SimulatedMultiply(torch.autograd.Function):
@@ -244,10 +278,25 @@ def _family_of(model: nn.Module) -> _Family | None:
 
 
 def _norm(module: Any, family: _Family, apply: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-    epsilon = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-
     def forward(hidden: Tensor) -> Tensor:
-        return apply(hidden, module.weight, epsilon, family.offset, family.casting, not family.norms_last)
+        return apply(hidden, module.weight, _epsilon(module), family.offset, family.casting, not family.norms_last)
+
+    return forward
+
+
+def _epsilon(norm: Any) -> float:
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+
+
+def _plain_block(block: Any, family: _Family, add_norm: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+    def apply(branch: Tensor | None, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+        return add_norm(branch, residual, norm.weight, _epsilon(norm), family.offset, family.casting)
+
+    def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        residual, normed = apply(None, hidden_states, block.input_layernorm)
+        attended, _ = block.self_attn(hidden_states=normed, **kwargs)
+        residual, normed = apply(attended, residual, block.post_attention_layernorm)
+        return residual + block.mlp(normed)
 
     return forward
 

@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from lisa_dist.config import ModelConfig, UserError
 from lisa_dist.models import kernels
 from lisa_dist.models.architecture import build_meta_model
+from lisa_dist.models.joined_linears import join_linears
 from lisa_dist.models.kernels import LIGER_FAMILIES, choose_kernels, install_liger
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding.ledger import Ledger
@@ -101,12 +104,47 @@ def test_liger_gives_the_numbers_of_transformers(family: str, dtype: torch.dtype
     assert _cosine(found[1], exact[1]) > min(0.999, _cosine(rounded[1], exact[1]) - 5e-4)  # a router may choose anew
 
 
+def test_layers_that_read_one_input_give_its_gradient_as_one_sum() -> None:
+    """The numbers are those of each layer by itself; where one is of another kind none is joined."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(12, size, bias=size == 6, dtype=torch.float64) for size in (12, 6, 6)]
+    layers[1].weight.requires_grad_(False)
+    joined = copy.deepcopy(layers)
+    assert join_linears(joined) and not join_linears([*layers[:2], nn.Identity()])
+    given = [torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    given[1].data.copy_(given[0].data)
+    for hidden, own in zip(given, (layers, joined)):
+        outputs = [layer(hidden) for layer in own]
+        sum((output * place).square().sum() for place, output in enumerate(outputs, 1)).backward()
+    torch.testing.assert_close(given[1].grad, given[0].grad)
+    for one, other in zip(layers, joined):
+        for parameter, same in zip(one.parameters(), other.parameters()):
+            torch.testing.assert_close(same.grad, parameter.grad)
+    with pytest.raises(AssertionError, match="one input"):
+        joined[0](given[0]), joined[1](given[1])
+
+
+def test_frozen_layers_that_are_joined_keep_no_input_and_sum_in_place() -> None:
+    layers = [nn.Linear(32, 32, bias=False).requires_grad_(False) for _ in range(3)]
+    join_linears(layers)
+    saved: list[torch.Tensor] = []
+    hidden = torch.randn(4, 32, requires_grad=True).mul(1)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda it: it):
+        outputs = [layer(hidden) for layer in layers]
+    assert [tensor.data_ptr() for tensor in saved] == [layer.weight.data_ptr() for layer in layers]
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        torch.autograd.grad(outputs, hidden, [torch.ones_like(hidden)] * 3)
+    counts = {event.key: event.count for event in recorded.key_averages()}
+    assert (counts["aten::mm"], counts["aten::addmm_"]) == (1, 2)
+    assert not {"aten::add", "aten::add_"} & set(counts)
+
+
 def test_liger_is_put_on_one_model_alone(liger: None) -> None:
     patched, other = (AutoModelForCausalLM.from_config(tiny_config("llama")) for _ in range(2))
     forwards = {type(module): type(module).forward for module in other.modules()}
     install_liger(patched, keep_inputs=False)
     block, same = patched.model.layers[0], other.model.layers[0]
-    for name in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"):
+    for name in ("", "self_attn", "self_attn.q_proj", "mlp", "mlp.up_proj", "input_layernorm"):
         assert "forward" in vars(block.get_submodule(name)) and "forward" not in vars(same.get_submodule(name))
     assert forwards == {type(module): type(module).forward for module in other.modules()}
 
@@ -118,18 +156,24 @@ def _stand_in(operator: str) -> Any:
     if operator.startswith("norm"):
         in_place = operator == "norm in place"
         return lambda hidden, _: operators.norm(hidden.flatten(2), weight, 1e-6, 0.0, "llama", in_place)
+    if operator == "add norm":
+        return lambda branch, residual: operators.add_norm(
+            branch.flatten(2), residual.flatten(2), weight, 1e-6, 0.0, "llama"
+        )
     if operator == "multiply":
         return lambda gate, up: operators.multiply["silu"](gate.flatten(2), up.flatten(2))
     return lambda query, key: operators.rotate(query.transpose(1, 2), key.transpose(1, 2), angles, angles)
 
 
 # What the sources of liger-kernel 0.8.5 say, in passes over one tensor: a norm's gradient begins at zero unless it goes
-# where the incoming one lies; those of a gated product take the places of its inputs; a rotation turns in place.
+# where the incoming one lies; those of a gated product take the places of its inputs; a rotation turns in place. This
+# program's norm reads branch and residual, writes their sum and its norm, and keeps the sum.
 @pytest.mark.parametrize(
     ("operator", "kept", "allocated", "moved"),
     [
         ("norm", 1, (1, 1), (2, 4)),
         ("norm in place", 1, (1, 0), (2, 3)),
+        ("add norm", 1, (2, 0), (4, 4)),
         ("multiply", 2, (1, 0), (3, 5)),
         ("rotate", 0, (0, 0), (4, 4)),
     ],
@@ -264,7 +308,12 @@ def _stand_ins() -> dict[str, types.ModuleType]:
 
         return turn(query), turn(key)
 
+    def add_norm(branch: Any, residual: Any, *norm: Any) -> Any:
+        total = residual if branch is None else residual + branch
+        return total, rms_norm(total, *norm, True)
+
     contents: dict[str, dict[str, Any]] = {
+        "lisa_dist.models.norm_kernel": {"AddNorm": _applied(add_norm)},
         "liger_kernel": {},
         "liger_kernel.ops": {},
         "liger_kernel.transformers": {},
