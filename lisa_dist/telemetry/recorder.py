@@ -14,7 +14,7 @@ from lisa_dist.telemetry.history import MetricsRow, read_rows, read_summary
 from lisa_dist.telemetry.memory import allocator_retries, peak_memory_gib, reset_peak_memory
 from lisa_dist.telemetry.progress import Doing, ProgressDisplay
 from lisa_dist.telemetry.records import RowWriter, write_summary
-from lisa_dist.telemetry.sinks import build_sink
+from lisa_dist.telemetry.sinks import Sink, build_sink
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class Recorder:
         if first_step and is_main():
             known = read_summary(self.run) or {}
             self.summary |= {key: known[key] for key in KEPT if key in known}
+        self.sink: Sink | None = None
         self.cut_after(first_step or -1)  # at a fresh start the evaluation of step 0 is repeated too
         if first_step:
             self.record_event(first_step, "resume", f"went on from step {first_step}")
@@ -77,6 +78,8 @@ class Recorder:
         """The run goes on from the checkpoint of ``step``: what was recorded past it is dropped."""
         self.writer.cut_after(step)
         self.counted = {}
+        if self.sink is not None:
+            self.sink.cut_after(step)
         if is_main():
             rows = read_rows(self.run.metrics)
             self.summary = {key: value for key, value in self.summary.items() if key not in SUMMED} | summary_of(rows)

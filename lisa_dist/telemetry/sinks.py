@@ -7,12 +7,15 @@ import logging
 import os
 import uuid
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.distributed import is_main
 from lisa_dist.runtime.redaction import hide_secrets_in
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter  # needs the optional package tensorboard
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +25,9 @@ class Sink(Protocol):
 
     def log(self, row: dict[str, Any]) -> None:
         """Take one row; its ``step`` says when, its other numbers are curves."""
+
+    def cut_after(self, step: int) -> None:
+        """The run goes on from the checkpoint of ``step``; rows of later steps come again."""
 
     def close(self) -> None:
         """Send what is left."""
@@ -48,6 +54,9 @@ class WandbSink:
                 config=public_config(config),
                 settings=wandb.Settings(console="off", silent=options.mode != "online"),
             )
+            # A row of a smaller step than the last one's is dropped there, but for a step that is a metric of its own.
+            self.run.define_metric("step", hidden=True)
+            self.run.define_metric("*", step_metric="step")
         except wandb.errors.Error as error:
             raise UserError(
                 f"logger.wandb.mode={options.mode}: Weights & Biases said: {error}; "
@@ -57,7 +66,10 @@ class WandbSink:
         logger.info("Weights & Biases: %s, project %s%s, run %s", options.mode, options.project, entity, self.run.id)
 
     def log(self, row: dict[str, Any]) -> None:
-        self.run.log(numbers_of(row), step=row["step"])
+        self.run.log({**numbers_of(row), "step": row["step"]})
+
+    def cut_after(self, step: int) -> None:
+        """What is sent stays, and what comes again is drawn beside it."""
 
     def close(self) -> None:
         self.run.finish()
@@ -67,16 +79,26 @@ class TensorBoardSink:
     """Writes event files to ``tensorboard/`` in the run directory."""
 
     def __init__(self, run: RunDirectory, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1)
+        self.folder = str(run.tensorboard)
+        self.writer = self._begin(first_step)
 
     def log(self, row: dict[str, Any]) -> None:
         for key, value in numbers_of(row).items():
             self.writer.add_scalar(key, value, row["step"])
 
+    def cut_after(self, step: int) -> None:
+        """Hide the points of later steps."""
+        self.writer.close()
+        self.writer = self._begin(step)
+
     def close(self) -> None:
         self.writer.close()
+
+    def _begin(self, step: int) -> SummaryWriter:
+        """Begin a file that hides what the ones before it hold of steps after ``step``."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self.folder, purge_step=step + 1)
 
 
 def build_sink(config: Config, run: RunDirectory, first_step: int = 0) -> Sink | None:
