@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+BUCKET_BYTES = 4 * 2**20  # gradients smaller than this are sent together: a sum by itself costs more than their copies
+
 
 @dataclass
 class GradientSums:
@@ -16,6 +18,7 @@ class GradientSums:
 
     group: dist.ProcessGroup
     dtype: torch.dtype  # in which they are sent and summed
+    _bucket: list[Tensor] = field(default_factory=list)  # small gradients, until there are enough to be sent
     _under_way: list[Callable[[], None]] = field(default_factory=list)  # each waits for a sum and puts it in its place
 
     def begin(self, gradient: Tensor, then: Callable[[], None] | None = None) -> None:
@@ -25,19 +28,12 @@ class GradientSums:
             gradient: changed once the sum is there.
             then: called as soon as it is, which is waited for when the next one is begun.
         """
-        sent = gradient.to(self.dtype)
-        work = dist.all_reduce(sent, group=self.group, async_op=True)
-
-        def end() -> None:
-            work.wait()
-            if sent is not gradient:
-                gradient.copy_(sent)
-            if then is not None:
-                then()
-
-        if then is not None:
-            self.end()
-        self._under_way.append(end)
+        if then is not None or gradient.nbytes >= BUCKET_BYTES:
+            self._send([gradient], then)
+            return
+        self._bucket.append(gradient)
+        if sum(small.nbytes for small in self._bucket) >= BUCKET_BYTES:
+            self._send_bucket()
 
     def add_up(self, gradient: Tensor) -> None:
         """Sum a gradient in place, and wait for it. Collective: every rank of the group."""
@@ -45,6 +41,34 @@ class GradientSums:
         self.end()
 
     def end(self) -> None:
-        """Wait for all that was begun."""
+        """Wait for all that was begun. Collective: every rank of the group."""
+        self._send_bucket()
+        self._wait()
+
+    def _send_bucket(self) -> None:
+        gradients, self._bucket = self._bucket, []
+        if gradients:
+            self._send(gradients)
+
+    def _send(self, gradients: list[Tensor], then: Callable[[], None] | None = None) -> None:
+        alone = len(gradients) == 1
+        together = gradients[0] if alone else torch.cat([gradient.flatten() for gradient in gradients])
+        sent = together.to(self.dtype)
+        is_copy = sent is not gradients[0]
+        work = dist.all_reduce(sent, group=self.group, async_op=True)
+
+        def end() -> None:
+            work.wait()
+            if is_copy:
+                sums = sent.flatten().split([gradient.numel() for gradient in gradients])
+                torch._foreach_copy_(gradients, [one.view_as(gradient) for one, gradient in zip(sums, gradients)])
+            if then is not None:
+                then()
+
+        if is_copy or then is not None:  # which takes memory until the sum is there: no more than two at a time
+            self._wait()
+        self._under_way.append(end)
+
+    def _wait(self) -> None:
         while self._under_way:
             self._under_way.pop(0)()

@@ -43,6 +43,7 @@ CPU = torch.device("cpu")
 SAVED, LAST = 3, 5  # steps: within the second period, and after the first of the third
 BF16 = {"frozen": "bfloat16", "compute": "bfloat16"}
 REPLICAS = {"replicate": 2}
+LARGE = 16384  # bytes of a gradient, which a matrix of an MLP has and one of attention has not
 
 
 def weights(train_module: TrainModule) -> dict[str, torch.Tensor]:
@@ -192,24 +193,38 @@ class Collectives(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-def traffic_of_a_step(micro_batches: int) -> Collectives:
+def traffic_of_a_step(micro_batches: int, bucket_bytes: int) -> Collectives:
     """What the forward and backward passes of a step send. Runs on every rank."""
     train_module = build_train_module(make_config(precision=BF16, parallel=REPLICAS))
     load_initial_weights(train_module, CPU)
     begin_period(train_module, 0)
     batches = make_global_batches(1, 2 * micro_batches)[0][distributed.rank() :: 2]
-    with Collectives(train_module.optimizer.parameters.values()) as seen:
+    with (
+        mock.patch("lisa_dist.sharding.replicas.BUCKET_BYTES", bucket_bytes),
+        Collectives(train_module.optimizer.parameters.values()) as seen,
+    ):
         accumulate_gradients(train_module, batches)
     return seen
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_between_replicas_only_gradients_of_what_trains_travel_once_a_step(micro_batches: int) -> None:
-    for seen in run_on_ranks(2, traffic_of_a_step, micro_batches):
+    for seen in run_on_ranks(2, traffic_of_a_step, micro_batches, 0):
         assert seen.counts == {"allreduce_": len(seen.masters)}
         assert sorted(seen.sizes) == sorted(4 * master.numel() for master in seen.masters)
         if micro_batches == 1:  # they are sent while the backward pass goes on, a block's before the next block's
             assert seen.gradients[0] == 1 and seen.gradients[len(seen.masters) // 2] < len(seen.masters)
+
+
+def test_small_gradients_travel_together_and_large_ones_alone() -> None:
+    for seen in run_on_ranks(2, traffic_of_a_step, 1, LARGE):
+        gradients = [4 * master.numel() for master in seen.masters]
+        large = [size for size in gradients if size >= LARGE]
+        small = sum(gradients) - sum(large)
+        assert large and small > 2 * LARGE, "the model has both"
+        assert seen.counts == {"allreduce_": len(seen.sizes)} and sum(seen.sizes) == sum(gradients)
+        assert max(seen.sizes) == max(large) and len(seen.sizes) <= len(large) + small // LARGE + 1
+        assert seen.gradients[0] < len(seen.masters), "the first leave before the last have come"
 
 
 class Experts(nn.Module):
