@@ -13,7 +13,7 @@ import pytest
 
 from lisa_dist import __version__, cli
 from lisa_dist.cli import main
-from lisa_dist.commands import table
+from lisa_dist.commands import table, words
 from lisa_dist.commands.table import COMMANDS
 from lisa_dist.config import Config, OutOfMemoryError, UserError
 from lisa_dist.config.loading import load, load_run, to_yaml
@@ -144,6 +144,32 @@ def test_generate_and_chat_take_the_directory_of_a_run(calls: list[tuple[Any, ..
     assert {config.run.dir for config in configs} == {str(run)} and {config.train.seed for config in configs} == {5}
     assert [config.precision.compute for config in configs] == ["bfloat16", "float32", "float32"]
     assert [config.generate.prompts for config in configs] == [["Hello"], ["Hello"], []]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "someone/model", "Hello"],
+        ["chat", "generate.path=someone/model"],
+        ["evaluate", "evaluate.path=someone/model", "evaluate.data=builtin:demo"],
+    ],
+    ids=["generate", "chat", "evaluate"],
+)
+def test_a_model_of_no_run_takes_nothing_from_the_demonstration(
+    command: list[str], calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for has_gpu in (True, False):
+        monkeypatch.setattr(words, "may_have_gpu", lambda has_gpu=has_gpu: has_gpu)
+        assert main(command) == main([*command, "precision.compute=float32", "train.micro_batch_size=3"]) == 7
+        assert main([*command, "precision.compute=bfloat16"]) == 7
+    monkeypatch.setattr(words, "may_have_gpu", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(command) == 7
+    configs = [call[1] for call in calls]
+    dtypes = [config.precision.compute for config in configs]
+    assert dtypes == ["bfloat16", "float32", "bfloat16", "float32", "float32", "bfloat16", "float32"]
+    assert [config.train.micro_batch_size for config in configs] == [1, 3, 1, 1, 3, 1, 1]
 
 
 def test_compare_asks_each_model_in_ranks_of_its_own(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from lisa_dist.models.architecture import read_architecture
 from lisa_dist.models.loading import load_pretrained
 from lisa_dist.runtime import distributed
 from lisa_dist.training.setup import open_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -57,6 +60,8 @@ def open_model(config: Config, path: str | None, step: int | None, command: str)
         train_module = build_train_module(frozen)
         allocate(train_module, [], distributed.device())
         load_pretrained(train_module.store.module, path)
+        if distributed.is_main():
+            logger.info("%s: computed in %s (precision.compute)", path, frozen.precision.compute)
         return OpenedModel(train_module, tokenizer, path, None)
     run = RunDirectory.of(config)  # launching/inputs.py has seen that one of the two is named
     checkpoint: Path = distributed.on_rank_zero(lambda: find_checkpoint(run.checkpoints, step, f"{command}.step"))
