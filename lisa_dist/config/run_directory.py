@@ -29,6 +29,7 @@ class RunDirectory:
         self.tokenizer = path / "tokenizer"  # the one that the run trained with, chat template included
         self.faults = path / "faults"  # the batches of steps that were skipped
         self.logs = path / "logs"  # of the ranks and of Slurm, and signs of life
+        self.lock = self.logs / "lock.json"  # who trains here; held while that process lives
         self.job_script = path / "job.sbatch"  # the script that was handed to Slurm
         self.tensorboard = path / "tensorboard"  # event files
         self.wandb_id = path / "wandb" / "run_id.txt"  # the run's identity at Weights & Biases

@@ -24,11 +24,13 @@ from lisa_dist.config.prompts import check_output, read_prompts
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free
 from lisa_dist.data.locate import check_data, is_local, locate
 from lisa_dist.runtime.files import make_folder
+from lisa_dist.telemetry.run_lock import check_nobody_trains
 
 
 def check_training(config: Config) -> None:
     """Raise :class:`UserError` where training, with ``run.dir`` settled, can't begin."""
     check_run_dir_is_free(config)
+    check_nobody_trains(RunDirectory.of(config))
     check_read(config)
     local = config.parallel.nproc_per_node
     if config.checkpoint.resume == "none":

@@ -56,7 +56,12 @@ def train(config: Config) -> int:
     distributed.initialize(config.parallel)
     dims = ParallelDims.of(config.parallel)
     check_accumulation(config, dims.data_ranks)
-    config = open_run_directory(config)
+    with ExitStack() as start:
+        return train_in(open_run_directory(config, start), dims)
+
+
+def train_in(config: Config, dims: ParallelDims) -> int:
+    """Train in ``run.dir``, which is this start's own, and return the exit code. Collective: every rank."""
     setup_logging(config.run.dir)
     try:
         with explaining_out_of_memory(config, lambda: PREPARATION):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +44,7 @@ from lisa_dist.runtime.units import format_count
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.telemetry.progress import announce
 from lisa_dist.telemetry.recorder import Recorder
+from lisa_dist.telemetry.run_lock import hold_run
 from lisa_dist.training.generation import Answerer
 
 logger = logging.getLogger(__name__)
@@ -73,13 +75,14 @@ class Run:
         return self.batches.coming_micro_batches(self.progress.sequences, count, self.progress.place_of)
 
 
-def open_run_directory(config: Config) -> Config:
+def open_run_directory(config: Config, start: ExitStack) -> Config:
     """Fix ``run.dir`` and, at a fresh start, write config.yaml there. Collective: rank 0 acts, every rank learns.
 
-    Where the elastic agent restarted a rank, the run is resumed, whatever ``checkpoint.resume`` says.
+    Where the elastic agent restarted a rank, the run is resumed, whatever ``checkpoint.resume`` says. Until ``start``
+    ends, no other start may train there.
 
     Raises:
-        UserError: a run is there that is not to be resumed, or the directory can't be written.
+        UserError: a run is there that is alive or not to be resumed, or the directory can't be written.
     """
 
     restarted = max(distributed.gather_objects(restart_count())) > 0
@@ -90,6 +93,7 @@ def open_run_directory(config: Config) -> Config:
             settled.checkpoint.resume = "auto"
         check_run_dir_is_free(settled)
         run = RunDirectory.of(settled)
+        start.enter_context(hold_run(run))
         try:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
             remove_leftovers(run.checkpoints)
