@@ -51,21 +51,22 @@ class GradientSums:
             self._send(gradients)
 
     def _send(self, gradients: list[Tensor], then: Callable[[], None] | None = None) -> None:
-        alone = len(gradients) == 1
-        together = gradients[0] if alone else torch.cat([gradient.flatten() for gradient in gradients])
-        sent = together.to(self.dtype)
-        is_copy = sent is not gradients[0]
+        bucket = gradients[0]
+        if len(gradients) > 1:
+            bucket = torch.cat([gradient.flatten() for gradient in gradients])
+            for gradient, part in zip(gradients, bucket.split([gradient.numel() for gradient in gradients])):
+                gradient.set_(part.view_as(gradient))  # where it is summed, so that nothing is copied back
+        sent = bucket.to(self.dtype)
         work = dist.all_reduce(sent, group=self.group, async_op=True)
 
         def end() -> None:
             work.wait()
-            if is_copy:
-                sums = sent.flatten().split([gradient.numel() for gradient in gradients])
-                torch._foreach_copy_(gradients, [one.view_as(gradient) for one, gradient in zip(sums, gradients)])
+            if sent is not bucket:
+                bucket.copy_(sent)
             if then is not None:
                 then()
 
-        if is_copy or then is not None:  # which takes memory until the sum is there: no more than two at a time
+        if sent is not bucket or then is not None:  # memory until the sum is there: no more than two at a time
             self._wait()
         self._under_way.append(end)
 

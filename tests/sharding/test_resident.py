@@ -184,6 +184,7 @@ class Collectives(TorchDispatchMode):
         self.counts: Counter[str] = Counter()
         self.sizes: list[int] = []
         self.gradients: list[int] = []
+        self.storages = 0  # that the gradients have in the end
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if operator.namespace == "c10d":
@@ -204,6 +205,8 @@ def traffic_of_a_step(micro_batches: int, bucket_bytes: int) -> Collectives:
         Collectives(train_module.optimizer.parameters.values()) as seen,
     ):
         accumulate_gradients(train_module, batches)
+    gradients = train_module.optimizer.gradients().values()
+    seen.storages = len({gradient.untyped_storage().data_ptr() for gradient in gradients})
     return seen
 
 
@@ -225,6 +228,7 @@ def test_small_gradients_travel_together_and_large_ones_alone() -> None:
         assert seen.counts == {"allreduce_": len(seen.sizes)} and sum(seen.sizes) == sum(gradients)
         assert max(seen.sizes) == max(large) and len(seen.sizes) <= len(large) + small // LARGE + 1
         assert seen.gradients[0] < len(seen.masters), "the first leave before the last have come"
+        assert seen.storages == len(seen.sizes), "they stay where they were summed: nothing is held twice"
 
 
 class Experts(nn.Module):
