@@ -175,7 +175,9 @@ class ResidentStore(ParameterStore):
             used = exact.to(dtype_of(self.precision.compute))
         self._put(name, used, trained)
         if used is not exact:
-            self._masters[name] = nn.Parameter(exact, requires_grad=trained)
+            master: Any = nn.Parameter(exact, requires_grad=trained)
+            master.compute_copy = self.parameter(name).detach()  # for an optimizer that writes both in one pass
+            self._masters[name] = master
             if trained:  # a gradient that is summed in the master's dtype, as the head's, is not rounded on its way
                 self.parameter(name).grad_dtype = exact.dtype
 

@@ -282,6 +282,25 @@ def test_adamw_steps_by_a_kernel_as_torchs_own() -> None:
         torch.testing.assert_close(kernel, plain, rtol=1e-5, atol=2e-6)
 
 
+def test_the_step_itself_writes_what_the_model_computes_with() -> None:
+    train_module = build_train_module(make_config(precision=MIXED))
+    load_initial_weights(train_module, distributed.device())
+    begin_period(train_module, 0)
+    store, optimizer = train_module.store, train_module.optimizer
+    copied = {
+        name: store.parameter(name) for name in optimizer.parameters if store.master(name) is not store.parameter(name)
+    }
+    before = {name: parameter.detach().clone() for name, parameter in copied.items()}
+    left: list[str] = []
+    optimizer.after_step = left.extend
+    train_step(train_module, make_global_batches(1)[0], 0, STEPS)
+    assert len(copied) > 10 and not set(left) & set(copied)
+    for name, parameter in copied.items():
+        assert torch.equal(parameter, store.master(name).to(parameter.dtype)) and not torch.equal(
+            parameter, before[name]
+        )
+
+
 def test_norm_and_step_of_1_5_billion_parameters_take_18_ms() -> None:
     if "H100" not in torch.cuda.get_device_name():
         pytest.skip("the time is one of an H100")

@@ -186,7 +186,8 @@ class ActiveOptimizer:
             for group, entries in zip(self._stepper.param_groups, self._grouped(trained)):
                 if entries:  # the same groups on every rank
                     self.update.apply_steps(entries, rates[group["part"]] * group["weight_decay"])
-            self.after_step(trained)
+            written = set(map(id, getattr(self._stepper, "copied", ())))  # by the optimizer itself, with the step
+            self.after_step([name for name, entry in trained.items() if id(entry.stepped) not in written])
         for entry in trained.values():
             entry.step += entry.stepped.grad is not None
             entry.parameter.grad = entry.stepped.grad = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -31,15 +32,20 @@ def adamw(config: AdamWConfig) -> OptimizerSpec:
 
 
 class FusedAdamW(torch.optim.AdamW):
-    """torch's fused AdamW; on a GPU by a kernel that moves 28 bytes a parameter where torch's moves 32."""
+    """torch's fused AdamW; on a GPU by a kernel that moves 28 bytes a parameter where torch's moves 32.
+
+    The kernel also writes the ``compute_copy`` of a master that has one, which takes 2 bytes more.
+    """
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    copied: Collection[Tensor] = ()  # the masters whose copies the last step wrote
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Make a step of the parameters that have a gradient."""
         stepped = [(group, one) for group in self.param_groups for one in group["params"] if one.grad is not None]
+        self.copied = ()
         if closure is not None or not stepped or not all(_has_kernel(parameter) for _, parameter in stepped):
             return super().step(closure)
         from lisa_dist.method.optim.adamw_kernel import adamw_step  # Triton is there where there is a GPU
@@ -52,8 +58,9 @@ class FusedAdamW(torch.optim.AdamW):
             state["step"] += 1 - left_out
             moments = local_shard(state["exp_avg"]), local_shard(state["exp_avg_sq"])
             numbers = group["lr"], group["betas"], group["eps"], group["weight_decay"]
-            gradient = local_shard(parameter.grad).contiguous()
-            adamw_step(local_shard(parameter), gradient, moments, state["step"], divisor, left_out, *numbers)
+            gradient, copy = local_shard(parameter.grad).contiguous(), getattr(parameter, "compute_copy", None)
+            adamw_step(local_shard(parameter), copy, gradient, moments, state["step"], divisor, left_out, *numbers)
+        self.copied = [parameter for _, parameter in stepped if hasattr(parameter, "compute_copy")]
         return None
 
 

@@ -1,4 +1,7 @@
-"""AdamW's step of one parameter on a GPU, as a Triton kernel that reads its gradient and leaves it as it is."""
+"""AdamW's step of one parameter on a GPU, as a Triton kernel that reads its gradient and leaves it as it is.
+
+What the model computes with, where that is a rounded copy of the parameter, is written in the same pass.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ WARPS = 8
 
 def adamw_step(
     parameter: Tensor,
+    copy: Tensor | None,
     gradient: Tensor,
     moments: tuple[Tensor, Tensor],
     step: Tensor,
@@ -24,10 +28,11 @@ def adamw_step(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Step a parameter and its moments where they lie; all tensors are float32, contiguous and on one device.
+    """Step a parameter and its moments where they lie; all tensors are contiguous and on one device, in float32.
 
     Args:
-        parameter: of any shape, as are gradient and moments.
+        parameter: of any shape, as are copy, gradient and moments.
+        copy: takes the parameter's new value, rounded to its own dtype; None: there is none.
         gradient: a sum.
         moments: means of the mean gradient and of its square.
         step: of this step, counted from 1, a scalar.
@@ -42,8 +47,8 @@ def adamw_step(
     weights = (1 - betas[0], 1 - betas[1])
     count = parameter.numel()
     _adamw[(triton.cdiv(count, ELEMENTS),)](
-        *(parameter, gradient, *moments, step, divisor, left_out),
-        *(lr, *logarithms, *weights, eps, lr * weight_decay, count),
+        *(parameter, parameter if copy is None else copy, gradient, *moments, step, divisor, left_out),
+        *(lr, *logarithms, *weights, eps, lr * weight_decay, count, copy is not None),
         ELEMENTS,
         num_warps=WARPS,
     )
@@ -52,6 +57,7 @@ def adamw_step(
 @triton.jit
 def _adamw(
     parameters: tl.tensor,
+    copies: tl.tensor,
     gradients: tl.tensor,
     means: tl.tensor,
     squares: tl.tensor,
@@ -66,6 +72,7 @@ def _adamw(
     eps: tl.tensor,
     decay: tl.tensor,
     count: tl.tensor,
+    has_copy: tl.constexpr,
     elements: tl.constexpr,
 ) -> None:
     if tl.load(left_out) != 0:
@@ -86,3 +93,5 @@ def _adamw(
     tl.store(means + places, mean, mask=there)
     tl.store(squares + places, square, mask=there)
     tl.store(parameters + places, parameter, mask=there)
+    if has_copy:
+        tl.store(copies + places, parameter, mask=there)

@@ -42,6 +42,33 @@ def states_over_periods() -> dict[str, Any]:
     return {"periods": seen}
 
 
+def copies_after_a_step(writes: bool) -> tuple[int, int]:
+    """How many parameters have a copy apart, and how many of these hold what the optimizer wrote. Runs on a rank."""
+    train_module = build_train_module(make_config(precision={"frozen": "bfloat16", "compute": "bfloat16"}))
+    load_initial_weights(train_module, torch.device("cpu"))
+    begin_period(train_module, 0)
+    stepper: Any = train_module.optimizer._stepper
+    masters = {name: train_module.store.master(name) for name in train_module.optimizer.parameters}
+    apart: dict[str, Any] = {name: master for name, master in masters.items() if hasattr(master, "compute_copy")}
+    step = stepper.step
+
+    def step_and_mark() -> None:
+        step()
+        for master in apart.values():
+            master.compute_copy.fill_(7.0)
+        stepper.copied = list(apart.values()) if writes else []
+
+    stepper.step = step_and_mark
+    train_step(train_module, make_global_batches(1)[0], 0, 10)
+    return len(apart), sum(bool((train_module.store.parameter(name) == 7).all()) for name in apart)
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_copy_that_the_optimizer_writes_is_not_written_again(writes: bool) -> None:
+    ((apart, kept),) = run_on_ranks(1, copies_after_a_step, writes)
+    assert apart > 10 and kept == (apart if writes else 0)
+
+
 def test_offloaded_state_returns_bit_for_bit_and_is_counted() -> None:
     for rank in run_on_ranks(2, states_over_periods):
         periods, returned = rank["periods"], 0

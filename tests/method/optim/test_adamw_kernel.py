@@ -22,6 +22,7 @@ for divisor, left_out in ((None, None), (7.0, None), (7.0, 2)):
         optimizer = kind(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-8, fused=True)
         for parameter in parameters:
             optimizer.state[parameter] = adamw.zero_state(optimizer, parameter)
+        parameters[0].compute_copy = parameters[0].detach().half()
         for step in range(5):
             for parameter in parameters:
                 parameter.grad = 3 * torch.randn_like(parameter)
@@ -31,6 +32,8 @@ for divisor, left_out in ((None, None), (7.0, None), (7.0, 2)):
             optimizer.step()
             if kind is adamw.FusedAdamW:
                 assert all(torch.equal(one.grad, gradient) for one, gradient in zip(parameters, gradients))
+                assert torch.equal(parameters[0].compute_copy, parameters[0].detach().half())
+                assert [id(one) for one in optimizer.copied] == [id(parameters[0])]
         ended.append([*parameters, *(tensor for one in parameters for tensor in optimizer.state[one].values())])
     for plain, kernel in zip(*ended, strict=True):
         assert torch.allclose(plain, kernel, rtol=1e-5, atol=2e-6)
