@@ -57,8 +57,7 @@ numbers: $(INSTALLED)
 
 gpu-check: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no GPU, gpu-check needs one")'
-	$(BIN)/python -m pytest -m gpu tests/gpu
-	PYTORCH_ALLOC_CONF=expandable_segments:True $(BIN)/python -m tests.gpu.check --output $(GPU_CHECK)
+	PYTORCH_ALLOC_CONF=expandable_segments:True $(BIN)/python -m tests.gpu.check --processes 8 --output $(GPU_CHECK)
 
 install: $(INSTALLED)
 

@@ -39,6 +39,7 @@ OPERATIONS_WITHOUT_TRAFFIC = {"empty", "empty_like", "empty_strided", "new_empty
 OPERATIONS_WITHOUT_TRAFFIC.add("_unsafe_view")  # which is one, though torch does not say so
 UNREAD = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "zeros_like", "ones_like", "full_like"}
 INDEXED = {"embedding", "gather", "index", "index_select"}  # that need few entries of their first argument
+IN_PLACE = {aten.addmm_: aten.addmm}  # torch knows the operations of the second alone
 THIN = 256  # operations a byte below which a product waits for memory, on most GPUs of conf/gpu
 
 
@@ -275,7 +276,7 @@ def _group_ranks(args: Any) -> list[int]:
 
 def _flops(operator: Any, args: Any, kwargs: Any, result: Any) -> int:
     """Return the operations of a matrix product or an attention, 0 for all else."""
-    packet = operator.overloadpacket
+    packet = IN_PLACE.get(operator.overloadpacket, operator.overloadpacket)
     if packet is aten._scaled_dot_product_flash_attention_for_cpu:
         return 2 * _attention_products(args[0], args[1], args[2], kwargs.get("is_causal", len(args) > 4 and args[4]))
     if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:

@@ -9,6 +9,8 @@ import contextlib
 import io
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -256,6 +258,17 @@ def reported(matrix: Matrix) -> str:
     return f"{len(page)} characters"
 
 
+def launched(matrix: Matrix) -> str:
+    """Train by the command line, which starts its ranks itself; the losses are those of this process."""
+    expected, directory = matrix.losses([]), matrix.folder / f"launched_{len(list(matrix.folder.iterdir()))}"
+    command = [sys.executable, "-m", "lisa_dist", "train", *matrix.model, *BASE, f"run.dir={directory}"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    apart = max(abs(one - other) / other for one, other in zip(losses_in(directory), expected, strict=True))
+    assert apart < (1e-4 if matrix.tiny else 0.02), (losses_in(directory), expected)
+    return f"losses within {apart:.1e} of those of a process that was there"
+
+
 def checks(matrix: Matrix) -> dict[str, Callable[[], str]]:
     """Return every check by its name, in the order in which they are made."""
     found: dict[str, Callable[[], str]] = {}
@@ -268,6 +281,7 @@ def checks(matrix: Matrix) -> dict[str, Callable[[], str]]:
     found["export"] = lambda: exported(matrix, [])
     found["export lora"] = lambda: exported(matrix, LORA)
     found["report"] = lambda: reported(matrix)
+    found["command line"] = lambda: launched(matrix)
     for name in FAMILIES:
         found[f"family {name}"] = lambda name=name: family(name)  # type: ignore[misc]
     return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,19 @@ def test_some_of_every_kind_pass(tmp_path: Path) -> None:
     assert code == 0 and list(found) == names
     assert all(result["state"] == "ok" for result in found.values())
     assert "bit for bit" in found["resume lisa"]["found"]
+
+
+def test_checks_that_run_side_by_side_are_all_reported(tmp_path: Path) -> None:
+    output = tmp_path / "found.json"
+    options = ["--tiny", "--processes", "2", "--output", str(output), "family llama", "family qwen2"]
+    ended = subprocess.run([sys.executable, "-m", "tests.gpu.check", *options], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    found = json.loads(output.read_text())["checks"]
+    assert {name: result["state"] for name, result in found.items()} == {
+        "lisa": "ok",
+        "lora": "ok",
+        "command line": "ok",
+    }
 
 
 def wrong_numbers(folder: Path) -> list[str]:
@@ -57,7 +72,7 @@ def test_every_line_of_the_matrix_is_a_configuration(tmp_path: Path) -> None:
         load([*matrix.BASE, *overrides])
     found = matrix.checks(matrix.Matrix(tmp_path, tiny=False))
     kinds = [matrix.LEARNS, matrix.CHANGES_NOTHING, matrix.ON_A_GPU, matrix.RESUMED, FAMILIES]
-    assert len(found) == sum(map(len, kinds)) + 3, "none hides another of the same name"
+    assert len(found) == sum(map(len, kinds)) + 4, "none hides another of the same name"
 
 
 @pytest.mark.soak

@@ -301,6 +301,7 @@ def test_the_step_itself_writes_what_the_model_computes_with() -> None:
         )
 
 
+@pytest.mark.alone
 def test_norm_and_step_of_1_5_billion_parameters_take_18_ms() -> None:
     if "H100" not in torch.cuda.get_device_name():
         pytest.skip("the time is one of an H100")
@@ -355,6 +356,7 @@ def test_a_kernel_gives_loss_and_gradients_of_the_head(transform: LogitTransform
     assert found[1][0].item() == pytest.approx(found[0][0].item(), rel=1e-4)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("in_place", [False, True])
 def test_loss_and_head_take_less_than_15_ms_beside_their_products(in_place: bool) -> None:
     if "H100" not in torch.cuda.get_device_name():

@@ -36,6 +36,15 @@ def test_a_frozen_block_keeps_less_by_what_fused_kernels_do_not_keep() -> None:
     assert moved < 0.5 * moved_by_eager
 
 
+def test_kernels_change_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "has_liger", lambda: True)
+    traces = [simulate(configured(each), 5) for each in ("eager", "auto", "compile")]
+    assert [trace.kernels for trace in traces] == ["eager", "liger", "compile"]
+    eager, liger, compiled = (trace.work for trace in traces)
+    assert eager.flops == liger.flops == compiled.flops
+    assert eager.attention_flops == liger.attention_flops == compiled.attention_flops
+
+
 @pytest.mark.parametrize(
     ("wanted", "installed", "model_type", "planned"),
     [

@@ -41,14 +41,18 @@ def test_work_is_counted_operator_by_operator() -> None:
         product = torch.empty(30, 20) @ torch.empty(20, 10)
         ledger.scope = "product"
         torch.empty(4096, 4096) @ torch.empty(4096, 4096)
+        ledger.scope = "product in place"
+        torch.empty(4096, 4096).addmm_(torch.empty(4096, 4096), torch.empty(4096, 4096))
         ledger.scope = "attention"
         F.scaled_dot_product_attention(*(torch.empty(2, 3, 64, 16) for _ in range(3)), is_causal=True)
         ledger.scope = "rest"
         product.relu().t()  # a view moves nothing
-    thin, full, attention, rest = (ledger.work[s] for s in ("thin product", "product", "attention", "rest"))
+    scopes = ("thin product", "product", "product in place", "attention", "rest")
+    thin, full, added, attention, rest = (ledger.work[scope] for scope in scopes)
     assert thin.flops == thin.thin_flops == 2 * 30 * 20 * 10
     assert thin.thin_bytes == 4 * (30 * 20 + 20 * 10 + 30 * 10)
     assert (full.flops, full.thin_flops, full.thin_bytes) == (2 * 4096**3, 0, 0) and full.product_flops == full.flops
+    assert (added.flops, added.other_bytes) == (full.flops, 0)
     assert attention.attention_flops == attention.flops == 2 * 2 * 2 * 3 * 64 * 64 * 16 // 2
     assert (rest.flops, rest.other_bytes) == (0, 2 * 4 * 300)
 
