@@ -14,8 +14,13 @@ from collections.abc import Iterator
 from lisa_dist.config import Config, SamplerConfig, TrainConfig
 from lisa_dist.config.errors import UserError, as_written
 from lisa_dist.config.optimization import PARTS
-from lisa_dist.config.placement import stay_whole, stream_frozen
+from lisa_dist.config.placement import is_block_major, stay_whole, stream_frozen
 from lisa_dist.config.sampling import PROBE_KINDS
+
+NOT_BLOCK_MAJOR = (
+    "parallel.block_major=true: needs one rank, parallel.replicate=1, and precision.frozen to be precision.compute; "
+    "set parallel.block_major=false"
+)
 
 
 def check_combinations(config: Config) -> None:
@@ -26,6 +31,7 @@ def check_combinations(config: Config) -> None:
     _check_quantization(config)
     _check_optimizer_shard(config)
     _check_step_in_backward(config)
+    _check_block_major(config)
     if config.parallel.offload == config.parallel.activation_checkpointing == "auto":
         raise UserError(
             "parallel.offload=auto: shares out the memory that parallel.activation_checkpointing=auto would; set that "
@@ -127,6 +133,18 @@ def _check_step_in_backward(config: Config) -> None:
         raise UserError("optimizer.in_backward=true: can't leave steps out, so train.on_nonfinite must be stop")
 
 
+def _check_block_major(config: Config) -> None:
+    """Refuse ``parallel.block_major=true`` where nothing comes to one rank block by block."""
+    parallel = config.parallel
+    if parallel.block_major and parallel.offload not in ("frozen", "auto"):
+        raise UserError(
+            f"parallel.block_major=true: goes with parallel.offload=frozen or auto, not with parallel.offload="
+            f"{parallel.offload}; choose one of these, or parallel.block_major=false"
+        )
+    if parallel.block_major and not stream_frozen(parallel, config.precision, ranks_of_replica=1):
+        raise UserError(NOT_BLOCK_MAJOR)
+
+
 def check_global_batch(train: TrainConfig, ranks: int) -> None:
     """Raise :class:`UserError` where the global batch is no multiple of micro-batch x ranks.
 
@@ -177,6 +195,8 @@ def check_streamed(config: Config, ranks: int) -> None:
             "parallel.offload=auto: needs one rank, and precision.frozen to be precision.compute; choose "
             "parallel.offload=frozen"
         )
+    if parallel.block_major and not streams:
+        raise UserError(NOT_BLOCK_MAJOR)
     if streams and config.model.router_aux_loss:
         raise UserError(
             f"parallel.offload={parallel.offload}: on one rank a block is computed again for its gradients, where the "
@@ -240,7 +260,10 @@ def _of_placement(config: Config, ranks: int) -> Iterator[IdleOption]:
     nothing_frozen = whole_blocks and always.embeddings and always.norm and always.head
     all_train = f"method={config.method} trains every parameter in every period"
     yield "parallel.offload", parallel.offload in ("frozen", "auto") and nothing_frozen, all_train
-    reads = "auto" in (parallel.activation_checkpointing, parallel.offload)
+    block_major = is_block_major(parallel, train)
+    all_again = "with parallel.block_major=true every block is computed again"
+    yield "parallel.activation_checkpointing", chosen("parallel.activation_checkpointing") and block_major, all_again
+    reads = parallel.offload == "auto" or (parallel.activation_checkpointing == "auto" and not block_major)
     unread = parallel.memory_limit is not None and not reads
     why_unread = "only parallel.activation_checkpointing=auto and parallel.offload=auto read it"
     yield "parallel.memory_limit", unread, why_unread
@@ -249,6 +272,7 @@ def _of_placement(config: Config, ranks: int) -> Iterator[IdleOption]:
     whole = streams or stay_whole(parallel, config.precision, parallel.ranks_of_replica(ranks))
     once_anyway = "gradients of whole weights are reduced once a step anyway"
     why_idle = once_anyway if whole else "a step is one micro-batch of each rank"
+    yield "parallel.block_major", parallel.block_major and one_micro_batch, "a step is one micro-batch"
     yield "parallel.defer_reduction", parallel.defer_reduction and (whole or one_micro_batch), why_idle
     ungathered = "weights that lie whole on each rank are never gathered"
     yield "parallel.reshard_after_forward", whole and not parallel.reshard_after_forward, ungathered

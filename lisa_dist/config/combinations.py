@@ -52,6 +52,7 @@ KEYS: list[Option] = [
     {"parallel.offload": "frozen"},
     {"parallel.offload": "all"},
     {"parallel.replicate": RANKS},
+    {"parallel.block_major": True, "parallel.offload": "frozen", "parallel.replicate": 1, **_ACCUMULATION},
     {"parallel.reshard_after_forward": False},
     {"parallel.prefetch": 2},
     {"parallel.defer_reduction": True, **_ACCUMULATION},

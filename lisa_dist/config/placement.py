@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lisa_dist.config.errors import check_auto_or_count, check_choices, check_minimums
+from lisa_dist.config.optimization import TrainConfig
 
 
 @dataclass
@@ -16,6 +17,7 @@ class ParallelConfig:
     reshard_after_forward: bool = True  # free a block's gathered weights between forward and backward
     prefetch: int | None = None  # blocks gathered (null: 1) or copied from the host (null: 4) ahead, in both passes
     offload: str = "none"  # none, frozen (blocks in host memory), auto (of one rank those that must), all (FSDP2's)
+    block_major: bool = False  # pass a step's micro-batches together, block by block: each is copied once a step
     activation_checkpointing: str = "none"  # none, selective, full, auto (what fits, each block by itself)
     memory_limit: float | None = None  # GiB of its device that a rank may use, for auto; null: all of a GPU
     defer_reduction: bool = False  # reduce gradients once an optimizer step instead of once a micro-batch
@@ -60,6 +62,11 @@ class PrecisionConfig:
     def __post_init__(self) -> None:
         types = {key: ["float32", "bfloat16"] for key in ("frozen", "active", "compute", "reduce")}
         check_choices("precision", self, **types, on_freeze=["stochastic", "nearest"])
+
+
+def is_block_major(parallel: ParallelConfig, train: TrainConfig) -> bool:
+    """Return whether the micro-batches of a step, of which there are several, pass one block at a time together."""
+    return parallel.block_major and train.global_batch_size > train.micro_batch_size
 
 
 def stay_whole(parallel: ParallelConfig, precision: PrecisionConfig, ranks_of_replica: int) -> bool:

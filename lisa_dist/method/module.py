@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.checks import check_combinations, check_streamed
 from lisa_dist.config.optimization import PARTS
+from lisa_dist.config.placement import is_block_major
 from lisa_dist.config.sampling import ProbeRequest
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.method import probes
@@ -50,6 +51,7 @@ from lisa_dist.objectives.supervised import prepare_supervised
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.units import format_count
 from lisa_dist.sharding import build_store
+from lisa_dist.sharding.block_major import check_block_major
 from lisa_dist.sharding.compilation import compile_blocks
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.sharding.memory_policy import MemoryPolicy
@@ -104,6 +106,8 @@ def build_train_module(
     layers = find_layers(module, config.model.blocks)
     config.optimizer.check_tied(layers.tied)
     separation = separate_packed_samples(config, module, layers)
+    if is_block_major(config.parallel, config.train):
+        distributed.on_rank_zero(lambda: check_block_major(module, layers.blocks_path))
     update.prepare_model(module, layers)
     drawable = len(layers.blocks) + len(drawable_modules(config.sampler, layers))
     sampler = RankSynchronizedSampler(build_sampler(config.sampler, drawable, config.train.seed))

@@ -90,6 +90,7 @@ def single_changes(config: Config) -> list[list[str]]:
         (f"train.micro_batch_size={micro_batch // 2}", micro_batch > 1),
         ("parallel.activation_checkpointing=selective", parallel.activation_checkpointing == "none"),
         ("parallel.activation_checkpointing=full", parallel.activation_checkpointing != "full"),
+        ("parallel.block_major=false", parallel.block_major),
         ("parallel.optimizer_shard=world", parallel.replicate > 1 and parallel.optimizer_shard == "replica"),
         ("parallel.offload=frozen", parallel.offload == "none"),
         ("parallel.offload=all", parallel.offload == "none"),

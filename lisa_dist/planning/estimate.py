@@ -8,6 +8,7 @@ import torch
 
 from lisa_dist.config import Config
 from lisa_dist.config.gpu import Gpu
+from lisa_dist.config.placement import is_block_major
 from lisa_dist.planning.simulation import Trace, micro_batches_per_step
 from lisa_dist.sharding.ledger import Work
 from lisa_dist.sharding.link import Link, Slot, Slots
@@ -82,11 +83,11 @@ def _streamed_seconds(trace: Trace, gpu: Gpu, config: Config, compute: float) ->
     device lie evenly between those that are copied. What else is computed stands where the forward pass turns into the
     backward pass.
     """
-    micro_batches = micro_batches_per_step(config)
+    rounds = 1 if is_block_major(config.parallel, config.train) else micro_batches_per_step(config)
     forward, backward = trace.streamed
-    blocks, reached = round(forward.visits / micro_batches), round(backward.visits / micro_batches)
+    blocks, reached = round(forward.visits / rounds), round(backward.visits / rounds)
     up, down = (_compute_seconds(work, gpu, config) for work in trace.streamed)
-    rest = (compute - up - (down if reached else 0.0)) / micro_batches
+    rest = (compute - up - (down if reached else 0.0)) / rounds
     link = _TimedLink(gpu.host_bandwidth * HOST_EFFICIENCY)
     weights = torch.empty(trace.host_bytes // blocks, dtype=torch.uint8, device="meta")
     slots = Slots(link, 1 + config.parallel.copied_ahead, 0, torch.device("meta"), lambda _: weights)
@@ -102,7 +103,7 @@ def _streamed_seconds(trace: Trace, gpu: Gpu, config: Config, compute: float) ->
             slots.leave(slot)
         link.now += 0.0 if reached else rest
         ends.append(link.now)
-    return (ends[-1] - ends[-2]) * micro_batches
+    return (ends[-1] - ends[-2]) * rounds
 
 
 class _TimedLink(Link):

@@ -14,8 +14,8 @@ from lisa_dist.method.switch import drawable_modules
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.planning.draws import coming_draws, mean_lowest
-from lisa_dist.planning.simulation import Trace, architecture_of, extreme_sets, simulate
-from lisa_dist.sharding.ledger import Work, between, sum_of_work
+from lisa_dist.planning.simulation import Trace, architecture_of, extreme_sets, follow, simulate
+from lisa_dist.sharding.ledger import between
 
 EDGE = 2  # frozen blocks at either end, and before the active ones, that are looked at one by one
 
@@ -97,33 +97,13 @@ def has_equal_blocks(config: ModelConfig) -> bool:
 
 def extrapolate(shallow: Trace, deeper: Trace, num_blocks: int) -> Trace:
     """Follow the line through two traces, of which the second is of one block more, to ``num_blocks``."""
-    more = num_blocks - shallow.num_blocks
-
-    def follow(first: int, second: int) -> int:
-        return first + more * (second - first)
-
-    def along(first: Work, second: Work) -> Work:
-        return sum_of_work([first, second], [1 - more, more])
-
     all_active = shallow.num_active == shallow.num_blocks
     num_active = num_blocks if all_active else shallow.num_active
     tail = EDGE + (0 if all_active else num_active)
-    peaks = {
-        _absolute(phase, num_blocks): follow(peak, _relative_peaks(deeper, tail)[phase])
-        for phase, peak in _relative_peaks(shallow, tail).items()
-    }
-    return replace(
-        shallow,
-        num_blocks=num_blocks,
-        num_active=num_active,
-        persistent_bytes={
-            kind: follow(size, deeper.persistent_bytes[kind]) for kind, size in shallow.persistent_bytes.items()
-        },
-        host_bytes=follow(shallow.host_bytes, deeper.host_bytes),
-        peaks=peaks,
-        work=along(shallow.work, deeper.work),
-        streamed=(along(shallow.streamed[0], deeper.streamed[0]), along(shallow.streamed[1], deeper.streamed[1])),
-    )
+    first, second = (replace(trace, peaks=_relative_peaks(trace, tail)) for trace in (shallow, deeper))
+    found = follow(first, second, num_blocks - shallow.num_blocks)
+    peaks = {_absolute(phase, num_blocks): peak for phase, peak in found.peaks.items()}
+    return replace(found, num_blocks=num_blocks, num_active=num_active, peaks=peaks)
 
 
 def _relative_peaks(trace: Trace, tail: int) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from lisa_dist.config import Config, ModelConfig, ParallelConfig, UserError
 from lisa_dist.config.checks import check_accumulation, check_combinations
 from lisa_dist.config.paths import model_directory
+from lisa_dist.config.placement import is_block_major
 from lisa_dist.config.sampling import FixedSamplerConfig, SamplerConfig, UniformSamplerConfig
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.method.module import (
@@ -139,7 +140,27 @@ def simulated_world(ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def simulate(config: Config, num_blocks: int | None = None, least_work: bool = False) -> Trace:
+def follow(first: Trace, second: Trace, steps: int) -> Trace:
+    """Follow the line from one trace through another, of one block or one micro-batch more, so many steps."""
+
+    def along(less: int, more: int) -> int:
+        return less + steps * (more - less)
+
+    def work_along(less: Work, more: Work) -> Work:
+        return sum_of_work([less, more], [1 - steps, steps])
+
+    sizes = second.persistent_bytes
+    return replace(
+        first,
+        persistent_bytes={kind: along(size, sizes[kind]) for kind, size in first.persistent_bytes.items()},
+        host_bytes=along(first.host_bytes, second.host_bytes),
+        peaks={phase: along(peak, second.peaks[phase]) for phase, peak in first.peaks.items()},
+        work=work_along(first.work, second.work),
+        streamed=(work_along(first.streamed[0], second.streamed[0]), work_along(first.streamed[1], second.streamed[1])),
+    )
+
+
+def simulate(config: Config, num_blocks: int | None = None, least_work: bool = False, made: int | None = None) -> Trace:
     """Build the model and make a switch and a step for one rank of the configured cluster. No memory is used.
 
     The blocks that train are those for which the need is largest: the last, whose gradients arrive while all
@@ -149,11 +170,19 @@ def simulate(config: Config, num_blocks: int | None = None, least_work: bool = F
         config: the configuration of a training run on that cluster.
         num_blocks: another depth of the model; as many blocks train as at its own depth, or again all.
         least_work: let the last blocks train alone, of which the backward pass is the shortest.
+        made: how many micro-batches of the step are made, where they pass one block at a time together; None: as
+            many as say what all need.
 
     Raises:
         UserError: the configuration fits neither the model nor the cluster.
     """
     check_combinations(config)  # here the sampler is still the configured one
+    micro_batches, block_major = micro_batches_per_step(config), is_block_major(config.parallel, config.train)
+    if block_major and made is None and micro_batches > MAX_SIMULATED_MICRO_BATCHES:
+        # Each adds the same bytes and operations from the second one on.
+        two, three = (simulate(config, num_blocks, least_work, count) for count in (2, 3))
+        return follow(two, three, micro_batches - 2)
+    made = made or min(micro_batches, MAX_SIMULATED_MICRO_BATCHES)
     architecture = architecture_of(config.model)
     before, blocks = extreme_sets(config, architecture.num_hidden_layers, num_blocks, least_work)
     if num_blocks is not None:
@@ -163,7 +192,6 @@ def simulate(config: Config, num_blocks: int | None = None, least_work: bool = F
     if not blocks:
         sampler = UniformSamplerConfig(active_layers=0, period=period)
     config = replace(config, sampler=sampler)
-    micro_batches = micro_batches_per_step(config)
     dims = cluster_dims(config.parallel)
     check_accumulation(config, dims.data_ranks)
     # Fake tensors are so many objects that looking for garbage among them takes a third of the time.
@@ -179,23 +207,24 @@ def simulate(config: Config, num_blocks: int | None = None, least_work: bool = F
             ledger.phase = ledger.scope = SWITCH
             begin_period(train_module, 0)
             clock.move_to_host()
-            batches = [_micro_batch(config) for _ in range(min(micro_batches, MAX_SIMULATED_MICRO_BATCHES))]
+            batches = [_micro_batch(config) for _ in range(made)]
             with torch.compiler.set_stance("force_eager"):  # an optimizer may compile its own step
                 train_step(train_module, batches, 0, 2, stopwatch=clock)
             # Any step but the first after a switch begins with what is there at its end.
             ledger.work["optimizer"].link_bytes -= train_module.store.link_bytes_ahead()
+        parts = 1 if block_major else micro_batches
         return Trace(
             num_blocks=len(train_module.store.layers.blocks),
             num_active=len(blocks),
             persistent_bytes=clock.persistent_bytes,
             host_bytes=clock.host_bytes,
             peaks={phase: peak for phase, peak in ledger.peaks.items() if phase != "start"},
-            work=_work_of_step(ledger.work, micro_batches),
+            work=_work_of_step(ledger.work, parts),
             kernels=train_module.kernels,
             tokens=micro_batches * config.train.micro_batch_size * dims.data_ranks * config.data.sequence_length,
             streamed=(
-                _work_of_passes(ledger.work, micro_batches, [STREAMED_FORWARD]),
-                _work_of_passes(ledger.work, micro_batches, [STREAMED_BACKWARD]),
+                _work_of_passes(ledger.work, parts, [STREAMED_FORWARD]),
+                _work_of_passes(ledger.work, parts, [STREAMED_BACKWARD]),
             ),
         )
 
@@ -206,14 +235,17 @@ class _Clock:
     def __init__(self, train_module: TrainModule, ledger: Ledger) -> None:
         self.train_module = train_module
         self.ledger = ledger
-        self.micro_batch = -1
+        self.block_major = is_block_major(train_module.config.parallel, train_module.config.train)
+        self.micro_batch = 0 if self.block_major else -1  # where they pass together there is one account
+        self.part = ""
         self.persistent_bytes: dict[str, int] = {}
         self.host_bytes = 0
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
+        self.part = part
         if part == "forward":
-            self.micro_batch += 1
+            self.micro_batch += not self.block_major
             self._enter(None)
         elif part == "optimizer":
             self.ledger.phase = self.ledger.scope = part
@@ -227,21 +259,41 @@ class _Clock:
     def watch_modules(self) -> None:
         """Set the phase as the forward and the backward pass enter each part of the model."""
         layers = self.train_module.store.layers
-        for index, block in enumerate(layers.blocks):
+        if self.block_major:
+            self._watch_visits()
+        for index, block in enumerate([] if self.block_major else layers.blocks):
             self._watch(block, f"block {index} of {len(layers.blocks)}", index)
         for modules, name in ((layers.embeddings, "embeddings"), (layers.norm, "norm"), ([layers.head], "head")):
             for module in modules:
                 self._watch(module, name)
 
     def _enter(self, block: int | None, streamed: str = "") -> None:
-        """Put down what comes to this micro-batch, apart where it is the pass of a block that streams, or might."""
+        """Put down what comes to this micro-batch, apart where it is the pass of a block that streams, or might.
+
+        Where micro-batches pass together, of any block: copies go on beside those that train too.
+        """
         self.ledger.scope = f"micro-batch {self.micro_batch}"
         if block is None:
             return
         recomputes = self.train_module.store.recomputes(block)
-        if recomputes or block not in self.train_module.active.blocks:
+        if recomputes or self.block_major or block not in self.train_module.active.blocks:
             self.ledger.scope += streamed
             self.ledger.work.setdefault(self.ledger.scope, Work()).visits += recomputes
+
+    def _watch_visits(self) -> None:
+        """Set the phase at each visit to a block, of all micro-batches: stubs answer when the model calls it."""
+        store = self.train_module.store
+        visit, depth = store.visit, len(store.layers.blocks)
+
+        @contextmanager
+        def watched(block: int) -> Iterator[Callable[..., Any]]:
+            self.ledger.phase = f"{self.part} of block {block} of {depth}"
+            self._enter(block, STREAMED_FORWARD if self.part == "forward" else STREAMED_BACKWARD)
+            with visit(block) as forward:
+                yield forward
+            self._enter(None)
+
+        store.visit = watched  # type: ignore[method-assign]
 
     def _watch(self, module: nn.Module, name: str, block: int | None = None) -> None:
         def begin_forward(*_: Any) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lisa_dist.config import Config, UserError
+from lisa_dist.config.placement import is_block_major
 from lisa_dist.models.architecture import original_class, set_depth
 from lisa_dist.models.layer_map import LayerMap, find_layers
 from lisa_dist.models.masking import one_sample_a_row
@@ -65,6 +66,8 @@ class MemoryPolicy:
         self._set_kinds(store, active_blocks)
 
     def _set_kinds(self, store: ParameterStore, active_blocks: list[int]) -> None:
+        if is_block_major(self.config.parallel, self.config.train):
+            return  # every block is computed again as it is
         setting, blocks = self.config.parallel.activation_checkpointing, store.layers.blocks
         if setting != "auto":
             for index, block in enumerate(blocks if setting != "none" else []):
@@ -108,7 +111,10 @@ class MemoryPolicy:
         """
         sizes, kind = store.frozen_block_bytes(), self.config.parallel.activation_checkpointing
         left = self._budget(store) + sum(size for block, size in sizes.items() if not store.recomputes(block))
-        extra = {}
+        extra: dict[int, int] = {}
+        if is_block_major(self.config.parallel, self.config.train):
+            left -= self._inputs_of_all_micro_batches(len(store.layers.blocks) - lowest)
+            lowest = len(store.layers.blocks)  # none of them keeps more
         for block in range(lowest, len(store.layers.blocks)):
             cost = self.costs[block in active_blocks]
             left -= cost["full" if block in sizes else kind].bytes
@@ -120,6 +126,12 @@ class MemoryPolicy:
                 break
             kept.append(block)
         return kept, left
+
+    def _inputs_of_all_micro_batches(self, blocks: int) -> int:
+        """Return the bytes of the inputs that wait for so many blocks, of what comes out of them, and of arguments."""
+        train = self.config.train
+        micro_batches = -(-train.global_batch_size // train.micro_batch_size)
+        return micro_batches * (blocks + 2) * self.costs[False]["full"].bytes
 
     def _keep_what_fits(self, store: ParameterStore, active_blocks: list[int]) -> None:
         """Let as many frozen blocks stay on the device as fit; the others stream.

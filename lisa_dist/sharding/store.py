@@ -7,8 +7,8 @@ its implementations alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from contextlib import AbstractContextManager
-from typing import Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -147,6 +147,14 @@ class ParameterStore(Protocol):
     def recomputes(self, block: int) -> bool:
         """Whether the store itself has a block computed again in the backward pass; then that keeps its input alone."""
         return False
+
+    def expect_visits(self) -> None:
+        """Say that the blocks are visited upwards, and back to the lowest that gradients reach."""
+        return
+
+    def visit(self, block: int) -> AbstractContextManager[Callable[..., Any]]:
+        """Have a block's weights where they are used while the context lasts; gives its forward pass, without more."""
+        return nullcontext(self.layers.blocks[block].forward)
 
     def register_grad_hook(self, name: str, hook: GradHook) -> None:
         """Have ``hook(master)`` called as soon as a backward pass has brought a gradient, summed over all ranks.

@@ -11,7 +11,7 @@ without a word).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -90,6 +90,7 @@ class StreamedStore(ResidentStore):
         self._names = [self.block_parameters(index) for index in range(len(layers.blocks))]
         self._check_own_parameters()
         self._connect(torch.device("meta"))
+        self._forwards = [block.forward for block in layers.blocks]
         for index, block in enumerate(layers.blocks):
             block.forward = partial(self._run, index, block.forward)
 
@@ -175,6 +176,18 @@ class StreamedStore(ResidentStore):
         """Whether the block is fetched and computed again in the backward pass."""
         return block in self._hosted
 
+    def expect_visits(self) -> None:
+        """Say that the blocks are visited upwards, and back to the lowest that gradients reach."""
+        streaming = sorted(self._hosted)
+        lowest = self.lowest_reached() if torch.is_grad_enabled() else len(self.layers.blocks)
+        self.slots.expect([*streaming, *(block for block in reversed(streaming) if block >= lowest)])
+
+    @contextmanager
+    def visit(self, block: int) -> Iterator[Callable[..., Any]]:
+        """Have a block's weights on the device while the context lasts; gives its forward pass."""
+        with self._visit(block, []) if block in self._hosted else nullcontext():
+            yield self._forwards[block]
+
     def transient_bytes(self) -> int:
         """Return the bytes of the slots, and of the gradients that a block that streams has at a time."""
         gradients = [sum(self.parameter(name).nbytes for name in self._trained_in(block)) for block in self._hosted]
@@ -247,16 +260,10 @@ class StreamedStore(ResidentStore):
         if index not in self._hosted:
             return forward(*args, **kwargs)
         if index == min(self._hosted):
-            self._expect_visits()
+            self.expect_visits()
         names = self._trained_in(index)
         trained = [self.parameter(name) for name in names]
         return recompute(forward, args, kwargs, trained, partial(self._visit, index, names), self.device)
-
-    def _expect_visits(self) -> None:
-        """Say which blocks are visited in this pass: all upwards, and back to the lowest that gradients reach."""
-        streaming = sorted(self._hosted)
-        lowest = self.lowest_reached() if torch.is_grad_enabled() else len(self.layers.blocks)
-        self.slots.expect([*streaming, *(block for block in reversed(streaming) if block >= lowest)])
 
     @contextmanager
     def _visit(self, block: int, trained: list[str]) -> Iterator[list[Tensor]]:

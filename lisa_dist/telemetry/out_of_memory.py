@@ -126,6 +126,8 @@ def savings(config: Config, phase: str, on_gpu: bool) -> list[tuple[str, object,
         smaller_chunk = min(chunk, micro * length) // 4
         if smaller_chunk >= SMALLEST_LOSS_CHUNK:
             found.append(("model.loss_chunk", smaller_chunk, config.model.loss_chunk))
+        if config.parallel.block_major:
+            found.append(("parallel.block_major", "false", "true"))
     offload = config.parallel.offload
     if on_gpu:  # without one, host memory is what ran out
         kinds = ["none", "auto", "frozen", "all"] if offload == "auto" else ["none", "frozen", "all"]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from lisa_dist.config.placement import is_block_major
 from lisa_dist.data.batches import MicroBatch, label_tokens
 from lisa_dist.method.module import TrainModule, count_persistent_bytes, observe_step, observed_blocks
 from lisa_dist.method.optim.clipping import clipping_divisor, mean_norms, norms_of_squares
 from lisa_dist.method.optim.schedule import learning_rates
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.host_copy import HostCopy
+from lisa_dist.sharding import block_major
 from lisa_dist.training.record import StepResult
 
 PhaseTimer = Callable[[str], AbstractContextManager[None]]  # names the part of a step that its body is
@@ -77,6 +80,8 @@ def accumulate_gradients(
     Returns:
         The sum of this rank's losses, on its device, and what the objective divides it by.
     """
+    if is_block_major(train_module.config.parallel, train_module.config.train):
+        return accumulate_block_major(train_module, micro_batches, stopwatch)
     module = train_module.store.module
     loss_sum = torch.zeros((), device=distributed.device())
     divisor = 0.0
@@ -89,6 +94,18 @@ def accumulate_gradients(
         loss_sum += loss.detach()
         divisor += counted
     return loss_sum, divisor
+
+
+def accumulate_block_major(
+    train_module: TrainModule, micro_batches: list[MicroBatch], stopwatch: PhaseTimer
+) -> tuple[Tensor, float]:
+    """Do the same with all micro-batches through one block at a time, which comes from host memory once for all."""
+    store, objective = train_module.store, train_module.objective
+    passes = [partial(objective, store.module, micro_batch) for micro_batch in micro_batches]
+    store.expect_visits()
+    lowest, seed = store.lowest_reached(), torch.initial_seed()  # that of the step
+    losses, divisor = block_major.accumulate(passes, store.layers.blocks, store.visit, lowest, seed, stopwatch)
+    return sum(losses, start=torch.zeros((), device=distributed.device())), divisor
 
 
 def step_clipped(
@@ -136,12 +153,16 @@ def step_in_backward(
 def dry_run_batch(train_module: TrainModule, micro_batch: MicroBatch) -> dict[str, int]:
     """Run the longest micro-batch once, so that a run that does not fit fails in its first minute.
 
+    Where a step's micro-batches lie in memory together, as many of them are run.
+
     Nothing is updated. Collective: every rank.
 
     Returns:
         This rank's persistent bytes by kind, counted while gradients are there.
     """
-    accumulate_gradients(train_module, [micro_batch])
+    parallel, train = train_module.config.parallel, train_module.config.train
+    together = train.global_batch_size // train.micro_batch_size if is_block_major(parallel, train) else 1
+    accumulate_gradients(train_module, [micro_batch] * together)
     counted = count_persistent_bytes(train_module)
     train_module.optimizer.drop_gradients()
     return counted

@@ -43,6 +43,19 @@ WITHOUT_EFFECT = [
     (["parallel.memory_limit=20"], "parallel.memory_limit=20.0", ["parallel.activation_checkpointing=auto"]),
     (["parallel.defer_reduction=true"], "parallel.defer_reduction=true", ["train.global_batch_size=16"]),
     (
+        ["parallel.block_major=true", "parallel.offload=frozen", "train.global_batch_size=8"],
+        "parallel.block_major=true",
+        ["train.global_batch_size=16"],
+    ),
+    (
+        [
+            *["parallel.block_major=true", "parallel.offload=frozen", "train.global_batch_size=16"],
+            "parallel.activation_checkpointing=full",
+        ],
+        "parallel.activation_checkpointing=full",
+        ["parallel.block_major=false"],
+    ),
+    (
         ["parallel.replicate=8", "parallel.defer_reduction=true", "train.global_batch_size=16"],
         "parallel.defer_reduction=true",
         ["parallel.replicate=4"],
@@ -120,6 +133,10 @@ REFUSED = [
     (["parallel.optimizer_shard=world", "optimizer.in_backward=true"], "needs optimizer.in_backward=false"),
     (["parallel.optimizer_shard=world", "parallel.offload=all"], "parallel.offload must be none or frozen"),
     (["parallel.offload=auto", "parallel.activation_checkpointing=auto"], "auto: shares out the memory"),
+    (["parallel.block_major=true"], "block_major=true: .*, not with parallel.offload=none; choose one"),
+    (["parallel.block_major=true", "parallel.offload=all"], "not with parallel.offload=all"),
+    (["parallel.block_major=true", "parallel.offload=frozen", "parallel.replicate=2"], "needs one rank, parallel.rep"),
+    (["parallel.block_major=true", "parallel.offload=frozen", "precision.frozen=float32"], "precision.frozen to be"),
     (["optimizer.in_backward=true", "update=low_rank"], "update=low_rank needs a step's gradients all together"),
     (["optimizer.in_backward=true", "train.on_nonfinite=skip"], "train.on_nonfinite must be stop"),
 ]
@@ -142,6 +159,13 @@ def test_the_choice_of_what_stays_on_the_device_is_that_of_one_rank() -> None:
     config = load([*MODEL, "parallel.offload=auto"])
     check_streamed(config, ranks=1)
     with pytest.raises(UserError, match=r"parallel.offload=auto: needs one rank, .*choose parallel.offload=frozen"):
+        check_streamed(config, ranks=2)
+
+
+def test_micro_batches_pass_block_by_block_on_one_rank() -> None:
+    config = load([*MODEL, "parallel.offload=frozen", "parallel.block_major=true"])
+    check_streamed(config, ranks=1)
+    with pytest.raises(UserError, match=r"parallel.block_major=true: needs one rank, .*; set parallel.block_major=fal"):
         check_streamed(config, ranks=2)
 
 

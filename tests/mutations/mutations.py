@@ -247,6 +247,21 @@ SWITCH = [
         f"{STREAMED}[gpt2 with dropout]",
     ),
     Mutation(
+        "where micro-batches pass a block together, all have the same dropout",
+        "sharding/block_major.py",
+        "hash((seed, micro_batch, block))",
+        "hash((seed, block))",
+        "sharding/test_block_major.py::test_dropout_is_keyed_by_step_micro_batch_and_block",
+    ),
+    Mutation(
+        "of the inputs that wait where micro-batches pass a block together, only one micro-batch's are reckoned with",
+        "sharding/memory_policy.py",
+        "return micro_batches * (blocks + 2)",
+        "return (blocks + 2)",
+        "sharding/test_block_major.py::"
+        "test_as_many_blocks_stay_on_the_device_as_leave_room_for_the_inputs_of_all_micro_batches",
+    ),
+    Mutation(
         "frozen blocks that stay on the device take no memory of it",
         "sharding/memory_policy.py",
         "rest -= sizes[block] + extra.get(block, 0)",

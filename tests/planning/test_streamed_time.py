@@ -65,7 +65,12 @@ class WatchedLink(SimulatedLink):
 
 
 def configured(
-    depth: int, slots: int, micro_batches: int, always_active: dict[str, bool], limit: float | None = None
+    depth: int,
+    slots: int,
+    micro_batches: int,
+    always_active: dict[str, bool],
+    limit: float | None = None,
+    block_major: bool = False,
 ) -> Config:
     config = make_config(
         train={"micro_batch_size": 2, "global_batch_size": 2 * micro_batches},
@@ -74,11 +79,12 @@ def configured(
             "prefetch": slots - 1,
             "memory_limit": limit,
             "activation_checkpointing": "full",
+            "block_major": block_major,
         },
         always_active=always_active,
         data={"sequence_length": LENGTH},
     )
-    config.model.architecture |= {"num_hidden_layers": depth}
+    config.model.architecture |= {"num_hidden_layers": depth, **({"hidden_size": 48} if block_major else {})}
     config.model.attention = "eager"  # whose products are counted as such
     config.sampler = FixedSamplerConfig(blocks=[13, depth - 5])
     return config
@@ -125,17 +131,18 @@ def replayed_seconds(events: list[tuple[str, int, int, int]], operations: int, l
 
 
 @pytest.mark.parametrize(
-    ("depth", "slots", "micro_batches", "always_active", "limit"),
+    ("depth", "slots", "micro_batches", "always_active", "limit", "block_major"),
     [
-        pytest.param(24, 2, 2, {}, None, marks=pytest.mark.soak, id="2 slots, 2 micro-batches"),
-        pytest.param(32, 3, 1, FROZEN, None, id="3 slots, frozen ends"),
-        pytest.param(32, 3, 1, FROZEN, HALF, id="3 slots, frozen ends, half of the blocks stay"),
+        pytest.param(24, 2, 2, {}, None, False, marks=pytest.mark.soak, id="2 slots, 2 micro-batches"),
+        pytest.param(32, 3, 2, FROZEN, None, True, id="3 slots, frozen ends, 2 micro-batches block by block"),
+        pytest.param(32, 3, 1, FROZEN, None, False, id="3 slots, frozen ends"),
+        pytest.param(32, 3, 1, FROZEN, HALF, False, id="3 slots, frozen ends, half of the blocks stay"),
     ],
 )
 def test_a_streamed_step_is_planned_as_long_as_the_replayed_one(
-    depth: int, slots: int, micro_batches: int, always_active: dict[str, bool], limit: float | None
+    depth: int, slots: int, micro_batches: int, always_active: dict[str, bool], limit: float | None, block_major: bool
 ) -> None:
-    config = configured(depth, slots, micro_batches, always_active, limit)
+    config = configured(depth, slots, micro_batches, always_active, limit, block_major)
     events, operations, copied = run_on_ranks(1, events_of_a_step, config)[0]
     trace = simulate(config)
     assert trace.work.flops == operations

@@ -83,6 +83,12 @@ def test_keys_are_advised_in_the_order_to_try_them() -> None:
     assert "parallel.offload=frozen" not in keys_of(config, on_gpu=False), "it would be the same memory"
 
 
+def test_inputs_of_all_micro_batches_can_be_given_up() -> None:
+    overrides = ["model=llama2_7b", "train.global_batch_size=8", "parallel.offload=frozen", "parallel.block_major=true"]
+    assert "parallel.block_major=false" in keys_of(load(overrides))
+    assert "parallel.block_major=false" not in keys_of(load(overrides), "optimizer of step 1")
+
+
 def test_what_is_at_its_limit_or_refused_or_without_effect_is_not_advised() -> None:
     overrides = ["model=llama2_7b", "data.sequence_length=128", "parallel.activation_checkpointing=full"]
     assert keys_of(load([*overrides, "parallel.offload=all"])) == ["data.sequence_length=64"]

@@ -1,0 +1,207 @@
+"""All micro-batches of a step pass through a block while its weights are there: they are copied once a step.
+
+The model's own forward is left alone. It runs for each micro-batch with stubs in place of the blocks, which note what
+each block is called with; then each block runs for all micro-batches, one block after the other; then the forward runs
+again, with what came out of the blocks as the last stub's answer, for norm, head and loss. The backward pass goes the
+same way round. Blocks run without a graph and keep their inputs alone; on the way back each is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lisa_dist.config import UserError
+from lisa_dist.config.errors import in_one_line
+from lisa_dist.models.tiny_copy import FIRST_PLAIN_TOKEN, VOCABULARY, NoTinyCopyError, tiny_copy
+
+ModelPass = Callable[[], tuple[Tensor, float]]  # of one micro-batch: the sum of its losses, and what divides it
+Visit = Callable[[int], AbstractContextManager[Callable[..., Any]]]  # a block's weights are there; gives its forward
+PhaseTimer = Callable[[str], AbstractContextManager[None]]  # names the part of a step that its body is
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with beside the hidden states
+
+TRIED_TOKENS = (21, 13)  # of the tiny copy's micro-batches
+ROUNDING = 1e-3  # of the largest gradient of a parameter, in float32; another order of sums gives some 1e-6
+
+
+class _LastBlockReachedError(Exception):
+    """Ends a forward pass that was made for what blocks are called with."""
+
+
+def accumulate(
+    passes: Sequence[ModelPass],
+    blocks: Sequence[nn.Module],
+    visit: Visit,
+    lowest: int,
+    seed: int | None = None,
+    stopwatch: PhaseTimer = lambda part: nullcontext(),
+) -> tuple[list[Tensor], float]:
+    """Make the forward and the backward pass of all micro-batches; the gradients are added at the parameters.
+
+    Args:
+        passes: of the micro-batches, each through the whole model.
+        blocks: of the model, each called once in a pass, with the hidden states first, and answering with them alone.
+        visit: is entered once for each block upwards, and once downwards where gradients reach it.
+        lowest: the lowest block that has anything that trains, or stands above it.
+        seed: dropout is keyed by it, the micro-batch and the block; None: nothing draws.
+        stopwatch: times ``forward`` and ``backward``.
+
+    Returns:
+        The loss of each micro-batch, and the sum of what divides them.
+    """
+    top = len(blocks)
+
+    def draw_for(micro_batch: int, block: int) -> None:
+        if seed is not None:
+            torch.manual_seed(hash((seed, micro_batch, block)) % 2**63)
+
+    entered: list[Tensor] = []
+    calls: list[list[Call]] = []
+    with stopwatch("forward"):
+        for micro_batch, run in enumerate(passes):
+            draw_for(micro_batch, -1)
+            state, noted = _note_calls(run, blocks)
+            entered.append(state)
+            calls.append(noted)
+    if any(state.requires_grad for state in entered):
+        lowest = 0
+    states = [state.detach() for state in entered]
+    inputs: dict[int, list[Tensor]] = {}
+    for block in range(top):
+        if block >= lowest:
+            inputs[block] = list(states)
+        with stopwatch("forward"), torch.no_grad(), visit(block) as forward:
+            for micro_batch, of_blocks in enumerate(calls):
+                args, kwargs = of_blocks[block]
+                draw_for(micro_batch, block)
+                states[micro_batch] = forward(states[micro_batch], *args, **kwargs)
+                if not isinstance(states[micro_batch], Tensor):
+                    raise TypeError("its blocks answer with more than the hidden states")
+    losses, divisor = [], 0.0
+    for micro_batch, run in enumerate(passes):
+        state = states[micro_batch].requires_grad_(lowest < top)
+        draw_for(micro_batch, top)
+        with stopwatch("forward"), _answering(blocks, [_pass_on] * (top - 1) + [partial(_answer, state)]):
+            loss, counted = run()
+        with stopwatch("backward"):
+            loss.backward()
+        losses.append(loss.detach())
+        divisor += counted
+        if state.grad is not None:  # takes the state's place
+            states[micro_batch] = state.grad
+    for block in reversed(range(lowest, top)):
+        with stopwatch("backward"), visit(block) as forward:
+            for micro_batch, kept in enumerate(inputs.pop(block)):
+                args, kwargs = calls[micro_batch][block]
+                state = kept.detach().requires_grad_(block > lowest or entered[micro_batch].requires_grad)
+                draw_for(micro_batch, block)
+                forward(state, *args, **kwargs).backward(states[micro_batch])
+                if state.grad is not None:
+                    states[micro_batch] = state.grad
+    with stopwatch("backward"):
+        for state, gradient in zip(entered, states):
+            if state.requires_grad:
+                state.backward(gradient)
+    return losses, divisor
+
+
+def _note_calls(run: ModelPass, blocks: Sequence[nn.Module]) -> tuple[Tensor, list[Call]]:
+    """Return the hidden states that enter the first block, with their graph, and what each block is called with."""
+    states: list[Tensor] = []
+    calls: list[Call] = []
+
+    def note(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values())):
+            raise TypeError("gradients pass into its blocks by more than the hidden states")
+        states.append(hidden_states)
+        calls.append((args, kwargs))
+        if len(calls) == len(blocks):
+            raise _LastBlockReachedError
+        return hidden_states
+
+    try:
+        with _answering(blocks, [note] * len(blocks)):
+            run()
+    except _LastBlockReachedError:
+        pass
+    return states[0], calls
+
+
+def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden_states
+
+
+def _answer(state: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return state
+
+
+@contextmanager
+def _answering(blocks: Sequence[nn.Module], stubs: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
+    """Have stubs answer for the blocks while the context lasts."""
+    originals = [block.forward for block in blocks]
+    for block, stub in zip(blocks, stubs):
+        block.forward = stub
+    try:
+        yield
+    finally:
+        for block, original in zip(blocks, originals):
+            block.forward = original
+
+
+def check_block_major(model: nn.Module, blocks_path: str) -> None:
+    """Raise :class:`UserError` where a model's losses and gradients are others in this order, by a tiny copy of it.
+
+    Args:
+        model: as transformers builds it, on any device, without adapters.
+        blocks_path: the dotted path of its stack of blocks.
+    """
+    refused = f"parallel.block_major=true: {type(model).__name__}"
+    remedy = "set parallel.block_major=false"
+    try:
+        small = tiny_copy(model, blocks_path)
+    except NoTinyCopyError as error:
+        raise UserError(
+            f"{refused} can't be tried in this order, since no tiny copy of it can be built ({error}); {remedy}"
+        ) from error
+    blocks = list(small.get_submodule(blocks_path).children())
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(FIRST_PLAIN_TOKEN, VOCABULARY, (1, size), generator=generator) for size in TRIED_TOKENS]
+    passes = [partial(_tiny_pass, small, tokens) for tokens in ids]
+    try:
+        expected = [loss for run in passes for loss in [run()[0]] if loss.backward() is None]  # type: ignore[no-untyped-call]
+        gradients = _take_gradients(small)
+        losses, _ = accumulate(passes, blocks, lambda block: nullcontext(blocks[block].forward), lowest=0)
+        found = _take_gradients(small)
+    except Exception as error:  # whatever a foreign forward pass raises
+        raise UserError(
+            f"{refused} can't pass one block at a time: a tiny copy of it gives {type(error).__name__}: "
+            f"{in_one_line(error)}; {remedy}"
+        ) from error
+    differing = [name for name in gradients if not _equal(found.get(name), gradients[name])]
+    if differing or found.keys() != gradients.keys() or not _equal(torch.stack(losses), torch.stack(expected)):
+        first = f", as of {differing[0]}" if differing else ""
+        raise UserError(
+            f"{refused} gets other losses or gradients{first} where all micro-batches pass one block at a time, as "
+            f"where blocks share keys and values, or inputs of each layer are made before them; {remedy}"
+        )
+
+
+def _tiny_pass(model: Any, tokens: Tensor) -> tuple[Tensor, float]:
+    logits = model(input_ids=tokens, use_cache=False).logits.float()
+    return F.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="sum"), 1.0
+
+
+def _take_gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def _equal(found: Tensor | None, expected: Tensor) -> bool:
+    return found is not None and bool((found - expected).abs().max() <= ROUNDING * expected.abs().max())
