@@ -68,7 +68,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = (with_gradients and needed for needed in ctx.needs_input_grad[:3])
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
-        weight_gradient: Tensor | None = None
+        # What micro-batches before this one gave is added to, where a store of a GPU hands it over: no second tensor of
+        # the weight's size is needed for the sum.
+        take = getattr(weight, "take_gradient", None) if needs_weight else None
+        weight_gradient: Tensor | None = take() if take is not None else None
+        ctx.adds = weight_gradient is not None
         bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
         needed = needs_hidden or needs_weight or needs_bias
         for start in range(0, hidden.shape[0], chunk_tokens):
@@ -98,6 +102,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the chunked loss gives its gradients once; run the forward pass again")
         gradients, ctx.gradients = ctx.gradients, None
+        if ctx.adds:  # what was there before must not be multiplied; the host does not wait to know
+            torch._assert_async(incoming[0] == 1, "losses whose gradients are added up in place are not to be scaled")
         # The incoming scalar stays float32: cast to bfloat16 it would cost 0.2% of every gradient.
         for gradient in gradients:
             if gradient is not None:

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lisa_dist.config import PrecisionConfig
 from lisa_dist.models.layer_map import LayerMap
+from lisa_dist.runtime import distributed
 from lisa_dist.sharding.replicas import GradientSums
 from lisa_dist.sharding.rounding import convert, dtype_of, rounding_seed
 from lisa_dist.sharding.store import GradHook, ParameterStore, allocate_buffers
@@ -179,7 +180,10 @@ class ResidentStore(ParameterStore):
             master.compute_copy = self.parameter(name).detach()  # for an optimizer that writes both in one pass
             self._masters[name] = master
             if trained:  # a gradient that is summed in the master's dtype, as the head's, is not rounded on its way
-                self.parameter(name).grad_dtype = exact.dtype
+                parameter: Any = self.parameter(name)
+                parameter.grad_dtype = exact.dtype
+                if exact.is_cuda or distributed.is_simulated():
+                    parameter.take_gradient = partial(self._give_gradient, name)
 
     def _cast_rows(self, module: nn.Module, args: Any, rows: Tensor) -> Tensor:
         return rows.to(dtype_of(self.precision.compute))
@@ -208,6 +212,12 @@ class ResidentStore(ParameterStore):
                 self._grad_hooks[name](master)
         elif not self._deferred:
             self._sum_in_order(name, self._sums)
+
+    def _give_gradient(self, name: str) -> Tensor | None:
+        """Return the sum of a parameter's gradients so far, to which the next one, when it comes, is added already."""
+        master = self.master(name)
+        gradient, master.grad = master.grad, None
+        return gradient
 
     def _sum_in_order(self, arrived: str, sums: GradientSums) -> None:
         """Begin the sums that are next, up to a gradient that has not come; the backward pass ends with all others."""

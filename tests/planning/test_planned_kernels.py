@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 from lisa_dist.config import Config
@@ -34,6 +36,16 @@ def test_a_frozen_block_keeps_less_by_what_fused_kernels_do_not_keep() -> None:
     saved = SEQUENCES * LENGTH * (2 * 2 * HIDDEN + 2 * INTERMEDIATE)
     assert eager - compiled == pytest.approx(saved, rel=0.02)
     assert moved < 0.5 * moved_by_eager
+
+
+def test_a_second_micro_batch_needs_no_second_gradient_of_the_head() -> None:
+    once = configured("compile")
+    once.model.architecture["vocab_size"] = 1 << 16  # so that a gradient of the head is most of what there is
+    once.always_active.embeddings = False  # whose gradient waits beside the second micro-batch
+    twice = copy.deepcopy(once)
+    twice.train.global_batch_size *= 2
+    peaks = [simulate(config, 3).peak_bytes for config in (once, twice)]
+    assert peaks[0] <= peaks[1] < peaks[0] + 4 * HIDDEN * (1 << 16) // 4
 
 
 def test_kernels_change_no_product(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -168,6 +169,34 @@ def test_the_gradient_of_the_head_reaches_its_master_unrounded(tied: bool) -> No
     gradient = run_on_ranks(1, head_gradient, tied)[0]
     assert gradient.dtype == torch.float32
     assert (gradient != gradient.bfloat16().float()).float().mean() > 0.9
+
+
+def gradients_of_two_micro_batches(in_place: bool) -> dict[str, Any]:
+    """The head's gradient after a step's micro-batches, where it lay after the first, and a scaled loss. On a rank."""
+    train_module = build_train_module(make_config(precision=BF16))
+    load_initial_weights(train_module, CPU)
+    begin_period(train_module, 0)
+    store, name = cast(ResidentStore, train_module.store), "lm_head.weight"
+    if in_place:  # as on a GPU
+        cast(Any, store.parameter(name)).take_gradient = partial(store._give_gradient, name)
+    micro_batches = make_global_batches(1)[0][:2]
+    accumulate_gradients(train_module, micro_batches[:1])
+    first = cast(torch.Tensor, store.master(name).grad).data_ptr()
+    accumulate_gradients(train_module, micro_batches[1:])
+    second = cast(torch.Tensor, store.master(name).grad)
+    found = {"stayed": second.data_ptr() == first, "gradient": second.clone()}
+    if in_place:
+        loss, _ = train_module.objective(store.module, micro_batches[0])
+        with pytest.raises(RuntimeError, match="not to be scaled"):
+            (loss * 0.5).backward()
+    return found
+
+
+def test_the_gradient_of_the_head_is_added_to_that_of_earlier_micro_batches_where_it_lies() -> None:
+    (apart,), (in_place,) = (run_on_ranks(1, gradients_of_two_micro_batches, each) for each in (False, True))
+    assert in_place["stayed"]
+    torch.testing.assert_close(in_place["gradient"], apart["gradient"], rtol=1e-5, atol=1e-6)
+    assert apart["gradient"].abs().sum() > 0
 
 
 def test_the_gradient_of_embeddings_is_summed_in_fp32() -> None:
