@@ -22,6 +22,7 @@ from lisa_dist.models.matrices import InputSquares, input_dim
 from lisa_dist.objectives import Objective
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import local_region, local_shard
+from lisa_dist.sharding.activation_checkpointing import inputs_alone_kept
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.sharding.store import ParameterStore
 
@@ -47,8 +48,11 @@ def gradient_norms(
 
     g is the gradient of a batch's mean loss with respect to the N parameters of the block that the update
     trains. Each is dropped in a hook as soon as its norm is known, so no more than one block's gradients exist
-    at a time beside those of the modules that always train. Collective: every rank, equally many micro-batches.
+    at a time beside those of the modules that always train; and blocks keep their inputs alone, whatever the steps do,
+    for the gradients of all blocks need more activations than those of a period. Collective: every rank, equally many
+    micro-batches.
     """
+    recomputed = [block for index, block in enumerate(store.layers.blocks) if not store.recomputes(index)]
     blocks = range(len(store.layers.blocks))
     names = [update.trainable_parameters(store.block_parameters(block)) for block in blocks]
     squares = torch.zeros(len(blocks), dtype=torch.float32, device=distributed.device())
@@ -62,7 +66,8 @@ def gradient_norms(
         return take
 
     sums, batches = [0.0] * len(blocks), 0
-    with store.also_trained(name for part in names for name in part), _evaluating(store.module):
+    trained = (name for part in names for name in part)
+    with store.also_trained(trained), _evaluating(store.module), inputs_alone_kept(recomputed):
         hooks = [
             store.parameter(name).register_post_accumulate_grad_hook(dropping(block))
             for block in blocks

@@ -142,6 +142,7 @@ def install_liger(model: nn.Module, *, keep_inputs: bool) -> None:
     family = _family_of(model)
     assert family is not None, "choose_kernels takes Liger for the families that it knows"
     operators = _simulated_operators() if distributed.is_simulated() else _liger_operators()
+    plain_block = functools.cache(functools.partial(_plain_block, family, operators.add_norm))
 
     def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         if keep_inputs:
@@ -158,7 +159,8 @@ def install_liger(model: nn.Module, *, keep_inputs: bool) -> None:
                 _with_global(type(module).forward, ROTARY, rotate), module
             )
         if inspect.unwrap(type(module).forward).__code__.co_names == PLAIN_BLOCK:
-            module.forward = _plain_block(module, family, operators.add_norm)  # type: ignore[method-assign]
+            # Of its class, for transformers 5.18 and later checkpoint activations in the forward that a class has.
+            module.__class__ = plain_block(type(module))  # type: ignore[arg-type]
         for names in JOINED:
             layers = [getattr(module, name, None) for name in names]
             if all(isinstance(layer, nn.Module) for layer in layers):
@@ -288,17 +290,19 @@ def _epsilon(norm: Any) -> float:
     return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
 
-def _plain_block(block: Any, family: _Family, add_norm: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+def _plain_block(
+    family: _Family, add_norm: Callable[..., tuple[Tensor, Tensor]], kind: type[nn.Module]
+) -> type[nn.Module]:
     def apply(branch: Tensor | None, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
         return add_norm(branch, residual, norm.weight, _epsilon(norm), family.offset, family.casting)
 
-    def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(block: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         residual, normed = apply(None, hidden_states, block.input_layernorm)
         attended, _ = block.self_attn(hidden_states=normed, **kwargs)
         residual, normed = apply(attended, residual, block.post_attention_layernorm)
         return residual + block.mlp(normed)
 
-    return forward
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
 def _has_gate(module: Any, family: _Family) -> bool:

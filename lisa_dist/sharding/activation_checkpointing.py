@@ -11,7 +11,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,37 @@ def set_checkpointing(block: nn.Module, kind: str) -> None:
     elif kind == "selective":
         contexts = functools.partial(_selective_contexts, sum(isinstance(part, nn.Linear) for part in block.modules()))
         flagged._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
+
+
+@contextmanager
+def inputs_alone_kept(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Let blocks of a model in evaluation keep their inputs alone while the context lasts; dropout stays off.
+
+    transformers checkpoints a block that trains, so each says it does until its forward pass is under way. Blocks that
+    can't be checkpointed stay as they are.
+    """
+    changed: list[Any] = [block for block in blocks if hasattr(block, "gradient_checkpointing")]
+    before = [(block.gradient_checkpointing, block.__dict__.get("_gradient_checkpointing_func")) for block in changed]
+    for block in changed:
+        block.training = block.gradient_checkpointing = True
+        block._gradient_checkpointing_func = functools.partial(_checkpoint_evaluating, block)
+    try:
+        yield
+    finally:
+        for block, (flag, function) in zip(changed, before):
+            block.training, block.gradient_checkpointing = False, flag
+            block._gradient_checkpointing_func = function
+
+
+def _checkpoint_evaluating(block: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:
+    def evaluate(*args: Any) -> Any:
+        block.training = False
+        try:
+            return forward(*args)
+        finally:
+            block.training = True
+
+    return checkpoint(evaluate, *args, use_reentrant=False)
 
 
 def _selective_contexts(linears: int) -> Any:

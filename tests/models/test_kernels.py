@@ -144,7 +144,8 @@ def test_liger_is_put_on_one_model_alone(liger: None) -> None:
     forwards = {type(module): type(module).forward for module in other.modules()}
     install_liger(patched, keep_inputs=False)
     block, same = patched.model.layers[0], other.model.layers[0]
-    for name in ("", "self_attn", "self_attn.q_proj", "mlp", "mlp.up_proj", "input_layernorm"):
+    assert type(block) is not type(same) and isinstance(block, type(same))
+    for name in ("self_attn", "self_attn.q_proj", "mlp", "mlp.up_proj", "input_layernorm"):
         assert "forward" in vars(block.get_submodule(name)) and "forward" not in vars(same.get_submodule(name))
     assert forwards == {type(module): type(module).forward for module in other.modules()}
 
