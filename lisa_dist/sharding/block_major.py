@@ -48,7 +48,8 @@ def accumulate(
         passes: of the micro-batches, each through the whole model.
         blocks: of the model, each called once in a pass, with the hidden states first, and answering with them alone.
         visit: is entered once for each block upwards, and once downwards where gradients reach it.
-        lowest: the lowest block that has anything that trains, or stands above it.
+        lowest: the lowest block that gradients reach, by what trains in blocks; where what enters the first one has a
+            graph they reach all.
         seed: dropout is keyed by it, the micro-batch and the block; None: nothing draws.
         stopwatch: times ``forward`` and ``backward``.
 
@@ -173,8 +174,12 @@ def check_block_major(model: nn.Module, blocks_path: str) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(FIRST_PLAIN_TOKEN, VOCABULARY, (1, size), generator=generator) for size in TRIED_TOKENS]
     passes = [partial(_tiny_pass, small, tokens) for tokens in ids]
+    expected = []
     try:
-        expected = [loss for run in passes for loss in [run()[0]] if loss.backward() is None]  # type: ignore[no-untyped-call]
+        for run in passes:
+            loss, _ = run()
+            loss.backward()
+            expected.append(loss.detach())
         gradients = _take_gradients(small)
         losses, _ = accumulate(passes, blocks, lambda block: nullcontext(blocks[block].forward), lowest=0)
         found = _take_gradients(small)

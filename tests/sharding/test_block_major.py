@@ -73,6 +73,17 @@ def train_in_each_order(config: Config, slots: int, exact: bool) -> None:
         pytest.param(["method=lisa", *FROZEN_ENDS], {}, "llama", WIDE, 1, id="lisa, frozen ends, one slot"),
         pytest.param(["method=lora", *FROZEN_ENDS], BF16, "llama", WIDE | TIED, 3, id="lora, frozen ends, tied"),
         pytest.param(["method=lora"], {}, "gpt_neox", {}, 2, id="lora"),
+        pytest.param(
+            ["method=lora", "model.quantization=nf4", *FROZEN_ENDS],
+            BF16,
+            "llama",
+            {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128},
+            2,
+            id="lora, nf4",
+        ),
+        pytest.param(
+            ["sampler.active_layers=0", "always_active.embeddings=false"], BF16, "llama", WIDE, 2, id="norm and head"
+        ),
         pytest.param(["method=grass"], BF16, "llama", WIDE, 2, id="grass"),
         pytest.param(["method=ist"], {}, "llama", WIDE, 2, id="ist"),
         pytest.param(["method=lisa"], BF16, "qwen2_moe", {"mlp_only_layers": [0]}, 2, id="qwen2_moe"),

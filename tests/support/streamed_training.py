@@ -34,7 +34,7 @@ def configured(overrides: list[str], precision: dict[str, str], family: str, **a
         config.model.architecture |= architecture
     chosen = load([*overrides, "sampler.period=2"])
     config.update, config.sampler, config.always_active = chosen.update, chosen.sampler, chosen.always_active
-    config.data.packing = chosen.data.packing
+    config.data.packing, config.model.quantization = chosen.data.packing, chosen.model.quantization
     return config
 
 
