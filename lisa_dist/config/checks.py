@@ -27,6 +27,7 @@ def check_combinations(config: Config) -> None:
     """Raise :class:`UserError` for options that exclude each other, whatever the model and the ranks."""
     _check_sampler(config.sampler)
     _check_non_block_modules(config)
+    _check_something_trains(config)
     _check_packages(config)
     _check_quantization(config)
     _check_optimizer_shard(config)
@@ -64,6 +65,18 @@ def _check_non_block_modules(config: Config) -> None:
         raise UserError(
             f"sampler.non_block_modules=true: update={config.update.name} has no adapters for embeddings and head; "
             "choose update=full_rank, or sampler.non_block_modules=false"
+        )
+
+
+def _check_something_trains(config: Config) -> None:
+    """Refuse a choice by which no parameter ever trains."""
+    sampler, always = config.sampler, config.always_active
+    blocks = sampler.active_layers if sampler.listed_blocks is None else len(sampler.listed_blocks)
+    if blocks == 0 and not sampler.trains_all_blocks and not (always.embeddings or always.norm or always.head):
+        key = "sampler.active_layers=0" if sampler.listed_blocks is None else "sampler.blocks=[]"
+        raise UserError(
+            f"{key}: trains no block, and always_active.embeddings, .norm and .head are false, so nothing trains; "
+            "choose blocks, or set one of these to true"
         )
 
 

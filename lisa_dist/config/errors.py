@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 EXIT_DONE = 0
@@ -66,6 +67,12 @@ def check_at_least(key: str, value: float | None, minimum: float) -> None:
     """Raise :class:`UserError` if ``value`` is given and smaller than ``minimum``."""
     if value is not None and not value >= minimum:
         raise UserError(f"{key}={value}: must be at least {minimum}")
+
+
+def check_finite(key: str, value: float) -> None:
+    """Raise :class:`UserError` if ``value`` is infinite."""
+    if math.isinf(value):
+        raise UserError(f"{key}={value}: must be a finite number")
 
 
 def check_above_zero(key: str, value: float) -> None:

@@ -162,6 +162,7 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
     if distributed.is_main():
         for sentence in options_without_effect(config, dims.data_ranks, validation is not None):
             logger.warning(sentence)
+        warn_of_warmup(config, max_steps)
     heartbeat = Heartbeat(RunDirectory.of(config), config.parallel.timeout, max_steps)
     recorder = Recorder(
         config,
@@ -248,6 +249,19 @@ def warn_of_positions(sequence_length: int, architecture: PretrainedConfig) -> N
             "has never seen, or fails where positions are a table",
             sequence_length,
             positions,
+        )
+
+
+def warn_of_warmup(config: Config, max_steps: int) -> None:
+    """Warn where the run ends before the learning rate is the one that was asked for."""
+    warmup = config.scheduler.warmup_steps
+    if warmup > max_steps:
+        logger.warning(
+            "scheduler.warmup_steps=%d: is above the %d steps of the run, whose learning rate ends at %.0f%% of what "
+            "was asked for",
+            warmup,
+            max_steps,
+            100 * max_steps / warmup,
         )
 
 

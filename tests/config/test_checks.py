@@ -262,3 +262,29 @@ def test_a_file_of_a_gpu_that_is_no_yaml_is_told(content: str, tmp_path: Path) -
     (tmp_path / "gpu.yaml").write_text(content)
     with pytest.raises(UserError, match=r"plan\.gpu=.*gpu\.yaml: cannot be read as YAML"):
         read_gpu(str(tmp_path / "gpu.yaml"))
+
+
+FROZEN_ENDS = ["always_active.embeddings=false", "always_active.norm=false", "always_active.head=false"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["sampler.active_layers=0"], r"sampler\.active_layers=0: trains no block"),
+        (["sampler=fixed"], r"sampler\.blocks=\[\]: trains no block"),
+    ],
+)
+def test_a_run_in_which_nothing_trains_is_refused(overrides: list[str], told: str) -> None:
+    check_combinations(load([*MODEL, *overrides]))
+    for end in range(3):
+        check_combinations(load([*MODEL, *overrides, *FROZEN_ENDS[:end], *FROZEN_ENDS[end + 1 :]]))
+    check_combinations(load([*MODEL, *FROZEN_ENDS]))
+    check_combinations(load([*MODEL, "sampler=all", *FROZEN_ENDS]))
+    with pytest.raises(UserError, match=told):
+        check_combinations(load([*MODEL, *overrides, *FROZEN_ENDS]))
+
+
+@pytest.mark.parametrize("key", ["train.epochs", "optimizer.lr", "optimizer.weight_decay", "optimizer.part_lr.head"])
+def test_infinite_numbers_are_refused_where_a_step_would_use_them(key: str) -> None:
+    with pytest.raises(UserError, match=rf"{key}=inf: must be a finite number"):
+        load([*MODEL, f"{key}=inf" if "part" not in key else "optimizer.part_lr={head:inf}"])

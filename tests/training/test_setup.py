@@ -32,6 +32,14 @@ def test_sequences_longer_than_the_models_positions_are_warned_of(architecture, 
     assert f"data.sequence_length={positions + 1}: is above the {positions} positions of the model" in caplog.text
 
 
+def test_a_warm_up_longer_than_the_run_is_warned_of(caplog):
+    config = load(["scheduler.warmup_steps=40"])
+    setup.warn_of_warmup(config, 40)
+    assert caplog.text == ""
+    setup.warn_of_warmup(config, 10)
+    assert "scheduler.warmup_steps=40: is above the 10 steps of the run, whose learning rate ends at 25%" in caplog.text
+
+
 def test_a_global_batch_that_does_not_fit_the_ranks_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "read_architecture", lambda *_: pytest.fail("the model was read first"))
     monkeypatch.setattr(setup, "pretrained_architecture", lambda *_: pytest.fail("the model was read first"))
