@@ -133,7 +133,7 @@ class TrainConfig:
         check_choices("train", self, on_nonfinite=["stop", "skip"])
         check_minimums("train", self, max_steps=1, global_batch_size=1, micro_batch_size=1, log_every=1, spike_window=1)
         check_minimums("train", self, eval_every=0, eval_batches=1, nonfinite_limit=0, spike_limit=0)
-        check_minimums("train", self, sample_prompts=0, sample_every=0, early_stopping_patience=0)
+        check_minimums("train", self, sample_prompts=0, sample_every=0, early_stopping_patience=0, seed=0)
         if self.early_stopping_patience > 0 and self.eval_every == 0:
             raise UserError(
                 f"train.early_stopping_patience={self.early_stopping_patience}: counts evaluations during training, "

@@ -40,7 +40,7 @@ class SamplerConfig:
     seed: int | None = None  # of the draws; null: train.seed
 
     def __post_init__(self) -> None:
-        check_minimums("sampler", self, active_layers=0, period=1)
+        check_minimums("sampler", self, active_layers=0, period=1, seed=0)
 
     @property
     def probe(self) -> ProbeRequest | None:
