@@ -41,7 +41,6 @@ from lisa_dist.training.step import train_step
 SWITCH = "switch of active blocks"
 STREAMED_FORWARD = ", forward of frozen blocks"
 STREAMED_BACKWARD = ", backward of frozen blocks"
-MAX_SIMULATED_MICRO_BATCHES = 3  # the first, one like all in between, the last
 
 
 @dataclass
@@ -92,6 +91,14 @@ def micro_batches_per_step(config: Config) -> int:
     """Return the micro-batches of a rank in a step, rounded up to equally many on every rank."""
     at_once = config.train.micro_batch_size * cluster_dims(config.parallel).data_ranks
     return math.ceil(config.train.global_batch_size / at_once)
+
+
+def simulated_micro_batches(config: Config) -> int:
+    """Return how many micro-batches of a step say what all need: the first, one like all in between, the last.
+
+    The last is another one where the gradients of a step are sent with it.
+    """
+    return min(micro_batches_per_step(config), 2 if cluster_dims(config.parallel).num_ranks == 1 else 3)
 
 
 def architecture_of(config: ModelConfig) -> PretrainedConfig:
@@ -178,11 +185,11 @@ def simulate(config: Config, num_blocks: int | None = None, least_work: bool = F
     """
     check_combinations(config)  # here the sampler is still the configured one
     micro_batches, block_major = micro_batches_per_step(config), is_block_major(config.parallel, config.train)
-    if block_major and made is None and micro_batches > MAX_SIMULATED_MICRO_BATCHES:
+    if block_major and made is None and micro_batches > 3:
         # Each adds the same bytes and operations from the second one on.
         two, three = (simulate(config, num_blocks, least_work, count) for count in (2, 3))
         return follow(two, three, micro_batches - 2)
-    made = made or min(micro_batches, MAX_SIMULATED_MICRO_BATCHES)
+    made = made or (micro_batches if block_major else simulated_micro_batches(config))
     architecture = architecture_of(config.model)
     before, blocks = extreme_sets(config, architecture.num_hidden_layers, num_blocks, least_work)
     if num_blocks is not None:
@@ -212,19 +219,19 @@ def simulate(config: Config, num_blocks: int | None = None, least_work: bool = F
                 train_step(train_module, batches, 0, 2, stopwatch=clock)
             # Any step but the first after a switch begins with what is there at its end.
             ledger.work["optimizer"].link_bytes -= train_module.store.link_bytes_ahead()
-        parts = 1 if block_major else micro_batches
+        counts = (1, 1) if block_major else (micro_batches, made)
         return Trace(
             num_blocks=len(train_module.store.layers.blocks),
             num_active=len(blocks),
             persistent_bytes=clock.persistent_bytes,
             host_bytes=clock.host_bytes,
             peaks={phase: peak for phase, peak in ledger.peaks.items() if phase != "start"},
-            work=_work_of_step(ledger.work, parts),
+            work=_work_of_step(ledger.work, *counts),
             kernels=train_module.kernels,
             tokens=micro_batches * config.train.micro_batch_size * dims.data_ranks * config.data.sequence_length,
             streamed=(
-                _work_of_passes(ledger.work, parts, [STREAMED_FORWARD]),
-                _work_of_passes(ledger.work, parts, [STREAMED_BACKWARD]),
+                _work_of_passes(ledger.work, *counts, [STREAMED_FORWARD]),
+                _work_of_passes(ledger.work, *counts, [STREAMED_BACKWARD]),
             ),
         )
 
@@ -335,22 +342,22 @@ def _micro_batch(config: Config) -> MicroBatch:
     }
 
 
-def _work_of_step(work: dict[str, Work], micro_batches: int) -> Work:
-    passes = _work_of_passes(work, micro_batches, ["", STREAMED_FORWARD, STREAMED_BACKWARD])
+def _work_of_step(work: dict[str, Work], micro_batches: int, made: int) -> Work:
+    passes = _work_of_passes(work, micro_batches, made, ["", STREAMED_FORWARD, STREAMED_BACKWARD])
     return sum_of_work([passes, work["optimizer"]], [1, 1])
 
 
-def _work_of_passes(work: dict[str, Work], micro_batches: int, parts: list[str]) -> Work:
-    """Return the work of these parts of ``micro_batches``, of which only the first, the second and the last were made.
+def _work_of_passes(work: dict[str, Work], micro_batches: int, made: int, parts: list[str]) -> Work:
+    """Return the work of these parts of ``micro_batches``, of which those left out are like the second.
 
     Args:
         work: by scope.
         micro_batches: of a step.
+        made: how many of them were simulated.
         parts: what follows the micro-batch in a scope's name.
     """
-    made = []
-    for index in range(min(micro_batches, MAX_SIMULATED_MICRO_BATCHES)):
-        found = [work.get(f"micro-batch {index}{part}", Work()) for part in parts]
-        made.append(sum_of_work(found, [1] * len(found)))
-    left_out = micro_batches - len(made)
-    return sum_of_work([*made, made[min(1, len(made) - 1)]], [*([1] * len(made)), left_out])
+    found = []
+    for index in range(made):
+        of_parts = [work.get(f"micro-batch {index}{part}", Work()) for part in parts]
+        found.append(sum_of_work(of_parts, [1] * len(of_parts)))
+    return sum_of_work([*found, found[min(1, made - 1)]], [*([1] * made), micro_batches - made])

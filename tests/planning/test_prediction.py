@@ -9,7 +9,7 @@ import pytest
 
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.sampling import AllSamplerConfig, UniformSamplerConfig
-from lisa_dist.planning import prediction
+from lisa_dist.planning import prediction, simulation
 from lisa_dist.planning.prediction import has_equal_blocks, predict
 from lisa_dist.planning.simulation import simulate
 
@@ -69,6 +69,20 @@ def test_prediction_from_two_depths_equals_the_whole_simulation(case: str, monke
         assert getattr(predicted, field) == getattr(whole, field), field
     assert predicted.tokens == whole.tokens
     assert all(whole.peaks[moment] == peak for moment, peak in predicted.peaks.items())
+
+
+@pytest.mark.parametrize("offload", ["none", "frozen"])
+def test_two_micro_batches_of_one_rank_say_what_all_need(offload: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config({"train": {"global_batch_size": 5, "micro_batch_size": 1}, "parallel": {"offload": offload}})
+    config.parallel.nproc_per_node = "1"
+    if offload == "frozen":
+        config.precision.frozen = config.precision.compute
+    found = simulate(config, 6)
+    monkeypatch.setattr(simulation, "simulated_micro_batches", simulation.micro_batches_per_step)
+    whole = simulate(config, 6)
+    assert dataclasses.replace(found, peaks=whole.peaks) == whole
+    tokens = 3 * 3 * 8 * config.data.sequence_length  # of the micro-batches left out, which lie beside the model here
+    assert found.peaks == {phase: pytest.approx(peak, abs=tokens) for phase, peak in whole.peaks.items()}
 
 
 def test_blocks_that_differ_are_simulated_one_by_one() -> None:
