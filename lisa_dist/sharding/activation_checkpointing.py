@@ -53,7 +53,8 @@ def set_checkpointing(block: nn.Module, kind: str) -> None:
     if kind == "full":
         flagged._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
     elif kind == "selective":
-        contexts = functools.partial(_selective_contexts, sum(isinstance(part, nn.Linear) for part in block.modules()))
+        linears = tuple(name for name, part in block.named_modules() if isinstance(part, nn.Linear))
+        contexts = functools.partial(_selective_contexts, linears)
         flagged._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
 
 
@@ -88,8 +89,9 @@ def _checkpoint_evaluating(block: nn.Module, forward: Callable[..., Any], *args:
     return checkpoint(evaluate, *args, use_reentrant=False)
 
 
-def _selective_contexts(linears: int) -> Any:
-    return create_selective_checkpoint_contexts(_KeepProducts(linears))
+def _selective_contexts(linears: tuple[str, ...]) -> Any:
+    # Their number itself may be a symbol of what is compiled for any length, where no graph may depend on it.
+    return create_selective_checkpoint_contexts(_KeepProducts(len(linears)))
 
 
 @dataclass

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import types
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 # Blocks share their code, and each combination of what trains, what is checkpointed and which inputs need a gradient
 # is a graph of its own; at the limit torch would go on without compiling, or stop where a block must be one graph.
@@ -28,7 +30,10 @@ def compile_blocks(model: nn.Module, blocks: Iterable[nn.Module], *, lengths_var
     """
     torch._dynamo.config.recompile_limit = GRAPHS_OF_A_BLOCK
     for block in blocks:
-        compiled = torch.compile(block.forward, fullgraph=True, dynamic=True if lengths_vary else None)
+        kind: Any = type(block)
+        compiled = torch.compile(
+            types.MethodType(_forward_of(kind), block), fullgraph=True, dynamic=True if lengths_vary else None
+        )
         block.forward = compiled  # type: ignore[method-assign]
     original = model.forward
 
@@ -40,3 +45,23 @@ def compile_blocks(model: nn.Module, blocks: Iterable[nn.Module], *, lengths_var
             return original(*args, **kwargs)
 
     model.forward = forward  # type: ignore[method-assign]
+
+
+@functools.cache
+def _forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
+    """Return the forward pass of a class of blocks, which checkpoints activations where a block's attributes say so.
+
+    From 5.18 on transformers asks for that in what it makes of the forward that a class has, and there whether it is
+    the outermost: under FSDP2, whose class is another one, the forward that is compiled here would not be, and would
+    keep what it is to drop. Before, transformers asks in the call, outside of what is compiled.
+    """
+    if not issubclass(kind, GradientCheckpointingLayer) or "__init_subclass__" not in vars(GradientCheckpointingLayer):
+        return kind.forward
+    inner: Any = vars(kind.forward)["__wrapped__"]
+
+    def forward(block: Any, *args: Any, **kwargs: Any) -> Any:
+        if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
+            return block._gradient_checkpointing_func(functools.partial(inner, block, **kwargs), *args)
+        return inner(block, *args, **kwargs)
+
+    return forward

@@ -68,6 +68,33 @@ def test_blocks_that_come_from_host_memory_are_compiled_too() -> None:
     assert streamed["losses"] == pytest.approx(plain["losses"], rel=1e-4)
 
 
+def kept_bytes(kind: str) -> int:
+    """What compiled blocks keep between their forward and their backward pass. Runs on every rank."""
+    torch._dynamo.reset()
+    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager")):
+        config = make_config(model={"kernels": "compile"}, parallel={"activation_checkpointing": kind})
+        train_module = build_train_module(config)
+    load_initial_weights(train_module, torch.device("cpu"))
+    begin_period(train_module, 0)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss, _ = train_module.objective(train_module.store.module, make_batch(4, 48))
+    loss.backward()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_compiled_blocks_are_checkpointed(ranks: int) -> None:
+    everything, products, inputs = (run_on_ranks(ranks, kept_bytes, kind)[0] for kind in ("none", "selective", "full"))
+    assert inputs < 0.5 * products and products < everything
+
+
 @pytest.mark.soak
 def test_machine_code_of_the_graphs_gives_the_same_losses() -> None:
     plain = run_on_ranks(1, train, "eager", True)[0]
