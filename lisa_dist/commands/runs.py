@@ -18,7 +18,7 @@ from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.config.paths import local_path
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.units import format_count, format_duration
-from lisa_dist.telemetry.history import last_row, max_steps_of, state_of
+from lisa_dist.telemetry.history import last_change, last_row, max_steps_of, state_of
 
 COLORS = {"running": "green", "starting": "green", "finished": "", "stopped": "yellow", "failed": "red", "unknown": ""}
 
@@ -77,7 +77,7 @@ def line_of(path: Path) -> RunLine:
         state = state_of(run)
         step, evaluation = last_row(run.metrics, "loss"), last_row(run.metrics, "eval_loss")
     except (ValueError, PermissionError) as error:
-        changed = max(file.stat().st_mtime for file in (run.metrics, run.summary) if file.exists())
+        changed = max(last_change(run.metrics), last_change(run.summary))
         closed = isinstance(error, PermissionError)
         name, reason = ("unknown", "its record may not be read") if closed else ("failed", "its record is damaged")
         return RunLine(str(path), name, reason, None, None, None, None, None, time.time() - changed)

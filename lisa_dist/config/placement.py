@@ -69,6 +69,11 @@ def is_block_major(parallel: ParallelConfig, train: TrainConfig) -> bool:
     return parallel.block_major and train.global_batch_size > train.micro_batch_size
 
 
+def micro_batches_together(parallel: ParallelConfig, train: TrainConfig) -> int:
+    """Return how many micro-batches lie in memory at a time, on the one rank that may hold several."""
+    return -(-train.global_batch_size // train.micro_batch_size) if is_block_major(parallel, train) else 1
+
+
 def stay_whole(parallel: ParallelConfig, precision: PrecisionConfig, ranks_of_replica: int) -> bool:
     """Return whether weights lie whole on their rank, and are used where they lie.
 

@@ -275,8 +275,10 @@ def _check_liger(model: nn.Module, on_gpu: bool) -> None:
 
 
 def _family_of(model: nn.Module) -> _Family | None:
+    # Code that comes with a model may name a family, and compute something else.
+    ours = type(model).__module__.startswith("transformers.models.")
     architecture: Any = model.config
-    return LIGER_FAMILIES.get(architecture.model_type)
+    return LIGER_FAMILIES.get(architecture.model_type) if ours else None
 
 
 def _norm(module: Any, family: _Family, apply: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:

@@ -8,6 +8,7 @@ from lisa_dist.config import Config, UserError
 from lisa_dist.config.checks import check_accumulation, check_combinations, check_streamed
 from lisa_dist.config.gpu import Gpu
 from lisa_dist.config.loading import vary
+from lisa_dist.config.placement import is_block_major
 from lisa_dist.planning.estimate import Estimate, estimate
 from lisa_dist.planning.prediction import predict_over_draws
 from lisa_dist.planning.simulation import Trace, cluster_dims
@@ -86,10 +87,11 @@ def _seconds_per_token(plan: Plan) -> float:
 def single_changes(config: Config) -> list[list[str]]:
     """Return the changes that save memory without one of the training, and that ``config`` allows, as overrides."""
     parallel, micro_batch = config.parallel, config.train.micro_batch_size
+    kept = "full" if is_block_major(parallel, config.train) else parallel.activation_checkpointing
     changes = [
         (f"train.micro_batch_size={micro_batch // 2}", micro_batch > 1),
-        ("parallel.activation_checkpointing=selective", parallel.activation_checkpointing == "none"),
-        ("parallel.activation_checkpointing=full", parallel.activation_checkpointing != "full"),
+        ("parallel.activation_checkpointing=selective", kept == "none"),
+        ("parallel.activation_checkpointing=full", kept != "full"),
         ("parallel.block_major=false", parallel.block_major),
         ("parallel.optimizer_shard=world", parallel.replicate > 1 and parallel.optimizer_shard == "replica"),
         ("parallel.offload=frozen", parallel.offload == "none"),
@@ -111,6 +113,8 @@ def _is_allowed(config: Config, overrides: list[str]) -> bool:
 
 def _savings(config: Config) -> list[str]:
     savings = []
+    if is_block_major(config.parallel, config.train):
+        savings.append("parallel.block_major=false")
     if config.parallel.activation_checkpointing != "full":
         savings.append("parallel.activation_checkpointing=full")
     if config.train.micro_batch_size > 1:

@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lisa_dist.config import Config, UserError
-from lisa_dist.config.placement import is_block_major
+from lisa_dist.config.placement import is_block_major, micro_batches_together
 from lisa_dist.models.architecture import original_class, set_depth
 from lisa_dist.models.layer_map import LayerMap, find_layers
 from lisa_dist.models.masking import one_sample_a_row
@@ -129,8 +129,7 @@ class MemoryPolicy:
 
     def _inputs_of_all_micro_batches(self, blocks: int) -> int:
         """Return the bytes of the inputs that wait for so many blocks, of what comes out of them, and of arguments."""
-        train = self.config.train
-        micro_batches = -(-train.global_batch_size // train.micro_batch_size)
+        micro_batches = micro_batches_together(self.config.parallel, self.config.train)
         return micro_batches * (blocks + 2) * self.costs[False]["full"].bytes
 
     def _keep_what_fits(self, store: ParameterStore, active_blocks: list[int]) -> None:

@@ -116,7 +116,7 @@ def state_of(run: RunDirectory) -> RunState:
     Raises:
         ValueError: summary.json is not JSON.
     """
-    ended, alive, recorded, configured = map(_changed, (run.summary, run.heartbeat(0), run.metrics, run.config))
+    ended, alive, recorded, configured = map(last_change, (run.summary, run.heartbeat(0), run.metrics, run.config))
     seen = max(ended, alive, recorded, configured)
     summary = read_summary(run)
     # A run that goes on leaves the summary of its earlier start as it is until it ends.
@@ -132,7 +132,7 @@ def state_of(run: RunDirectory) -> RunState:
     return RunState("failed", "it ended without being able to say why", seen, None)
 
 
-def _changed(path: Path) -> float:
+def last_change(path: Path) -> float:
     """Return when a file was last written, in seconds since the epoch; 0 where there is none."""
     try:
         return path.stat().st_mtime

@@ -14,7 +14,6 @@ import os
 import socket
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from lisa_dist.config import UserError
@@ -42,7 +41,7 @@ def hold_run(run: RunDirectory) -> TextIO:
         file.close()
         raise
     file.truncate(0)
-    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "kernel": _kernel()}))
+    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
     file.flush()
     return file
 
@@ -56,8 +55,7 @@ def check_nobody_trains(run: RunDirectory) -> None:
 
 def _refuse_living(run: RunDirectory, file: TextIO) -> None:
     """Raise :class:`UserError` where another process keeps the lock, or goes on writing signs of life elsewhere."""
-    file.seek(0)
-    holder, beat = _parsed(file.read()), _fresh_beat(run)
+    beat = _fresh_beat(run)
     elsewhere = bool(beat) and beat["host"] != socket.gethostname()
     end, mine = time.monotonic() + PATIENCE, None
     while time.monotonic() < end:
@@ -65,18 +63,23 @@ def _refuse_living(run: RunDirectory, file: TextIO) -> None:
         if not elsewhere and (mine or (mine is None and not beat)):
             return
         if beat and _fresh_beat(run).get("alive", 0) > beat["alive"]:
-            _refuse(run, holder if mine is False else beat)
+            _refuse(run, _holder(file) if mine is False else beat)
         time.sleep(POLL)
-    # Else it is of a machine that is gone: an old sign of life, or a lock that the server of its file system keeps.
-    if mine is False and holder.get("kernel") == _kernel():
-        _refuse(run, holder)
+    # An old sign of life is of a process that is gone. A lock that is held is not, though its holder may still prepare.
+    if mine is False:
+        _refuse(run, _holder(file))
+
+
+def _holder(file: TextIO) -> dict[str, Any]:
+    file.seek(0)
+    return _parsed(file.read())
 
 
 def _refuse(run: RunDirectory, who: dict[str, Any]) -> NoReturn:
-    process = f"process {who['pid']}" if "pid" in who else "a process"
+    process, host = f"process {who['pid']}" if "pid" in who else "a process", who.get("host", "this machine")
+    gone = "" if host == socket.gethostname() else f" (if {host} is gone, delete {run.lock})"
     raise UserError(
-        f"run.dir={run.path}: {process} on {who.get('host', 'this machine')} trains there; stop it first, or choose "
-        "another directory"
+        f"run.dir={run.path}: {process} on {host} trains there; stop it first, or choose another directory{gone}"
     )
 
 
@@ -106,10 +109,3 @@ def _parsed(text: str) -> dict[str, Any]:
         found = json.loads(text)
         return found if isinstance(found, dict) else {}
     return {}
-
-
-def _kernel() -> str:
-    """Return what names this machine between two of its starts, as one container does to another; empty: unknown."""
-    with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return ""

@@ -94,6 +94,7 @@ def open_run_directory(config: Config, start: ExitStack) -> Config:
         check_run_dir_is_free(settled)
         run = RunDirectory.of(settled)
         start.enter_context(hold_run(run))
+        check_run_dir_is_free(settled)  # still: another start may have ended there while this one waited
         try:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
             remove_leftovers(run.checkpoints)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lisa_dist.config.placement import is_block_major
+from lisa_dist.config.placement import is_block_major, micro_batches_together
 from lisa_dist.data.batches import MicroBatch, label_tokens
 from lisa_dist.method.module import TrainModule, count_persistent_bytes, observe_step, observed_blocks
 from lisa_dist.method.optim.clipping import clipping_divisor, mean_norms, norms_of_squares
@@ -160,8 +160,7 @@ def dry_run_batch(train_module: TrainModule, micro_batch: MicroBatch) -> dict[st
     Returns:
         This rank's persistent bytes by kind, counted while gradients are there.
     """
-    parallel, train = train_module.config.parallel, train_module.config.train
-    together = train.global_batch_size // train.micro_batch_size if is_block_major(parallel, train) else 1
+    together = micro_batches_together(train_module.config.parallel, train_module.config.train)
     accumulate_gradients(train_module, [micro_batch] * together)
     counted = count_persistent_bytes(train_module)
     train_module.optimizer.drop_gradients()

@@ -101,12 +101,19 @@ def test_a_run_on_another_machine_is_known_by_its_signs_of_life(tmp_path: Path) 
     hold_run(run).close()
 
 
-def test_a_lock_of_a_machine_that_is_gone_hinders_nobody(tmp_path: Path, holder: int) -> None:
+def test_a_lock_that_is_held_is_never_passed_over(tmp_path: Path, holder: int) -> None:
+    """It may be of a start on another machine that still prepares; what is to be done where that is gone is said."""
     run = RunDirectory(tmp_path)
-    run.lock.write_text(json.dumps({"host": "node7", "pid": 5, "kernel": "another"}))
-    check_nobody_trains(run)
-    with beating(run, "node7", alive=True), pytest.raises(UserError, match="process 5 on node7 trains there"):
-        check_nobody_trains(run)
+    for written, who in ((json.dumps({"host": "node7", "pid": 5}), "process 5 on node7"), ("", "a process on this")):
+        run.lock.write_text(written)
+        with pytest.raises(UserError, match=f"{who}.* trains there") as told:
+            check_nobody_trains(run)
+    run.lock.write_text(json.dumps({"host": "node7", "pid": 5}))
+    with pytest.raises(UserError) as told:
+        hold_run(run)
+    assert str(told.value).endswith(f"(if node7 is gone, delete {run.lock})")
+    run.lock.unlink()
+    hold_run(run).close()
 
 
 @pytest.mark.parametrize("alive", [True, False])
