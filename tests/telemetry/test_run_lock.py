@@ -17,6 +17,7 @@ import pytest
 from lisa_dist.cli import main
 from lisa_dist.config import UserError
 from lisa_dist.config.run_directory import RunDirectory
+from lisa_dist.runtime.files import write_atomically
 from lisa_dist.telemetry import run_lock
 from lisa_dist.telemetry.run_lock import check_nobody_trains, hold_run
 from tests.support.forkserver import FORKSERVER
@@ -72,7 +73,7 @@ def beating(run: RunDirectory, host: str, *, alive: bool) -> Iterator[None]:
 
     def beat() -> None:
         while True:
-            run.heartbeat(0).write_text(json.dumps({"host": host, "alive": time.time()}))
+            write_atomically(run.heartbeat(0), json.dumps({"host": host, "alive": time.time()}))
             if not alive or ended.wait(0.05):
                 return
 
