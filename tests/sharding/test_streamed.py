@@ -26,7 +26,8 @@ from lisa_dist.method.module import (
     build_train_module,
     load_initial_weights,
 )
-from lisa_dist.planning.simulation import SWITCH, simulate
+from lisa_dist.planning.phases import SWITCH
+from lisa_dist.planning.simulation import simulate
 from lisa_dist.runtime.units import GIB
 from lisa_dist.sharding import pinned, streamed
 from lisa_dist.sharding.link import Link
