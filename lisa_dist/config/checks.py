@@ -17,11 +17,6 @@ from lisa_dist.config.optimization import PARTS
 from lisa_dist.config.placement import is_block_major, stay_whole, stream_frozen
 from lisa_dist.config.sampling import PROBE_KINDS
 
-NOT_BLOCK_MAJOR = (
-    "parallel.block_major=true: needs one rank, parallel.replicate=1, and precision.frozen to be precision.compute; "
-    "set parallel.block_major=false"
-)
-
 
 def check_combinations(config: Config) -> None:
     """Raise :class:`UserError` for options that exclude each other, whatever the model and the ranks."""
@@ -146,7 +141,7 @@ def _check_step_in_backward(config: Config) -> None:
         raise UserError("optimizer.in_backward=true: can't leave steps out, so train.on_nonfinite must be stop")
 
 
-def _check_block_major(config: Config) -> None:
+def _check_block_major(config: Config, ranks_of_replica: int = 1) -> None:
     """Refuse ``parallel.block_major=true`` where nothing comes to one rank block by block."""
     parallel = config.parallel
     if parallel.block_major and parallel.offload not in ("frozen", "auto"):
@@ -154,8 +149,11 @@ def _check_block_major(config: Config) -> None:
             f"parallel.block_major=true: goes with parallel.offload=frozen or auto, not with parallel.offload="
             f"{parallel.offload}; choose one of these, or parallel.block_major=false"
         )
-    if parallel.block_major and not stream_frozen(parallel, config.precision, ranks_of_replica=1):
-        raise UserError(NOT_BLOCK_MAJOR)
+    if parallel.block_major and not stream_frozen(parallel, config.precision, ranks_of_replica):
+        raise UserError(
+            "parallel.block_major=true: needs one rank, parallel.replicate=1, and precision.frozen to be "
+            "precision.compute; set parallel.block_major=false"
+        )
 
 
 def check_global_batch(train: TrainConfig, ranks: int) -> None:
@@ -202,14 +200,14 @@ def check_accumulation(config: Config, ranks: int) -> None:
 def check_streamed(config: Config, ranks: int) -> None:
     """Raise :class:`UserError` for what can't be had where one rank copies its frozen blocks from host memory."""
     parallel = config.parallel
-    streams = stream_frozen(parallel, config.precision, parallel.ranks_of_replica(ranks))
+    ranks_of_replica = parallel.ranks_of_replica(ranks)
+    streams = stream_frozen(parallel, config.precision, ranks_of_replica)
     if parallel.offload == "auto" and not streams:
         raise UserError(
             "parallel.offload=auto: needs one rank, and precision.frozen to be precision.compute; choose "
             "parallel.offload=frozen"
         )
-    if parallel.block_major and not streams:
-        raise UserError(NOT_BLOCK_MAJOR)
+    _check_block_major(config, ranks_of_replica)
     if streams and config.model.router_aux_loss:
         raise UserError(
             f"parallel.offload={parallel.offload}: on one rank a block is computed again for its gradients, where the "

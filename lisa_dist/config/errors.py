@@ -87,6 +87,8 @@ def check_fraction(key: str, value: float, *, below_one: bool = False) -> None:
         raise UserError(f"{key}={value}: must be between 0 and 1{' (1 itself excluded)' if below_one else ''}")
 
 
-def check_auto_or_count(key: str, value: str) -> None:
-    if value != "auto" and not (value.isdigit() and int(value) >= 1):
-        raise UserError(f"{key}={value}: must be auto or a whole number of at least 1")
+def check_auto_or_count(key: str, value: str, at_most: int | None = None) -> None:
+    """Raise :class:`UserError` unless ``value`` is ``auto`` or a whole number from 1 on, ``at_most`` so many."""
+    if value != "auto" and not (value.isdigit() and 1 <= int(value) <= (at_most or int(value))):
+        most = f" and at most {at_most}" if at_most else ""
+        raise UserError(f"{key}={value}: must be auto or a whole number of at least 1{most}")

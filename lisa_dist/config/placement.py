@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from lisa_dist.config.errors import check_auto_or_count, check_choices, check_minimums
 from lisa_dist.config.optimization import TrainConfig
 
+MOST_THREADS = 4096  # of a process: more than any machine has cores, fewer than a system refuses
+
 
 @dataclass
 class ParallelConfig:
@@ -28,7 +30,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         check_auto_or_count("parallel.nproc_per_node", self.nproc_per_node)
         check_auto_or_count("parallel.shard", self.shard)
-        check_auto_or_count("parallel.cpu_threads", self.cpu_threads)
+        check_auto_or_count("parallel.cpu_threads", self.cpu_threads, at_most=MOST_THREADS)
         check_minimums("parallel", self, nodes=1, replicate=1, prefetch=0, timeout=1, memory_limit=0)
         check_choices("parallel", self, optimizer_shard=["replica", "world"], offload=["none", "frozen", "auto", "all"])
         check_choices("parallel", self, activation_checkpointing=["none", "full", "selective", "auto"])

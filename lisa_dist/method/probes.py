@@ -57,22 +57,16 @@ def gradient_norms(
     names = [update.trainable_parameters(store.block_parameters(block)) for block in blocks]
     squares = torch.zeros(len(blocks), dtype=torch.float32, device=distributed.device())
 
-    def dropping(block: int) -> Callable[[Tensor], None]:
-        def take(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            squares[block] += local_shard(parameter.grad).float().square().sum().to(squares.device)
-            parameter.grad = None
-
-        return take
-
     sums, batches = [0.0] * len(blocks), 0
+    block_of = {id(store.parameter(name)): block for block in blocks for name in names[block]}
+
+    def drop(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        squares[block_of[id(parameter)]] += local_shard(parameter.grad).float().square().sum().to(squares.device)
+        parameter.grad = None
+
     trained = (name for part in names for name in part)
-    with store.also_trained(trained), _evaluating(store.module), inputs_alone_kept(recomputed):
-        hooks = [
-            store.parameter(name).register_post_accumulate_grad_hook(dropping(block))
-            for block in blocks
-            for name in names[block]
-        ]
+    with store.also_trained(trained, drop), _evaluating(store.module), inputs_alone_kept(recomputed):
         for micro_batch in micro_batches:
             squares.zero_()
             loss_sum, divisor = objective(store.module, micro_batch)
@@ -83,8 +77,6 @@ def gradient_norms(
             whole, norms = max(reduced[0], 1.0), [math.sqrt(value / dims.replicate) for value in reduced[1:]]
             sums = [total + norm / whole for total, norm in zip(sums, norms)]
             batches += 1
-        for hook in hooks:
-            hook.remove()
     sizes = [sum(store.parameter(name).numel() for name in part) for part in names]
     return [total / (max(batches, 1) * math.sqrt(size)) for total, size in zip(sums, sizes)]
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lisa_dist.config.paths import refusal
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime import distributed
 
@@ -143,8 +144,14 @@ class Heartbeat:
         return "; ".join(found if len(found) > 1 else [*found, "no rank is known to be behind it"])
 
     def explained(self, error: BaseException) -> BaseException:
-        """Return a :class:`LostRankError` in place of an error of a collective, any other error as it is."""
+        """Return what an error means in the midst of a run, most errors as they are.
+
+        One of a collective is a :class:`LostRankError`. A path that is refused now was not when the run began, so that
+        it is no mistake of the command: a RuntimeError.
+        """
         text = str(error)
+        if refusal(error) is not None:
+            return RuntimeError(f"{text} in {self.place()}")
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text.lower()):
             return LostRankError(f"{self.explain()} ({text.splitlines()[0]})")
         return error

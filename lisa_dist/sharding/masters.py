@@ -20,6 +20,7 @@ from lisa_dist.runtime.distributed import local_shard
 from lisa_dist.sharding import fsdp2
 from lisa_dist.sharding.rounding import dtype_of
 from lisa_dist.sharding.sharded import ShardedStore
+from lisa_dist.sharding.store import GradHook
 
 HELD = (Shard(0), Replicate())  # a shard's rows, on every replica
 OWN = (Shard(0), Shard(0))  # of these, the rows of one replica
@@ -69,11 +70,11 @@ class WorldMastersStore(ShardedStore):
             shard.copy_(self._gathered(self._masters[name].detach().to(shard.dtype)))
 
     @contextmanager
-    def also_trained(self, names: Iterable[str]) -> Iterator[None]:
+    def also_trained(self, names: Iterable[str], hook: GradHook) -> Iterator[None]:
         """Let frozen parameters have gradients too, and no master receive any, while the context lasts."""
         self._receives_gradients = False
         try:
-            with super().also_trained(names):
+            with super().also_trained(names, hook):
                 yield
         finally:
             self._receives_gradients = True

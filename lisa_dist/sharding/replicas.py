@@ -35,11 +35,6 @@ class GradientSums:
         if sum(small.nbytes for small in self._bucket) >= BUCKET_BYTES:
             self._send_bucket()
 
-    def add_up(self, gradient: Tensor) -> None:
-        """Sum a gradient in place, and wait for it. Collective: every rank of the group."""
-        self.begin(gradient)
-        self.end()
-
     def end(self) -> None:
         """Wait for all that was begun. Collective: every rank of the group."""
         self._send_bucket()

@@ -67,7 +67,7 @@ class ResidentStore(ParameterStore):
         group = mesh.get_group("replicate") if mesh.ndim > 1 else None
         self._sums = None if group is None else GradientSums(group, dtype_of(precision.reduce))
         self._grad_hooks: dict[str, GradHook] = {}
-        self._gradients_stay = False  # at the parameters, while a probe looks at them
+        self._probe_hooks: dict[str, GradHook] | None = None  # while a probe looks at gradients, which stay in place
         self._deferred = False
         # Of a backward pass whose gradients are summed over the replicas, which need not bring them in one order, nor
         # all of them: an expert that was sent no token has none.
@@ -113,24 +113,24 @@ class ResidentStore(ParameterStore):
             self._put_exact(name, convert(exact, self._storage_dtype(name, trained), noise), trained)
 
     @contextmanager
-    def also_trained(self, names: Iterable[str]) -> Iterator[None]:
+    def also_trained(self, names: Iterable[str], hook: GradHook) -> Iterator[None]:
         """Let frozen parameters have gradients too while the context lasts."""
-        frozen = {name: self.parameter(name) for name in names if not self.parameter(name).requires_grad}
-        self._gradients_stay = True
+        self._probe_hooks = dict.fromkeys(names, hook)
+        frozen = {name: self.parameter(name) for name in self._probe_hooks if not self.parameter(name).requires_grad}
         for parameter in frozen.values():
             parameter.requires_grad_(True)
-        hooks = [
+        handles = [
             parameter.register_post_accumulate_grad_hook(partial(self._take_gradient, name))
             for name, parameter in frozen.items()
         ]
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            for handle in handles:
+                handle.remove()
             for parameter in frozen.values():
                 parameter.requires_grad_(False).grad = None
-            self._gradients_stay = False
+            self._probe_hooks = None
 
     def masters_to_params(self, names: Iterable[str]) -> None:
         """Round the masters into the copies that the model computes with."""
@@ -198,20 +198,17 @@ class ResidentStore(ParameterStore):
 
     def _take_gradient(self, name: str, parameter: Tensor) -> None:
         """Add a gradient, as soon as a backward pass has it, to its master's, in the master's dtype."""
+        if self._probe_hooks is not None:
+            if name in self._probe_hooks:
+                self._sum_over_replicas(name, self.parameter, self._probe_hooks)
+            return
         gradient, master = parameter.grad, self.master(name)
         assert gradient is not None
-        if self._gradients_stay:
-            if self._sums is not None:  # at once: a probe may look at it and drop it before the next one comes
-                self._sums.add_up(gradient)
-            return
         if master is not parameter:
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             parameter.grad = None
-        if self._sums is None:
-            if name in self._grad_hooks:
-                self._grad_hooks[name](master)
-        elif not self._deferred:
-            self._sum_in_order(name, self._sums)
+        if self._sums is None or not self._deferred:
+            self._sum_over_replicas(name, self.master, self._grad_hooks)
 
     def _give_gradient(self, name: str) -> Tensor | None:
         """Return the sum of a parameter's gradients so far, to which the next one, when it comes, is added already."""
@@ -219,15 +216,28 @@ class ResidentStore(ParameterStore):
         gradient, master.grad = master.grad, None
         return gradient
 
-    def _sum_in_order(self, arrived: str, sums: GradientSums) -> None:
-        """Begin the sums that are next, up to a gradient that has not come; the backward pass ends with all others."""
+    def _sum_over_replicas(
+        self, arrived: str, holder: Callable[[str], nn.Parameter], hooks: dict[str, GradHook]
+    ) -> None:
+        """Begin the sums that are next, up to a gradient that has not come; the backward pass ends with all others.
+
+        Args:
+            arrived: whose gradient has come.
+            holder: gives, by its name, what has the gradient of a parameter.
+            hooks: by name, what is called with that once the sum is there.
+        """
+        sums = self._sums
+        if sums is None:
+            if arrived in hooks:
+                hooks[arrived](holder(arrived))
+            return
 
         def begin_next() -> None:
             name = self._awaited.popleft()
-            master, hook = self.master(name), self._grad_hooks.get(name)
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-            sums.begin(master.grad, None if hook is None else partial(hook, master))
+            held, hook = holder(name), hooks.get(name)
+            if held.grad is None:
+                held.grad = torch.zeros_like(held)
+            sums.begin(held.grad, None if hook is None else partial(hook, held))
 
         def end() -> None:
             while self._awaited:
@@ -236,7 +246,8 @@ class ResidentStore(ParameterStore):
             self._arrived.clear()
 
         if not self._arrived:
-            self._awaited.extend(name for name in reversed(list(self.names)) if self.parameter(name).requires_grad)
+            awaited = self.names if self._probe_hooks is None else self._probe_hooks
+            self._awaited.extend(name for name in reversed(list(awaited)) if self.parameter(name).requires_grad)
             # As FSDP2 and DDP have something done at the end of a backward pass; it has no public name.
             engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
             engine.queue_callback(end)

@@ -112,16 +112,17 @@ class ShardedStore(ParameterStore):
         self._refresh_groups(names)
 
     @contextmanager
-    def also_trained(self, names: Iterable[str]) -> Iterator[None]:
+    def also_trained(self, names: Iterable[str], hook: GradHook) -> Iterator[None]:
         """Let frozen parameters have gradients too while the context lasts."""
         names = list(names)
         frozen = [name for name in names if not self.parameter(name).requires_grad]
         self._set_requires_grad(frozen, True)
-        waiting = [fsdp2.have_hooks_wait(self.handles[name][0]) for name in names]
+        hooks = [fsdp2.have_hooks_wait(self.handles[name][0]) for name in names]
+        hooks += [self.parameter(name).register_post_accumulate_grad_hook(hook) for name in names]
         try:
             yield
         finally:
-            for handle in waiting:
+            for handle in hooks:
                 handle.remove()
             self._set_requires_grad(frozen, False)
 

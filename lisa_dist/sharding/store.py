@@ -89,11 +89,14 @@ class ParameterStore(Protocol):
         """
         ...
 
-    def also_trained(self, names: Iterable[str]) -> AbstractContextManager[None]:
+    def also_trained(self, names: Iterable[str], hook: GradHook) -> AbstractContextManager[None]:
         """Let frozen parameters have gradients too while the context lasts, in the dtype they are stored in.
 
-        Gradients then stay at the parameters, those of what trains too. Name all of a block that could train: what
-        is gathered together must have gradients of one dtype.
+        Args:
+            names: of what may be frozen or train. Name all of a block that could train: what is gathered together must
+                have gradients of one dtype.
+            hook: is called with each of these parameters as soon as its gradient is summed over the replicas, and may
+                drop it; else gradients stay at the parameters.
         """
         ...
 

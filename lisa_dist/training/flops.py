@@ -52,13 +52,15 @@ def attention_flops(train_module: TrainModule, lengths: np.ndarray) -> float:
     """Return the operations of attention over sequences of ``lengths`` tokens, forward and backward.
 
     12 x layers x heads x head size x tokens for each token (arXiv 2204.02311, appendix B): every query with every
-    key, as is the custom, though causal attention needs but half.
+    key, as is the custom, though causal attention needs but half. 4 of the 12 are of the forward pass, all that a layer
+    costs below the lowest one that gradients reach.
     """
     architecture: Any = train_module.store.module.config
     heads = architecture.num_attention_heads
     head_size = getattr(architecture, "head_dim", None) or architecture.hidden_size // heads
     squares = float(np.square(lengths, dtype=np.float64).sum())
-    return 12.0 * len(train_module.store.layers.blocks) * heads * head_size * squares
+    blocks, below = len(train_module.store.layers.blocks), train_module.store.lowest_reached()
+    return (12.0 * (blocks - below) + 4.0 * below) * heads * head_size * squares
 
 
 def peak_rate(device: torch.device) -> float | None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lisa_dist.checkpoint.description import was_untied, write_description, write_tokenizer
@@ -33,18 +32,16 @@ from lisa_dist.data.sequences import Sequences
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.method.module import TrainModule, build_train_module, load_initial_weights
 from lisa_dist.models.architecture import read_architecture
-from lisa_dist.models.generation import positions_of
 from lisa_dist.models.inspection import pretrained_architecture
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.environment import restart_count
 from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.heartbeat import Heartbeat
 from lisa_dist.runtime.redaction import hide_secrets
-from lisa_dist.runtime.units import format_count
 from lisa_dist.sharding.dimensions import ParallelDims
-from lisa_dist.telemetry.progress import announce
 from lisa_dist.telemetry.recorder import Recorder
 from lisa_dist.telemetry.run_lock import hold_run
+from lisa_dist.training.announcement import announce_run, warn_of_positions, warn_of_warmup
 from lisa_dist.training.generation import Answerer
 
 logger = logging.getLogger(__name__)
@@ -241,31 +238,6 @@ def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def warn_of_positions(sequence_length: int, architecture: PretrainedConfig) -> None:
-    """Warn where sequences may be longer than what the model was made for."""
-    positions = positions_of(architecture)
-    if positions is not None and sequence_length > positions:
-        logger.warning(
-            "data.sequence_length=%d: is above the %d positions of the model; what is longer trains positions that it "
-            "has never seen, or fails where positions are a table",
-            sequence_length,
-            positions,
-        )
-
-
-def warn_of_warmup(config: Config, max_steps: int) -> None:
-    """Warn where the run ends before the learning rate is the one that was asked for."""
-    warmup = config.scheduler.warmup_steps
-    if warmup > max_steps:
-        logger.warning(
-            "scheduler.warmup_steps=%d: is above the %d steps of the run, whose learning rate ends at %.0f%% of what "
-            "was asked for",
-            warmup,
-            max_steps,
-            100 * max_steps / warmup,
-        )
-
-
 def rows_of(data: PreparedData) -> dict[str, Any]:
     """Return what summary.json says of the rows: ``rows``, and ``validation_rows`` where they have a source."""
     counts = {"rows": data.counts, "validation_rows": data.validation_counts}
@@ -287,15 +259,6 @@ def make_batches(
         pad_token_id=pad_token_id,
         fixed_length=config.data.packing,
         group_by_length=config.data.group_by_length and not config.data.packing,
-    )
-
-
-def describe_padding(batches: GlobalBatches) -> str:
-    """Return in words what grouping by length saves in the first epoch."""
-    grouped, ungrouped = batches.padding_of_epoch(0), batches.padding_of_epoch(0, grouped=False)
-    return (
-        f"{format_count(grouped)} tokens of the first epoch, grouped by length; {format_count(ungrouped - grouped)} "
-        f"fewer than the {format_count(ungrouped)} without data.group_by_length"
     )
 
 
@@ -322,47 +285,3 @@ def go_on(
     if changes and distributed.is_main():
         logger.info("%s", table_of(changes))
     return progress
-
-
-def announce_run(
-    config: Config,
-    train_module: TrainModule,
-    data: PreparedData,
-    batches: GlobalBatches,
-    max_steps: int,
-    progress: Progress,
-) -> None:
-    """Print once what is effective."""
-    store, precision = train_module.store, config.precision
-    architecture: Any = store.module.config
-    total = sum(store.parameter(name).numel() for name in store.names)
-    blocks = len(store.layers.blocks)
-    trained = f"{data.counts.trained_share:.0%} of {format_count(data.counts.tokens)} tokens trained"
-    announce(
-        {
-            "run": str(config.run.dir),
-            "ranks": f"{train_module.dims.num_ranks} ({train_module.dims}), {distributed.device().type}, "
-            f"{torch.get_num_threads()} CPU threads a rank",
-            "model": f"{config.model.path or config.model.name}: {format_count(total)} parameters in {blocks} blocks"
-            f"{', head tied to the embeddings' if store.layers.tied else ''}, {config.model.initialization} weights",
-            "method": f"{config.method}: sampler {config.sampler.name}, {train_module.sampler.sampler.num_active} of "
-            f"{blocks} blocks{', embeddings and head' if config.sampler.draws_non_block_modules else ''} a period of "
-            f"{config.sampler.period} steps; update {config.update.name}",
-            "storage": f"frozen {precision.frozen}, active {precision.active}, compute {precision.compute}, "
-            f"gradients reduced in {precision.reduce}, {precision.on_freeze} rounding on freeze",
-            "attention": str(architecture._attn_implementation),
-            "kernels": f"{train_module.kernels} (model.kernels={config.model.kernels})",
-            "data": f"{config.data.path}: {batches.num_sequences} sequences, format {data.format}, {trained}",
-            "rows": data.counts.describe(),
-            **({"padding": describe_padding(batches)} if batches.group_by_length else {}),
-            **({} if data.validation_counts is None else {"validation rows": data.validation_counts.describe()}),
-            "steps": f"{progress.step} of {max_steps} done, global batch {config.train.global_batch_size} = "
-            f"{config.train.micro_batch_size} a micro-batch",
-            "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-        },
-        title="lisa-dist",
-    )
-    parameters = {name: store.parameter(name) for name in store.names}
-    coverage = train_module.update.describe_coverage(parameters, store.layers)
-    if coverage is not None:
-        logger.info("update=%s: %s", config.update.name, coverage)

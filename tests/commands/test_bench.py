@@ -97,7 +97,8 @@ def test_operations_follow_from_what_trains() -> None:
     assert everything == 2 * 6 * BLOCK + 2 * 4 * BLOCK + 6 * HEAD + norm
     assert attention == 12 * BLOCKS * HIDDEN * 3 * TOKENS**2
     frozen = [*TINY, "always_active.embeddings=false", "sampler=fixed", "sampler.blocks=[2]"]
-    ((_, stops_early, _),) = run_on_ranks(1, counted_flops, frozen)
+    ((_, stops_early, attention),) = run_on_ranks(1, counted_flops, frozen)
+    assert attention == (12 * (BLOCKS - 2) + 4 * 2) * HIDDEN * 3 * TOKENS**2
     assert stops_early == 2 * 2 * BLOCK + 6 * BLOCK + 4 * BLOCK + 6 * HEAD + norm
     without_blocks = [*TINY, "always_active.embeddings=false", "sampler.active_layers=0"]
     ((_, head_alone, _),) = run_on_ranks(1, counted_flops, without_blocks)

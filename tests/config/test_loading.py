@@ -57,6 +57,7 @@ WRONG_OVERRIDES = [
     ("optimizer.betas=[0.9]", ["two numbers"]),
     ("precision.frozen=bf16", ["float32, bfloat16", "did you mean bfloat16?"]),
     ("parallel.nproc_per_node=two", ["auto or a whole number"]),
+    ("parallel.cpu_threads=100000", ["auto or a whole number of at least 1 and at most 4096"]),
     ("optimizer.lr=nan", ["at least 0"]),
     ("method=lsa", ["must be one of", "did you mean lisa?"]),
     ("method=null", ["must be one of"]),

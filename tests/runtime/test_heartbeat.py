@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 
+from lisa_dist.config.paths import refusal
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.heartbeat import Heartbeat, LostRankError
@@ -86,6 +87,17 @@ def test_errors_of_collectives_alone_are_explained(tmp_path: Path) -> None:
         assert isinstance(lost, LostRankError) and "Connection closed by peer" in str(lost)
         for error in (RuntimeError("shapes do not match"), ValueError("gloo"), KeyboardInterrupt()):
             assert heartbeat.explained(error) is error
+
+
+def test_a_path_refused_in_the_midst_of_a_run_is_no_mistake_of_the_command(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with Heartbeat(RunDirectory(tmp_path), timeout=100) as heartbeat:
+        heartbeat.begin_step(7)
+        with heartbeat.phase("checkpoint"), pytest.raises(NotADirectoryError) as refused:
+            (tmp_path / "checkpoints" / "x").touch()
+        failure = heartbeat.explained(refused.value)
+        assert refusal(refused.value) and not refusal(failure)
+        assert f"Not a directory: '{tmp_path}/checkpoints/x' in " in str(failure)
 
 
 def test_the_watcher_speaks_once_where_nothing_moves(

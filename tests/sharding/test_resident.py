@@ -294,6 +294,30 @@ def test_gradients_of_earlier_micro_batches_are_summed_where_the_last_brings_non
     assert run_on_ranks(2, gradients_of_experts, sent_to) == [[9, 3]] * 2
 
 
+def gradients_of_frozen_experts(sent_to: list[str]) -> dict[str, float]:
+    """The sums of the experts' gradients that a probe is shown, where this rank sends to one. Runs on every rank."""
+    module = Experts()
+    config = make_config(parallel=REPLICAS)
+    mesh = ParallelDims.of(config.parallel).mesh
+    store = ResidentStore(module, cast(LayerMap, None), mesh, config.precision, lambda name: False)
+    store.set_trainable(store.names, trained=False)
+    names, shown = {id(store.parameter(name)): name for name in store.names}, {}
+
+    def show(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        shown[names[id(parameter)]] = float(parameter.grad.sum())
+        parameter.grad = None
+
+    with store.also_trained(store.names, show):
+        module(sent_to[distributed.rank()]).backward()
+    return shown
+
+
+def test_a_probe_is_shown_each_experts_own_gradient_whatever_each_replica_sends_to() -> None:
+    expected = {"first.weight": 3, "second.weight": 3}
+    assert run_on_ranks(2, gradients_of_frozen_experts, ["first", "second"]) == [expected] * 2
+
+
 @pytest.mark.parametrize(
     ("ranks", "setting"),
     [

@@ -13,7 +13,8 @@ from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.models.architecture import read_architecture
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.training import setup
-from lisa_dist.training.setup import rows_of, warn_of_positions
+from lisa_dist.training.announcement import warn_of_positions, warn_of_warmup
+from lisa_dist.training.setup import rows_of
 
 
 @pytest.mark.parametrize(
@@ -34,9 +35,9 @@ def test_sequences_longer_than_the_models_positions_are_warned_of(architecture, 
 
 def test_a_warm_up_longer_than_the_run_is_warned_of(caplog):
     config = load(["scheduler.warmup_steps=40"])
-    setup.warn_of_warmup(config, 40)
+    warn_of_warmup(config, 40)
     assert caplog.text == ""
-    setup.warn_of_warmup(config, 10)
+    warn_of_warmup(config, 10)
     assert "scheduler.warmup_steps=40: is above the 10 steps of the run, whose learning rate ends at 25%" in caplog.text
 
 

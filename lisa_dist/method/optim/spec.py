@@ -29,7 +29,8 @@ class OptimizerSpec:
         moments: those of its state that a checkpoint and host memory hold, and that follow a change of basis.
         build: from groups, each with ``params`` (none yet), ``weight_decay`` and keys that are not the optimizer's,
             to an optimizer of torch. A step must touch nothing but the parameters with a gradient of the groups as
-            they are then, and their state.
+            they are then, and their state. It may write the ``compute_copy`` that a parameter has with it: those for
+            which it did are the optimizer's attribute ``copied``, and are not written again.
         zero_state: from such an optimizer and what it steps, to the state that it would itself make at a first step,
             sharded alike. ``step`` is among it where the optimizer counts its steps.
         state_bytes: from the shard that is stepped, to the bytes of its moments on this rank.
