@@ -17,7 +17,7 @@ from lisa_dist.planning.draws import coming_draws, mean_lowest
 from lisa_dist.planning.simulation import Trace, architecture_of, extreme_sets, follow, simulate
 from lisa_dist.sharding.ledger import between
 
-EDGE = 2  # frozen blocks at either end, and before the active ones, that are looked at one by one
+EDGE = 1  # frozen blocks at either end, and before the active ones, that are looked at one by one
 
 
 def predict(config: Config, least_work: bool = False) -> Trace:

@@ -97,7 +97,8 @@ def probe_on_rank(config: Config) -> dict[str, Any]:
     assert trained == set(train_module.optimizer.parameters)
     assert all(store.parameter(name).grad is None for name in store.names)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    return {"found": found, "parameters": before, "most_gradients": most_gradients}
+    of_a_block = len(store.block_parameters(0))
+    return {"found": found, "parameters": before, "most_gradients": most_gradients, "of_a_block": of_a_block}
 
 
 def joined(batch: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -206,7 +207,8 @@ def test_probes_equal_plain_computation(world_size: int, replicate: int, family:
         for probe, values in expected.items():
             assert result["found"][probe] == pytest.approx(values, rel=2e-4), probe
         assert result["found"] == results[0]["found"], "every rank must have the same numbers"
-        assert result["most_gradients"] <= 1, "a gradient outlived its norm"
+        # Replicas sum in one order, whatever the order of arrival: a block's gradients may wait for each other.
+        assert result["most_gradients"] <= (result["of_a_block"] if replicate > 1 else 1), "outlived its norm"
     assert len(set(expected["outliers"])) == BLOCKS and min(expected["outliers"]) > 0
 
 

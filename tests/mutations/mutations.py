@@ -207,8 +207,8 @@ SWITCH = [
     Mutation(
         "gradients of whole weights are not summed over the replicas",
         "sharding/resident.py",
-        "elif not self._deferred:",
-        "elif False:",
+        "if self._sums is None or not self._deferred:",
+        "if self._sums is None:",
         f"{RESIDENT}::test_two_replicas_equal_plain_pytorch_and_each_other",
     ),
     Mutation(

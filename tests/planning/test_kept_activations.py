@@ -28,12 +28,13 @@ def test_checkpointing_holds_with_kernels_of_blocks(kernels: str) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_probe_of_gradients_needs_no_more_than_a_step(kept: str, ranks: int) -> None:
     config = load([*MODEL, "method=grass", f"parallel.activation_checkpointing={kept}"])
+    config.model.architecture |= {"num_hidden_layers": 8}
     config.parallel.nproc_per_node, config.train.global_batch_size = str(ranks), 4 * ranks
     planned = simulate(config).peak_bytes
     with simulated_world(ranks):
         train_module = build_train_module(config, architecture_of(config.model))
         with FakeTensorMode(allow_non_fake_inputs=True), Ledger(1) as ledger:
-            allocate(train_module, [20, 21], torch.device("cpu"))
+            allocate(train_module, [6, 7], torch.device("cpu"))
             add_trained_params(train_module)
             ledger.phase = "probe"
             request = train_module.sampler.sampler.request()

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -38,29 +39,30 @@ def hold_until_killed(path: Path) -> None:
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> Iterator[int]:
-    """The id of a process that trains in ``tmp_path``."""
+def holder(tmp_path: Path) -> Iterator[BaseProcess]:
+    """A process that trains in ``tmp_path``."""
     process = FORKSERVER.Process(target=hold_until_killed, args=(tmp_path,))
     process.start()
     while not (tmp_path / "held").exists():
         assert process.is_alive()
         time.sleep(0.02)
-    yield process.pid or 0
+    yield process
     process.kill()
     process.join()
 
 
 def test_a_second_start_is_refused_while_the_first_lives_and_never_after_a_kill(
-    tmp_path: Path, holder: int, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, holder: BaseProcess, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = f"run.dir={tmp_path}: process {holder} on {socket.gethostname()} trains there; stop it first, or choose"
+    told = f"run.dir={tmp_path}: process {holder.pid} on {socket.gethostname()} trains there; stop it first, or choose"
     with pytest.raises(UserError, match="trains there"):
         hold_run(RunDirectory(tmp_path))
     for resume in ("auto", "none"):  # it has not made a step yet
         assert main(["train", f"run.dir={tmp_path}", f"checkpoint.resume={resume}"]) == 2
         assert told in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"held", "logs"}, "nothing is written"
-    os.kill(holder, signal.SIGKILL)
+    holder.kill()
+    holder.join()
     with hold_run(RunDirectory(tmp_path)), hold_run(RunDirectory(tmp_path)):  # twice in a process is its own matter
         pass
     check_nobody_trains(RunDirectory(tmp_path))
@@ -102,7 +104,7 @@ def test_a_run_on_another_machine_is_known_by_its_signs_of_life(tmp_path: Path) 
     hold_run(run).close()
 
 
-def test_a_lock_that_is_held_is_never_passed_over(tmp_path: Path, holder: int) -> None:
+def test_a_lock_that_is_held_is_never_passed_over(tmp_path: Path, holder: BaseProcess) -> None:
     """It may be of a start on another machine that still prepares; what is to be done where that is gone is said."""
     run = RunDirectory(tmp_path)
     for written, who in ((json.dumps({"host": "node7", "pid": 5}), "process 5 on node7"), ("", "a process on this")):

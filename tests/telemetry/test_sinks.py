@@ -1,6 +1,7 @@
 import json
 import math
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,8 @@ def sent_to_wandb(file: Path) -> list[dict[str, float]]:
             place += left
             continue
         length, kind = struct.unpack_from("<HB", content, place + 4)
+        if place + 7 + length > len(content):
+            break  # is still being written
         record += content[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or the last part
@@ -82,6 +85,9 @@ def test_wandb_keeps_what_a_roll_back_does_again(tmp_path, monkeypatch):
         sink.log({"step": step, "loss": 10.0 * step})
     sink.close()
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    end = time.monotonic() + 60
+    while len(sent_to_wandb(file)) < 5 and time.monotonic() < end:
+        time.sleep(0.1)  # a process of W&B's own writes them
     assert [(row["step"], row["loss"]) for row in sent_to_wandb(file)] == [(1, 1), (2, 2), (3, 3), (2, 20), (3, 30)]
 
 

@@ -1,0 +1,100 @@
+"""What a run says once before its first step: what is effective, and what may not be what was meant."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import transformers
+from transformers import PretrainedConfig
+
+from lisa_dist.checkpoint.state import Progress
+from lisa_dist.config import Config
+from lisa_dist.data.batches import GlobalBatches
+from lisa_dist.data.prepare import PreparedData
+from lisa_dist.method.module import TrainModule
+from lisa_dist.models.generation import positions_of
+from lisa_dist.runtime import distributed
+from lisa_dist.runtime.units import format_count
+from lisa_dist.telemetry.progress import announce
+
+logger = logging.getLogger(__name__)
+
+
+def announce_run(
+    config: Config,
+    train_module: TrainModule,
+    data: PreparedData,
+    batches: GlobalBatches,
+    max_steps: int,
+    progress: Progress,
+) -> None:
+    """Print once what is effective."""
+    store, precision = train_module.store, config.precision
+    architecture: Any = store.module.config
+    total = sum(store.parameter(name).numel() for name in store.names)
+    blocks = len(store.layers.blocks)
+    trained = f"{data.counts.trained_share:.0%} of {format_count(data.counts.tokens)} tokens trained"
+    announce(
+        {
+            "run": str(config.run.dir),
+            "ranks": f"{train_module.dims.num_ranks} ({train_module.dims}), {distributed.device().type}, "
+            f"{torch.get_num_threads()} CPU threads a rank",
+            "model": f"{config.model.path or config.model.name}: {format_count(total)} parameters in {blocks} blocks"
+            f"{', head tied to the embeddings' if store.layers.tied else ''}, {config.model.initialization} weights",
+            "method": f"{config.method}: sampler {config.sampler.name}, {train_module.sampler.sampler.num_active} of "
+            f"{blocks} blocks{', embeddings and head' if config.sampler.draws_non_block_modules else ''} a period of "
+            f"{config.sampler.period} steps; update {config.update.name}",
+            "storage": f"frozen {precision.frozen}, active {precision.active}, compute {precision.compute}, "
+            f"gradients reduced in {precision.reduce}, {precision.on_freeze} rounding on freeze",
+            "attention": str(architecture._attn_implementation),
+            "kernels": f"{train_module.kernels} (model.kernels={config.model.kernels})",
+            "data": f"{config.data.path}: {batches.num_sequences} sequences, format {data.format}, {trained}",
+            "rows": data.counts.describe(),
+            **({"padding": describe_padding(batches)} if batches.group_by_length else {}),
+            **({} if data.validation_counts is None else {"validation rows": data.validation_counts.describe()}),
+            "steps": f"{progress.step} of {max_steps} done, global batch {config.train.global_batch_size} = "
+            f"{config.train.micro_batch_size} a micro-batch",
+            "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        },
+        title="lisa-dist",
+    )
+    parameters = {name: store.parameter(name) for name in store.names}
+    coverage = train_module.update.describe_coverage(parameters, store.layers)
+    if coverage is not None:
+        logger.info("update=%s: %s", config.update.name, coverage)
+
+
+def describe_padding(batches: GlobalBatches) -> str:
+    """Return in words what grouping by length saves in the first epoch."""
+    grouped, ungrouped = batches.padding_of_epoch(0), batches.padding_of_epoch(0, grouped=False)
+    return (
+        f"{format_count(grouped)} tokens of the first epoch, grouped by length; {format_count(ungrouped - grouped)} "
+        f"fewer than the {format_count(ungrouped)} without data.group_by_length"
+    )
+
+
+def warn_of_positions(sequence_length: int, architecture: PretrainedConfig) -> None:
+    """Warn where sequences may be longer than what the model was made for."""
+    positions = positions_of(architecture)
+    if positions is not None and sequence_length > positions:
+        logger.warning(
+            "data.sequence_length=%d: is above the %d positions of the model; what is longer trains positions that it "
+            "has never seen, or fails where positions are a table",
+            sequence_length,
+            positions,
+        )
+
+
+def warn_of_warmup(config: Config, max_steps: int) -> None:
+    """Warn where the run ends before the learning rate is the one that was asked for."""
+    warmup = config.scheduler.warmup_steps
+    if warmup > max_steps:
+        logger.warning(
+            "scheduler.warmup_steps=%d: is above the %d steps of the run, whose learning rate ends at %.0f%% of what "
+            "was asked for",
+            warmup,
+            max_steps,
+            100 * max_steps / warmup,
+        )
