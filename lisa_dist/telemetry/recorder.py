@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 from typing import Any
@@ -186,7 +187,8 @@ class Recorder:
         """The validation set was run through the model."""
         self._write({"step": step, "eval_loss": eval_loss})
         self.summary["eval_loss"] = eval_loss
-        self.summary["best_eval_loss"] = min(eval_loss, self.summary.get("best_eval_loss", eval_loss))
+        if math.isfinite(eval_loss):
+            self.summary["best_eval_loss"] = min(eval_loss, self.summary.get("best_eval_loss", eval_loss))
 
     def write_summary(self, exit_reason: str) -> None:
         """The run ended: ``finished``, ``signal``, or ``failed: <why>``.

@@ -78,7 +78,7 @@ def tell_of_best(run: Run) -> None:
         return
     kept = (run.checkpoints.directory / checkpoint_name(progress.best_step)).is_dir()
     where = f"export.step={progress.best_step} takes it" if kept else "checkpoint.keep_best=true would have kept it"
-    lowest = run.recorder.summary["best_eval_loss"]
+    lowest = run.recorder.summary.get("best_eval_loss", best)
     untrained = f"; before training it was lower, {lowest:.4f}" if lowest < best else ""
     logger.info("best held-out loss %.4f, after step %d: %s%s", best, progress.best_step, where, untrained)
 

@@ -53,6 +53,15 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
     assert read_summary(RunDirectory(tmp_path)) == {"exit_reason": "finished", "resumed_from": [], "final_loss": None}
 
 
+@pytest.mark.parametrize("losses", [[2.0, math.nan], [math.nan, 2.0], [math.inf, 3.0, 2.0, math.nan]])
+def test_the_best_held_out_loss_is_one_that_is_finite(tmp_path, losses):
+    recorder = Recorder(Config(run=RunConfig(dir=str(tmp_path))), 9, num_blocks=4, started=0.0)
+    for step, loss in enumerate(losses):
+        recorder.record_evaluation(step, loss)
+    recorder.write_summary("finished")
+    assert read_summary(RunDirectory(tmp_path))["best_eval_loss"] == 2.0
+
+
 def test_resume_cuts_rows_past_the_checkpoint_and_a_torn_last_line(tmp_path):
     run = RunDirectory(tmp_path)
     with closing(RowWriter(run)) as writer:
