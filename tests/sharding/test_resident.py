@@ -271,13 +271,18 @@ class Experts(nn.Module):
         return getattr(self, expert)(torch.ones(3)).sum()
 
 
-def gradients_of_experts(sent_to: list[list[str]]) -> list[float]:
-    """The sums of the experts' gradients after the micro-batches that this rank sends to them. Runs on every rank."""
+def replica_of_experts(trained: bool) -> tuple[Experts, ResidentStore]:
     module = Experts()
     config = make_config(parallel=REPLICAS)
     mesh = ParallelDims.of(config.parallel).mesh
     store = ResidentStore(module, cast(LayerMap, None), mesh, config.precision, lambda name: False)
-    store.set_trainable(store.names, trained=True)
+    store.set_trainable(store.names, trained=trained)
+    return module, store
+
+
+def gradients_of_experts(sent_to: list[list[str]]) -> list[float]:
+    """The sums of the experts' gradients after the micro-batches that this rank sends to them. Runs on every rank."""
+    module, store = replica_of_experts(trained=True)
     experts = sent_to[distributed.rank()]
     for index, expert in enumerate(experts):
         store.defer_reduction(index < len(experts) - 1)
@@ -296,11 +301,7 @@ def test_gradients_of_earlier_micro_batches_are_summed_where_the_last_brings_non
 
 def gradients_of_frozen_experts(sent_to: list[str]) -> dict[str, float]:
     """The sums of the experts' gradients that a probe is shown, where this rank sends to one. Runs on every rank."""
-    module = Experts()
-    config = make_config(parallel=REPLICAS)
-    mesh = ParallelDims.of(config.parallel).mesh
-    store = ResidentStore(module, cast(LayerMap, None), mesh, config.precision, lambda name: False)
-    store.set_trainable(store.names, trained=False)
+    module, store = replica_of_experts(trained=False)
     names, shown = {id(store.parameter(name)): name for name in store.names}, {}
 
     def show(parameter: torch.Tensor) -> None:
