@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
 from lisa_dist.method.probes import mean_loss
@@ -100,7 +101,8 @@ def test_compiled_blocks_are_checkpointed(compute: str) -> None:
     kinds = ("none", "selective", "full")
     everything, products, inputs = (run_on_ranks(1, kept_bytes, kind, compute)[0] for kind in kinds)
     # Before transformers 5.18 checkpointing is around what is compiled, and products are kept where none sees them.
-    assert inputs < 0.5 * everything and inputs <= products < everything
+    products_seen = "__init_subclass__" in vars(GradientCheckpointingLayer)
+    assert inputs < 0.5 * (products if products_seen else everything) and inputs <= products < everything
 
 
 @pytest.mark.soak
