@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,5 +70,9 @@ def test_every_line_of_the_matrix_is_a_configuration(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_the_whole_check_passes_on_a_small_model(tmp_path: Path) -> None:
-    ((code, found),) = run_on_ranks(1, checked, tmp_path, ["--seconds", "3000"])
-    assert code == 0, {name: result for name, result in found.items() if result["state"] != "ok"}
+    ((_, found),) = run_on_ranks(1, checked, tmp_path, ["--seconds", "3000"])
+    failed = {name: result for name, result in found.items() if result["state"] != "ok"}
+    if find_spec("torchao") is None:  # which the tests are installed without
+        for name in ("adamw8bit", "resume 8 bit"):
+            assert "optimizer=adamw8bit: needs torchao" in failed.pop(name)["found"]
+    assert not failed

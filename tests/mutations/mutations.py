@@ -142,9 +142,10 @@ SWITCH = [
     ),
     Mutation(
         "other blocks are thawed and frozen than were drawn",
-        "sharding/store.py",
-        'return self.parameters_of(f"block:{block}")',
-        'return self.parameters_of(f"block:{len(self.layers.blocks) - 1 - block}")',
+        "method/switch.py",
+        "return update.trainable_parameters(store.parameters_of(part))",
+        "part = f'block:{len(store.layers.blocks) - 1 - int(part[6:])}'\n"
+        "        return update.trainable_parameters(store.parameters_of(part))",
         f"{THREE_PERIODS}[1]",
     ),
     Mutation(
@@ -432,7 +433,8 @@ CHECKPOINT = [
         "a checkpoint is complete, and old ones are removed, before it is written",
         "checkpoint/protocol.py",
         WRITTEN,
-        f"agree(lambda: _complete(snapshot.plan, unfinished, {{}}, keep))\n        agree(begin)\n        {WRITTEN}",
+        "agree(lambda: _complete(snapshot.plan, unfinished, {}, keep, snapshot.best))\n        agree(begin)\n"
+        f"        {WRITTEN}",
         f"{SAVING}::test_the_only_checkpoint_survives_a_kill_while_the_next_is_written",
     ),
     Mutation(

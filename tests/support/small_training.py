@@ -127,19 +127,22 @@ def train_on_rank(config: Config, steps: int = STEPS, size: int = GLOBAL_BATCH) 
     train_module = build_train_module(config)
     load_initial_weights(train_module, device)
     initial = full_parameters(train_module)
-    losses, draws, reduce_dtypes, bytes_counted = [], [], [], []
+    losses, grad_norms, draws, reduce_dtypes, bytes_counted = [], [], [], [], []
     for step, micro_batches in enumerate(make_global_batches(steps, size)):
         if step % config.sampler.period == 0:
             begin_period(train_module, step // config.sampler.period)
             draws.append(list(train_module.active.blocks))
             reduce_dtypes.append(reduction_dtypes(train_module))
         mine = micro_batches[distributed.rank() :: distributed.world_size()]
-        losses.append(train_step(train_module, mine, step, steps).loss)
+        result = train_step(train_module, mine, step, steps)
+        losses.append(result.loss)
+        grad_norms.append(result.grad_norm)
         bytes_counted.append(train_module.optimizer.state_bytes())
     return {
         "initial": initial,
         "final": full_parameters(train_module),
         "losses": losses,
+        "grad_norms": grad_norms,
         "draws": draws,
         "reduce_dtypes": reduce_dtypes,
         "optimizer_bytes": bytes_counted,
