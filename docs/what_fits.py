@@ -45,7 +45,8 @@ def cell_of(model: str, card: str) -> str:
         config, trace = traced(model, rung)
         plan = Plan(settings, config, gpu, trace, estimate(trace, gpu, config))
         if plan.fits:
-            host = f" + {trace.host_bytes / GIB:.0f} host" if trace.host_bytes else ""
+            host_bytes = trace.host_bytes + trace.waiting_bytes
+            host = f" + {host_bytes / GIB:.0f} host" if host_bytes else ""
             speed = float(f"{plan.estimate.tokens_per_second:.2g}")  # as many digits as an estimate bears
             return f"**{rung}** {trace.peak_bytes / GIB:.1f}{host}; {speed:,.0f}"
     return "-"

@@ -93,7 +93,7 @@ def without_training(config: Config, path: str | None) -> Config:
         logger=LoggerConfig(),
         always_active=AlwaysActiveConfig(embeddings=False, norm=False, head=False),
         precision=replace(config.precision, frozen=compute, active=compute),
-        parallel=replace(config.parallel, block_major=False),
+        parallel=replace(config.parallel, block_major=False, offload_activations=False),
     )
     if path is None:
         return quiet

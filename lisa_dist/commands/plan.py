@@ -92,6 +92,7 @@ def _numbers(plan: Plan) -> dict[str, Any]:
     return bounds | {
         "persistent_bytes": trace.persistent_bytes,
         "host_bytes": trace.host_bytes,
+        "waiting_bytes": trace.waiting_bytes,
         "peak_bytes": trace.peak_bytes,
         "peak_at": trace.peak_at,
         "fits": plan.fits,
@@ -167,6 +168,8 @@ def _table_of(plan: Plan) -> Table:
     table.add_row("persistent a rank", f"{format_bytes(total)}: {kinds}")
     if trace.host_bytes:
         table.add_row("of it in host memory", format_bytes(trace.host_bytes))
+    if trace.waiting_bytes:
+        table.add_row("beside it there", f"{format_bytes(trace.waiting_bytes)} of inputs of blocks")
     table.add_row("peak a rank", f"{format_bytes(trace.peak_bytes)}, {trace.peak_at}")
     table.add_row(
         "fits" if plan.fits else "DOES NOT FIT",

@@ -142,8 +142,13 @@ def _check_step_in_backward(config: Config) -> None:
 
 
 def _check_block_major(config: Config, ranks_of_replica: int = 1) -> None:
-    """Refuse ``parallel.block_major=true`` where nothing comes to one rank block by block."""
+    """Refuse ``parallel.block_major=true`` where nothing comes to one rank block by block, and what needs it."""
     parallel = config.parallel
+    if parallel.offload_activations and not parallel.block_major:
+        raise UserError(
+            "parallel.offload_activations=true: goes with parallel.block_major=true alone, where inputs of blocks wait "
+            "for all micro-batches of a step; set that too, or parallel.offload_activations=false"
+        )
     if parallel.block_major and parallel.offload not in ("frozen", "auto"):
         raise UserError(
             f"parallel.block_major=true: goes with parallel.offload=frozen or auto, not with parallel.offload="
@@ -284,6 +289,8 @@ def _of_placement(config: Config, ranks: int) -> Iterator[IdleOption]:
     once_anyway = "gradients of whole weights are reduced once a step anyway"
     why_idle = once_anyway if whole else "a step is one micro-batch of each rank"
     yield "parallel.block_major", parallel.block_major and one_micro_batch, "a step is one micro-batch"
+    idle = parallel.offload_activations and one_micro_batch
+    yield "parallel.offload_activations", idle, "a step is one micro-batch"
     yield "parallel.defer_reduction", parallel.defer_reduction and (whole or one_micro_batch), why_idle
     ungathered = "weights that lie whole on each rank are never gathered"
     yield "parallel.reshard_after_forward", whole and not parallel.reshard_after_forward, ungathered

@@ -40,6 +40,7 @@ USUAL: Option = {
 }
 _ACCUMULATION: Option = {"train.global_batch_size": 2 * RANKS}
 _NON_BLOCK: Option = {"always_active.embeddings": False, "always_active.head": False}
+_BLOCK_MAJOR: Option = {"parallel.offload": "frozen", "parallel.replicate": 1, **_ACCUMULATION}
 KEYS: list[Option] = [
     {"model.quantization": "nf4", "update": "lora"},
     {"update.dora": True},
@@ -52,7 +53,8 @@ KEYS: list[Option] = [
     {"parallel.offload": "frozen"},
     {"parallel.offload": "all"},
     {"parallel.replicate": RANKS},
-    {"parallel.block_major": True, "parallel.offload": "frozen", "parallel.replicate": 1, **_ACCUMULATION},
+    {"parallel.block_major": True, **_BLOCK_MAJOR},
+    {"parallel.offload_activations": True, "parallel.block_major": True, **_BLOCK_MAJOR},
     {"parallel.reshard_after_forward": False},
     {"parallel.prefetch": 2},
     {"parallel.defer_reduction": True, **_ACCUMULATION},

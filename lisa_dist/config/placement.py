@@ -20,6 +20,7 @@ class ParallelConfig:
     prefetch: int | None = None  # blocks gathered (null: 1) or copied from the host (null: 4) ahead, in both passes
     offload: str = "none"  # none, frozen (blocks in host memory), auto (of one rank those that must), all (FSDP2's)
     block_major: bool = False  # pass a step's micro-batches together, block by block: each is copied once a step
+    offload_activations: bool = False  # with block_major: inputs of blocks wait in host memory until the backward pass
     activation_checkpointing: str = "none"  # none, selective, full, auto (what fits, each block by itself)
     memory_limit: float | None = None  # GiB of its device that a rank may use, for auto; null: all of a GPU
     defer_reduction: bool = False  # reduce gradients once an optimizer step instead of once a micro-batch
@@ -74,6 +75,11 @@ def is_block_major(parallel: ParallelConfig, train: TrainConfig) -> bool:
 def micro_batches_together(parallel: ParallelConfig, train: TrainConfig) -> int:
     """Return how many micro-batches lie in memory at a time, on the one rank that may hold several."""
     return -(-train.global_batch_size // train.micro_batch_size) if is_block_major(parallel, train) else 1
+
+
+def inputs_wait_in_host_memory(parallel: ParallelConfig, train: TrainConfig) -> bool:
+    """Return whether the inputs of blocks wait in host memory from the forward to the backward pass."""
+    return parallel.offload_activations and is_block_major(parallel, train)
 
 
 def stay_whole(parallel: ParallelConfig, precision: PrecisionConfig, ranks_of_replica: int) -> bool:

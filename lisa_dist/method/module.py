@@ -54,7 +54,7 @@ from lisa_dist.sharding import build_store
 from lisa_dist.sharding.block_major import check_block_major
 from lisa_dist.sharding.compilation import compile_blocks
 from lisa_dist.sharding.dimensions import ParallelDims
-from lisa_dist.sharding.memory_policy import MemoryPolicy
+from lisa_dist.sharding.memory_policy import MemoryPolicy, host_states
 from lisa_dist.sharding.store import ParameterStore, persistent_bytes
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,8 @@ def build_train_module(
     install_kernels(config, module, layers, kernels)
     dims = dims or ParallelDims.of(config.parallel)
     check_streamed(config, dims.num_ranks)
-    store = build_store(module, layers, dims.mesh, config.parallel, config.precision, update.keeps_precision)
+    keeps_precision, waiting = update.keeps_precision, host_states(config, module, len(layers.blocks))
+    store = build_store(module, layers, dims.mesh, config.parallel, config.precision, keeps_precision, waiting)
     active = ActiveSet(always_active_parameters(store, config.always_active))
     groups = ParameterGroups(layers.part_of, undecayed)
     optimizer = ActiveOptimizer(config.optimizer, update, groups, store.masters_to_params, store.register_grad_hook)

@@ -92,6 +92,7 @@ def single_changes(config: Config) -> list[list[str]]:
         (f"train.micro_batch_size={micro_batch // 2}", micro_batch > 1),
         ("parallel.activation_checkpointing=selective", kept == "none"),
         ("parallel.activation_checkpointing=full", kept != "full"),
+        ("parallel.offload_activations=true", parallel.block_major and not parallel.offload_activations),
         ("parallel.block_major=false", parallel.block_major),
         ("parallel.optimizer_shard=world", parallel.replicate > 1 and parallel.optimizer_shard == "replica"),
         ("parallel.offload=frozen", parallel.offload == "none"),
@@ -115,6 +116,7 @@ def _savings(config: Config) -> list[str]:
     savings = []
     if is_block_major(config.parallel, config.train):
         savings.append("parallel.block_major=false")
+        savings += ["parallel.offload_activations=false"] if config.parallel.offload_activations else []
     if config.parallel.activation_checkpointing != "full":
         savings.append("parallel.activation_checkpointing=full")
     if config.train.micro_batch_size > 1:

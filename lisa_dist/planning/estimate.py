@@ -12,6 +12,7 @@ from lisa_dist.config.placement import is_block_major
 from lisa_dist.planning.simulation import Trace, micro_batches_per_step
 from lisa_dist.sharding.ledger import Work
 from lisa_dist.sharding.link import Link, Slot, Slots
+from lisa_dist.sharding.waiting_states import StatesOnHost
 
 # Shares of the makers' numbers that operations reach, rounded: as one H100 ran a step of an 8B model, kernel by kernel
 # (docs/memory.md). Of other GPUs they are assumptions, as is that of links between GPUs everywhere.
@@ -89,6 +90,9 @@ def _streamed_seconds(trace: Trace, gpu: Gpu, config: Config, compute: float) ->
     up, down = (_compute_seconds(work, gpu, config) for work in trace.streamed)
     rest = (compute - up - (down if reached else 0.0)) / rounds
     link = _TimedLink(gpu.host_bandwidth * HOST_EFFICIENCY)
+    # Inputs that wait in host memory travel beside the blocks that are copied, those of other blocks too.
+    pieces = micro_batches_per_step(config) if trace.waiting_bytes and reached else 1
+    state = torch.empty(trace.waiting_bytes // max(pieces * reached, 1), dtype=torch.uint8, device="meta")
     weights = torch.empty(trace.host_bytes // blocks, dtype=torch.uint8, device="meta")
     slots = Slots(link, 1 + config.parallel.copied_ahead, 0, torch.device("meta"), lambda _: weights)
     passes = [(block, up / forward.visits) for block in range(blocks)]
@@ -96,10 +100,16 @@ def _streamed_seconds(trace: Trace, gpu: Gpu, config: Config, compute: float) ->
     slots.expect([block for block, _ in passes])
     ends = []
     for _ in range(3):  # the first begins with empty slots
+        states = StatesOnHost(link, 0)
         for place, (block, seconds) in enumerate(passes):
             link.now += rest if place == blocks else 0.0
             slot = slots.enter(block)
-            link.now += seconds
+            for piece in range(pieces):
+                if pieces > 1 and blocks > place >= blocks - reached:
+                    states.put(block, piece, state)
+                elif pieces > 1 and place >= blocks:
+                    states.take(block, piece)
+                link.now += seconds / pieces
             slots.leave(slot)
         link.now += 0.0 if reached else rest
         ends.append(link.now)
@@ -110,17 +120,25 @@ class _TimedLink(Link):
     """A link of so many bytes a second that knows when a copy is there, and until when what computes waits for it."""
 
     def __init__(self, rate: float) -> None:
-        super().__init__()
+        super().__init__("meta")
         self.rate = rate
         self.now = 0.0  # seconds since the start, where computing has got to
-        self.copied = 0.0  # where copying has
+        self.copied = 0.0  # where copying to the device has
+        self.sent = 0.0  # where copying from it has
 
     def _copy(self, slot: Slot, host: torch.Tensor) -> None:
-        self.copied = max(self.copied, slot.free or 0.0) + host.nbytes / self.rate
+        self.copied = max(self.copied, self.now if slot.free is None else slot.free) + host.nbytes / self.rate
         slot.filled = self.copied
 
     def wait(self, slot: Slot) -> None:
         self.now = max(self.now, slot.filled)
+
+    def send(self, state: torch.Tensor, host: torch.Tensor) -> float:
+        self.sent = max(self.sent, self.now) + host.nbytes / self.rate
+        return self.sent
+
+    def wait_sent(self, sent: float) -> None:
+        self.now = max(self.now, sent)
 
     def hand_back(self, slot: Slot) -> None:
         slot.free = self.now

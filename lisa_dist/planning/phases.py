@@ -13,6 +13,7 @@ from lisa_dist.config.placement import is_block_major
 from lisa_dist.method.module import TrainModule, count_persistent_bytes
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding.ledger import Ledger, Work, sum_of_work
+from lisa_dist.sharding.waiting_states import WaitingStates
 
 SWITCH = "switch of active blocks"
 STREAMED_FORWARD = ", forward of frozen blocks"
@@ -29,7 +30,7 @@ class StepPhases:
         self.micro_batch = 0 if self.block_major else -1  # where they pass together there is one account
         self.part = ""
         self.persistent_bytes: dict[str, int] = {}
-        self.host_bytes = 0
+        self.host_bytes = self.waiting_bytes = 0
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
@@ -73,7 +74,7 @@ class StepPhases:
     def _watch_visits(self) -> None:
         """Set the phase at each visit to a block, of all micro-batches: stubs answer when the model calls it."""
         store = self.train_module.store
-        visit, depth = store.visit, len(store.layers.blocks)
+        visit, waiting_states, depth = store.visit, store.waiting_states, len(store.layers.blocks)
 
         @contextmanager
         def watched(block: int) -> Iterator[Callable[..., Any]]:
@@ -83,7 +84,19 @@ class StepPhases:
                 yield forward
             self._enter(None)
 
-        store.visit = watched  # type: ignore[method-assign]
+        def watched_states() -> WaitingStates:
+            states = waiting_states()
+            put = states.put
+
+            def watched_put(block: int, micro_batch: int, state: torch.Tensor) -> None:
+                with self.ledger.allocating_on_host():
+                    put(block, micro_batch, state)
+                self.waiting_bytes = max(self.waiting_bytes, states.host_bytes)
+
+            states.put = watched_put  # type: ignore[method-assign]
+            return states
+
+        store.visit, store.waiting_states = watched, watched_states  # type: ignore[method-assign]
 
     def _watch(self, module: nn.Module, name: str, block: int | None = None) -> None:
         def begin_forward(*_: Any) -> None:

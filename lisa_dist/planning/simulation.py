@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from lisa_dist.config import Config, ModelConfig, ParallelConfig, UserError
 from lisa_dist.config.checks import check_accumulation, check_combinations
 from lisa_dist.config.paths import model_directory
-from lisa_dist.config.placement import is_block_major
+from lisa_dist.config.placement import inputs_wait_in_host_memory, is_block_major
 from lisa_dist.config.sampling import FixedSamplerConfig, SamplerConfig, UniformSamplerConfig
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.method.module import (
@@ -40,6 +40,7 @@ from lisa_dist.planning.phases import (
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.sharding.ledger import Ledger, Work, sum_of_work
+from lisa_dist.sharding.waiting_states import UNDER_WAY
 from lisa_dist.training.step import train_step
 
 
@@ -59,6 +60,7 @@ class Trace:
     work: Work  # of one optimizer step
     tokens: int  # of one optimizer step, over all ranks
     kernels: str = "eager"  # what runs the blocks: eager, liger or compile
+    waiting_bytes: int = 0  # of the inputs of blocks that wait in host memory
     # Of the work, the forward and the backward passes of frozen blocks, with visits of those that are copied for them.
     streamed: tuple[Work, Work] = field(default_factory=lambda: (Work(), Work()))
 
@@ -161,6 +163,7 @@ def follow(first: Trace, second: Trace, steps: int) -> Trace:
         first,
         persistent_bytes={kind: along(size, sizes[kind]) for kind, size in first.persistent_bytes.items()},
         host_bytes=along(first.host_bytes, second.host_bytes),
+        waiting_bytes=along(first.waiting_bytes, second.waiting_bytes),
         peaks={phase: along(peak, second.peaks[phase]) for phase, peak in first.peaks.items()},
         work=work_along(first.work, second.work),
         streamed=(work_along(first.streamed[0], second.streamed[0]), work_along(first.streamed[1], second.streamed[1])),
@@ -185,10 +188,11 @@ def simulate(config: Config, num_blocks: int | None = None, least_work: bool = F
     """
     check_combinations(config)  # here the sampler is still the configured one
     micro_batches, block_major = micro_batches_per_step(config), is_block_major(config.parallel, config.train)
-    if block_major and made is None and micro_batches > 3:
-        # Each adds the same bytes and operations from the second one on.
-        two, three = (simulate(config, num_blocks, least_work, count) for count in (2, 3))
-        return follow(two, three, micro_batches - 2)
+    # Each adds the same bytes and operations from the second one on, or where more inputs wait than are on their way.
+    enough = 2 + UNDER_WAY if inputs_wait_in_host_memory(config.parallel, config.train) else 2
+    if block_major and made is None and micro_batches > enough + 1:
+        less, more = (simulate(config, num_blocks, least_work, count) for count in (enough, enough + 1))
+        return follow(less, more, micro_batches - enough)
     made = made or (micro_batches if block_major else simulated_micro_batches(config))
     architecture = architecture_of(config.model)
     before, blocks = extreme_sets(config, architecture.num_hidden_layers, num_blocks, least_work)
@@ -228,6 +232,7 @@ def simulate(config: Config, num_blocks: int | None = None, least_work: bool = F
             peaks={phase: peak for phase, peak in ledger.peaks.items() if phase != "start"},
             work=work_of_step(ledger.work, *counts),
             kernels=train_module.kernels,
+            waiting_bytes=clock.waiting_bytes,
             tokens=micro_batches * config.train.micro_batch_size * dims.data_ranks * config.data.sequence_length,
             streamed=(
                 work_of_passes(ledger.work, *counts, [STREAMED_FORWARD]),

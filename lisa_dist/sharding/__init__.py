@@ -18,6 +18,7 @@ from lisa_dist.sharding.resident import ResidentStore
 from lisa_dist.sharding.sharded import ShardedStore
 from lisa_dist.sharding.store import ParameterStore
 from lisa_dist.sharding.streamed import StreamedStore
+from lisa_dist.sharding.waiting_states import HostStates
 
 
 def build_store(
@@ -27,11 +28,15 @@ def build_store(
     parallel: ParallelConfig,
     precision: PrecisionConfig,
     keeps_precision: Callable[[str], bool],
+    host_states: HostStates | None = None,
 ) -> ParameterStore:
-    """Put a model on ``meta`` into the store that the configuration asks for. Nothing is allocated."""
+    """Put a model on ``meta`` into the store that the configuration asks for. Nothing is allocated.
+
+    ``host_states`` are the inputs of blocks that wait in host memory, where they do.
+    """
     ranks = mesh["shard"].size()
     if stream_frozen(parallel, precision, ranks):
-        return StreamedStore(module, layers, mesh, precision, keeps_precision, parallel.copied_ahead)
+        return StreamedStore(module, layers, mesh, precision, keeps_precision, parallel.copied_ahead, host_states)
     if stay_whole(parallel, precision, ranks):
         return ResidentStore(module, layers, mesh, precision, keeps_precision)
     kind = WorldMastersStore if parallel.optimizer_shard == "world" and parallel.replicate > 1 else ShardedStore

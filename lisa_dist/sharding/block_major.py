@@ -3,7 +3,8 @@
 The model's own forward is left alone. It runs for each micro-batch with stubs in place of the blocks, which note what
 each block is called with; then each block runs for all micro-batches, one block after the other; then the forward runs
 again, with what came out of the blocks as the last stub's answer, for norm, head and loss. The backward pass goes the
-same way round. Blocks run without a graph and keep their inputs alone; on the way back each is computed again.
+same way round. Blocks run without a graph and keep their inputs alone, on the device or in host memory; on the way back
+each is computed again.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import in_one_line
 from lisa_dist.models.tiny_copy import FIRST_PLAIN_TOKEN, VOCABULARY, NoTinyCopyError, tiny_copy
+from lisa_dist.sharding.waiting_states import StatesOnDevice, WaitingStates
 
 ModelPass = Callable[[], tuple[Tensor, float]]  # of one micro-batch: the sum of its losses, and what divides it
 Visit = Callable[[int], AbstractContextManager[Callable[..., Any]]]  # a block's weights are there; gives its forward
@@ -39,6 +42,7 @@ def accumulate(
     blocks: Sequence[nn.Module],
     visit: Visit,
     lowest: int,
+    waiting: WaitingStates,
     seed: int | None = None,
     stopwatch: PhaseTimer = lambda part: nullcontext(),
 ) -> tuple[list[Tensor], float]:
@@ -50,6 +54,7 @@ def accumulate(
         visit: is entered once for each block upwards, and once downwards where gradients reach it.
         lowest: the lowest block that gradients reach, by what trains in blocks; where what enters the first one has a
             graph they reach all.
+        waiting: where inputs of blocks wait until the backward pass.
         seed: dropout is keyed by it, the micro-batch and the block; None: nothing draws.
         stopwatch: times ``forward`` and ``backward``.
 
@@ -62,24 +67,24 @@ def accumulate(
         if seed is not None:
             torch.manual_seed(hash((seed, micro_batch, block)) % 2**63)
 
-    entered: list[Tensor] = []
+    entered: list[GradientEdge | None] = []  # the graph of what enters the first block, without its values
+    states: list[Tensor] = []
     calls: list[list[Call]] = []
     with stopwatch("forward"):
         for micro_batch, run in enumerate(passes):
             draw_for(micro_batch, -1)
             state, noted = _note_calls(run, blocks)
-            entered.append(state)
+            entered.append(get_gradient_edge(state) if state.requires_grad else None)
+            states.append(state.detach())
             calls.append(noted)
-    if any(state.requires_grad for state in entered):
+    if any(edge is not None for edge in entered):
         lowest = 0
-    states = [state.detach() for state in entered]
-    inputs: dict[int, list[Tensor]] = {}
     for block in range(top):
-        if block >= lowest:
-            inputs[block] = list(states)
         with stopwatch("forward"), torch.no_grad(), visit(block) as forward:
             for micro_batch, of_blocks in enumerate(calls):
                 args, kwargs = of_blocks[block]
+                if block >= lowest:
+                    waiting.put(block, micro_batch, states[micro_batch])
                 draw_for(micro_batch, block)
                 states[micro_batch] = forward(states[micro_batch], *args, **kwargs)
                 if not isinstance(states[micro_batch], Tensor):
@@ -98,17 +103,18 @@ def accumulate(
             states[micro_batch] = state.grad
     for block in reversed(range(lowest, top)):
         with stopwatch("backward"), visit(block) as forward:
-            for micro_batch, kept in enumerate(inputs.pop(block)):
-                args, kwargs = calls[micro_batch][block]
-                state = kept.detach().requires_grad_(block > lowest or entered[micro_batch].requires_grad)
+            for micro_batch, of_blocks in enumerate(calls):
+                args, kwargs = of_blocks[block]
+                needs_grad = block > lowest or entered[micro_batch] is not None
+                state = waiting.take(block, micro_batch).detach().requires_grad_(needs_grad)
                 draw_for(micro_batch, block)
                 forward(state, *args, **kwargs).backward(states[micro_batch])
                 if state.grad is not None:
                     states[micro_batch] = state.grad
     with stopwatch("backward"):
-        for state, gradient in zip(entered, states):
-            if state.requires_grad:
-                state.backward(gradient)
+        for edge, gradient in zip(entered, states):
+            if edge is not None:
+                torch.autograd.backward(edge, gradient)
     return losses, divisor
 
 
@@ -181,7 +187,7 @@ def check_block_major(model: nn.Module, blocks_path: str) -> None:
             loss.backward()
             expected.append(loss.detach())
         gradients = _take_gradients(small)
-        losses, _ = accumulate(passes, blocks, lambda block: nullcontext(blocks[block].forward), lowest=0)
+        losses, _ = accumulate(passes, blocks, lambda block: nullcontext(blocks[block].forward), 0, StatesOnDevice())
         found = _take_gradients(small)
     except Exception as error:  # whatever a foreign forward pass raises
         raise UserError(

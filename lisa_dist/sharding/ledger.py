@@ -112,7 +112,7 @@ class Ledger(TorchDispatchMode):
         self.work: dict[str, Work] = {}
         self._live: dict[int, tuple[Any, int]] = {}  # a storage's address -> (weak reference, bytes)
         self._host: set[int] = set()  # addresses of storages that lie in host memory
-        self._infers_shapes = False
+        self._infers_shapes = self._allocates_on_host = False
         self._patches = ExitStack()
 
     def __enter__(self) -> Ledger:
@@ -176,6 +176,15 @@ class Ledger(TorchDispatchMode):
         self._record(operator, args, kwargs, result)
         return result
 
+    @contextmanager
+    def allocating_on_host(self) -> Iterator[None]:
+        """Count no storage that is made while the context lasts: it lies in host memory."""
+        self._allocates_on_host = True
+        try:
+            yield
+        finally:
+            self._allocates_on_host = False
+
     def to_host(self, tensors: Iterable[torch.Tensor]) -> None:
         """Count these tensors' storages no longer: they lie in host memory."""
         for tensor in tensors:
@@ -193,7 +202,10 @@ class Ledger(TorchDispatchMode):
         if known is None:
             reference = weakref.ref(storage, lambda _: self._forget(address))
             self._live[address] = (reference, size)
-            self.live_bytes += size
+            if self._allocates_on_host:
+                self._host.add(address)
+            else:
+                self.live_bytes += size
         elif known[1] != size:
             self._live[address] = (known[0], size)
             if address not in self._host:

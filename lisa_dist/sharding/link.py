@@ -1,4 +1,4 @@
-"""The way of weights from host memory to the device: buffers, copies that run ahead, and slots that they arrive in."""
+"""The way between host memory and the device: buffers, copies that run ahead, and slots that weights arrive in."""
 
 from __future__ import annotations
 
@@ -50,6 +50,17 @@ class Link:
     def hand_back(self, slot: Slot) -> None:
         """Say that whatever was to be computed with the slot has been asked for."""
 
+    def send(self, state: Tensor, host: Tensor) -> Any:
+        """Begin to copy a tensor of the device, once it is computed, to host memory of its shape and dtype.
+
+        Returns:
+            What :meth:`wait_sent` is to be given; until then the tensor must be kept, as it is.
+        """
+        host.copy_(state)
+
+    def wait_sent(self, sent: Any) -> None:
+        """Have what is computed from now on wait until a tensor has been copied to host memory."""
+
     def drain(self) -> None:
         """Wait until nothing is on its way, so that host buffers may be given up."""
 
@@ -63,6 +74,7 @@ class CudaLink(Link):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.stream = torch.cuda.Stream(device)
+        self.stream_to_host = torch.cuda.Stream(device)  # a link carries both directions at once
         self._pinned = PinnedPool()
 
     def host_buffer(self, size: int) -> Tensor:
@@ -81,9 +93,21 @@ class CudaLink(Link):
         """Mark the place in the stream that computes at which the slot is free."""
         slot.free = torch.cuda.current_stream().record_event()
 
+    def send(self, state: Tensor, host: Tensor) -> torch.cuda.Event:
+        """Copy on a stream beside the one that brings weights; returns when it is done."""
+        self.stream_to_host.wait_event(torch.cuda.current_stream().record_event())
+        with torch.cuda.stream(self.stream_to_host):
+            host.copy_(state, non_blocking=True)
+            return self.stream_to_host.record_event()
+
+    def wait_sent(self, sent: torch.cuda.Event) -> None:
+        """Have the stream that computes wait for the copy."""
+        torch.cuda.current_stream().wait_event(sent)
+
     def drain(self) -> None:
-        """Wait for the stream of copies."""
+        """Wait for the streams of copies."""
         self.stream.synchronize()
+        self.stream_to_host.synchronize()
 
     def _copy(self, slot: Slot, host: Tensor) -> None:
         if slot.free is None:  # fresh memory, which may have served something that is still to be computed

@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lisa_dist.config import Config, UserError
-from lisa_dist.config.placement import is_block_major, micro_batches_together
+from lisa_dist.config.placement import inputs_wait_in_host_memory, is_block_major, micro_batches_together
 from lisa_dist.models.architecture import original_class, set_depth
 from lisa_dist.models.layer_map import LayerMap, find_layers
 from lisa_dist.models.masking import one_sample_a_row
@@ -24,6 +24,7 @@ from lisa_dist.sharding.activation_checkpointing import KINDS, OPERATIONS_PER_BY
 from lisa_dist.sharding.ledger import Ledger
 from lisa_dist.sharding.rounding import dtype_of
 from lisa_dist.sharding.store import ParameterStore, persistent_bytes
+from lisa_dist.sharding.waiting_states import UNDER_WAY, HostStates
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +130,10 @@ class MemoryPolicy:
 
     def _inputs_of_all_micro_batches(self, blocks: int) -> int:
         """Return the bytes of the inputs that wait for so many blocks, of what comes out of them, and of arguments."""
-        micro_batches = micro_batches_together(self.config.parallel, self.config.train)
-        return micro_batches * (blocks + 2) * self.costs[False]["full"].bytes
+        micro_batches, passing = micro_batches_together(self.config.parallel, self.config.train), 0
+        if inputs_wait_in_host_memory(self.config.parallel, self.config.train):
+            blocks, passing = 0, 1 + UNDER_WAY  # the input of the block that computes, and those on their way to it
+        return (micro_batches * (blocks + 2) + passing) * self.costs[False]["full"].bytes
 
     def _keep_what_fits(self, store: ParameterStore, active_blocks: list[int]) -> None:
         """Let as many frozen blocks stay on the device as fit; the others stream.
@@ -148,6 +151,16 @@ class MemoryPolicy:
         store.keep_on_device(kept)
         count = len(store.frozen_block_bytes())
         logger.info("parallel.offload=auto: %d of %d frozen blocks stay on the device", len(kept), count)
+
+
+def host_states(config: Config, model: Any, num_blocks: int) -> HostStates | None:
+    """Return the inputs of a model's blocks that wait in host memory; None where they wait on the device."""
+    if not inputs_wait_in_host_memory(config.parallel, config.train):
+        return None
+    width = model.config.get_text_config(decoder=True).hidden_size
+    numbers = config.train.micro_batch_size * config.data.sequence_length * width
+    micro_batches = micro_batches_together(config.parallel, config.train)
+    return HostStates(numbers * dtype_of(config.precision.compute).itemsize, num_blocks * micro_batches)
 
 
 def activation_budget(

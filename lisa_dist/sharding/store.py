@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lisa_dist.models.layer_map import EMBEDDINGS, LayerMap, block_of
 from lisa_dist.runtime.distributed import local_shard
+from lisa_dist.sharding.waiting_states import StatesOnDevice, WaitingStates
 
 GradHook = Callable[[Tensor], None]
 
@@ -158,6 +159,10 @@ class ParameterStore(Protocol):
     def visit(self, block: int) -> AbstractContextManager[Callable[..., Any]]:
         """Have a block's weights where they are used while the context lasts; gives its forward pass, without more."""
         return nullcontext(self.layers.blocks[block].forward)
+
+    def waiting_states(self) -> WaitingStates:
+        """Return where the inputs of blocks wait in a step whose micro-batches pass one block at a time together."""
+        return StatesOnDevice()
 
     def register_grad_hook(self, name: str, hook: GradHook) -> None:
         """Have ``hook(master)`` called as soon as a backward pass has brought a gradient, summed over all ranks.

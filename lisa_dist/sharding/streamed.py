@@ -27,6 +27,7 @@ from lisa_dist.runtime.units import format_bytes
 from lisa_dist.sharding.link import Slots, link_to
 from lisa_dist.sharding.recomputed import recompute
 from lisa_dist.sharding.resident import ResidentStore
+from lisa_dist.sharding.waiting_states import HostStates, StatesOnHost, WaitingStates
 from lisa_dist.telemetry.memory import free_host_bytes
 
 ALIGNMENT = 256  # bytes between the starts of two parameters in a buffer, as CUDA's allocator aligns tensors
@@ -69,6 +70,7 @@ class StreamedStore(ResidentStore):
         precision: PrecisionConfig,
         keeps_precision: Callable[[str], bool],
         ahead: int,
+        host_states: HostStates | None = None,
     ) -> None:
         """Take in a model on ``meta``, and the forward passes of its blocks. Nothing is allocated.
 
@@ -79,12 +81,13 @@ class StreamedStore(ResidentStore):
             precision: storage and arithmetic; frozen parameters are stored in the dtype of the arithmetic.
             keeps_precision: whether a frozen parameter is stored as what trains; it stays on the device.
             ahead: how many blocks are on their way while one computes; each takes a slot more.
+            host_states: the inputs of blocks that wait in host memory; None: they wait on the device.
 
         Raises:
             UserError: blocks share parameters.
         """
         super().__init__(module, layers, mesh, precision, keeps_precision)
-        self._ahead = ahead
+        self._ahead, self._host_states = ahead, host_states
         self._hosted: dict[int, HostBlock] = {}  # the blocks that stream
         self._kept: set[int] = set()  # blocks that stay on the device although they are frozen
         self._names = [self.block_parameters(index) for index in range(len(layers.blocks))]
@@ -109,7 +112,8 @@ class StreamedStore(ResidentStore):
             if device.type != "meta":
                 streaming = [names for block, names in enumerate(self._names) if block not in self._kept]
                 frozen = ([name for name in names if name not in trained] for names in streaming)
-                check_host_memory(sum(self._layout(filter(self._may_stream, names))[1] for names in frozen))
+                weights = sum(self._layout(filter(self._may_stream, names))[1] for names in frozen)
+                check_host_memory(weights, 0 if self._host_states is None else self._host_states.total)
             self._connect(device)
         self._hosted.clear()
         super().allocate(trained, device)
@@ -187,6 +191,12 @@ class StreamedStore(ResidentStore):
         """Have a block's weights on the device while the context lasts; gives its forward pass."""
         with self._visit(block, []) if block in self._hosted else nullcontext():
             yield self._forwards[block]
+
+    def waiting_states(self) -> WaitingStates:
+        """Return where the inputs of blocks wait in a step whose micro-batches pass one block at a time together."""
+        return (
+            super().waiting_states() if self._host_states is None else StatesOnHost(self.link, self._host_states.each)
+        )
 
     def transient_bytes(self) -> int:
         """Return the bytes of the slots, and of the gradients that a block that streams has at a time."""
@@ -288,12 +298,14 @@ class StreamedStore(ResidentStore):
                 owner._parameters[key] = parameter
 
 
-def check_host_memory(needed: int) -> None:
+def check_host_memory(weights: int, states: int) -> None:
     """Raise :class:`UserError` where what streams does not fit into what is free of host memory; not in a plan."""
     free = None if distributed.is_simulated() else free_host_bytes()
-    if free is not None and needed > free:
+    if free is not None and weights + states > free:
+        inputs = f", and the inputs of blocks {format_bytes(states)} (parallel.offload_activations)" if states else ""
+        less = "parallel.offload_activations=false, " if states else ""
         raise UserError(
-            f"parallel.offload: the frozen blocks that stream need {format_bytes(needed)} of host memory, and "
-            f"{format_bytes(free)} are free; take a machine with more, more ranks, parallel.offload=auto, or "
+            f"parallel.offload: the frozen blocks that stream need {format_bytes(weights)} of host memory{inputs}, and "
+            f"{format_bytes(free)} are free; take {less}a machine with more, more ranks, parallel.offload=auto, or "
             "model.quantization=int8 with update=lora"
         )

@@ -127,6 +127,8 @@ def savings(config: Config, phase: str, on_gpu: bool) -> list[tuple[str, object,
         if smaller_chunk >= SMALLEST_LOSS_CHUNK:
             found.append(("model.loss_chunk", smaller_chunk, config.model.loss_chunk))
         if config.parallel.block_major:
+            if on_gpu and not config.parallel.offload_activations:
+                found.append(("parallel.offload_activations", "true", "false"))
             found.append(("parallel.block_major", "false", "true"))
     offload = config.parallel.offload
     if on_gpu:  # without one, host memory is what ran out

@@ -104,7 +104,9 @@ def accumulate_block_major(
     passes = [partial(objective, store.module, micro_batch) for micro_batch in micro_batches]
     store.expect_visits()
     lowest, seed = store.lowest_reached(), torch.initial_seed()  # that of the step
-    losses, divisor = block_major.accumulate(passes, store.layers.blocks, store.visit, lowest, seed, stopwatch)
+    losses, divisor = block_major.accumulate(
+        passes, store.layers.blocks, store.visit, lowest, store.waiting_states(), seed, stopwatch
+    )
     return sum(losses, start=torch.zeros((), device=distributed.device())), divisor
 
 

@@ -56,6 +56,14 @@ WITHOUT_EFFECT = [
         ["parallel.block_major=false"],
     ),
     (
+        [
+            *["parallel.block_major=true", "parallel.offload=frozen", "train.global_batch_size=8"],
+            "parallel.offload_activations=true",
+        ],
+        "parallel.offload_activations=true",
+        ["train.global_batch_size=16"],
+    ),
+    (
         ["parallel.replicate=8", "parallel.defer_reduction=true", "train.global_batch_size=16"],
         "parallel.defer_reduction=true",
         ["parallel.replicate=4"],
@@ -137,6 +145,10 @@ REFUSED = [
     (["parallel.block_major=true", "parallel.offload=all"], "not with parallel.offload=all"),
     (["parallel.block_major=true", "parallel.offload=frozen", "parallel.replicate=2"], "needs one rank, parallel.rep"),
     (["parallel.block_major=true", "parallel.offload=frozen", "precision.frozen=float32"], "precision.frozen to be"),
+    (
+        ["parallel.offload=frozen", "parallel.offload_activations=true"],
+        "offload_activations=true: goes with parallel.block_major=true alone, .*; set that too, or parallel.off",
+    ),
     (["optimizer.in_backward=true", "update=low_rank"], "update=low_rank needs a step's gradients all together"),
     (["optimizer.in_backward=true", "train.on_nonfinite=skip"], "train.on_nonfinite must be stop"),
 ]

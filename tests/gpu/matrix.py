@@ -81,6 +81,10 @@ CHANGES_NOTHING: dict[str, tuple[list[str], list[str]]] = {
     "offload all": ([], ["parallel.offload=all"]),
     "offload frozen, lora": (LORA, OFFLOADED),
     "block-major": ([], [*OFFLOADED, "parallel.block_major=true"]),
+    "block-major, inputs in host memory": (
+        [],
+        [*OFFLOADED, "parallel.block_major=true", "parallel.offload_activations=true"],
+    ),
     "block-major, lora": (LORA, [*OFFLOADED, "parallel.block_major=true"]),
     "offload frozen, one slot": ([], [*OFFLOADED, "parallel.prefetch=0"]),
     "in backward": (["train.global_batch_size=4", "optimizer.grad_clip=0"], ["optimizer.in_backward=true"]),

@@ -26,6 +26,8 @@ from tests.support.small_training import make_config
 RATE = 1e12  # operations a second
 LENGTH = 32
 HALF = 2.003  # GiB
+TOGETHER = {"block_major": True}
+ON_HOST = {**TOGETHER, "offload_activations": True}
 FROZEN = {"embeddings": False, "norm": False, "head": False}
 
 
@@ -63,6 +65,14 @@ class WatchedLink(SimulatedLink):
         self._note("done", slot)
         super().hand_back(slot)
 
+    def send(self, state: torch.Tensor, host: torch.Tensor) -> Any:
+        self.events.append(("send", id(host), host.nbytes, self.operations.count))
+        return super().send(state, host)
+
+    def wait_sent(self, sent: Any) -> None:
+        self.events.append(("sent", id(sent[1]), 0, self.operations.count))
+        super().wait_sent(sent)
+
 
 def configured(
     depth: int,
@@ -71,6 +81,7 @@ def configured(
     always_active: dict[str, bool],
     limit: float | None = None,
     block_major: bool = False,
+    offload_activations: bool = False,
 ) -> Config:
     config = make_config(
         train={"micro_batch_size": 2, "global_batch_size": 2 * micro_batches},
@@ -80,6 +91,7 @@ def configured(
             "memory_limit": limit,
             "activation_checkpointing": "full",
             "block_major": block_major,
+            "offload_activations": offload_activations,
         },
         always_active=always_active,
         data={"sequence_length": LENGTH},
@@ -110,7 +122,7 @@ def events_of_a_step(config: Config) -> tuple[list[tuple[str, int, int, int]], i
 
 def replayed_seconds(events: list[tuple[str, int, int, int]], operations: int, link_rate: float) -> float:
     """The seconds of such a step after another: copies one after the other, as soon as their slot is free."""
-    copied = computed = 0.0
+    copied = sent = computed = 0.0
     free: dict[int, float] = {}
     filled: dict[int, float] = {}
     ends = []
@@ -121,7 +133,9 @@ def replayed_seconds(events: list[tuple[str, int, int, int]], operations: int, l
             done = count
             if kind == "fetch":
                 copied = filled[slot] = max(copied, free.get(slot, 0.0)) + size / link_rate
-            elif kind == "use":
+            elif kind == "send":
+                sent = filled[slot] = max(sent, computed) + size / link_rate
+            elif kind in ("use", "sent"):
                 computed = max(computed, filled.get(slot, 0.0))
             else:
                 free[slot] = computed
@@ -131,18 +145,24 @@ def replayed_seconds(events: list[tuple[str, int, int, int]], operations: int, l
 
 
 @pytest.mark.parametrize(
-    ("depth", "slots", "micro_batches", "always_active", "limit", "block_major"),
+    ("depth", "slots", "micro_batches", "always_active", "limit", "keys"),
     [
-        pytest.param(24, 2, 2, {}, None, False, marks=pytest.mark.soak, id="2 slots, 2 micro-batches"),
-        pytest.param(32, 3, 2, FROZEN, None, True, id="3 slots, frozen ends, 2 micro-batches block by block"),
-        pytest.param(32, 3, 1, FROZEN, None, False, id="3 slots, frozen ends"),
-        pytest.param(32, 3, 1, FROZEN, HALF, False, id="3 slots, frozen ends, half of the blocks stay"),
+        pytest.param(24, 2, 2, {}, None, {}, marks=pytest.mark.soak, id="2 slots, 2 micro-batches"),
+        pytest.param(32, 3, 2, FROZEN, None, TOGETHER, id="3 slots, frozen ends, 2 micro-batches block by block"),
+        pytest.param(24, 2, 3, {}, None, ON_HOST, marks=pytest.mark.soak, id="inputs of blocks in host memory"),
+        pytest.param(32, 3, 1, FROZEN, None, {}, id="3 slots, frozen ends"),
+        pytest.param(32, 3, 1, FROZEN, HALF, {}, id="3 slots, frozen ends, half of the blocks stay"),
     ],
 )
 def test_a_streamed_step_is_planned_as_long_as_the_replayed_one(
-    depth: int, slots: int, micro_batches: int, always_active: dict[str, bool], limit: float | None, block_major: bool
+    depth: int,
+    slots: int,
+    micro_batches: int,
+    always_active: dict[str, bool],
+    limit: float | None,
+    keys: dict[str, bool],
 ) -> None:
-    config = configured(depth, slots, micro_batches, always_active, limit, block_major)
+    config = configured(depth, slots, micro_batches, always_active, limit, **keys)
     events, operations, copied = run_on_ranks(1, events_of_a_step, config)[0]
     trace = simulate(config)
     assert trace.work.flops == operations

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from lisa_dist.runtime.units import GIB
 from lisa_dist.sharding import streamed
 from lisa_dist.sharding.block_major import accumulate, check_block_major
 from lisa_dist.sharding.streamed import StreamedStore
+from lisa_dist.sharding.waiting_states import UNDER_WAY, StatesOnDevice, StatesOnHost
 from lisa_dist.training.step import dry_run_batch, train_step
 from tests.support.families import tiny_config
 from tests.support.planned import make_config as make_planned
@@ -42,19 +44,28 @@ WIDE = {"hidden_size": 48}  # of which a tiny copy can be made
 FIXED = ["sampler=fixed", "sampler.blocks=[3]"]  # of five blocks
 
 
-def trainable(config: Config, block_major: bool, slots: int = 2, size: int = 2, offload: str = "frozen") -> TrainModule:
+def trainable(
+    config: Config,
+    block_major: bool,
+    slots: int = 2,
+    size: int = 2,
+    offload: str = "frozen",
+    offload_activations: bool = False,
+) -> TrainModule:
     """A training of ``size`` micro-batches a step, over a link whose faults show."""
     config = copy.deepcopy(config)
     config.train = dataclasses.replace(config.train, global_batch_size=size, micro_batch_size=1)
     with mock.patch.object(streamed, "link_to", lambda device: SimulatedLink()):
-        train_module = built(config, offload, slots, block_major=block_major)
+        keys = {"block_major": block_major, "offload_activations": offload_activations}
+        train_module = built(config, offload, slots, **keys)
         load_initial_weights(train_module, CPU)
     return train_module
 
 
-def train_in_each_order(config: Config, slots: int, exact: bool) -> None:
+def train_in_each_order(config: Config, slots: int, exact: bool, offload_activations: bool = False) -> None:
     """Compare losses, weights and what samplers saw of the orders, over three periods. Runs on one rank."""
-    usual, together = (trainable(config, block_major, slots) for block_major in (False, True))
+    usual = trainable(config, False, slots)
+    together = trainable(config, True, slots, offload_activations=offload_activations)
     expected, losses = run_steps(usual), run_steps(together)
     assert losses == (expected if exact else pytest.approx(expected, rel=1e-5))
     assert (together.sampler.scores() or []) == pytest.approx(usual.sampler.scores() or [], rel=1e-4)
@@ -95,6 +106,21 @@ def test_training_is_that_of_the_usual_order(
     overrides: list[str], precision: dict[str, str], family: str, architecture: dict[str, Any], slots: int
 ) -> None:
     run_on_ranks(1, train_in_each_order, configured(overrides, precision, family, **architecture), slots, True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "family", "architecture"),
+    [
+        pytest.param(["method=lisa"], "llama", WIDE, id="lisa"),
+        pytest.param(["method=lisa", *FROZEN_ENDS, "data.packing=true"], "llama", WIDE, id="frozen ends, packed"),
+        pytest.param(["method=lora"], "gpt_neox", {}, id="lora"),
+        pytest.param(["method=lora", *FROZEN_ENDS], "llama", WIDE | TIED, id="lora, frozen ends, tied"),
+    ],
+)
+def test_training_is_the_same_where_inputs_of_blocks_wait_in_host_memory(
+    overrides: list[str], family: str, architecture: dict[str, Any]
+) -> None:
+    run_on_ranks(1, train_in_each_order, configured(overrides, BF16, family, **architecture), 2, True, True)
 
 
 def test_tied_weights_that_train_differ_by_the_order_of_sums_alone() -> None:
@@ -208,7 +234,7 @@ def test_dropout_is_keyed_by_step_micro_batch_and_block() -> None:
         model.zero_grad()
         passes = [functools.partial(loss_of, tokens) for tokens in ids]
         visits = lambda block: nullcontext(blocks[block].forward)  # noqa: E731
-        found[seed], total = accumulate(passes, blocks, visits, lowest=0, seed=seed)
+        found[seed], total = accumulate(passes, blocks, visits, 0, StatesOnDevice(), seed)
         losses[seed] = [float(loss) for loss in found[seed]]
         assert losses[seed] == expected_losses and total == divisor
         for name, parameter in model.named_parameters():
@@ -292,9 +318,90 @@ def test_what_is_copied_in_a_step_is_planned(ends: list[str], copies: int) -> No
     assert planned.streamed[0].visits == usual.streamed[0].visits // 4 == 6
 
 
-def test_each_micro_batch_more_adds_the_same_to_a_plan() -> None:
-    config = deep([], 5)
-    assert simulate(config) == simulate(config, made=5)
+@pytest.mark.parametrize(
+    ("ends", "size", "offload_activations"), [([], 5, False), ([], 7, True), (FROZEN_ENDS, 7, True)]
+)
+def test_each_micro_batch_more_adds_the_same_to_a_plan(ends: list[str], size: int, offload_activations: bool) -> None:
+    config = deep(ends, size, offload_activations=offload_activations)
+    assert simulate(config) == simulate(config, made=size)
+
+
+@pytest.mark.parametrize(("ends", "reached"), [([], 7), (FROZEN_ENDS, 2)], ids=["ends train", "ends frozen"])
+def test_inputs_that_wait_in_host_memory_are_planned(ends: list[str], reached: int) -> None:
+    size, state = 6, 1 * 128 * 48 * 4  # micro-batches, and bytes of what enters a block for one of them
+
+    def configured_with(offload_activations: bool, made: int = size) -> Config:
+        config = deep(ends, made, offload_activations=offload_activations)
+        config.data.sequence_length = 128
+        return config
+
+    device, host = (simulate(configured_with(offload_activations)) for offload_activations in (False, True))
+    assert (device.waiting_bytes, host.waiting_bytes) == (0, reached * size * state)
+    assert host.work.link_bytes - device.work.link_bytes == reached * size * state
+    assert host.persistent_bytes == device.persistent_bytes and host.host_bytes == device.host_bytes
+    more = [simulate(configured_with(offload_activations, size + 2)) for offload_activations in (False, True)]
+    assert more[0].peak_bytes - device.peak_bytes == pytest.approx(2 * state * (reached + 1), rel=0.2)
+    assert 2 * state <= more[1].peak_bytes - host.peak_bytes < 4 * state  # and what blocks are called with
+    saved = device.peaks["forward of head"] - host.peaks["forward of head"]
+    assert saved == state * (reached * size - UNDER_WAY), "all but the last, which are still on their way"
+
+
+def copied_by_a_step(config: Config, offload_activations: bool) -> tuple[int, int, int]:
+    """Bytes that a second step copies to the device, and from it, and the step's tokens. Runs on one rank."""
+    train_module = trainable(config, True, size=4, offload_activations=offload_activations)
+    begin_period(train_module, 0)
+    batches = make_global_batches(2, 4)
+    train_step(train_module, batches[0], 0, 2)
+    link: Any = train_module.store.link  # type: ignore[attr-defined]
+    link.timeline.clear()
+    result = train_step(train_module, batches[1], 1, 2)
+    sent = sum(size for kind, _, size in link.timeline if kind == "send")
+    return result.link_bytes, sent, sum(batch["input_ids"].numel() for batch in batches[1])
+
+
+def test_an_input_travels_once_each_way() -> None:
+    config = configured([*FIXED, *FROZEN_ENDS], BF16, "llama", **WIDE)
+    weights_alone, none, _ = run_on_ranks(1, copied_by_a_step, config, False)[0]
+    copied, sent, tokens = run_on_ranks(1, copied_by_a_step, config, True)[0]
+    assert none == 0 and sent == 2 * tokens * 48 * 2, "blocks 3 and 4 are reached, in bfloat16"
+    assert copied == weights_alone + sent
+
+
+def test_states_lie_on_the_device_while_they_are_on_their_way() -> None:
+    link = SimulatedLink()
+    states = StatesOnHost(link, 4096)
+    given = {(block, micro): torch.randn(1, 3 + micro, 8) for block in range(3) for micro in range(4)}
+    alive: list[weakref.ref[torch.Tensor]] = []
+    for place, state in given.items():
+        there = state.clone()
+        alive.append(weakref.ref(there))
+        states.put(*place, there)
+        del there
+        assert sum(reference() is not None for reference in alive) <= UNDER_WAY
+    assert states.host_bytes == 12 * 4096, "buffers of one size serve every step"
+    for block in reversed(range(3)):
+        for micro in range(4):
+            assert torch.equal(states.take(block, micro), given[block, micro])
+            fetched = sum(kind == "fetch" for kind, _, _ in link.timeline)
+            used = sum(kind == "use" for kind, _, _ in link.timeline)
+            assert fetched - used == min(UNDER_WAY, 12 - used)
+    assert states.host_bytes == 0
+
+
+def refused_for_want_of_host_memory() -> str:
+    """What is said where weights fit into host memory and inputs beside them don't. Runs on one rank."""
+    config = configured(["method=lisa"], BF16, "llama", **WIDE)
+    train_module = trainable(config, True, offload_activations=True)
+    weights_alone = sum(train_module.store.frozen_block_bytes().values())
+    again = mock.patch.object(streamed, "free_host_bytes", lambda: weights_alone + 1000)
+    with again, pytest.raises(UserError) as refused:
+        trainable(config, True, offload_activations=True)
+    return str(refused.value)
+
+
+def test_too_little_host_memory_for_inputs_is_told_before_weights_are_read() -> None:
+    message = run_on_ranks(1, refused_for_want_of_host_memory)[0]
+    assert ", and the inputs of blocks " in message and "take parallel.offload_activations=false, a machine" in message
 
 
 def test_the_plan_has_the_inputs_of_all_micro_batches() -> None:
@@ -331,6 +438,8 @@ def test_as_many_blocks_stay_on_the_device_as_leave_room_for_the_inputs_of_all_m
     assert planned.peak_bytes == pytest.approx(0.0073 * GIB, rel=0.1)
     assert planned.streamed[0].visits == 4, "two of six stay"
     assert planned.work.link_bytes == run_on_ranks(1, bytes_of_two_steps, config)[0][1] > 0
+    config.parallel.offload_activations = True
+    assert simulate(config).streamed[0].visits == 0, "inputs in host memory leave room for the two others"
 
 
 def bytes_of_a_dry_run(size: int) -> int:

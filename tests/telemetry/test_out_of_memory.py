@@ -85,7 +85,9 @@ def test_keys_are_advised_in_the_order_to_try_them() -> None:
 
 def test_inputs_of_all_micro_batches_can_be_given_up() -> None:
     overrides = ["model=llama2_7b", "train.global_batch_size=8", "parallel.offload=frozen", "parallel.block_major=true"]
-    assert "parallel.block_major=false" in keys_of(load(overrides))
+    found = keys_of(load(overrides))
+    assert found.index("parallel.offload_activations=true") < found.index("parallel.block_major=false")
+    assert "parallel.offload_activations=true" not in keys_of(load(overrides), on_gpu=False), "the same memory"
     assert "parallel.block_major=false" not in keys_of(load(overrides), "optimizer of step 1")
 
 
