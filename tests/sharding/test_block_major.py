@@ -319,7 +319,8 @@ def test_what_is_copied_in_a_step_is_planned(ends: list[str], copies: int) -> No
 
 
 @pytest.mark.parametrize(
-    ("ends", "size", "offload_activations"), [([], 5, False), ([], 7, True), (FROZEN_ENDS, 7, True)]
+    ("ends", "size", "offload_activations"),
+    [([], 5, False), pytest.param([], 7, True, marks=pytest.mark.soak), (FROZEN_ENDS, 7, True)],
 )
 def test_each_micro_batch_more_adds_the_same_to_a_plan(ends: list[str], size: int, offload_activations: bool) -> None:
     config = deep(ends, size, offload_activations=offload_activations)
@@ -328,20 +329,16 @@ def test_each_micro_batch_more_adds_the_same_to_a_plan(ends: list[str], size: in
 
 @pytest.mark.parametrize(("ends", "reached"), [([], 7), (FROZEN_ENDS, 2)], ids=["ends train", "ends frozen"])
 def test_inputs_that_wait_in_host_memory_are_planned(ends: list[str], reached: int) -> None:
-    size, state = 6, 1 * 128 * 48 * 4  # micro-batches, and bytes of what enters a block for one of them
-
-    def configured_with(offload_activations: bool, made: int = size) -> Config:
-        config = deep(ends, made, offload_activations=offload_activations)
+    size, state = 4, 1 * 128 * 48 * 4  # micro-batches, and bytes of what enters a block for one of them
+    traces = []
+    for offload_activations in (False, True):
+        config = deep(ends, size, offload_activations=offload_activations)
         config.data.sequence_length = 128
-        return config
-
-    device, host = (simulate(configured_with(offload_activations)) for offload_activations in (False, True))
+        traces.append(simulate(config, made=size))
+    device, host = traces
     assert (device.waiting_bytes, host.waiting_bytes) == (0, reached * size * state)
     assert host.work.link_bytes - device.work.link_bytes == reached * size * state
     assert host.persistent_bytes == device.persistent_bytes and host.host_bytes == device.host_bytes
-    more = [simulate(configured_with(offload_activations, size + 2)) for offload_activations in (False, True)]
-    assert more[0].peak_bytes - device.peak_bytes == pytest.approx(2 * state * (reached + 1), rel=0.2)
-    assert 2 * state <= more[1].peak_bytes - host.peak_bytes < 4 * state  # and what blocks are called with
     saved = device.peaks["forward of head"] - host.peaks["forward of head"]
     assert saved == state * (reached * size - UNDER_WAY), "all but the last, which are still on their way"
 
