@@ -28,7 +28,8 @@ class LisaCallback(TrainerCallback):
 
     At the first step of each period the sampler draws, on rank 0 for all; the blocks that leave are frozen, their
     gradients and optimizer state are dropped; those that enter start with zero state. A resumed run draws again
-    what was drawn before it, so it goes on with the set it stopped with. Each draw is in the log history.
+    what was drawn before it, so it goes on with the set it stopped with. Each draw is in the log history. What was
+    frozen when the optimizer was made stays so: of a PEFT model the adapters of active blocks train.
 
     The ``Trainer`` keeps storage as it is: all parameters stay in the dtype they were loaded in, and under FSDP2
     accelerate stores every one in fp32 that can be trained when training starts, so only gradients and optimizer
@@ -102,8 +103,10 @@ class LisaCallback(TrainerCallback):
         """Freeze and thaw, and drop the state of what is frozen. No communication."""
         if _is_sharded(model):
             reshard_all(model)
+        # What is not stepped, as the base below adapters, must have no gradient: it would count in the norm that clips.
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, parameter in model.named_parameters():
-            trained = self._trains(name)
+            trained = id(parameter) in stepped and self._trains(name)
             parameter.requires_grad_(trained)
             if not trained:
                 parameter.grad = None

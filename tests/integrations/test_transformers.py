@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -100,6 +101,27 @@ def test_state_stays_flat_and_only_active_blocks_move_over_twenty_periods(tmp_pa
         before = row["weights"]
     assert len({row["bytes"] for row in watcher.rows}) == 1
     assert [row[RECORD] for row in trainer.state.log_history if RECORD in row] == drawn
+
+
+def test_what_was_frozen_before_training_stays_so_and_is_not_in_the_norm_that_clips(tmp_path: Path) -> None:
+    model, watcher = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"])), Watcher()
+    adapters = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    callback = LisaCallback(UniformSamplerConfig(active_layers=2, period=PERIOD, seed=5))
+    norms: list[float] = []
+
+    class Norms(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            gradients = [parameter.grad for parameter in kwargs["model"].parameters() if parameter.grad is not None]
+            norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    arguments = make_arguments(tmp_path, steps=2 * PERIOD, save_steps=1000)
+    arguments.max_grad_norm = 1e-3  # so small that each gradient is cut to it
+    trainer = Trainer(model=model, args=arguments, train_dataset=make_data(), callbacks=[callback, watcher, Norms()])
+    trainer.train()
+    for step, row in enumerate(watcher.rows):
+        active = draws(callback.config, 2)[step // PERIOD]
+        assert row["trained"] == {name for name in adapters if int(name.partition(".layers.")[2][0]) in active}
+    assert norms == pytest.approx([1e-3] * len(norms), rel=1e-2), "the clipped norm is that of what trains"
 
 
 def test_resume_in_the_middle_of_a_period_goes_on_as_if_uninterrupted(tmp_path: Path) -> None:
