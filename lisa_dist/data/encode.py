@@ -50,6 +50,7 @@ class Encoder:
         self.sequence_length = sequence_length
         self.train_on_prompt = train_on_prompt
         self._adds_bos = adds_bos(tokenizer)
+        self._added = np.asarray(list(tokenizer.added_tokens_decoder), dtype=np.int64)
         self._finder = AnswerFinder(tokenizer, date)
 
     @property
@@ -107,9 +108,11 @@ class Encoder:
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         offsets = np.asarray(encoding.offset_mapping, dtype=np.int64).reshape(-1, 2)
         first, last = offsets.min(axis=1), offsets.max(axis=1)  # where offsets are trimmed, a blank token's are empty
+        added = np.isin(encoding.input_ids, self._added)  # they may take the blanks around them in, as Phi 3's do
         trained = np.zeros(len(offsets), dtype=bool)
         for start, end in spans:
-            trained |= (last > start) & (first < end)  # a token that reaches into an answer belongs to it
+            # A token that reaches into an answer belongs to it; a header that ate the answer's first blanks does not.
+            trained |= (last > start) & (first < end) & ~(added & (first < start))
         return encoding.input_ids, trained.tolist()
 
     def _mark_tokens_by_prefix(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:

@@ -5,13 +5,13 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from lisa_dist.data.encode import Encoder
 from lisa_dist.data.formats import BadRowError, Conversation
 from lisa_dist.data.spans import AnswerFinder
-from lisa_dist.data.tokenizer import encode_prompt, ensure_chat_template, render
+from lisa_dist.data.tokenizer import encode_prompt, ensure_chat_template, load_tokenizer, render
 from tests.support.templates import TEMPLATES, tokenizer_with, trained_runs
 
 CONVERSATION = [
@@ -148,6 +148,21 @@ def test_token_that_reaches_into_the_answer_is_trained():
     assert pieces[:2] == ["What", " opposite"]  # one token holds the prompt's blank and the answer
     assert encoded.labels[0] == -100
     assert encoded.labels[1] == encoded.input_ids[1]
+
+
+@pytest.mark.parametrize("blanks", [" ", "\n\n"])
+def test_a_header_that_takes_in_the_first_blanks_of_an_answer_is_not_trained(blanks):
+    tokenizer = load_tokenizer("builtin:demo")
+    names = ("<|user|>", "<|assistant|>", "<|end|>")
+    headers = [AddedToken(name, rstrip=True, normalized=False, special=True) for name in names]  # as Phi 3 has them
+    tokenizer.add_special_tokens({"additional_special_tokens": headers})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    turns = [("user", "Hot?"), ("assistant", f"{blanks}Cold."), ("user", "Cold?"), ("assistant", f"{blanks}Hot.")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert runs_of(tokenizer, messages) == ["Cold.<|end|>", "Hot.<|end|>"]
 
 
 @pytest.mark.parametrize("text", ["one two", "<s>one two", "one two</s>", "<s> one two </s>\n", "</s>"])
