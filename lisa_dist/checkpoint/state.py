@@ -38,8 +38,17 @@ class Progress:
     best_eval_loss: float | None = None  # the lowest held-out loss after a step, None before the first
     best_step: int | None = None  # the step that it was found after
     evaluations_since_best: int = 0
+    evaluated: str | None = None  # which rows that loss is of, None: not known
     order_seed: int = 0  # train.seed at the run's first start, by which the data are ordered and packed
     data: dict[str, Any] = field(default_factory=dict)  # what the data are, see data.prepare.fingerprint
+
+    def forget_best_of_others(self, evaluated: str | None) -> bool:
+        """Look for the best held-out loss anew where it was of other rows than will be; return whether it was."""
+        others = None not in (self.evaluated, evaluated) and self.evaluated != evaluated
+        if others:
+            self.best_eval_loss, self.best_step, self.evaluations_since_best = None, None, 0
+        self.evaluated = evaluated
+        return others
 
     def place_of(self, sequence: int) -> int:
         """Return the place in the stream of data of the ``sequence``-th that the run sees, counted from 0."""

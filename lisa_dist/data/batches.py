@@ -170,6 +170,12 @@ class GlobalBatches:
         for turn in range(rounds if limit is None else min(rounds, limit)):
             yield self._own_part(parts, turn)
 
+    def num_validated(self, limit: int | None = None) -> int:
+        """Return how many sequences, the first ones, :meth:`validation_batches` yields on all ranks together."""
+        if limit is None:
+            return self.num_sequences
+        return min(self.num_sequences, limit * self.num_ranks * self.micro_batch_size)
+
     def _own_part(self, parts: list[list[int]], turn: int) -> MicroBatch:
         place = turn * self.num_ranks + self.rank
         return self.collate(parts[place]) if place < len(parts) else self.empty_micro_batch()

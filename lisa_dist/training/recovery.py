@@ -108,6 +108,7 @@ def roll_back(run: Run, loss: float) -> None:
     train_module = run.train_module
     restored, state = restore_checkpoint(train_module, newest, distributed.device(), progress.data)
     run.checkpoints.continue_from(newest, state)
+    restored.forget_best_of_others(progress.evaluated)
     progress.step, progress.sequences = restored.step, restored.sequences
     progress.recent_losses = restored.recent_losses
     progress.best_eval_loss, progress.best_step = restored.best_eval_loss, restored.best_step

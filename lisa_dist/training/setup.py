@@ -26,7 +26,7 @@ from lisa_dist.config.checks import check_global_batch, check_validation, option
 from lisa_dist.config.loading import to_yaml
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
 from lisa_dist.data.batches import GlobalBatches, MicroBatch
-from lisa_dist.data.prepare import PreparedData, fingerprint, prepare_data
+from lisa_dist.data.prepare import PreparedData, fingerprint, hash_of_rows, prepare_data
 from lisa_dist.data.preview import show_preview
 from lisa_dist.data.sequences import Sequences
 from lisa_dist.data.tokenizer import load_tokenizer
@@ -144,16 +144,23 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
     pad = int(tokenizer.pad_token_id or 0)
     batches = make_batches(config, dims, data.train, pad, order_seed)
     validation = None if data.validation is None else make_batches(config, dims, data.validation, pad, order_seed)
+    with distributed.longer_timeout(config.parallel.timeout):
+        evaluated = distributed.on_rank_zero(lambda: describe_evaluated(validation, config.train.eval_batches))
     train_module = build_train_module(config, architecture, dims)
     settings = public_yaml(config)
     checkpoints = CheckpointSaver(train_module, directory, settings)
-    progress = Progress(order_seed=order_seed, data=described)
+    progress = Progress(order_seed=order_seed, data=described, evaluated=evaluated)
     with distributed.longer_timeout(config.parallel.timeout):
         if newest is None:
             distributed.on_rank_zero(lambda: settle_run_directory(config, settings, tokenizer))
             load_initial_weights(train_module, device)
         else:
             progress = go_on(train_module, checkpoints, newest, device, described)
+            if progress.forget_best_of_others(evaluated) and distributed.is_main():
+                logger.warning(
+                    "the held-out loss is of other rows than before (data.validation, train.eval_batches, or the "
+                    "number of ranks), so the best one is looked for anew"
+                )
             distributed.on_rank_zero(lambda: settle_run_directory(config, settings, tokenizer))
     max_steps = planned_steps(config.train, batches, progress)
     announce_run(config, train_module, data, batches, max_steps, progress)
@@ -171,7 +178,7 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
         resumed_from=progress.resumed_from,
         doing=heartbeat.doing,
     )
-    recorder.summary |= rows_of(data)
+    recorder.summary |= rows_of(data) | ({"skipped_steps": progress.skipped_steps} if progress.skipped_steps else {})
     return Run(
         config, train_module, tokenizer, batches, validation, max_steps, progress, recorder, checkpoints, heartbeat
     )
@@ -210,6 +217,13 @@ def settle_run_directory(config: Config, settings: str, tokenizer: PreTrainedTok
     run = RunDirectory.of(config)
     write_atomically(run.config, settings)
     write_tokenizer(run.tokenizer, config.model, tokenizer)
+
+
+def describe_evaluated(validation: GlobalBatches | None, limit: int | None) -> str | None:
+    """Return which rows held-out losses are of: a hash of all, and how many of the first are evaluated."""
+    if validation is None:
+        return None
+    return f"{hash_of_rows(validation.sequences.rows)}, {validation.num_validated(limit)} sequences"
 
 
 def planned_steps(config: TrainConfig, batches: GlobalBatches, progress: Progress) -> int:

@@ -101,6 +101,14 @@ def test_bad_steps_are_left_out_and_kept(kind: str, tmp_path: Path) -> None:
     assert labelled == rows[2]["label_tokens"]
 
 
+def test_steps_left_out_before_a_resume_stay_in_the_summary(tmp_path: Path) -> None:
+    half = runs.make_config(tmp_path, "train.on_nonfinite=skip", "train.max_steps=2")
+    whole = runs.make_config(tmp_path, "train.on_nonfinite=skip", "checkpoint.resume=auto")
+    assert run_on_ranks(1, train_with_bad_batches, half, "loss", [1]) == [0]
+    assert run_on_ranks(1, train_with_bad_batches, whole, "loss", []) == [0]
+    assert read_summary(RunDirectory(tmp_path))["skipped_steps"] == 1
+
+
 def test_a_left_out_step_changes_nothing(tmp_path: Path) -> None:
     """The parameters after a left-out step are those before: the next loss of the same batch is the same."""
     config = make_config(tmp_path / "a", "train.on_nonfinite=skip", "train.max_steps=2", "scheduler.name=constant")

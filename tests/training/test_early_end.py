@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lisa_dist.telemetry.records import read_summary
 from lisa_dist.training import evaluation
 from lisa_dist.training.evaluation import compare_with_best
 from tests.support.ranks import run_on_ranks
-from tests.support.runs import Kill, assert_same_run, make_config, metrics, resuming, train_here
+from tests.support.runs import Kill, assert_same_run, final_state, make_config, metrics, resuming, train_here
 
 # The held-out loss after each step; the one before training is lower than all.
 LOSSES = {0: 1.0, 1: 5.0, 2: 4.0, 3: 4.5, 4: 4.25, 5: 4.0, 6: 3.0}
@@ -96,6 +97,34 @@ def test_a_resume_counts_the_evaluations_before_it(tmp_path: Path) -> None:
     assert run_on_ranks(1, train_with_losses, resuming(cut)) == [0]
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
     assert steps_kept(tmp_path / "cut") == steps_kept(tmp_path / "whole") == [2, 4, 5]
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps, evaluated on two sequences, whose best loss is that of step 2."""
+    run_dir = tmp_path_factory.mktemp("half")
+    assert run_on_ranks(1, train_with_losses, config_of(run_dir, "checkpoint.keep_best=true", "train.max_steps=3")) == [
+        0
+    ]
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("ranks", "setting", "best"),
+    [(1, "train.eval_batches=2", 2), (1, "train.eval_batches=1", 5), (2, "train.eval_batches=2", 5)],
+    ids=["the same rows", "fewer", "more, of a second rank"],
+)
+def test_the_best_loss_is_looked_for_anew_where_others_were_of_other_rows(
+    ranks: int, setting: str, best: int, half: Path, tmp_path: Path
+) -> None:
+    """Else a loss of other rows, which these never reach, stays the best, and patience ends the run."""
+    shutil.copytree(half, tmp_path / "run")
+    config = config_of(tmp_path / "run", "checkpoint.keep_best=true", "train.max_steps=5", setting)
+    assert run_on_ranks(ranks, train_with_losses, resuming(config)) == [0] * ranks
+    progress = final_state(tmp_path / "run")["progress"]
+    assert (progress["best_step"], progress["evaluations_since_best"]) == (best, 5 - best)
+    told = "the best one is looked for anew" in (tmp_path / "run" / "logs" / "rank_0.log").read_text()
+    assert told == (best == 5)
 
 
 def test_without_patience_the_best_loss_of_a_whole_run_is_told(tmp_path: Path) -> None:
