@@ -121,8 +121,8 @@ class GlobalBatches:
         return [int(self._permutation(place // self.num_sequences)[place % self.num_sequences]) for place in places]
 
     def lengths(self, seen: int, place_of: PlaceOf = int) -> np.ndarray:
-        """Return the tokens of every sequence of a global batch, padding left out."""
-        return self.sequences.lengths[self.global_batch(seen, place_of)]
+        """Return the tokens of every sample of a global batch, padding left out: what attends to each other."""
+        return self.sequences.sample_lengths(self.global_batch(seen, place_of))
 
     def micro_batch_indices(self, seen: int, place_of: PlaceOf = int) -> list[list[int]]:
         """Return the sequences of every micro-batch of a global batch, longest first: the same at any number of ranks.

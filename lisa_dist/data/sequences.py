@@ -28,11 +28,11 @@ class Sequences:
         """Make sequences of ``rows`` as they are tokenized: each one, or those that ``packing`` lists for each."""
         self.rows = rows.with_format("numpy", columns=["input_ids", "labels"])
         self.packing = packing
-        row_lengths = np.asarray(rows.with_format("numpy", columns=["length"])["length"][:], dtype=np.int64)
+        self.row_lengths = np.asarray(rows.with_format("numpy", columns=["length"])["length"][:], dtype=np.int64)
         if packing is None:
-            self.lengths = row_lengths
+            self.lengths = self.row_lengths
         else:
-            self.lengths = np.asarray([row_lengths[members].sum() for members in packing], dtype=np.int64)
+            self.lengths = np.asarray([self.row_lengths[members].sum() for members in packing], dtype=np.int64)
 
     @classmethod
     def packed(cls, rows: datasets.Dataset, sequence_length: int, seed: int) -> Sequences:
@@ -44,6 +44,12 @@ class Sequences:
     def most_samples(self) -> int:
         """The most samples that lie in one sequence."""
         return 1 if self.packing is None else max((len(members) for members in self.packing), default=1)
+
+    def sample_lengths(self, indices: list[int]) -> np.ndarray:
+        """Return the tokens of every sample in these sequences."""
+        packing = self.packing
+        members = indices if packing is None else [member for index in indices for member in packing[index]]
+        return self.row_lengths[members]
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -44,12 +44,12 @@ def parameter_flops_per_token(train_module: TrainModule) -> float:
 
 
 def step_flops(train_module: TrainModule, lengths: np.ndarray) -> float:
-    """Return the operations of a step over sequences of ``lengths`` tokens; what is spent on padding does not count."""
+    """Return the operations of a step over samples of ``lengths`` tokens; what is spent on padding does not count."""
     return parameter_flops_per_token(train_module) * float(lengths.sum()) + attention_flops(train_module, lengths)
 
 
 def attention_flops(train_module: TrainModule, lengths: np.ndarray) -> float:
-    """Return the operations of attention over sequences of ``lengths`` tokens, forward and backward.
+    """Return the operations of attention over samples of ``lengths`` tokens, forward and backward.
 
     12 x layers x heads x head size x tokens for each token (arXiv 2204.02311, appendix B): every query with every
     key, as is the custom, though causal attention needs but half. 4 of the 12 are of the forward pass, all that a layer

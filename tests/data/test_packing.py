@@ -79,6 +79,15 @@ def test_no_token_of_a_packed_sequence_sees_another_sample():
     assert labels_packed == labels_alone == sum([9, 4, 7, 12, 3, 5]) - 6
 
 
+def test_a_step_counts_the_tokens_of_samples_that_attend_to_each_other():
+    """Operations of attention grow with their squares: packed samples cost no more than alone."""
+    rows = make_rows([9, 4, 7, 12, 3, 5], vocabulary=60)
+    options = {"micro_batch_size": 1, "sequence_length": 16, "seed": 0, "pad_token_id": 0, "rank": 0, "num_ranks": 1}
+    for sequences in (Sequences(rows), Sequences.packed(rows, 16, seed=0)):
+        mine = GlobalBatches(sequences=sequences, **options, global_batch_size=len(sequences))
+        assert sorted(mine.lengths(0).tolist()) == [3, 4, 5, 7, 9, 12]
+
+
 def test_borders_of_packed_samples_are_as_many_in_every_micro_batch():
     rows = make_rows([9, 4, 7, 12, 3, 5], vocabulary=60)
     packed = Sequences.packed(rows, 16, seed=0)

@@ -58,7 +58,7 @@ class StepClock:
         """End the step. Collective: every rank.
 
         Args:
-            flops: the operations of all ranks in a step over sequences of so many tokens; None: not counted.
+            flops: the operations of all ranks in a step over samples of so many tokens; None: not counted.
         """
         seconds, cpu_seconds = now() - self._started, time.process_time() - self._cpu_started
         parts = {part: spent for part, spent in self.stopwatch.take().items() if part in PARTS}

@@ -52,7 +52,7 @@ class BenchTarget(Protocol):
 
 
 def uncounted(lengths: np.ndarray) -> None:
-    """Say of a step over sequences of so many tokens that its operations are not counted."""
+    """Say of a step over samples of so many tokens that its operations are not counted."""
 
 
 def measure_each(step: MakeStep, flops: Flops, clock: StepClock, count: int) -> None:
