@@ -45,14 +45,24 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
+def keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, as an ``object_pairs_hook``; :class:`BadRowError` where a key has two different values."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for key, value in pairs:
+            if value != found[key]:
+                raise BadRowError(f"a JSON object has a key with two values, found {describe(key)}")
+    return found
+
+
 def parse_json(text: str, what: str) -> Any:
     """Return what JSON ``text`` holds; ``what`` names it for the message.
 
     Raises:
-        BadRowError: it is not JSON.
+        BadRowError: it is not JSON, or a key in it has two different values.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=keys_once)
     except (ValueError, RecursionError):
         raise BadRowError(f"{what} must be valid JSON, found {describe(text)}") from None
 

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from lisa_dist.config import UserError
+from lisa_dist.data.messages import BadRowError, keys_once
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ def _read_json(file: Path) -> Iterator[Row | BrokenRow]:
         return
     try:
         with _open_text(file) as text:
-            content = json.load(text)
+            content = json.load(text, object_pairs_hook=keys_once)
+    except BadRowError as error:
+        raise UserError(f"{file}: {error}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{file}, line {error.lineno}: not valid JSON ({error.msg})") from error
     except UnicodeDecodeError as error:
@@ -138,7 +141,10 @@ def _read_json_lines(file: Path) -> Iterator[Row | BrokenRow]:
                 continue
             place = f"{file}, line {number}"
             try:
-                values = json.loads(line)
+                values = json.loads(line, object_pairs_hook=keys_once)
+            except BadRowError as error:
+                yield BrokenRow(place, str(error))
+                continue
             except UnicodeDecodeError as error:
                 yield BrokenRow(place, f"not UTF-8 text (byte {error.start})")
                 continue
@@ -172,15 +178,17 @@ def _read_csv(file: Path) -> Iterator[Row | BrokenRow]:
                 continue
             if header is None:
                 header = fields
-                twice = next((name for name in header if header.count(name) > 1), None)
-                if twice is not None:
-                    raise UserError(
-                        f"{place}: the header names column {twice} twice, so its values can't be told apart"
-                    )
+                _check_columns(header, f"{place}: the header")
             elif len(fields) != len(header):
                 yield BrokenRow(place, f"has {len(fields)} fields, the header has {len(header)}")
             else:
                 yield Row(dict(zip(header, fields, strict=True)), str(file), number)
+
+
+def _check_columns(names: list[str], where: str) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{where} names column {twice} twice, so its values can't be told apart")
 
 
 def _read_parquet(file: Path) -> Iterator[Row | BrokenRow]:
@@ -188,6 +196,7 @@ def _read_parquet(file: Path) -> Iterator[Row | BrokenRow]:
         table = parquet.ParquetFile(file)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{file}: not a readable Parquet file ({error})") from error
+    _check_columns(table.schema_arrow.names, str(file))
     number = 0
     for batch in table.iter_batches(batch_size=1024):
         for values in batch.to_pylist():

@@ -249,6 +249,10 @@ def test_nulls_that_arrow_padded_are_removed():
         ({"role": "assistant", "tool_calls": [{"arguments": {}}]}, "must be an object with a name"),
         ({"role": "assistant", "tool_calls": [{"name": "x", "arguments": "{"}]}, "must be valid JSON, found str '{'"),
         ({"role": "assistant", "tool_calls": [{"name": "x", "arguments": "[1]"}]}, "must be an object, found str"),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "x", "arguments": '{"a": 1, "a": 2}'}]},
+            "a key with two values, found str 'a'",
+        ),
         ({"role": "tool_call", "content": "call x"}, "the text of a tool_call must be valid JSON"),
         ({"role": "tool_call", "content": "[]"}, "must be a call or a list of calls"),
         ({"role": "assistant", "content": "a", "weight": 0.5}, "weight must be 0 or 1, .*found float '0.5'"),

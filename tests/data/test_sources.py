@@ -7,6 +7,8 @@ import lzma
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 
 from lisa_dist.config import UserError
@@ -134,6 +136,22 @@ def test_broken_lines_carry_file_and_number(tmp_path):
     assert "must be an object, found list" in broken[1].reason
     assert "not UTF-8" in broken[2].reason
     assert rows[-1].place == f"{file}, line 6"
+
+
+def test_keys_and_columns_that_are_there_twice_are_refused(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    twice = '{"instruction": "q", "output": "a", "output": "b"}'
+    file.write_text(f'{twice}\n{{"instruction": "q", "output": "a", "output": "a"}}\n')
+    broken, row = read(file)
+    assert broken == BrokenRow(f"{file}, line 1", "a JSON object has a key with two values, found str 'output'")
+    assert row.values == {"instruction": "q", "output": "a"}
+    (tmp_path / "rows.json").write_text(f"[{twice}]")
+    with pytest.raises(UserError, match=r"rows\.json: a JSON object has a key with two values, found str 'output'"):
+        read(tmp_path / "rows.json")
+    table = pa.table([["q"], ["a"], ["b"]], names=["instruction", "output", "output"])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"rows\.parquet names column output twice"):
+        read(tmp_path / "rows.parquet")
 
 
 def test_broken_rows_of_other_files(tmp_path):
