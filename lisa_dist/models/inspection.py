@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from lisa_dist.runtime import distributed
 
 logger = logging.getLogger(__name__)
 
+COMPUTED = re.compile(r"inv_freq$|attn\.bias$|attention\.bias$|masked_bias$|causal_mask$|version$")
 ROWS = 4096  # of two tensors that are compared at a time
 
 
@@ -62,6 +64,7 @@ def inspect_weights(config: ModelConfig, architecture: PretrainedConfig, directo
     if pairs:
         replica = _untied_replica(config, architecture, pairs, sources)
         sources, unexpected = find_sources(replica, weights.file_of)
+    used = {name for source in sources.values() for names in source.names.values() for name in names}
     join_tied(replica, sources)
     state = named_state(replica)
     missing = (
@@ -70,6 +73,7 @@ def inspect_weights(config: ModelConfig, architecture: PretrainedConfig, directo
     check_names(directory, missing, unexpected, _advice(replica, missing))
     for target, source in sources.items():
         _check_source(directory, target, source, state[target], weights)
+    _say_unused(directory, set(weights.file_of) - used)
     stored = _stored_dtypes(weights, sources)
     _say_dtypes(directory, stored, getattr(torch, frozen))
     return Findings(bool(pairs), max(stored, key=lambda dtype: stored[dtype]))
@@ -173,6 +177,13 @@ def _makes_several(source: WeightSource) -> bool:
 def _check_source(
     directory: Path, target: str, source: WeightSource, tensor: Tensor, weights: SafetensorsDirectory
 ) -> None:
+    plain = source.names.get("", [])  # those that need no conversion, of which there can be one, and nothing else
+    others = [name for names in source.names.values() for name in names if name not in plain[:1]]
+    if plain and not all(_are_equal(plain[0], other, weights) for other in others):
+        raise UserError(
+            f"model.path={directory}: the weights hold both {plain[0]} and {others[0]}, which are {target} alike and "
+            "differ; remove the wrong one"
+        )
     if source.converter is None:
         check_shape(directory, target, weights.shape(source.name), tensor)
     elif source.by_expert:
@@ -185,6 +196,18 @@ def _check_source(
                 f"model.path={directory}: {name} is stored as {weights.stored_type(name)}, which is no plain "
                 "floating-point weight; choose weights in bfloat16, float16 or float32"
             )
+
+
+def _say_unused(directory: Path, names: set[str]) -> None:
+    """Log the tensors that transformers leaves aside, but for what it computes itself: masks and frequencies."""
+    unused = sorted(name for name in names if not COMPUTED.search(name))
+    if unused:
+        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        logger.warning(
+            "model.path=%s: the weights hold %s%s, which transformers does not load (as layers that predict further "
+            "tokens): not trained, and not in an export",
+            *(directory, unused[0], more),
+        )
 
 
 def _stored_dtypes(weights: SafetensorsDirectory, sources: dict[str, WeightSource]) -> Counter[torch.dtype]:

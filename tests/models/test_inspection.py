@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lisa_dist.config import ModelConfig, UserError
 from lisa_dist.models.architecture import build_meta_model
@@ -112,6 +112,34 @@ def test_tensors_that_do_not_fit_are_named_from_the_headers(tmp_path: Path) -> N
         rewrite(tmp_path, {**tensors, **changed})
         with pytest.raises(UserError, match=message):
             pretrained_architecture(ModelConfig(path=str(tmp_path)))
+
+
+def test_two_tensors_for_one_weight_are_refused_where_they_differ(tmp_path: Path) -> None:
+    tensors = write_model(tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    other = name.removeprefix("model.")  # transformers reads that as well
+    rewrite(tmp_path, {**tensors, other: tensors[name].clone()})
+    pretrained_architecture(ModelConfig(path=str(tmp_path)))
+    rewrite(tmp_path, {**tensors, other: tensors[name] + 1})
+    with pytest.raises(UserError, match=rf"hold both {other} and {name}, which are {name} alike and differ"):
+        pretrained_architecture(ModelConfig(path=str(tmp_path)))
+
+
+def test_tensors_that_transformers_leaves_aside_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As for GLM 4 and DeepSeek V3, whose further layers predict the tokens after the next.
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.3.*"])
+    tensors = write_model(tmp_path)
+    config = ModelConfig(path=str(tmp_path))
+    computed = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(1)}
+    rewrite(tmp_path, {**tensors, **computed})
+    pretrained_architecture(config)
+    assert "does not load" not in caplog.text
+    further = {f"model.layers.3.{name}.weight": torch.zeros(1) for name in ("eh_proj", "enorm")}
+    rewrite(tmp_path, {**tensors, **computed, **further})
+    pretrained_architecture(config)
+    assert "hold model.layers.3.eh_proj.weight and 1 more, which transformers does not load" in caplog.text
 
 
 def test_experts_that_are_not_there_are_missed(tmp_path: Path) -> None:
