@@ -40,6 +40,7 @@ Sample = Conversation | str
 Turn = tuple[Message, bool]  # and whether it carries loss
 
 PREFERENCES = ("rejected", "kto_tag")  # columns that only data of preferences have
+TRUTHS = ("true", "false", "0", "1")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 FUNCTIONS = {"tools": ("functions",)}  # as the column was called before there were tools
 
@@ -270,7 +271,8 @@ def choose_format(name: str, columns: dict[str, str], first: Mapping[str, Any]) 
 def _detect(columns: dict[str, str], first: Mapping[str, Any]) -> RowFormat:
     have = ", ".join(map(str, first))
     preferences = [column for column in PREFERENCES if column in first and column not in columns.values()]
-    if isinstance(first.get("label"), bool) and "completion" in first:  # whether the completion is a wanted one
+    # Whether the completion is a wanted one; tables may hold it as a number or a text.
+    if "completion" in first and "label" not in columns.values() and str(first.get("label")).lower() in TRUTHS:
         preferences.append("label")
     if preferences:
         raise UserError(

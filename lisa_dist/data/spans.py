@@ -18,6 +18,7 @@ that; where it does not agree, the answer's own prompt is rendered.
 from __future__ import annotations
 
 import datetime
+import re
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -30,6 +31,8 @@ from lisa_dist.data.marks import Mark, Marks, Place, insert, text_of
 from lisa_dist.data.template_texts import TemplateTexts, common_length, opens_by_a_constant
 from lisa_dist.data.tokenizer import render
 
+NOT_RENDERED = "the chat template does not render {}, so the model neither sees nor learns them"
+OF_RESULTS = (("tool", "name"), ("tool", "tool_call_id"))  # say which call a result is of; templates go by the order
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what data and templates call a message's thoughts
 
 
@@ -67,7 +70,7 @@ class AnswerFinder:
         return found
 
     def _note_what_is_left_out(self, search: _Search) -> None:
-        """Note what the template never renders: the tools, thoughts, words beside a tool call."""
+        """Note what the template never renders: tools, thoughts, words beside a tool call, other keys of messages."""
         if search.words_lost:
             self.rendered["words"] = "the chat template leaves out an answer's text where a tool call stands beside it"
         last = search.messages[-1]
@@ -81,8 +84,15 @@ class AnswerFinder:
                 without = render(self.tokenizer, bare, tools=tools, date=self.date)
             except TemplateError:
                 continue
-            lost = f"the chat template does not render {field}, so the model neither sees nor learns them"
-            self.rendered[field] = lost if without == search.whole else ""
+            self.rendered[field] = NOT_RENDERED.format(field) if without == search.whole else ""
+        template = self.tokenizer.get_chat_template(tools=search.tools)
+        keys = {key for message in search.messages for key in message if (message["role"], key) not in OF_RESULTS}
+        for key in sorted(keys - {"role", "content", "tool_calls"} - self.rendered.keys()):
+            if re.search(rf"\b{re.escape(key)}\b", template):  # in this place or another
+                continue
+            bare = [{name: value for name, value in message.items() if name != key} for message in search.messages]
+            if search.render_or_none(bare) == search.whole:
+                self.rendered[key] = NOT_RENDERED.format(key)
 
 
 class _Search:

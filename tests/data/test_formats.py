@@ -93,6 +93,8 @@ def test_columns_rename(name):
         ("auto", {}, {"prompt": "q", "chosen": "a", "rejected": "b"}, "column rejected belongs to preferences"),
         ("auto", {}, {"messages": ASKED, "kto_tag": True}, "column kto_tag belongs to preferences"),
         ("auto", {}, {"prompt": "q", "completion": "a", "label": False}, "column label belongs to preferences"),
+        ("auto", {}, {"prompt": "q", "completion": "a", "label": "False"}, "column label belongs to preferences"),
+        ("auto", {}, {"prompt": "q", "completion": "a", "label": 0}, "column label belongs to preferences"),
         (
             "alpaca",
             {},

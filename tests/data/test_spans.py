@@ -170,6 +170,22 @@ def test_what_the_template_never_renders_is_noted_once():
     assert list(words.rendered) == ["words"]
 
 
+def test_keys_of_messages_that_the_template_never_renders_are_noted():
+    finder = AnswerFinder(tokenizer_with(TEMPLATES["chatml"]))
+    messages = [
+        user("a"),
+        answer("b", reasoning_content="because", refusal="no", masked=True),
+        result("c"),
+        answer("d"),
+    ]
+    finder.find(Conversation([{**messages[0], "name": "Ann"}, *messages[1:]]))
+    assert list(finder.rendered) == ["masked", "name", "reasoning_content", "refusal"]
+    assert all(text.startswith("the chat template does not render") for text in finder.rendered.values())
+    known = AnswerFinder(tokenizer_with(shipped("qwen3")))  # it leaves this thought out, since a question follows
+    known.find(Conversation([user("a"), answer("b", reasoning_content="because"), user("c"), answer("d")]))
+    assert not known.rendered
+
+
 @pytest.mark.parametrize("name", ["qwen3", "llama3", "qwen3_5_think"])
 def test_a_conversation_is_rendered_a_few_times_whatever_its_length(name, monkeypatch):
     tokenizer = tokenizer_with(shipped(name))
