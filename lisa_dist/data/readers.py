@@ -168,6 +168,10 @@ def _read_csv(file: Path) -> Iterator[Row | BrokenRow]:
             try:
                 fields = next(reader, None)
             except csv.Error as error:
+                if str(error) == "unexpected end of data":  # inside of quotes: how many rows they took in is not known
+                    raise UserError(
+                        f"{place}: a quote that opens in this row is not closed by the file's end"
+                    ) from error
                 yield BrokenRow(place, f"not valid CSV ({error})")
                 continue
             except UnicodeDecodeError as error:

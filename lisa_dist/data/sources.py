@@ -107,7 +107,8 @@ def _open_saved(folder: Path, path: str, split: str, key: str) -> Source:
         opened = opened[name]
     elif split != "train":
         raise UserError(f"{key}={path}: the data set was saved without splits, so split {split} is not there")
-    return Source(path, dataset=opened, fingerprint=opened._fingerprint)
+    plain = opened.with_format(None, columns=opened.format["columns"])  # it may have been saved as one of tensors
+    return Source(path, dataset=plain, fingerprint=opened._fingerprint)
 
 
 def _find_on_hub(path: str, split: str, key: str, subset: str | None) -> Source:

@@ -298,6 +298,10 @@ class _Search:
             return next(special.finditer(gap)).end(), True
         other = self._with_a_message_behind(index) if last else self._with_none_behind(index, is_marked, begin)
         own = gap if other is None else gap[: self.finder.texts.agreement(gap, other)]
+        if not last and self.messages[index + 1]["role"] == "assistant":
+            # Its opening is the next answer's, also where the template writes one at the end of any text.
+            behind = self._with_a_message_behind(index)
+            own = own if behind is None else own[: self.finder.texts.agreement(own, behind)]
         rest = (gap if last else other or "")[len(own) :]  # what is written where no message follows
         if rest.strip() and not last and not is_marked and text_of(self.messages[index]["content"]).strip():
             raise BadRowError(f"the chat template renders {self.name(index)} otherwise once messages follow")
@@ -324,7 +328,7 @@ class _Search:
         return text[begin:]
 
     def _with_a_message_behind(self, index: int) -> str | None:
-        """What follows the place in the last answer up to the content of a message after it; None where refused."""
+        """What follows the place in an answer up to the content of a message put after it; None where refused."""
         word = self.marks.free_word
         followers: list[Message] = [{"role": "user", "content": word}]
         for call in self.messages[index].get("tool_calls") or []:
@@ -332,7 +336,7 @@ class _Search:
             tool = {"role": "tool", "content": word, "name": name, "tool_call_id": call.get("id")}
             followers.insert(0, {key: value for key, value in tool.items() if value is not None})
         for follower in followers:
-            text = self.render_or_none([*self.marks.with_marks_in(index), follower])
+            text = self.render_or_none([*self.marks.with_marks_in(index)[: index + 1], follower])
             after = None if text is None else self.marks.rest_after(index, text)
             if after is not None and word in after:
                 return after.partition(word)[0]

@@ -78,6 +78,9 @@ def test_parquet_saved_data_sets_and_globs(tmp_path):
     datasets.DatasetDict(train=dataset, test=dataset.select([1])).save_to_disk(tmp_path / "splits")
     assert values(tmp_path / "splits") == ROWS
     assert values(tmp_path / "splits", "test") == ROWS[1:2]
+    for kind in ("numpy", "torch", "arrow"):  # the format of tensors that a program set before it saved
+        dataset.with_format(kind).save_to_disk(tmp_path / kind)
+        assert values(tmp_path / kind) == ROWS
     for number in (2, 1):
         (tmp_path / f"part{number}.jsonl").write_text(lines(ROWS[number : number + 1]))
     assert values(tmp_path / "part*.jsonl") == ROWS[1:3]
@@ -170,6 +173,7 @@ def test_broken_rows_of_other_files(tmp_path):
         ("rows.json", '{"rows": []}', r"must be a list of rows or .*, found an object with rows"),
         ("rows.parquet", "nonsense", r"rows\.parquet: not a readable Parquet file"),
         ("rows.csv", "a,b,a\n1,2,3\n", r"rows\.csv, line 1: the header names column a twice"),
+        ("rows.csv", 'a,b\n1,2\n3,"4\n5,6\n', r"rows\.csv, line 3: a quote that opens in this row is not closed"),
         ("rows.jsonl.gz", "nonsense", r"rows\.jsonl\.gz: can't be read"),
         ("rows.xml", "<a/>", r"rows\.xml: the name must end in one of \.json, "),
     ],

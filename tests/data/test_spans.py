@@ -75,6 +75,14 @@ def test_other_blanks_before_the_opening_train_no_header():
     assert runs_of(template, TWO) == [" Cold.</s>", " Hot.</s>"]
 
 
+def test_an_opening_at_the_end_of_any_text_is_not_trained_between_two_answers():
+    for name in ("always opened", "always opened, two tokens at the end"):
+        template = FAMILIES[name]
+        expected = [f"Cold.{template.end}", f"Ice.{template.end}", f"Hot.{template.end}"]
+        assert runs_of(template, [*TWO[:2], answer("Ice."), *TWO[2:]]) == expected
+        assert runs_of(template, [*TWO, answer("Ice.")]) == [expected[0], expected[2], expected[1]]
+
+
 def test_tools_in_the_last_question_move_nothing():
     template = FAMILIES["system in the last question"]
     assert runs_of(template, [SYSTEM, *TWO], [WEATHER]) == [" Cold.</s>", " Hot.</s>"]
