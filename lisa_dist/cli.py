@@ -34,6 +34,7 @@ from lisa_dist.config.paths import refusal
 from lisa_dist.config.prompts import read_prompts, split_literals
 from lisa_dist.config.run_directory import resolve_run_dir
 from lisa_dist.runtime.environment import environment_rank, expand_segments, has_ranks
+from lisa_dist.runtime.garbage import no_garbage_collection
 from lisa_dist.runtime.signals import end_at_signals, ignore_stop_signals, install_stop_handlers, stops_within
 
 SECONDS_FOR_RANK_0 = 20  # to find the same mistake; well below srun --wait=60, which ends a rank that waits longer
@@ -199,7 +200,8 @@ def _dispatch(name: str, config: Config) -> int:
 
         CHECKS.get(name, lambda config: None)(config)
     if not command.in_ranks:
-        from lisa_dist.telemetry.logs import setup_logging
+        with no_garbage_collection():
+            from lisa_dist.telemetry.logs import setup_logging
 
         setup_logging()
         return command.function(config)
@@ -212,7 +214,8 @@ def _dispatch(name: str, config: Config) -> int:
     from lisa_dist.launching.rank_server import start_rank_server
 
     start_rank_server()
-    from lisa_dist.launching.local import launch_ranks  # takes seconds, in which the server imports torch too
+    with no_garbage_collection():
+        from lisa_dist.launching.local import launch_ranks  # takes seconds, in which the server imports torch too
 
     if name == "train":
         return launch_ranks(config, command.function)

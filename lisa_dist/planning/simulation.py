@@ -37,7 +37,7 @@ from lisa_dist.planning.phases import (
     work_of_passes,
     work_of_step,
 )
-from lisa_dist.runtime import distributed
+from lisa_dist.runtime.garbage import no_garbage_collection
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.sharding.ledger import Ledger, Work, sum_of_work
 from lisa_dist.sharding.waiting_states import UNDER_WAY
@@ -206,7 +206,7 @@ def simulate(config: Config, num_blocks: int | None = None, least_work: bool = F
     dims = cluster_dims(config.parallel)
     check_accumulation(config, dims.data_ranks)
     # Fake tensors are so many objects that looking for garbage among them takes a third of the time.
-    with simulated_world(dims.num_ranks), distributed.no_garbage_collection():
+    with simulated_world(dims.num_ranks), no_garbage_collection():
         train_module = build_train_module(config, architecture)
         ledger = Ledger(ranks_per_node(config.parallel))
         with FakeTensorMode(allow_non_fake_inputs=True), ledger:

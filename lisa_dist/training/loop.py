@@ -19,7 +19,8 @@ from lisa_dist.method.module import (
     trained_norms,
 )
 from lisa_dist.runtime import distributed
-from lisa_dist.runtime.distributed import garbage_collected_when_asked, now
+from lisa_dist.runtime.distributed import now
+from lisa_dist.runtime.garbage import garbage_collected_when_asked
 from lisa_dist.runtime.signals import ignore_stop_signals, stop_requested
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.telemetry.logs import setup_logging
