@@ -463,7 +463,7 @@ CHECKPOINT = [
         "checkpoint/changes.py",
         "if weight in self.changed | trained else",
         "if weight in trained else",
-        "checkpoint/test_changes.py::test_every_complete_checkpoint_gives_the_weights_back",
+        "checkpoint/test_changes.py::test_what_is_switched_while_one_is_written_is_in_the_next",
     ),
     Mutation(
         "what trains is not copied before it is written in the background",
