@@ -288,9 +288,8 @@ def _of_placement(config: Config, ranks: int) -> Iterator[IdleOption]:
     whole = streams or stay_whole(parallel, config.precision, parallel.ranks_of_replica(ranks))
     once_anyway = "gradients of whole weights are reduced once a step anyway"
     why_idle = once_anyway if whole else "a step is one micro-batch of each rank"
-    yield "parallel.block_major", parallel.block_major and one_micro_batch, "a step is one micro-batch"
-    idle = parallel.offload_activations and one_micro_batch
-    yield "parallel.offload_activations", idle, "a step is one micro-batch"
+    for key in ("block_major", "offload_activations"):
+        yield f"parallel.{key}", getattr(parallel, key) and one_micro_batch, "a step is one micro-batch"
     yield "parallel.defer_reduction", parallel.defer_reduction and (whole or one_micro_batch), why_idle
     ungathered = "weights that lie whole on each rank are never gathered"
     yield "parallel.reshard_after_forward", whole and not parallel.reshard_after_forward, ungathered

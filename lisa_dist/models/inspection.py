@@ -179,9 +179,10 @@ def _check_source(
 ) -> None:
     plain = source.names.get("", [])  # those that need no conversion, of which there can be one, and nothing else
     others = [name for names in source.names.values() for name in names if name not in plain[:1]]
-    if plain and not all(_are_equal(plain[0], other, weights) for other in others):
+    differing = next((other for other in others if plain and not _are_equal(plain[0], other, weights)), None)
+    if differing is not None:
         raise UserError(
-            f"model.path={directory}: the weights hold both {plain[0]} and {others[0]}, which are {target} alike and "
+            f"model.path={directory}: the weights hold both {plain[0]} and {differing}, which are {target} alike and "
             "differ; remove the wrong one"
         )
     if source.converter is None:
