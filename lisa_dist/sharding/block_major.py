@@ -27,7 +27,6 @@ from lisa_dist.sharding.waiting_states import StatesOnDevice, WaitingStates
 ModelPass = Callable[[], tuple[Tensor, float]]  # of one micro-batch: the sum of its losses, and what divides it
 Visit = Callable[[int], AbstractContextManager[Callable[..., Any]]]  # a block's weights are there; gives its forward
 PhaseTimer = Callable[[str], AbstractContextManager[None]]  # names the part of a step that its body is
-DrawFor = Callable[[int, int], None]  # keys what is drawn from now on by a micro-batch and a block
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with beside the hidden states
 
 TRIED_TOKENS = (21, 13)  # of the tiny copy's micro-batches
@@ -62,111 +61,61 @@ def accumulate(
     Returns:
         The loss of each micro-batch, and the sum of what divides them.
     """
-    draw_for = partial(_draw_for, seed)
-    with stopwatch("forward"):
-        entered, states, calls = _enter(passes, blocks, draw_for)
-    if any(edge is not None for edge in entered):
-        lowest = 0
-    for block in range(len(blocks)):
-        with stopwatch("forward"), torch.no_grad(), visit(block) as forward:
-            _pass_up(block, forward, states, calls, draw_for, waiting if block >= lowest else None)
-    losses, divisor = _make_losses(passes, blocks, states, lowest < len(blocks), draw_for, stopwatch)
-    for block in reversed(range(lowest, len(blocks))):
-        needs_grad = [block > lowest or edge is not None for edge in entered]
-        with stopwatch("backward"), visit(block) as forward:
-            _pass_down(block, forward, states, calls, draw_for, waiting, needs_grad)
-    with stopwatch("backward"):
-        for edge, gradient in zip(entered, states):
-            if edge is not None:
-                torch.autograd.backward(edge, gradient)
-    return losses, divisor
+    top = len(blocks)
 
+    def draw_for(micro_batch: int, block: int) -> None:
+        if seed is not None:
+            torch.manual_seed(hash((seed, micro_batch, block)) % 2**63)
 
-def _draw_for(seed: int | None, micro_batch: int, block: int) -> None:
-    """Key what is drawn from now on; -1 and the number of blocks are what lies before and behind them."""
-    if seed is not None:
-        torch.manual_seed(hash((seed, micro_batch, block)) % 2**63)
-
-
-def _enter(
-    passes: Sequence[ModelPass], blocks: Sequence[nn.Module], draw_for: DrawFor
-) -> tuple[list[GradientEdge | None], list[Tensor], list[list[Call]]]:
-    """Return of each micro-batch the graph of what enters the first block, its values, and what blocks are called with.
-
-    The graph keeps no values: those of the first block wait as those of any other.
-    """
-    entered: list[GradientEdge | None] = []
+    entered: list[GradientEdge | None] = []  # the graph of what enters the first block, without its values
     states: list[Tensor] = []
     calls: list[list[Call]] = []
-    for micro_batch, run in enumerate(passes):
-        draw_for(micro_batch, -1)
-        state, noted = _note_calls(run, blocks)
-        entered.append(get_gradient_edge(state) if state.requires_grad else None)
-        states.append(state.detach())
-        calls.append(noted)
-    return entered, states, calls
-
-
-def _pass_up(
-    block: int,
-    forward: Callable[..., Any],
-    states: list[Tensor],
-    calls: list[list[Call]],
-    draw_for: DrawFor,
-    waiting: WaitingStates | None,
-) -> None:
-    """Put what comes out of a block in the place of what enters it, which is ``waiting`` where it is needed again."""
-    for micro_batch, of_blocks in enumerate(calls):
-        args, kwargs = of_blocks[block]
-        if waiting is not None:
-            waiting.put(block, micro_batch, states[micro_batch])
-        draw_for(micro_batch, block)
-        states[micro_batch] = forward(states[micro_batch], *args, **kwargs)
-        if not isinstance(states[micro_batch], Tensor):
-            raise TypeError("its blocks answer with more than the hidden states")
-
-
-def _make_losses(
-    passes: Sequence[ModelPass],
-    blocks: Sequence[nn.Module],
-    states: list[Tensor],
-    needs_grad: bool,
-    draw_for: DrawFor,
-    stopwatch: PhaseTimer,
-) -> tuple[list[Tensor], float]:
-    """Return the losses and what divides them; gradients take the places of what came out of the last block."""
+    with stopwatch("forward"):
+        for micro_batch, run in enumerate(passes):
+            draw_for(micro_batch, -1)
+            state, noted = _note_calls(run, blocks)
+            entered.append(get_gradient_edge(state) if state.requires_grad else None)
+            states.append(state.detach())
+            calls.append(noted)
+    if any(edge is not None for edge in entered):
+        lowest = 0
+    for block in range(top):
+        with stopwatch("forward"), torch.no_grad(), visit(block) as forward:
+            for micro_batch, of_blocks in enumerate(calls):
+                args, kwargs = of_blocks[block]
+                if block >= lowest:
+                    waiting.put(block, micro_batch, states[micro_batch])
+                draw_for(micro_batch, block)
+                states[micro_batch] = forward(states[micro_batch], *args, **kwargs)
+                if not isinstance(states[micro_batch], Tensor):
+                    raise TypeError("its blocks answer with more than the hidden states")
     losses, divisor = [], 0.0
     for micro_batch, run in enumerate(passes):
-        state = states[micro_batch].requires_grad_(needs_grad)
-        draw_for(micro_batch, len(blocks))
-        with stopwatch("forward"), _answering(blocks, [_pass_on] * (len(blocks) - 1) + [partial(_answer, state)]):
+        state = states[micro_batch].requires_grad_(lowest < top)
+        draw_for(micro_batch, top)
+        with stopwatch("forward"), _answering(blocks, [_pass_on] * (top - 1) + [partial(_answer, state)]):
             loss, counted = run()
         with stopwatch("backward"):
             loss.backward()
         losses.append(loss.detach())
         divisor += counted
-        if state.grad is not None:
+        if state.grad is not None:  # takes the state's place
             states[micro_batch] = state.grad
+    for block in reversed(range(lowest, top)):
+        with stopwatch("backward"), visit(block) as forward:
+            for micro_batch, of_blocks in enumerate(calls):
+                args, kwargs = of_blocks[block]
+                needs_grad = block > lowest or entered[micro_batch] is not None
+                state = waiting.take(block, micro_batch).detach().requires_grad_(needs_grad)
+                draw_for(micro_batch, block)
+                forward(state, *args, **kwargs).backward(states[micro_batch])
+                if state.grad is not None:
+                    states[micro_batch] = state.grad
+    with stopwatch("backward"):
+        for edge, gradient in zip(entered, states):
+            if edge is not None:
+                torch.autograd.backward(edge, gradient)
     return losses, divisor
-
-
-def _pass_down(
-    block: int,
-    forward: Callable[..., Any],
-    gradients: list[Tensor],
-    calls: list[list[Call]],
-    draw_for: DrawFor,
-    waiting: WaitingStates,
-    needs_grad: list[bool],
-) -> None:
-    """Compute a block again and put the gradient of what enters it in the place of that of what comes out of it."""
-    for micro_batch, of_blocks in enumerate(calls):
-        args, kwargs = of_blocks[block]
-        state = waiting.take(block, micro_batch).detach().requires_grad_(needs_grad[micro_batch])
-        draw_for(micro_batch, block)
-        forward(state, *args, **kwargs).backward(gradients[micro_batch])
-        if state.grad is not None:
-            gradients[micro_batch] = state.grad
 
 
 def _note_calls(run: ModelPass, blocks: Sequence[nn.Module]) -> tuple[Tensor, list[Call]]:
