@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -29,6 +30,11 @@ FILES += ["chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "spiec
 # What tokenizers call the token that ends a text, where no configuration says it.
 USUAL_EOS = ["</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|end▁of▁sentence|>", "[SEP]"]
 USUAL_BOS = ["<s>", "<|begin_of_text|>", "<bos>", "<|begin▁of▁sentence|>", "[CLS]"]
+
+# A text by which tokenizers differ that split it otherwise: at digits, capitals, punctuation, blanks, special tokens;
+# and how many of the vocabulary are put behind it, for only what could be merged shows where it is split.
+PROBE = "What's  12345 tokens, I'LL see\n\n\tx == y; caf\u00e9 \u65e5\u672c{}\n So {}so.\n"
+PROBED = 2000
 
 # transformers gives its own function to every template; a caller can't give another.
 TODAY = re.compile(r"""\bstrftime_now\(\s*(?P<quote>['"])(?P<form>[^'"]*)(?P=quote)\s*\)""")
@@ -86,7 +92,8 @@ def _load(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     if not bare or not (folder / "tokenizer.json").is_file():
         # Models that come with a bare SentencePiece file were trained with BOS before every text.
         options = {"add_bos_token": True} if bare and (folder / "tokenizer.model").is_file() else {}
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, **options)
+        loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, **options)
+        return _as_its_file_says(loaded, folder)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     known = tokenizer.get_vocab()
     for name, usual in (("eos_token", USUAL_EOS), ("bos_token", USUAL_BOS)):
@@ -95,6 +102,36 @@ def _load(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
             setattr(tokenizer, name, token)
             logger.info("%s has no tokenizer_config.json: taking %s for its %s", folder, token, name)
     return tokenizer
+
+
+def _as_its_file_says(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of tokenizer.json where the class of transformers makes other tokens of a text than that.
+
+    Classes such as GPT2Tokenizer and Qwen2Tokenizer put their own splitting of texts in the place of the file's
+    (https://github.com/huggingface/transformers/issues/45488).
+    """
+    of_transformers = type(tokenizer).__module__.startswith("transformers.")
+    if not tokenizer.is_fast or not of_transformers or type(tokenizer) is PreTrainedTokenizerFast:
+        return tokenizer
+    at_hand = (folder / "tokenizer.json").is_file()
+    if not at_hand and (folder.is_dir() or not isinstance(try_to_load_from_cache(str(folder), "tokenizer.json"), str)):
+        return tokenizer
+    as_filed = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    some = range(0, len(as_filed), len(as_filed) // PROBED + 1)
+    probe = PROBE.format(tokenizer.eos_token or "", tokenizer.bos_token or "") + str(as_filed.decode(list(some)))
+    with suppress(Exception):  # what transformers gave may not even be able to encode
+        if tokenizer(probe, add_special_tokens=False).input_ids == as_filed(probe, add_special_tokens=False).input_ids:
+            return tokenizer
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):  # which the class may know by itself
+        token = getattr(tokenizer, name)
+        if getattr(as_filed, name) is None and token in as_filed.get_vocab():
+            setattr(as_filed, name, token)
+    logger.warning(
+        "%s: %s of transformers makes other tokens of a text than tokenizer.json says, which is followed here",
+        folder,
+        type(tokenizer).__name__,
+    )
+    return as_filed
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

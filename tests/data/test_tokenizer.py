@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import sentencepiece
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lisa_dist.config import UserError
 from lisa_dist.config.paths import MODELS
@@ -50,6 +52,34 @@ def test_bare_sentencepiece_model(tmp_path):
     encoded = Encoder(tokenizer, 512).encode(Conversation(messages))
     runs = trained_runs(tokenizer, encoded.input_ids.tolist(), encoded.labels.tolist())
     assert runs == [answer + "</s>" for answer in answers]
+
+
+@pytest.mark.parametrize(
+    ("name", "single_digits", "followed"),
+    [
+        ("GPT2Tokenizer", True, False),  # as SmolLM2's
+        ("GPT2Tokenizer", False, True),
+        ("Qwen2Tokenizer", False, False),
+        ("PreTrainedTokenizerFast", True, True),
+    ],
+)
+def test_texts_are_split_as_tokenizer_json_says_whatever_its_class(tmp_path, name, single_digits, followed, caplog):
+    """Classes of transformers put a splitting of their own in the place of the file's."""
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    model.train_from_iterator(["2024 2024 1999 on on"] * 9, trainer)
+    if single_digits:
+        model.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), model.pre_tokenizer])
+    model.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": name, "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer("in 2024, on 1999").input_ids == model.encode("in 2024, on 1999").ids
+    assert tokenizer.eos_token == "<|endoftext|>"
+    assert ("other tokens of a text than tokenizer.json" in caplog.text) != followed
 
 
 def test_no_eos_token(tmp_path):
