@@ -52,6 +52,7 @@ class DataCounts:
     tokens: int = 0
     trained_tokens: int = 0
     empty_answers: int = 0
+    with_nulls: int = 0  # rows whose tool calls or tools lost keys that are null
     unread_columns: list[str] = field(default_factory=list)  # columns with content that the format does not read
     date: str | None = None  # that the chat template writes into rows as today's
     not_rendered: list[str] = field(default_factory=list)  # what the chat template leaves out, a sentence each
@@ -88,6 +89,11 @@ class DataCounts:
         found += self.not_rendered
         if self.empty_answers:
             found.append(f"empty answers: {self.empty_answers}, of which only the end is trained")
+        if self.with_nulls:
+            found.append(
+                f"keys that are null are left out of tool calls' arguments and of tools in {self.with_nulls} rows; "
+                f"where a null is meant, give arguments and tools as JSON text"
+            )
         if self.trained_share < LEAST_TRAINED_SHARE:
             found.append(f"only {self.trained_share:.2%} of the tokens are trained ({self.trained_tokens})")
         return found
@@ -102,6 +108,7 @@ class EncodedRow:
     encoded: Encoded | None = None
     unread: set[str] = field(default_factory=set)  # columns
     empty_answers: int = 0
+    with_nulls: bool = False
 
 
 @dataclass
@@ -193,6 +200,7 @@ class RowReader:
         counts.tokens += len(row.encoded.input_ids)
         counts.trained_tokens += row.encoded.trained_tokens
         counts.empty_answers += row.empty_answers
+        counts.with_nulls += row.with_nulls
         return True
 
     def _bad(self, place: str, reason: str) -> None:
@@ -221,7 +229,9 @@ def _encode_row(row: Row | BrokenRow, chosen: RowFormat, encoder: Encoder) -> En
         encoded = encoder.encode(sample)
     except BadRowError as error:
         return EncodedRow(row.place, str(error))
-    return EncodedRow(row.place, "", encoded, chosen.unread(row.values), _empty_answers(sample))
+    return EncodedRow(
+        row.place, "", encoded, chosen.unread(row.values), _empty_answers(sample), chosen.drops_nulls(row.values)
+    )
 
 
 def _empty_answers(sample: Sample) -> int:

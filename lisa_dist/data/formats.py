@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from lisa_dist.data.messages import (
     BadRowError,
     Message,
     describe,
+    holds_nulls,
     is_nothing,
     parse_json,
     read_tools,
@@ -96,6 +98,10 @@ class RowFormat:
         read = set(self._read(row).values())
         return {column for column, value in row.items() if column not in read and not is_empty(value)}
 
+    def drops_nulls(self, row: Mapping[str, Any]) -> bool:
+        """Whether arguments of calls or schemas of tools lose keys of ``row``, because these are null."""
+        return any(holds_nulls(row.get(name)) for name in self._read(row).values())
+
     def _read(self, row: Mapping[str, Any]) -> dict[str, str]:
         """Return which of the row's columns is read for each of the format's."""
         names = {ours: self.names(ours) for ours in self.format.columns}
@@ -172,9 +178,19 @@ def _from_prompt_completion(values: dict[str, Any]) -> Sample:
 
 
 def _side(values: dict[str, Any], column: str, role: str) -> list[Turn]:
-    if isinstance(values.get(column), list):
+    if isinstance(values.get(column), list) or _is_json_of_messages(values.get(column)):
         return [_chat_turn(turn) for turn in _turns(values, column)]
     return [({"role": role, "content": _text(values, column)}, True)]
+
+
+def _is_json_of_messages(value: object) -> bool:
+    """Whether a text is a list of messages as CSV files hold them, rather than one to be read as it is."""
+    if not isinstance(value, str) or value.strip()[:1] != "[":
+        return False
+    with suppress(ValueError, RecursionError):
+        turns = json.loads(value)
+        return bool(turns) and all(isinstance(turn, dict) and "role" in turn for turn in turns)
+    return False
 
 
 def _from_text(values: dict[str, Any]) -> Sample:

@@ -18,6 +18,8 @@ ROLES = {
 }
 SPEAKERS = {speaker: role for role, speakers in ROLES.items() for speaker in speakers.split()}
 CALLING = ("function_call", "tool_call")  # speakers whose text is the JSON of calls
+ARGUMENTS = ("arguments", "parameters", "args", "input")  # what data call the arguments of a call
+SCHEMAS = ("parameters", "input_schema", "inputSchema")  # and those that a tool takes
 MARKS = ("weight", "train", "training", "loss")  # of a turn: 0 or false leaves it untrained
 PART_MARKS = ("train_detail", "training_detail")  # of parts of a turn
 
@@ -43,6 +45,16 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_nulls(inner) for inner in value]
     return value
+
+
+def holds_nulls(value: Any, within: bool = False) -> bool:
+    """Whether arguments of a call or the schema of a tool, given as objects in ``value``, hold a null for a key."""
+    if isinstance(value, dict):
+        return any(
+            (inner is None and within) or holds_nulls(inner, within or key in ARGUMENTS or key in SCHEMAS)
+            for key, inner in value.items()
+        )
+    return isinstance(value, list | tuple) and any(holds_nulls(inner, within) for inner in value)
 
 
 def keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -139,8 +151,14 @@ def _tool_call(call: object) -> dict[str, Any]:
         function = {key: value for key, value in call.items() if key not in outside}
     else:
         outside = {key: value for key, value in call.items() if key != "function"}
-    if "arguments" not in function and "parameters" in function:
-        function = {("arguments" if key == "parameters" else key): value for key, value in function.items()}
+    if "arguments" not in function:
+        given = next((key for key in ARGUMENTS if key in function), None)
+        if given is None and "arguments" in outside:
+            function = {**function, "arguments": outside.pop("arguments")}
+        elif given is None and len(function) > 1:
+            other = next(key for key in function if key != "name")
+            raise BadRowError(f"a tool call's arguments must be an object under arguments, found {describe(other)}")
+        function = {("arguments" if key == given else key): value for key, value in function.items()}
     return {"type": "function", **outside, "function": {**function, "arguments": _arguments(function.get("arguments"))}}
 
 
@@ -177,12 +195,19 @@ def _tool(tool: object) -> dict[str, Any]:
     if not isinstance(tool, dict):
         raise BadRowError(f"a tool must be an object with a name, found {describe(tool)}")
     if isinstance(tool.get("function"), dict):
-        return {"type": "function", **tool}
+        return {"type": "function", **tool, "function": _with_parameters(tool["function"])}
     if isinstance(tool.get("name"), str):
-        return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+        bare = {key: value for key, value in tool.items() if key != "type"}
+        return {"type": "function", "function": _with_parameters(bare)}
     if isinstance(tool.get("type"), str):
         return tool  # a tool of the model's own, such as {"type": "code_interpreter"}
     raise BadRowError(f"a tool must be an object with a name, found {describe(tool)}")
+
+
+def _with_parameters(function: dict[str, Any]) -> dict[str, Any]:
+    """Return a function with its schema under the one name that templates know (Anthropic's API has another)."""
+    given = next((key for key in SCHEMAS if key in function), None)
+    return {("parameters" if key == given else key): value for key, value in function.items()}
 
 
 def _is_trained(turn: dict[str, Any], role: str) -> bool:

@@ -245,6 +245,22 @@ def test_what_the_chat_template_leaves_out_is_said_at_every_start(tmp_path, capl
         ]
 
 
+def test_nulls_that_are_left_out_of_arguments_and_schemas_are_said(tmp_path, caplog):
+    def row(arguments, schema) -> dict:
+        call = {"id": None, "function": {"name": "f", "arguments": arguments}}
+        answer = {"role": "assistant", "content": "a", "name": None, "tool_calls": [call]}
+        tool = {"type": None, "function": {"name": "f", "description": "d", "parameters": schema}}
+        return {"messages": [{"role": "user", "content": "q"}, answer], "tools": [tool]}
+
+    kept, lost = ({"a": 1}, {"type": "object"}), [({"a": {"b": None}}, {}), ({"a": 1}, {"p": [{"default": None}]})]
+    tokenizer = load_tokenizer("builtin:demo")
+    tokenizer.chat_template = "{% for m in messages %}{{ m | tojson }}{{ tools | tojson }}{{ eos_token }}{% endfor %}"
+    rows = [row(*kept), row(json.dumps({"a": None}), {}), *(row(*one) for one in lost)]
+    config = DataConfig(path=write(tmp_path / "rows.jsonl", rows), cache_dir=str(tmp_path / "cache"))
+    assert prepare_data(config, tokenizer, seed=0).counts.with_nulls == 2
+    assert [text for text in said(caplog) if "null" in text and "left out of tool calls' arguments" in text]
+
+
 def test_rows_are_left_out_by_reason(tmp_path):
     rows = [*ROWS[:3], "{\n", {"prompt": "q", "completion": 1}, {"prompt": "q"}, {"prompt": "q", "completion": None}]
     counts = prepare(tmp_path, path=write(tmp_path / "rows.jsonl", rows), on_bad_row="skip").counts
