@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import datetime
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -85,6 +86,12 @@ class AnswerFinder:
             except TemplateError:
                 continue
             self.rendered[field] = NOT_RENDERED.format(field) if without == search.whole else ""
+        for field, index, message in search.probes():
+            if field in self.rendered:
+                continue
+            text = search.render_or_none([*search.messages[:index], message, *search.messages[index + 1 :]])
+            if text is not None:
+                self.rendered[field] = "" if search.marks.free_word in text else NOT_RENDERED.format(field)
         template = self.tokenizer.get_chat_template(tools=search.tools)
         keys = {key for message in search.messages for key in message if (message["role"], key) not in OF_RESULTS}
         for key in sorted(keys - {"role", "content", "tool_calls"} - self.rendered.keys()):
@@ -179,6 +186,29 @@ class _Search:
             other = self.messages[mark.message]["role"] != "assistant"
             if other and any(begin < place < end for place in self.marks.places.get(mark.word, [])):
                 raise BadRowError(f"the chat template puts {self.name(mark.message)} inside {self.name(index)}")
+
+    def probes(self) -> Iterator[tuple[str, int, Message]]:
+        """Yield what a template may leave out of answers: its name, the message, and that with the free word in it."""
+        word = self.marks.free_word
+        last = self.messages[-1]
+        tag = self.finder.texts.whole_words.match(text_of(last["content"]).lstrip())
+        if tag and last["role"] == "assistant" and isinstance(last["content"], str):
+            marked = tag.group() + insert(tag.string[tag.end() :], word, at_end=False)
+            yield (
+                f"the words behind {tag.group()} that begin a last answer",
+                len(self.messages) - 1,
+                {**last, "content": marked},
+            )
+        for index, message in enumerate(self.messages):
+            *others, call = message.get("tool_calls") or [{}]
+            function = call.get("function", {})
+            if (arguments := function.get("arguments")) and isinstance(arguments, dict):
+                function = {**function, "arguments": {**arguments, list(arguments)[-1]: word}}
+                yield (
+                    "the arguments of tool calls",
+                    index,
+                    {**message, "tool_calls": [*others, {**call, "function": function}]},
+                )
 
     # Where an answer begins
 

@@ -21,14 +21,14 @@ class TemplateTexts:
         special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
         self.special = re.compile(_any_of(special))
         tokens = _any_of(special | {token.content for token in added})
-        self._whole_words = re.compile(rf"{tokens}|<[^<>\s]{{1,40}}>")  # and tags that are no token, like <think>
+        self.whole_words = re.compile(rf"{tokens}|<[^<>\s]{{1,40}}>")  # and tags that are no token, like <think>
 
     def agreement(self, one: str, other: str) -> int:
         """Return how far two texts agree, in whole tokens and tags: ``<|end|>`` and ``<|eot|>`` share nothing."""
         length = common_length(one, other)
         if length < len(one) or length < len(other):
             for text in (one, other):
-                for match in self._whole_words.finditer(text, max(0, length - 100), length + 100):
+                for match in self.whole_words.finditer(text, max(0, length - 100), length + 100):
                     if match.start() < length < match.end():
                         length = match.start()
                         break

@@ -167,7 +167,7 @@ def render(
     Args:
         tokenizer: with a chat template.
         messages: role and content, and what else the template may use (tool_calls, reasoning_content, name).
-            Where it refuses the arguments of calls as objects, it gets them as JSON text.
+            Where it refuses the arguments of calls as objects, or writes those as Python does, it gets JSON text.
         tools: the functions that may be called, as JSON schemas.
         prompt: open an answer at the end.
         date: what a template that writes the day takes for today; None: today.
@@ -191,13 +191,19 @@ def render(
         return text
 
     try:
-        return write(messages)
+        text = write(messages)
     except TemplateError:
         with_text = _with_arguments_as_text(messages)
         if with_text is not None:
             with suppress(TemplateError):
                 return write(with_text)
         raise
+    in_python = [str(function["arguments"]) for function in _functions(messages) if function["arguments"]]
+    if any(arguments in text for arguments in in_python):
+        with suppress(TemplateError):
+            as_json = write(_with_arguments_as_text(messages) or messages)
+            return text if any(arguments in as_json for arguments in in_python) else as_json
+    return text
 
 
 def writes_day(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -216,11 +222,16 @@ def template_of_day(template: str, date: datetime.date) -> str:
 def _with_arguments_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
     """Return the messages with the arguments of calls as JSON text, which some templates want; None without any."""
     changed = copy.deepcopy(messages)
-    functions = [call.get("function") or {} for message in changed for call in message.get("tool_calls") or []]
-    with_objects = [function for function in functions if isinstance(function.get("arguments"), dict)]
-    for function in with_objects:
+    functions = _functions(changed)
+    for function in functions:
         function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
-    return changed if with_objects else None
+    return changed if functions else None
+
+
+def _functions(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the functions that messages call with arguments that are objects."""
+    found = [call.get("function") or {} for message in messages for call in message.get("tool_calls") or []]
+    return [function for function in found if isinstance(function.get("arguments"), dict)]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:

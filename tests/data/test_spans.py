@@ -131,6 +131,17 @@ def test_gpt_oss_leaves_out_thoughts_and_ends_the_last_answer_by_another_token()
 def test_arguments_become_text_where_the_template_wants_text(tmp_path):
     (run,) = runs_of("deepseekv3", CONVERSATIONS["tools, a call at the end"].messages)
     assert '```json\n{"city": "Oslo"}\n```' in run
+    as_it_comes = Template(  # Phi 4 mini's and InternLM 2's write arguments as they get them
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}"
+        '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments }}}{% endfor %}'
+        "{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        (),
+        "</s>",
+    )
+    assert runs_of(as_it_comes, CONVERSATIONS["tools, a call at the end"].messages) == [
+        '{"name": "get_weather", "arguments": {"city": "Oslo"}}</s>'
+    ]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +186,31 @@ def test_what_the_template_never_renders_is_noted_once():
     words = AnswerFinder(tokenizer_with(shipped("llama3_1")))
     for _ in range(2):
         words.find(Conversation([OSLO, answer("Let me look.", tool_calls=[call("Oslo")])]))
-    assert list(words.rendered) == ["words"]
+    assert [name for name, text in words.rendered.items() if text] == ["words"]
+
+
+def test_thoughts_and_arguments_that_the_template_leaves_out_are_noted():
+    """DeepSeek R1's and V3.1's templates leave out what stands before </think>, also of the answer that is trained."""
+    thought = answer("<think>\nhm\n</think>\n\nCold.")
+    finder = AnswerFinder(tokenizer_with(PREFILLED))
+    finder.find(Conversation([user("Hot?"), answer("<b>Cold</b>")]))
+    finder.find(Conversation([user("Hot?"), thought]))
+    assert [name for name, text in finder.rendered.items() if text] == [
+        "the words behind <think> that begin a last answer"
+    ]
+    known = AnswerFinder(tokenizer_with(shipped("qwen3")))
+    known.find(Conversation([user("Hot?"), thought]))
+    known.find(CONVERSATIONS["tools, a result and two answers"])
+    assert not any(known.rendered.values())
+    names_alone = Template(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+        "{% endfor %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        (),
+        "</s>",
+    )
+    calling = AnswerFinder(tokenizer_with(names_alone))
+    calling.find(CONVERSATIONS["tools, words and a call"])
+    assert "the chat template does not render the arguments of tool calls" in "".join(calling.rendered.values())
 
 
 def test_keys_of_messages_that_the_template_never_renders_are_noted():
