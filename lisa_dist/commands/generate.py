@@ -21,7 +21,7 @@ from lisa_dist.data.tokenizer import encode_prompt
 from lisa_dist.launching.inputs import make_room
 from lisa_dist.runtime import distributed
 from lisa_dist.telemetry.logs import setup_logging
-from lisa_dist.training.generation import Answerer, AnswerSettings
+from lisa_dist.training.generation import Answerer, AnswerSettings, draw_keys
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +46,11 @@ def run(config: Config) -> int:
     answerer, settings = Answerer(opened.train_module), settings_of(config, opened)
     check_room(answerer, asked)
     at_once = BATCHES_AT_ONCE * choice.batch_size * answerer.dims.data_ranks
+    keys = draw_keys(asked, settings.seed)  # of all: a prompt may come again in another part
     started, made = time.monotonic(), 0
     for start in range(0, len(asked), at_once):
-        found = answerer.answers(asked[start : start + at_once], settings)
+        part = slice(start, start + at_once)
+        found = answerer.answers(asked[part], settings, keys[part])
         made += sum(map(len, found))
         texts = [str(text).strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
         if distributed.is_main():

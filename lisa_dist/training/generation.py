@@ -60,14 +60,17 @@ class Answerer:
             )
             logger.warning("%s is asked %s: %s", original_class(self.module).__name__, how, reason)
 
-    def answers(self, prompts: list[list[int]], settings: AnswerSettings) -> list[list[int]]:
+    def answers(
+        self, prompts: list[list[int]], settings: AnswerSettings, keys: list[int] | None = None
+    ) -> list[list[int]]:
         """Return the tokens of each answer, without the stopping one. Collective: every rank, with equal arguments.
 
         An answer ends where the model's positions do; a prompt that leaves none has an empty one. What is drawn depends
-        on the seed, the prompt, and how often it came before, and on no other prompt.
+        on the seed, the prompt, and how often it came before, and on no other prompt. ``keys`` are those of
+        :func:`draw_keys` where the prompts are a part of more.
         """
         limits = [self.room(prompt, settings.max_new_tokens) for prompt in prompts]
-        keys = draw_keys(prompts, settings.seed)
+        keys = draw_keys(prompts, settings.seed) if keys is None else keys
         answers: dict[int, list[int]] = {}
         # Ranks that generate together have equal limits, and rows of a batch are about equally long.
         order = sorted(range(len(prompts)), key=lambda index: (-limits[index], -len(prompts[index])))

@@ -97,6 +97,20 @@ def test_generate_answers_as_transformers_does(trained: tuple[Path, Path], tmp_p
     assert told == f"generate.output={output}: is there already and is not written over, name a new file"
 
 
+def test_what_is_asked_again_is_drawn_anew_however_many_are_answered_at_once(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    keys = [f"generate.path={trained[1]}", f"generate.prompts={QUESTIONS[:1] * 6}", "generate.temperature=1"]
+    keys += ["generate.max_new_tokens=8", "precision.compute=float32", "parallel.cpu_threads=1"]
+    answers = []
+    for size in (1, 6):
+        output = tmp_path / f"{size}.jsonl"
+        more = [f"generate.batch_size={size}", f"generate.output={output}"]
+        run_on_ranks(1, printed_by, generate.run, None, [*keys, *more])
+        answers.append([json.loads(line)["answer"] for line in output.read_text().splitlines()])
+    assert answers[0] == answers[1] and len(set(answers[0])) == 6
+
+
 def conversation(said: list[str], overrides: list[str]) -> tuple[str, str]:
     """What a chat prints, on stdout and stderr, where ``said`` is typed. Runs on a rank."""
     errors, lines = io.StringIO(), iter(said)
