@@ -14,6 +14,8 @@ from lisa_dist.config.paths import local_path, path_exists
 
 Prompt = str | list[dict[str, Any]]  # a question, a text to go on with, or chat messages
 
+BESIDE = ("system", "tools", "functions")  # columns of chat data that change what a model is asked
+
 _OVERRIDE = re.compile(r"[+~]{0,2}(\w+)(\.\w+)*=")
 _OPTION = re.compile(r"--?[a-zA-Z][\w-]*(=\S*)?")
 
@@ -53,6 +55,11 @@ def read_prompts(prompts: Any) -> list[Prompt]:
         UserError: there are none, one is empty, or the file can't be read.
     """
     if isinstance(prompts, list):
+        other = next((prompt for prompt in prompts if prompt is None or isinstance(prompt, dict | list)), "")
+        if other != "":
+            raise UserError(
+                f"generate.prompts: {other!r} is no text; conversations go into a file of JSON lines with messages"
+            )
         found: list[Prompt] = [str(prompt) for prompt in prompts]
     else:
         file = local_path(str(prompts))
@@ -87,7 +94,20 @@ def _prompt_of(file: Path, number: int, line: str) -> Prompt:
         raise UserError(f"generate.prompts={file}: line {number} is not valid JSON ({error})") from error
     row = row if isinstance(row, dict) else {}
     prompt = row.get("messages") if row.get("prompt") is None else row["prompt"]
-    if isinstance(prompt, str) or (isinstance(prompt, list) and all(isinstance(turn, dict) for turn in prompt)):
+    dropped = next((name for name in BESIDE if row.get(name)), None)
+    if dropped is not None:
+        raise UserError(
+            f"generate.prompts={file}: line {number} has {dropped}, which would not be asked with; "
+            "a system prompt goes into messages or generate.system, and tools are not known here"
+        )
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, list) and all(isinstance(turn, dict) for turn in prompt):
+        if prompt and prompt[-1].get("role") == "assistant":
+            raise UserError(
+                f"generate.prompts={file}: line {number} ends with an answer (role assistant), so nothing is asked; "
+                "leave that message out"
+            )
         return prompt
     raise UserError(f'generate.prompts={file}: line {number} must be an object with "prompt" or "messages"')
 

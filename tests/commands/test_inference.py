@@ -196,8 +196,20 @@ def test_prompts_are_a_list_or_the_lines_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "lines.jsonl").write_text('{"prompt": null, "messages": [{"role": "user"}]}\n{"prompt": "a\u2028b"}\n')
     assert read_prompts(str(tmp_path / "lines.jsonl")) == [[{"role": "user"}], "a\u2028b"]
     (tmp_path / "broken.jsonl").write_text('{"prompt": "x"}\n{"question": "y"}\n')
+    chat = {"messages": [{"role": "user", "content": "a"}]}
+    for name, row in {
+        "tools": chat | {"tools": [{"name": "search"}]},
+        "system": {"prompt": "a", "system": "Be brief."},
+        "answered": {"messages": [*chat["messages"], {"role": "assistant", "content": "b"}]},
+    }.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
     for wrong, message in (
         ([], "holds no prompt"),
+        (["a", chat["messages"]], "is no text; conversations go into a file"),
+        ([None], "None is no text"),
+        (str(tmp_path / "tools.jsonl"), "line 1 has tools, which would not be asked with"),
+        (str(tmp_path / "system.jsonl"), "line 1 has system, which would not be asked with"),
+        (str(tmp_path / "answered.jsonl"), "line 1 ends with an answer"),
         (["a", " "], "prompt 2 of 2 is empty"),
         ("nowhere.txt", "file that exists"),
         (None, "file that exists"),
