@@ -56,7 +56,7 @@ def write_adapter(config: Config, checkpoint: Path, directory: Path) -> list[str
     """Write the adapters of a checkpoint as a directory that peft loads, and return the files of weights.
 
     Raises:
-        UserError: the run has no adapters, or more than adapters was trained.
+        UserError: the run has no adapters, more than adapters was trained, or they belong to weights that no file has.
     """
     if config.update.adapters is None:
         raise UserError(f"export.adapter=true: this run has no adapters, its update is {config.update.name}")
@@ -64,6 +64,11 @@ def write_adapter(config: Config, checkpoint: Path, directory: Path) -> list[str
     if trained:
         raise UserError(
             f"export.adapter=true: trained were also the {', '.join(trained)}; leave the key out to export all, merged"
+        )
+    if config.model.initialization == "random":
+        raise UserError(
+            "export.adapter=true: the adapters belong to weights that began at random and are in no file; leave the "
+            "key out to export all, merged"
         )
     dtype = getattr(torch, config.export.dtype or "float32")
     tensors = open_weights(checkpoint)

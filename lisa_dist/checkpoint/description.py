@@ -24,6 +24,7 @@ from lisa_dist.config import ModelConfig, UserError
 from lisa_dist.config.errors import in_one_line
 from lisa_dist.config.paths import model_directory
 from lisa_dist.config.run_directory import RunDirectory
+from lisa_dist.data.stops import ids_of, stop_ids
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.models.architecture import (
     CONFIG_FILE,
@@ -74,7 +75,7 @@ def write_description(run: RunDirectory, model: ModelConfig, architecture: Pretr
         with new_folder(run.model) as unfinished:
             fields = _config_fields(model, architecture, source)
             if source is not None:
-                copy_code(partial(_source_file, source), fields, unfinished, GENERATE)
+                copy_code(partial(source_file, source), fields, unfinished, GENERATE)
             write_json_object(fields, unfinished / CONFIG_FILE)
             generation = _generation_fields(model, architecture, source, fields)
             write_json_object(generation, unfinished / GENERATION_FILE)
@@ -104,7 +105,7 @@ def write_tokenizer(folder: Path, model: ModelConfig, tokenizer: PreTrainedToken
     source = _model_source(replace(model, path=model.tokenizer or model.path, architecture={}))
     fields = read_json_object(settings, key)
     if source is not None and "auto_map" in fields:
-        copy_code(partial(_source_file, source), fields, folder)
+        copy_code(partial(source_file, source), fields, folder)
         write_json_object(fields, settings)
     again = load_tokenizer(str(folder), model.trust_remote_code)
     if again(_PROBE).input_ids != tokenizer(_PROBE).input_ids or again.chat_template != tokenizer.chat_template:
@@ -119,7 +120,7 @@ def _model_source(model: ModelConfig) -> str | None:
     return None if model.architecture and (model.path is None or model.initialization == "random") else model.path
 
 
-def _source_file(source: str, name: str) -> Path | None:
+def source_file(source: str, name: str) -> Path | None:
     """Return a file of a directory or hub id, downloaded where it must be, or None where there is none."""
     found = cached_file(
         source,
@@ -136,7 +137,7 @@ def _config_fields(model: ModelConfig, architecture: PretrainedConfig, source: s
     if source is None:
         fields = json.loads(from_fields(model.architecture).to_json_string(use_diff=True))
     else:
-        file = _source_file(source, CONFIG_FILE)
+        file = source_file(source, CONFIG_FILE)
         if file is None:
             raise UserError(f"model.path={model.path}: its {CONFIG_FILE} can't be read again")
         fields = read_json_object(file, f"model.path={model.path}")
@@ -156,7 +157,7 @@ def _generation_fields(
     model: ModelConfig, architecture: PretrainedConfig, source: str | None, fields: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the settings of the model's own file for them, or those that its config.json holds."""
-    file = None if source is None else _source_file(source, GENERATION_FILE)
+    file = None if source is None else source_file(source, GENERATION_FILE)
     if file is not None:
         return repaired(read_json_object(file, f"model.path={model.path}"), GENERATION_FILE)
     return repaired(generation_fields({**architecture.to_dict(), "use_cache": None, **fields}), CONFIG_FILE)
@@ -166,6 +167,21 @@ def generation_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of generation that a config.json holds."""
     known = GenerationConfig().to_dict().keys() - {"transformers_version"}
     return {name: value for name, value in fields.items() if name in known and value is not None}
+
+
+def add_ends(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let generation end where answers were trained to: at the tokenizer's EOS and at what ends a turn.
+
+    ``fields`` are those of generation_config.json, changed in place; what is added to them is logged.
+    """
+    known = ids_of(fields.get("eos_token_id"))
+    added = sorted(stop_ids(tokenizer) - set(known))
+    if added:
+        fields["eos_token_id"] = [*known, *added]
+        logger.info(
+            "%s: eos_token_id=%s, to end answers where they were trained to end (%s)",
+            *(GENERATION_FILE, fields["eos_token_id"], " ".join(tokenizer.convert_ids_to_tokens(added))),
+        )
 
 
 def repaired(fields: dict[str, Any], origin: str) -> dict[str, Any]:

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 
 from lisa_dist.checkpoint.adapters import merged_tensors, write_adapter
-from lisa_dist.checkpoint.description import described_model, set_dtype
+from lisa_dist.checkpoint.description import GENERATION_FILE, add_ends, described_model, set_dtype
 from lisa_dist.checkpoint.manifest import check_format, checkpoint_name, list_checkpoints, step_of, verify
 from lisa_dist.checkpoint.shards import write_safetensors
 from lisa_dist.checkpoint.state import open_weights
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.paths import check_is_new
 from lisa_dist.config.run_directory import RunDirectory
+from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.models.architecture import CONFIG_FILE, build_meta_model, read_architecture
 from lisa_dist.models.conversion import export_conversion
 from lisa_dist.models.weight_files import INDEX_FILE, SINGLE_FILE
@@ -87,16 +88,23 @@ def export_checkpoint(config: Config, checkpoint: Path, target: Path) -> list[st
 
 def write_model(config: Config, checkpoint: Path, directory: Path) -> list[str]:
     """Write weights, adapters merged into them, and what the run noted of its model; return the files of weights."""
-    described = described_model(RunDirectory.of(config), config.model)
+    run = RunDirectory.of(config)
+    described = described_model(run, config.model)
     model = build_meta_model(described, read_architecture(described))
     shutil.copytree(str(described.path), directory, dirs_exist_ok=True)
+    generation = read_json_object(directory / GENERATION_FILE, f"run.dir={config.run.dir}")
+    add_ends(generation, load_tokenizer(str(run.tokenizer), config.model.trust_remote_code))
+    write_json_object(generation, directory / GENERATION_FILE)
     fields = read_json_object(directory / CONFIG_FILE, f"run.dir={config.run.dir}")
     if config.export.dtype is not None:
         set_dtype(fields, getattr(torch, config.export.dtype))
     dtype = getattr(torch, fields.get("dtype") or fields["torch_dtype"])
     to_checkpoint = export_conversion(model)
     merged = merged_tensors(open_weights(checkpoint), config.update.adapters, config.model.quantization, model)
-    stream = (pair for name, tensor in merged for pair in to_checkpoint(name, tensor.to(dtype)))
+    exact = {name for name, _ in model.named_buffers()}  # training rounds none, as the biases that choose experts
+    stream = (
+        pair for name, tensor in merged for pair in to_checkpoint(name, tensor if name in exact else tensor.to(dtype))
+    )
     files = write_files(stream, directory, parse_size(config.export.max_shard_size))
     fields["architectures"] = [type(model).__name__]
     write_json_object(fields, directory / CONFIG_FILE)

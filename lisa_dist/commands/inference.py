@@ -6,9 +6,9 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lisa_dist.checkpoint.description import described_model
+from lisa_dist.checkpoint.description import GENERATION_FILE, described_model, source_file
 from lisa_dist.checkpoint.export import find_checkpoint
 from lisa_dist.checkpoint.manifest import step_of
 from lisa_dist.checkpoint.restore import restore_weights
@@ -74,9 +74,16 @@ def open_model(config: Config, path: str | None, step: int | None, command: str)
 
 
 def answer_ends(config: Config, opened: OpenedModel, path: str | None) -> set[int]:
-    """Return the tokens that end an answer of the model that :func:`open_model` opened from ``path`` or a run."""
-    directory = RunDirectory.of(config).model if path is None else model_directory(path)
-    return stop_ids(opened.tokenizer, directory)
+    """Return the tokens that end an answer of the model that :func:`open_model` opened from ``path`` or a run.
+
+    Collective: every rank.
+    """
+    source = RunDirectory.of(config).model if path is None else model_directory(path) or path
+    file: Path | None = distributed.on_rank_zero(lambda: source_file(str(source), GENERATION_FILE))
+    settings: GenerationConfig | None = opened.train_module.store.module.generation_config  # as config.json says
+    if file is not None:
+        settings = GenerationConfig.from_pretrained(file.parent)
+    return stop_ids(opened.tokenizer, None if settings is None else settings.eos_token_id)
 
 
 def without_training(config: Config, path: str | None) -> Config:
@@ -97,5 +104,7 @@ def without_training(config: Config, path: str | None) -> Config:
     )
     if path is None:
         return quiet
-    model = replace(config.model, name=path, path=path, tokenizer=None, init="pretrained", architecture={}, blocks=None)
+    model = replace(config.model, name=path, path=path, init="pretrained", architecture={})
+    if config.run.dir is not None:  # whose model is another
+        model = replace(model, tokenizer=None, blocks=None, quantization="none")
     return replace(quiet, model=model, update=FullRankUpdateConfig())

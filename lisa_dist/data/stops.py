@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import PreTrainedTokenizerBase
 
 from lisa_dist.data.formats import BadRowError, Conversation
 from lisa_dist.data.spans import AnswerFinder
@@ -13,15 +10,9 @@ from lisa_dist.data.spans import AnswerFinder
 TURN = "turn"  # stands for what is said, to see what the chat template ends an answer with
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase, directory: Path | None = None) -> set[int]:
-    """Return the tokens that end an answer: those of the generation config, and what ends a text and a turn.
-
-    ``directory`` is the model's, where generation_config.json may be.
-    """
-    found = {int(tokenizer.eos_token_id)}
-    if directory is not None and (directory / GENERATION_CONFIG_NAME).is_file():
-        ends = GenerationConfig.from_pretrained(directory).eos_token_id
-        found |= set(ends) if isinstance(ends, list) else {ends} - {None}
+def stop_ids(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | None = None) -> set[int]:
+    """Return the tokens that end an answer: what ends a text and a turn, and ``own``, those that the model names."""
+    found = {int(tokenizer.eos_token_id), *ids_of(own)}
     if tokenizer.chat_template:
         turns = [{"role": role, "content": TURN} for role in ("user", "assistant", "user", "assistant")]
         try:
@@ -34,3 +25,10 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, directory: Path | None = None) 
         if last in tokenizer.all_special_ids:
             found.add(last)
     return found
+
+
+def ids_of(eos_token_id: int | list[int] | None) -> list[int]:
+    """Return the tokens that an ``eos_token_id`` of a model's files names: none, one or several."""
+    if eos_token_id is None:
+        return []
+    return eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]

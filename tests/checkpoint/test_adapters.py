@@ -103,6 +103,7 @@ def test_both_exports_answer_as_the_trained_model(family: str, overrides: list[s
     [
         (["method=lisa"], "export.adapter=true: this run has no adapters, its update is full_rank"),
         (["method=lora", "always_active.norm=true"], "export.adapter=true: trained were also the norm"),
+        (["method=lora", "model.init=random"], "export.adapter=true: the adapters belong to weights that began at"),
     ],
 )
 def test_what_is_no_adapter_is_refused(overrides: list[str], message: str, tmp_path: Path) -> None:

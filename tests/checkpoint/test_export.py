@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lisa_dist.checkpoint.description import write_description, write_tokenizer
@@ -16,11 +17,12 @@ from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import load
 from lisa_dist.config.run_directory import RunDirectory
+from lisa_dist.data.stops import stop_ids
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.method.module import build_train_module, load_initial_weights
 from lisa_dist.models.architecture import read_architecture
 from tests.support.private_memory import give_freed_tensors_back_at_once, peak_private_bytes
-from tests.support.ranks import run_on_fresh_ranks
+from tests.support.ranks import run_on_fresh_ranks, run_on_ranks
 from tests.support.runs import make_config, tensors_of, train
 
 MIB = 2**20
@@ -80,6 +82,43 @@ def test_the_default_dtype_and_what_is_refused(trained: Config, tmp_path: Path) 
     assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == before
     with pytest.raises(UserError, match="has no checkpoint of that step; it has 1, 3, 4"):
         find_checkpoint(newest(trained).parent, 2)
+
+
+def test_generation_ends_where_answers_were_trained_to_end(trained: Config, tmp_path: Path) -> None:
+    trained.export.dtype = None
+    run = RunDirectory.of(trained)
+    tokenizer = load_tokenizer("builtin:demo")
+    fields = {"temperature": 0.5, "do_sample": True}
+    for own, expected in ((5, [5, *sorted(stop_ids(tokenizer))]), ([2, 5], [2, 5]), (None, [2])):
+        (run.model / "generation_config.json").write_text(json.dumps({**fields, "eos_token_id": own}))
+        export_checkpoint(trained, newest(trained), tmp_path / str(own))
+        found = json.loads((tmp_path / str(own) / "generation_config.json").read_text())
+        assert found == {**fields, "eos_token_id": expected} and stop_ids(tokenizer) == {2}
+
+
+def exported_with_buffers(folder: str) -> dict[str, torch.dtype]:
+    """The dtypes of an export in bfloat16 of a mixture whose experts are chosen with biases. Runs on a rank."""
+    architecture = (
+        "{model_type:deepseek_v3,vocab_size:1024,hidden_size:16,intermediate_size:16,moe_intermediate_size:16,"
+        "num_hidden_layers:2,num_attention_heads:2,num_key_value_heads:2,n_routed_experts:4,num_experts_per_tok:2,"
+        "n_group:1,topk_group:1,q_lora_rank:null,kv_lora_rank:16,qk_rope_head_dim:8,qk_nope_head_dim:8,v_head_dim:8,"
+        "first_k_dense_replace:1}"
+    )
+    config = make_config(folder, f"model.architecture={architecture}", "export.dtype=bfloat16")
+    run = RunDirectory.of(config)
+    write_tokenizer(run.tokenizer, config.model, load_tokenizer("builtin:demo"))
+    write_description(run, config.model, read_architecture(config.model))
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, torch.device("cpu"))
+    CheckpointSaver(train_module, run.checkpoints, "").save(Progress(step=1))
+    export_checkpoint(config, find_checkpoint(run.checkpoints, 1), Path(folder) / "hf")
+    return {name: tensor.dtype for name, tensor in load_file(Path(folder) / "hf" / "model.safetensors").items()}
+
+
+def test_what_training_does_not_round_an_export_does_not(tmp_path: Path) -> None:
+    (dtypes,) = run_on_ranks(1, exported_with_buffers, str(tmp_path))
+    kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert kept == {"model.layers.1.mlp.gate.e_score_correction_bias"}
 
 
 def peak_while_exporting(folder: str) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lisa_dist.commands import chat, evaluate, export, generate
-from lisa_dist.commands.inference import without_training
+from lisa_dist.commands.inference import answer_ends, without_training
 from lisa_dist.config import UserError
 from lisa_dist.config.checks import check_combinations
 from lisa_dist.config.loading import load, load_run
@@ -24,6 +24,7 @@ from lisa_dist.config.prompts import read_prompts
 from lisa_dist.data.stops import stop_ids
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.training.loop import train
+from tests.support.families import tiny_config
 from tests.support.ranks import run_on_ranks
 from tests.support.templates import FAMILIES, NO_END, TEMPLATES, Template, tokenizer_with
 
@@ -232,7 +233,37 @@ def test_prompts_are_a_list_or_the_lines_of_a_file(tmp_path: Path) -> None:
 )
 def test_answers_stop_at_what_ends_them_in_training(template: Template, stop: str) -> None:
     tokenizer = tokenizer_with(template)
-    assert stop_ids(tokenizer, None) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(stop)}
+    assert stop_ids(tokenizer) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(stop)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "file", "ends"),
+    [
+        ({"eos_token_id": [7, 9]}, None, {2, 7, 9}),
+        ({"eos_token_id": 9}, {"eos_token_id": [5, 7]}, {2, 5, 7}),
+        ({"eos_token_id": 9}, {}, {2}),
+    ],
+)
+def test_answers_stop_at_the_ends_that_the_files_of_a_model_name(
+    fields: dict[str, Any], file: dict[str, Any] | None, ends: set[int], tmp_path: Path
+) -> None:
+    if file is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(file))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config("llama", **fields))
+    tokenizer = load_tokenizer("builtin:demo")
+    opened: Any = SimpleNamespace(
+        tokenizer=tokenizer, train_module=SimpleNamespace(store=SimpleNamespace(module=model))
+    )
+    assert answer_ends(load([]), opened, str(tmp_path)) == ends | stop_ids(tokenizer)
+
+
+def test_what_a_run_says_of_its_model_is_not_said_of_another() -> None:
+    keys = ["model.tokenizer=builtin:demo", "model.blocks=model.layers", "model.quantization=int8", "method=lora"]
+    found = without_training(load(keys), "other").model
+    assert (found.tokenizer, found.blocks, found.quantization) == ("builtin:demo", "model.layers", "int8"), "is set"
+    found = without_training(load([*keys, "run.dir=run"]), "other").model
+    assert (found.path, found.tokenizer, found.blocks, found.quantization) == ("other", None, None, "none")
 
 
 def test_messages_that_the_template_refuses_are_named() -> None:
