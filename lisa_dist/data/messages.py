@@ -138,7 +138,10 @@ def _tool_calls(message: Message, speaker: str) -> list[dict[str, Any]]:
             raise BadRowError(f"the text of a {speaker} must be a call or a list of calls, found {describe(content)}")
     if calls is not None and not isinstance(calls, list):
         raise BadRowError(f"a message's tool_calls must be a list, found {describe(calls)}")
-    return [_tool_call(call) for call in calls or []]
+    read = [_tool_call(call) for call in calls or []]
+    if single and read[-1]["function"] in [call["function"] for call in read[:-1]]:  # the same call in both ways
+        read.pop()
+    return read
 
 
 def _tool_call(call: object) -> dict[str, Any]:

@@ -177,6 +177,7 @@ def test_tool_calls_have_one_form_and_their_arguments_are_objects(call):
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "assistant", "tool_calls": json.dumps([call])},
         {"role": "assistant", "content": "", "function_call": call},
+        {"role": "assistant", "content": "", "function_call": call, "tool_calls": [call]},
         {"role": "tool_call", "content": json.dumps(call)},
     ]
     for answer in answers[: 4 if call.get("type", "") is not None else 1]:
