@@ -17,6 +17,7 @@ from lisa_dist.data.spans import AnswerFinder
 from lisa_dist.data.tokenizer import adds_bos
 
 UNTRAINED = -100  # the label of a token that carries no loss
+STRANGE = "\ue000"  # a character that only tokenizers know that know all of them, by their bytes
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Encoded:
     input_ids: np.ndarray
     labels: np.ndarray
     cut: bool = False  # whether the sample was longer
+    unknown: int = 0  # characters that the tokenizer leaves out or makes its unknown token of
 
     @property
     def trained_tokens(self) -> int:
@@ -50,6 +52,7 @@ class Encoder:
         self.sequence_length = sequence_length
         self.train_on_prompt = train_on_prompt
         self._adds_bos = adds_bos(tokenizer)
+        self._knows_all = STRANGE in str(tokenizer.decode(tokenizer(STRANGE, add_special_tokens=False).input_ids))
         self._added = np.asarray(list(tokenizer.added_tokens_decoder), dtype=np.int64)
         self._finder = AnswerFinder(tokenizer, date)
 
@@ -65,14 +68,28 @@ class Encoder:
             BadRowError: the chat template refuses the messages, leaves one out, or does not show where an answer is.
         """
         if isinstance(sample, str):
-            ids, trained = self._encode_text(sample)
+            text = sample
+            ids, trained = self._encode_text(text)
         else:
-            ids, trained = self._encode_conversation(sample)
+            text, ids, trained = self._encode_conversation(sample)
         input_ids = np.asarray(ids[: self.sequence_length], dtype=np.int32)
         mask = np.asarray(trained[: self.sequence_length], dtype=bool)
         mask[:1] = False  # nothing comes before the first token, so it is never predicted
         labels = np.where(mask, input_ids, UNTRAINED).astype(np.int32)
-        return Encoded(input_ids, labels, cut=len(ids) > self.sequence_length)
+        unknown = 0 if self._knows_all else self._count_unknown(text)
+        return Encoded(input_ids, labels, len(ids) > self.sequence_length, unknown)
+
+    def _count_unknown(self, text: str) -> int:
+        """Count the characters of a text, other than blanks, that are in no token but the unknown one."""
+        unknown = self.tokenizer.unk_token_id
+        if not self.tokenizer.is_fast:
+            return self.tokenizer(text, add_special_tokens=False).input_ids.count(unknown)
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        known = np.zeros(len(text), dtype=bool)
+        # The last token of a place counts: a blank that is put before a text has the place of its first character.
+        for token, (first, last) in zip(encoding.input_ids, encoding.offset_mapping):
+            known[first:last] = token != unknown or text[first:last] == self.tokenizer.unk_token
+        return sum(not text[place].isspace() for place in np.flatnonzero(~known).tolist())
 
     def _encode_text(self, text: str) -> tuple[list[int], list[bool]]:
         """Begin with BOS where the tokenizer does so, end with EOS; a text that has them already gets no second one."""
@@ -87,7 +104,7 @@ class Encoder:
             ids = [*ids, self.tokenizer.eos_token_id]
         return ids, [True] * len(ids)
 
-    def _encode_conversation(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
+    def _encode_conversation(self, conversation: Conversation) -> tuple[str, list[int], list[bool]]:
         answers = self._finder.find(conversation)
         check_is_text(answers.text)
         untrained = [span for index, span in answers.spans.items() if index in conversation.untrained]
@@ -100,7 +117,7 @@ class Encoder:
         if not answers.ended:
             ids.append(self.tokenizer.eos_token_id)
             trained.append(len(conversation.messages) - 1 not in conversation.untrained)
-        return ids, trained
+        return answers.text, ids, trained
 
     def _mark_tokens(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
         if not self.tokenizer.is_fast:

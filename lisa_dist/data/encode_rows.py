@@ -53,6 +53,7 @@ class DataCounts:
     trained_tokens: int = 0
     empty_answers: int = 0
     with_nulls: int = 0  # rows whose tool calls or tools lost keys that are null
+    unknown_characters: int = 0  # of which the tokenizer makes nothing, or its unknown token
     unread_columns: list[str] = field(default_factory=list)  # columns with content that the format does not read
     date: str | None = None  # that the chat template writes into rows as today's
     not_rendered: list[str] = field(default_factory=list)  # what the chat template leaves out, a sentence each
@@ -93,6 +94,11 @@ class DataCounts:
             found.append(
                 f"keys that are null are left out of tool calls' arguments and of tools in {self.with_nulls} rows; "
                 f"where a null is meant, give arguments and tools as JSON text"
+            )
+        if self.unknown_characters:
+            found.append(
+                f"the tokenizer does not know {self.unknown_characters} of the characters, "
+                f"so the model neither sees nor learns them"
             )
         if self.trained_share < LEAST_TRAINED_SHARE:
             found.append(f"only {self.trained_share:.2%} of the tokens are trained ({self.trained_tokens})")
@@ -201,6 +207,7 @@ class RowReader:
         counts.trained_tokens += row.encoded.trained_tokens
         counts.empty_answers += row.empty_answers
         counts.with_nulls += row.with_nulls
+        counts.unknown_characters += row.encoded.unknown
         return True
 
     def _bad(self, place: str, reason: str) -> None:

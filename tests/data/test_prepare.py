@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from lisa_dist.config import DataConfig, UserError
 from lisa_dist.data import encode_rows, tokenized
@@ -259,6 +261,23 @@ def test_nulls_that_are_left_out_of_arguments_and_schemas_are_said(tmp_path, cap
     config = DataConfig(path=write(tmp_path / "rows.jsonl", rows), cache_dir=str(tmp_path / "cache"))
     assert prepare_data(config, tokenizer, seed=0).counts.with_nulls == 2
     assert [text for text in said(caplog) if "null" in text and "left out of tool calls' arguments" in text]
+
+
+@pytest.mark.parametrize("unknown", [None, "<unk>"])
+def test_characters_that_the_tokenizer_does_not_know_are_counted_and_said(tmp_path, caplog, unknown):
+    vocabulary = ["</s>", "<unk>", *"ab:\u2581"]
+    model = Tokenizer(models.BPE({token: n for n, token in enumerate(vocabulary)}, [], unk_token=unknown))
+    model.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    for name, row in (
+        ("chat", {"prompt": "a<unk>b", "completion": "a: \u00e9 \u65e5\nb"}),
+        ("text", {"text": "\u00e9a\n\u65e5"}),
+    ):
+        path = write(tmp_path / f"{name}.jsonl", [row])
+        config = DataConfig(path=path, cache_dir=str(tmp_path / "cache"))
+        assert prepare_data(config, tokenizer, seed=0).counts.unknown_characters == 2
+        assert f"data.path={path}: the tokenizer does not know 2 of the characters" in "\n".join(said(caplog))
 
 
 def test_rows_are_left_out_by_reason(tmp_path):
