@@ -79,11 +79,16 @@ def answer_ends(config: Config, opened: OpenedModel, path: str | None) -> set[in
     Collective: every rank.
     """
     source = RunDirectory.of(config).model if path is None else model_directory(path) or path
-    file: Path | None = distributed.on_rank_zero(lambda: source_file(str(source), GENERATION_FILE))
-    settings: GenerationConfig | None = opened.train_module.store.module.generation_config  # as config.json says
+    return stop_ids(opened.tokenizer, distributed.on_rank_zero(lambda: _own_ends(opened, str(source))))
+
+
+def _own_ends(opened: OpenedModel, source: str) -> int | list[int] | None:
+    """Return the ``eos_token_id`` of a model's generation_config.json, or without one of its config.json."""
+    file = source_file(source, GENERATION_FILE)
     if file is not None:
-        settings = GenerationConfig.from_pretrained(file.parent)
-    return stop_ids(opened.tokenizer, None if settings is None else settings.eos_token_id)
+        return GenerationConfig.from_pretrained(file.parent).eos_token_id
+    settings: GenerationConfig | None = opened.train_module.store.module.generation_config  # as transformers finds it
+    return None if settings is None else settings.eos_token_id
 
 
 def without_training(config: Config, path: str | None) -> Config:
