@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf._utils import get_yaml_loader
 
 from lisa_dist.config import Config
-from lisa_dist.config.errors import UserError, in_one_line
+from lisa_dist.config.errors import UserError, as_written, in_one_line
 from lisa_dist.config.loading import load
-from lisa_dist.config.overrides import SCHEMAS, parse_overrides, write_override
+from lisa_dist.config.overrides import SCHEMAS, Written, parse_overrides, write_override
 from lisa_dist.config.paths import local_path, nearest_path
 
 SUFFIXES = (".yaml", ".yml")
+
+
+class _Loader(get_yaml_loader()):  # type: ignore[misc]
+    """OmegaConf's, with numbers as they are written; what they are depends on the key."""
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(
+        f"tag:yaml.org,2002:{_kind}",
+        lambda loader, node: Written(re.sub(r"\.(?=inf|nan)", "", node.value, flags=re.IGNORECASE)),
+    )
 
 
 def names_config_file(word: str) -> bool:
@@ -59,7 +70,14 @@ def file_overrides(word: str, others: list[str], config_dir: str | None = None) 
     content = _read(path, word)
     if "defaults" in content:
         raise UserError(f"{word}: defaults: a preset is chosen by its group's name, as in method: lora, without a list")
-    overrides = [write_override(key, value) for key, value in _flat(content, Config)]
+    values: dict[str, Any] = {}
+    for key, value in _flat(content, Config):
+        if key in values:
+            raise UserError(
+                f"{word}: {key} is set twice, to {as_written(values[key])} and {as_written(value)}; keep one"
+            )
+        values[key] = value
+    overrides = [write_override(key, value) for key, value in values.items()]
     try:
         load(["model=custom", *overrides], config_dir)
     except UserError as error:
@@ -71,15 +89,15 @@ def file_overrides(word: str, others: list[str], config_dir: str | None = None) 
 
 def _read(path: Path, word: str) -> dict[str, Any]:
     try:
-        content = OmegaConf.load(path)
-        found = OmegaConf.to_container(content) if isinstance(content, DictConfig) else None
+        with path.open(encoding="utf-8") as file:
+            found = yaml.load(file, _Loader)  # a safe one
     except yaml.MarkedYAMLError as error:
         raise UserError(f"{in_one_line(error.problem_mark)}: cannot be read as YAML, {error.problem}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{word}: cannot be read as YAML ({in_one_line(error)})") from None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict | None):
         raise UserError(f"{word}: must hold keys and values, such as train.epochs: 3")
-    return {str(key): value for key, value in found.items()}
+    return {str(key): value for key, value in (found or {}).items()}
 
 
 def _flat(content: Mapping[str, Any], schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

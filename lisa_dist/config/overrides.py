@@ -45,6 +45,10 @@ class KeyOverride:
     text: str
 
 
+class Written(str):
+    """A number of a YAML file, in the letters that it has there: ``24:00:00`` is 86400 for YAML, no time for Slurm."""
+
+
 # Keys whose value is a path, which is meant as it is written.
 PATH_KEYS = (
     *("data.path", "data.validation", "data.preview_file", "data.cache_dir", "model.path", "model.tokenizer"),
@@ -71,7 +75,10 @@ def parse_overrides(texts: list[str]) -> list[KeyOverride]:
 
 
 def write_override(key: str, value: Any) -> str:
-    """Return ``key=value`` in Hydra's grammar for a value as YAML knows it: null, numbers, texts, lists, mappings."""
+    """Return ``key=value`` in Hydra's grammar for a value as YAML knows it: null, numbers, texts, lists, mappings.
+
+    What is :class:`Written` is so on the command line too.
+    """
     return f"{key}={_written(value)}"
 
 
@@ -80,7 +87,7 @@ def _written(value: Any) -> str:
         return f"[{','.join(_written(item) for item in value)}]"
     if isinstance(value, dict):
         return f"{{{','.join(f'{name}:{_written(item)}' for name, item in value.items())}}}"
-    if not isinstance(value, str) or re.fullmatch(r"/[\w./+%@:-]*", value):
+    if not isinstance(value, str) or isinstance(value, Written) or re.fullmatch(r"/[\w./+%@:-]*", value):
         return as_written(value)
     # Backslashes count where they stand before a quote.
     escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'")

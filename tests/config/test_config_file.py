@@ -70,6 +70,14 @@ def test_nothing_of_the_demonstration_is_in_a_file(tmp_path: Path) -> None:
     assert load(read(tmp_path, "experiment: demo\n")) == load([])
 
 
+def test_a_number_is_what_its_key_makes_of_it(tmp_path: Path) -> None:
+    text = "launch: {time: 24:00:00}\nrun: {name: 1e3}\ndata: {split: 007, columns: {prompt: 2}}\n"
+    config = load(read(tmp_path, text + "model.architecture: {a: 1e6, b: [3]}\noptimizer: {lr: 1.e-5, eps: .inf}\n"))
+    assert (config.launch.time, config.run.name, config.data.split) == ("24:00:00", "1e3", "007")
+    assert (config.data.columns, config.model.architecture) == ({"prompt": "2"}, {"a": 1e6, "b": [3]})
+    assert (config.optimizer.lr, config.optimizer.eps) == (1e-5, float("inf"))  # type: ignore[attr-defined]
+
+
 def test_what_a_run_wrote_can_be_read_as_a_file(tmp_path: Path) -> None:
     config = load(["method=owlore", "update.rank=4", "data.path=x y.jsonl", "optimizer=lion", "launch.setup=[a b]"])
     assert load(read(tmp_path, to_yaml(config))) == config
@@ -104,6 +112,9 @@ WRONG = [
     ("- a", "must hold keys and values"),
     ("a: [", "cannot be read as YAML"),
     ("train:\n  seed: 1\ntrain:\n  seed: 2\n", "duplicate key train"),
+    ("optimizer: {lr: 1e-5}\noptimizer.lr: 2e-5", "optimizer.lr is set twice, to 1e-5 and 2e-5; keep one"),
+    ("optimizer: lion\noptimizer.name: adamw", "optimizer is set twice, to lion and adamw"),
+    ("train: {max_steps: 1:30}", "train.max_steps=1:30: must be a whole number"),
     ("optimizer: 3", "must be one of"),
     ("train: 3", "a group of keys"),
     ("optimizer: {lr: }", "must be a number"),
