@@ -30,7 +30,7 @@ TYPE_DESCRIPTIONS = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
-    str: "a text (quote it where it holds blanks, commas or brackets)",
+    str: "a text (quote it where it is a number or holds blanks, commas or brackets)",
 }
 
 PARSER = OverridesParser.create()
@@ -135,6 +135,8 @@ def _parse(text: str) -> KeyOverride:
         raise UserError(f"{text}: Hydra's own keys cannot be set, run.dir says where a run is")
     if override.is_sweep_override():
         raise UserError(f"{text}: several values need --multirun, a list is written {key}=[A,B]")
+    if key in PATH_KEYS and override.value() == "":
+        raise UserError(f"{text}: is empty, as a variable of the shell is that was never set; give a path, or null")
     # optimizer.name is a key like those beside it, but another optimizer has other keys and defaults: it is the group.
     return KeyOverride("optimizer" if key == "optimizer.name" else key, override.value(), text)
 
@@ -157,7 +159,7 @@ def apply_override(config: DictConfig, override: KeyOverride) -> None:
         )
     try:
         may_add = inside_mapping or isinstance(node, DictConfig)
-        OmegaConf.update(config, override.key, _text_if_wanted(node, override), force_add=may_add)
+        OmegaConf.update(config, override.key, _value_for(node, override), force_add=may_add)
     except (OmegaConfBaseException, ValueError, TypeError):
         raise UserError(f"{override.text}: must be {describe_type(node)}") from None
 
@@ -186,11 +188,26 @@ def _is_mapping(node: DictConfig) -> bool:
     return not OmegaConf.is_missing(node, "") and OmegaConf.get_type(node) in (dict, None)
 
 
-def _text_if_wanted(node: Node | None, override: KeyOverride) -> Any:
-    """Return the text as written where the key holds a text: ``run.name=1e3`` is not 1000.0."""
-    wants_text = node is not None and node._metadata.ref_type is str
-    is_other_primitive = isinstance(override.value, bool | int | float)
-    return override.text.partition("=")[2].strip() if wants_text and is_other_primitive else override.value
+def _value_for(node: Node | None, override: KeyOverride) -> Any:
+    """Return the value for a key; the text as written where the key holds a text: ``run.name=1e3`` is not 1000.0.
+
+    Raises:
+        TypeError: OmegaConf would take the value, and it is none of the key's type.
+    """
+    value, metadata = override.value, None if node is None else node._metadata
+    wanted, of_entries = getattr(metadata, "ref_type", None), getattr(metadata, "element_type", None)
+    if wanted is str and isinstance(value, bool | int | float):
+        return override.text.partition("=")[2].strip()
+    if wanted is bool and isinstance(value, int) and value not in (0, 1):
+        raise TypeError
+    for entry in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        if isinstance(entry, dict | list) and of_entries in TYPE_DESCRIPTIONS:
+            raise TypeError
+        # 1.10 is read as 1.1 and 2024_01 as 202401, and how an entry was written isn't known.
+        is_whole = isinstance(entry, int) and str(entry) in override.text
+        if isinstance(entry, bool | int | float) and of_entries is str and not is_whole:
+            raise TypeError
+    return value
 
 
 def describe_type(node: Node | None) -> str:
