@@ -67,8 +67,9 @@ def varies(values: list[str] | Interval) -> bool:
 def _values(text: str, config_dir: str | None) -> tuple[str, list[str] | Interval]:
     """Return the key of an override and its text for every value, or its interval."""
     key = text.lstrip("+").partition("=")[0]
+    parser = OverridesParser.create()
     try:
-        override: Override = OverridesParser.create().parse_override(text)
+        override: Override = parser.parse_override(text)
         if literal_path(text) is not None or not override.is_sweep_override():
             return parse_overrides([text])[0].key, [text]
         key, value = override.get_key_element(), override.value()
@@ -79,6 +80,9 @@ def _values(text: str, config_dir: str | None) -> tuple[str, list[str] | Interva
             values = [str(name) for name in names]
         else:
             values = list(override.sweep_string_iterator())
+            if key in PATH_KEYS:  # meant as they are written, and Hydra escapes blanks and colons
+                paths = [parser.parse_override(f"{key}={value}").value() for value in values]
+                values = [path if isinstance(path, str) else value for path, value in zip(paths, values)]
     except HydraException:
         if key in PATH_KEYS:
             return parse_overrides([text])[0].key, [text]

@@ -61,6 +61,13 @@ def test_texts_with_commas_are_values_in_quotes() -> None:
     assert varied(["run.name='a,b',c"]) == [["run.name='a,b'"], ["run.name=c"]]
 
 
+def test_paths_are_values_as_they_are_written() -> None:
+    jobs = split_sweep(["data.path='/a/x (1) y.jsonl',builtin:demo", "model.path='a,b',c d"])
+    chosen = [load(job) for job in jobs]
+    assert [config.data.path for config in chosen[::2]] == ["/a/x (1) y.jsonl", "builtin:demo"]
+    assert [config.model.path for config in chosen[:2]] == ["a,b", "c d"]
+
+
 def test_the_last_of_two_overrides_counts() -> None:
     assert split_sweep(["train.seed=1,2", "train.seed=3"]) == [["train.seed=3"]]
 

@@ -29,6 +29,9 @@ def read_sweep(overrides: list[str], config_dir: str | None) -> tuple[Space, Con
     if any(text.startswith("run.dir=") for text in overrides):
         raise UserError("run.dir: every job of a sweep has a run directory of its own, set sweep.dir instead")
     space = read_space(overrides, config_dir)
+    for key, values in space.items():
+        if key.startswith(OF_THE_SWEEP) and varies(values):
+            raise UserError(f"{key}: is the sweep's own key and no job's, so it has one value; give it once")
     config = _first_valid(combinations(space), config_dir)
     intervals = [values.key for values in space.values() if isinstance(values, Interval)]
     if intervals and not config.sweep.trials:
@@ -63,6 +66,9 @@ def jobs_text(space: Space, jobs: list[list[str]], directory: Path) -> str:
     """Return the content of the file of jobs: a line a job, its folder and its overrides, quoted for the shell.
 
     A folder is named by what differs between the jobs, of ``space``, each of which has an override of every key.
+
+    Raises:
+        UserError: an override does not fit on a line.
     """
     lines = []
     for number, job in enumerate(jobs):
@@ -70,6 +76,9 @@ def jobs_text(space: Space, jobs: list[list[str]], directory: Path) -> str:
         settings = ",".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs)
         name = re.sub(r"[^\w.=+-]+", "_", f"{number}_{settings or 'job'}")[:NAME_LENGTH]
         own = [text for text in job if not text.startswith(OF_THE_SWEEP)]
+        for text in own:
+            if len(text.splitlines()) > 1:
+                raise UserError(f"{text!r}: must be one line in a sweep, whose {JOBS_FILE} has a line a job")
         lines.append(shlex.join([name, *own, RESUME, write_override("run.dir", str(directory / name))]) + "\n")
     return "".join(lines)
 

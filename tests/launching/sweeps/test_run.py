@@ -97,6 +97,8 @@ def test_other_values_in_the_same_directory(tmp_path: Path) -> None:
         (["sampler.period=0,-1"], "sampler.period=0"),
         (["train.seed=1,2", "run.dir=x"], "set sweep.dir instead"),
         (["train.seed=1,2", "sweep.parallel=0"], "sweep.parallel=0"),
+        (["train.seed=1,2", "sweep.parallel=1,2"], "sweep.parallel: is the sweep's own key"),
+        (["train.seed=1,2", "generate.system='a\nb'"], "must be one line in a sweep"),
         (["optimizer.lr=interval(1,2)"], "set sweep.trials=N to let Optuna choose"),
     ],
 )
