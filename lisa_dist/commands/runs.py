@@ -76,7 +76,7 @@ def line_of(path: Path) -> RunLine:
     try:
         state = state_of(run)
         step, evaluation = last_row(run.metrics, "loss"), last_row(run.metrics, "eval_loss")
-    except (ValueError, PermissionError) as error:
+    except (ValueError, OSError) as error:
         changed = max(last_change(run.metrics), last_change(run.summary))
         closed = isinstance(error, PermissionError)
         name, reason = ("unknown", "its record may not be read") if closed else ("failed", "its record is damaged")

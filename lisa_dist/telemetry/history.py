@@ -88,8 +88,17 @@ def course_of(rows: list[MetricsRow], key: str) -> Course | None:
 
 
 def read_summary(run: RunDirectory) -> MetricsRow | None:
-    """Return summary.json as a dict, or None where there is none."""
-    return json.loads(run.summary.read_text(encoding="utf-8")) if run.summary.exists() else None
+    """Return summary.json as a dict, or None where there is none.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    if not run.summary.exists():
+        return None
+    found = json.loads(run.summary.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{run.summary} is not an object")
+    return found
 
 
 def max_steps_of(run: RunDirectory) -> int | None:
@@ -114,7 +123,7 @@ def state_of(run: RunDirectory) -> RunState:
     """Return the state of a run: by its summary, or by its sign of life where that is newer.
 
     Raises:
-        ValueError: summary.json is not JSON.
+        ValueError: summary.json is no JSON object.
     """
     ended, alive, recorded, configured = map(last_change, (run.summary, run.heartbeat(0), run.metrics, run.config))
     seen = max(ended, alive, recorded, configured)

@@ -107,6 +107,17 @@ def test_a_run_without_a_whole_row_has_no_step(text: str, tmp_path: Path, capsys
     assert (line["step"], line["loss"], line["max_steps"]) == (None, None, None)
 
 
+def test_records_of_other_programs_do_not_end_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("list", "folder"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "list" / "summary.json").write_text("[]")
+    (tmp_path / "folder" / "summary.json").mkdir()
+    assert [(line["state"], line["reason"]) for line in listed(tmp_path, capsys)] == [
+        ("failed", "its record is damaged")
+    ] * 2
+
+
 def test_folders_without_a_run_and_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert listed(tmp_path, capsys) == []
     assert main(["runs", str(tmp_path)]) == 0
