@@ -13,7 +13,12 @@ from typing import NoReturn
 
 from lisa_dist import __version__
 from lisa_dist.commands.table import COMMANDS, command_help_text, help_text
-from lisa_dist.commands.words import answering_configuration, configuration_of, configuration_to_ask
+from lisa_dist.commands.words import (
+    answering_configuration,
+    configuration_of,
+    configuration_to_ask,
+    keys_of_other_commands,
+)
 from lisa_dist.config import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -123,9 +128,13 @@ def _run(arguments: argparse.Namespace, literals: list[str]) -> int:
         overrides = overrides[1:]
     if name == "init":
         file, overrides = split_words(overrides)
-        return COMMANDS[name].function(load(overrides, arguments.config_dir), file or "lisa.yaml", COMMANDS[name].keys)
+        config = load(overrides, arguments.config_dir)
+        _tell(keys_of_other_commands(name, overrides))
+        return COMMANDS[name].function(config, file or "lisa.yaml", COMMANDS[name].keys)
+    given = overrides
     if name in TRAINING:
-        file, overrides = split_words(overrides)
+        file, given = split_words(overrides)
+        overrides = given
         if file is not None:  # what it says comes first, so that the command line counts
             overrides = [*file_overrides(file, overrides, arguments.config_dir), *overrides]
     if arguments.watch:
@@ -144,11 +153,18 @@ def _run(arguments: argparse.Namespace, literals: list[str]) -> int:
         return EXIT_DONE
     if name in TRAINING:
         check_combinations(config)
+    _tell(keys_of_other_commands(name, given))
     if name == "launch":  # the script repeats the overrides, which a reader understands, not the whole configuration
         return COMMANDS[name].function(config, overrides, arguments.config_dir)
     if name == "generate" and config.generate.compare:
         return _compare(config.generate, overrides, arguments.config_dir)
     return _dispatch(name, config)
+
+
+def _tell(sentences: list[str]) -> None:
+    """Print sentences to stderr, on rank 0."""
+    for sentence in sentences if environment_rank() == 0 else ():
+        print(f"lisa-dist: {sentence}", file=sys.stderr)
 
 
 def _check_options(name: str, arguments: argparse.Namespace) -> None:

@@ -307,6 +307,25 @@ def test_memory_that_runs_out_is_one_sentence_and_code_1(
     assert capsys.readouterr().err == "lisa-dist: rank 1 failed: out of memory in forward of step 3\n"
 
 
+def test_a_key_that_the_command_does_not_read_is_told(
+    calls: list[tuple[Any, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["launch.nodes=2", "sweep.trials=3", "parallel.nodes=2", "sampler=all", "plan.search=true"]
+    assert main(["plan", *given]) == 7
+    assert capsys.readouterr().err.splitlines() == [
+        "lisa-dist: launch.nodes=2: has no effect on plan, it is a key of launch",
+        "lisa-dist: sweep.trials=3: has no effect on plan, it is a key of report, launch, train --multirun",
+    ]
+    file = tmp_path / "my.yaml"
+    assert main(["init", str(file), "parallel.nodes=2", "bench.steps=9"]) == 7
+    assert capsys.readouterr().err == "lisa-dist: bench.steps=9: has no effect on init, it is a key of bench\n"
+    file.write_text("bench.steps: 9\nmodel: demo\ndata: demo\n")  # a file may hold keys of several commands
+    assert main(["train", str(file), "parallel.nodes=2", f"run.dir={tmp_path / 'run'}"]) == 7
+    told = capsys.readouterr().err
+    assert "parallel.nodes=2: has no effect on train, it is a key of plan, launch, init\n" in told
+    assert "bench" not in told
+
+
 def test_launch_slurm_gets_the_overrides_too(calls: list[tuple[Any, ...]]) -> None:
     assert main(["launch", "slurm", "train.seed=2", "launch.dry_run=true"]) == 7
     overrides = ["train.seed=2", "launch.dry_run=true"]

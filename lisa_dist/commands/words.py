@@ -6,9 +6,9 @@ import os
 import sys
 from dataclasses import replace
 
-from lisa_dist.commands.table import COMMANDS
+from lisa_dist.commands.table import COMMANDS, TRAINING_KEYS
 from lisa_dist.config import Config, UserError
-from lisa_dist.config.loading import load, load_run, resume_run
+from lisa_dist.config.loading import GROUPS, load, load_run, resume_run
 from lisa_dist.config.overrides import parse_overrides
 from lisa_dist.config.paths import local_path
 from lisa_dist.config.run_directory import RunDirectory
@@ -34,6 +34,23 @@ def configuration_of(name: str, overrides: list[str], config_dir: str | None) ->
     if environment_rank() == 0:
         print(f"lisa-dist: settings that are not given here are those of {settings}", file=sys.stderr)
     return resume_run(str(settings.parent), overrides, config_dir)
+
+
+def keys_of_other_commands(name: str, overrides: list[str]) -> list[str]:
+    """Return a sentence for each override of a key that the command does not read, and others do."""
+    sentences = []
+    for override in parse_overrides(overrides):
+        group = override.key.partition(".")[0]
+        readers = [other for other, command in COMMANDS.items() if group in command.keys]
+        if override.key == "parallel.nodes":
+            readers = ["plan", "launch", "init"]
+        elif group in {*TRAINING_KEYS.split(), *GROUPS}:
+            continue
+        if group == "sweep":
+            readers.append("train --multirun")
+        if name not in readers:
+            sentences.append(f"{override.text}: has no effect on {name}, it is a key of {', '.join(readers)}")
+    return sentences
 
 
 def answering_configuration(
