@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import yaml
 
 from lisa_dist.config.errors import UserError, nearest
 from lisa_dist.config.loading import conf_dir
+from lisa_dist.config.paths import local_path
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def read_gpu(name: str) -> Gpu:
         UserError: there is no such preset or file, or the file lacks a key.
     """
     presets = {file.stem: file for file in sorted((conf_dir() / "gpu").glob("*.yaml"))}
-    path = presets.get(name, Path(name))
+    path = presets.get(name, local_path(name))
     if path.suffix != ".yaml" or not path.is_file():
         raise UserError(
             f"plan.gpu={name}: must be one of {', '.join(presets)}, or a file of the same keys{nearest(name, presets)}"
@@ -43,8 +44,11 @@ def read_gpu(name: str) -> Gpu:
     wanted = {field.name for field in fields(Gpu)}
     if not isinstance(specs, dict) or set(specs) != wanted:
         raise UserError(f"plan.gpu={name}: the file must have exactly the keys {', '.join(sorted(wanted))}")
+    description = str(specs.pop("description"))
     try:
-        description, memory = str(specs.pop("description")), int(float(specs.pop("memory_bytes")))
-        return Gpu(description, memory_bytes=memory, **{key: float(value) for key, value in specs.items()})
+        numbers = {key: float(value) for key, value in specs.items()}
     except (TypeError, ValueError):
-        raise UserError(f"plan.gpu={name}: every key but description must be a number") from None
+        numbers = {"": math.nan}
+    if not all(0 < number < math.inf for number in numbers.values()):
+        raise UserError(f"plan.gpu={name}: every key but description must be a number above 0")
+    return Gpu(description, memory_bytes=int(numbers.pop("memory_bytes")), **numbers)

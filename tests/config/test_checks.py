@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from lisa_dist.config.checks import (
     options_without_effect,
 )
 from lisa_dist.config.gpu import read_gpu
-from lisa_dist.config.loading import load
+from lisa_dist.config.loading import conf_dir, load
 from lisa_dist.config.sampling import ProbeRequest, SamplerConfig
 from lisa_dist.config.updates import UpdateConfig
 
@@ -273,6 +274,14 @@ def test_no_torch_is_needed_to_judge() -> None:
 def test_a_file_of_a_gpu_that_is_no_yaml_is_told(content: str, tmp_path: Path) -> None:
     (tmp_path / "gpu.yaml").write_text(content)
     with pytest.raises(UserError, match=r"plan\.gpu=.*gpu\.yaml: cannot be read as YAML"):
+        read_gpu(str(tmp_path / "gpu.yaml"))
+
+
+@pytest.mark.parametrize("value", ["0", "-1e12", ".nan", ".inf", "fast", "[1]"])
+def test_what_a_gpu_can_do_is_a_number_above_0(value: str, tmp_path: Path) -> None:
+    text = (conf_dir() / "gpu" / "rtx4090.yaml").read_text()
+    (tmp_path / "gpu.yaml").write_text(re.sub(r"(?m)^host_bandwidth: .*", f"host_bandwidth: {value}", text))
+    with pytest.raises(UserError, match="every key but description must be a number above 0"):
         read_gpu(str(tmp_path / "gpu.yaml"))
 
 
