@@ -86,7 +86,20 @@ def build_meta_model(config: ModelConfig, architecture: PretrainedConfig | None 
             f"a field is missing or wrong ({type(error).__name__}: {_first_line(error)})"
         ) from error
     model.tie_weights()  # transformers 5.0 leaves that out on meta
-    return model.train()
+    return keep_untrainable(model).train()
+
+
+def keep_untrainable(model: nn.Module) -> nn.Module:
+    """Make buffers of the parameters that the model itself declares not to train, as biases of routers; return it.
+
+    So they are neither trained nor stored in another dtype: rounded to bfloat16 such a bias chooses other experts.
+    """
+    for module in model.modules():
+        for key, parameter in list(module._parameters.items()):
+            if parameter is not None and not parameter.requires_grad:
+                del module._parameters[key]
+                module.register_buffer(key, parameter.data)
+    return model
 
 
 def set_depth(architecture: PretrainedConfig, num_blocks: int) -> None:
@@ -107,7 +120,7 @@ def meta_replica(model: nn.Module) -> Any:
     with torch.device("meta"):
         replica = original_class(model)._from_config(model.config, dtype=torch.float32)
     replica.tie_weights()
-    return replica
+    return keep_untrainable(replica)
 
 
 def _read(config: ModelConfig, directory: Path | None) -> PretrainedConfig:

@@ -74,7 +74,8 @@ def inspect_weights(config: ModelConfig, architecture: PretrainedConfig, directo
     for target, source in sources.items():
         _check_source(directory, target, source, state[target], weights)
     _say_unused(directory, set(weights.file_of) - used)
-    stored = _stored_dtypes(weights, sources)
+    parameters = dict(replica.named_parameters())
+    stored = _stored_dtypes(weights, {target: one for target, one in sources.items() if target in parameters})
     _say_dtypes(directory, stored, getattr(torch, frozen))
     return Findings(bool(pairs), max(stored, key=lambda dtype: stored[dtype]))
 

@@ -211,6 +211,31 @@ def test_a_head_of_its_own_is_trained_resumed_and_exported(tmp_path: Path, caplo
     assert not torch.equal(again.model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
 
 
+@pytest.mark.parametrize("family", ["glm4_moe", "ernie4_5_moe"])
+def test_what_a_model_does_not_train_itself_is_neither_rounded_nor_trained(family: str, tmp_path: Path) -> None:
+    """Biases of routers, a buffer of GLM's and a parameter without gradient of Ernie's: rounded they choose others."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    tensors = make_model(base, family)
+    biases = {name: 7 + 0.2 * torch.rand_like(tensor) for name, tensor in tensors.items() if "correction_bias" in name}
+    assert biases
+    halved = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(halved | biases, base / "model.safetensors", metadata={"format": "pt"})
+    settings = [
+        "precision.frozen=bfloat16",
+        "sampler.active_layers=2",
+        "optimizer.weight_decay=0.1",
+        "train.max_steps=3",
+    ]
+    config = make_run(run, base, *settings)
+    train(1, config)
+    assert "rounded to bfloat16" not in (run / "logs" / "rank_0.log").read_text()
+    export_checkpoint(config, find_checkpoint(run / "checkpoints", None), tmp_path / "hf")
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    assert exported.keys() == tensors.keys()
+    assert all(torch.equal(exported[name], bias) for name, bias in biases.items())
+    assert {tensor.dtype for name, tensor in exported.items() if name not in biases} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(
     ("fields", "left_out"),
     [

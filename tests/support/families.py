@@ -61,9 +61,19 @@ _FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {**_SHAPE, **_EXPERTS, "num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
     ),
+    "glm4_moe": (
+        "glm4_moe",
+        {**_SHAPE, "head_dim": 16, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {**_SHAPE, "moe_intermediate_size": 32, "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
+    ),
 }
 
-FAMILIES: list[str] = [family for family in _FIELDS if family != "gpt_oss"]  # its experts alone are looked at
+PARTLY_TRIED = ("gpt_oss", "glm4_moe", "ernie4_5_moe")  # for what is their own
+FAMILIES: list[str] = [family for family in _FIELDS if family not in PARTLY_TRIED]
 
 
 def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
