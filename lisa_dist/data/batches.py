@@ -40,6 +40,11 @@ def label_tokens(micro_batch: MicroBatch) -> int:
     return int((micro_batch["labels"][:, 1:] != UNTRAINED).sum())
 
 
+def up_to_last_label(labels: torch.Tensor) -> torch.Tensor:
+    """Return 1 for each position up to its row's last label and 0 after it, [rows, tokens]: leaves padding out."""
+    return (labels != UNTRAINED).long().flip(1).cummax(1).values.flip(1)
+
+
 def on_device(micro_batch: MicroBatch) -> MicroBatch:
     """Return the micro-batch on this rank's device; the host does not wait for the copy."""
     return {key: tensor.to(distributed.device(), non_blocking=True) for key, tensor in micro_batch.items()}

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lisa_dist.config.sampling import ProbeRequest
-from lisa_dist.data.batches import MicroBatch
-from lisa_dist.data.encode import UNTRAINED
+from lisa_dist.data.batches import MicroBatch, up_to_last_label
 from lisa_dist.method.updates import Update
 from lisa_dist.models.matrices import InputSquares, input_dim
 from lisa_dist.objectives import Objective
@@ -178,7 +177,7 @@ def _input_norms(
     seen = InputSquares(store.layers, distributed.device())
     with _evaluating(store.module), seen.watching():
         for micro_batch in micro_batches:
-            seen.kept = _up_to_last_label(micro_batch["labels"]).to(distributed.device())
+            seen.kept = up_to_last_label(micro_batch["labels"]).to(distributed.device())
             objective(store.module, micro_batch)
     if seen.unseen and distributed.is_main():
         left_out = ", ".join(sorted(seen.unseen))
@@ -188,11 +187,6 @@ def _input_norms(
         total = dims.all_reduce_sum(squares.flatten().tolist())
         norms[name] = torch.tensor(total, device=squares.device).view(squares.shape).sqrt()
     return norms
-
-
-def _up_to_last_label(labels: Tensor) -> Tensor:
-    """Return 1 for each position up to its row's last label and 0 after it, [rows, tokens]: leaves padding out."""
-    return (labels != UNTRAINED).long().flip(1).cummax(1).values.flip(1)
 
 
 def _scaled_entries(store: ParameterStore, name: str, norms: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lisa_dist.config import UserError
+from lisa_dist.data.batches import up_to_last_label
 from lisa_dist.data.encode import UNTRAINED
 from lisa_dist.models.layer_map import LayerMap
 from lisa_dist.objectives.chunked_cross_entropy import ChunkedCrossEntropy, LogitTransform
@@ -81,7 +82,7 @@ def install_loss_head(
             outputs = decoder(*args, **kwargs)
             loss = head(outputs.last_hidden_state, labels=labels)
         if balance is not None:
-            loss = loss + balance(outputs.router_logits) * (shift_labels(labels) != UNTRAINED).sum()
+            loss = loss + balance(outputs.router_logits, labels) * (shift_labels(labels) != UNTRAINED).sum()
         return loss
 
     model.forward = forward  # type: ignore[method-assign]
@@ -100,14 +101,23 @@ def _loss_head(head: nn.Module, transform: LogitTransform, chunk_tokens: int, in
     return forward
 
 
-def _router_loss(model: nn.Module) -> Callable[[Any], Tensor]:
-    """Return the weighted load-balancing loss of a mixture-of-experts model as a function of its router logits."""
+def _router_loss(model: nn.Module) -> Callable[[Any, Tensor], Tensor]:
+    """Return the weighted load-balancing loss of a mixture-of-experts model as a function of router logits and labels.
+
+    Tokens after a row's last label don't count: padding would be taken for load of the experts that it goes to.
+    """
     config: Any = model.config
     balance = getattr(inspect.getmodule(type(model)), "load_balancing_loss_func", None)
     if balance is None or not hasattr(config, "router_aux_loss_coef"):
         raise UserError(f"model.router_aux_loss=true: {type(model).__name__} has no router loss; leave the key false")
     experts, chosen, coefficient = model.num_experts, config.num_experts_per_tok, config.router_aux_loss_coef
-    return lambda router_logits: coefficient * balance(router_logits, experts, chosen)
+
+    def weighted(router_logits: Any, labels: Tensor) -> Tensor:
+        counted = up_to_last_label(labels)
+        counted += counted.sum() == 0  # a micro-batch without labels: a mean over no tokens is no number
+        return coefficient * balance(router_logits, experts, chosen, counted)
+
+    return weighted
 
 
 def _find_decoder(model: Any, head: Any) -> tuple[Any, LogitTransform | None]:

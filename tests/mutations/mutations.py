@@ -307,7 +307,7 @@ SWITCH = [
     Mutation(
         "the outlier probe counts padding",
         "method/probes.py",
-        '_up_to_last_label(micro_batch["labels"])',
+        'up_to_last_label(micro_batch["labels"])',
         'torch.ones_like(micro_batch["labels"])',
         "distributed/test_probes.py::test_probes_equal_plain_computation[1-1-None]",
     ),

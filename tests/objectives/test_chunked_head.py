@@ -285,15 +285,19 @@ def test_a_chunks_logits_and_gradient_are_gone_when_the_next_ones_are_made(
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe"])
 def test_router_loss_is_added_for_each_label_token(name: str) -> None:
-    plain = _model(tiny_config(name))
+    plain = _model(tiny_config(name, router_aux_loss_coef=1.0))
     model = copy.deepcopy(plain)
     install_loss_head(model, find_layers(model), 4, router_aux_loss=True)
     input_ids, labels = _batch()
     count = int((labels[:, 1:] != -100).sum())
-    expected = plain(input_ids=input_ids, labels=labels, output_router_logits=True)
-    torch.testing.assert_close(model(input_ids=input_ids, labels=labels), expected.loss * count)
-    without = plain(input_ids=input_ids, labels=labels).loss
-    assert (expected.loss - without).abs() > 1e-6, "the router loss is too small to be seen"
+    padding_left_out = torch.ones_like(labels)
+    padding_left_out[1, 7:] = 0
+    given = {"input_ids": input_ids, "labels": labels}
+    expected = plain(**given, output_router_logits=True, attention_mask=padding_left_out)
+    torch.testing.assert_close(model(**given), expected.loss * count)
+    without = plain(**given).loss
+    assert (expected.loss - without).abs() > 1e-3, "the router loss is too small to be seen"
+    assert model(input_ids=input_ids, labels=torch.full_like(labels, -100)) == 0
 
 
 def test_router_loss_of_a_dense_model_is_refused() -> None:
