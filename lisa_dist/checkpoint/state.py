@@ -39,6 +39,7 @@ class Progress:
     best_step: int | None = None  # the step that it was found after
     evaluations_since_best: int = 0
     evaluated: str | None = None  # which rows that loss is of, None: not known
+    evaluated_since: int = -1  # a step: held-out losses until then are of other rows
     order_seed: int = 0  # train.seed at the run's first start, by which the data are ordered and packed
     data: dict[str, Any] = field(default_factory=dict)  # what the data are, see data.prepare.fingerprint
 
@@ -47,6 +48,7 @@ class Progress:
         others = None not in (self.evaluated, evaluated) and self.evaluated != evaluated
         if others:
             self.best_eval_loss, self.best_step, self.evaluations_since_best = None, None, 0
+            self.evaluated_since = self.step
         self.evaluated = evaluated
         return others
 

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 SPEEDS = ("tokens_per_second", "label_tokens_per_second")
 # Kept by a resume that has nothing to do.
-KEPT = ("trained_parameters", "persistent_bytes", "law_bytes", "law", "best_checkpoint")
+KEPT = ("trained_parameters", "persistent_bytes", "law_bytes", "law")
 
 # What summary.json says of the steps by their rows, see summary_of.
 SUMMED = ("final_step", "final_loss", "tokens_seen", "label_tokens_seen", "eval_loss", "best_eval_loss")
@@ -42,6 +42,7 @@ class Recorder:
         started: float,
         first_step: int = 0,
         resumed_from: list[int] | None = None,
+        evaluated_since: int = -1,
         doing: Doing | None = None,
     ) -> None:
         """Open the files of ``run.dir``.
@@ -53,10 +54,12 @@ class Recorder:
             started: when this process began with the run, by ``time.monotonic``.
             first_step: steps already done, where the run goes on.
             resumed_from: the checkpoint steps that the run went on from.
+            evaluated_since: a step; held-out losses until then are of other rows than those after it.
             doing: tells what the run works on, for the progress.
         """
         self.run = RunDirectory.of(config)
         self.resumed_from = resumed_from or []
+        self.evaluated_since = evaluated_since
         self.started = started
         self.num_blocks = num_blocks
         self.peak_memory_gib = 0.0  # until the step that is under way
@@ -83,7 +86,9 @@ class Recorder:
             self.sink.cut_after(step)
         if is_main():
             rows = read_rows(self.run.metrics)
-            self.summary = {key: value for key, value in self.summary.items() if key not in SUMMED} | summary_of(rows)
+            self.summary = {key: value for key, value in self.summary.items() if key not in SUMMED} | summary_of(
+                rows, self.evaluated_since
+            )
             self.speeds = {key: [row[key] for row in rows if row.get(key) is not None] for key in SPEEDS}
 
     def record_event(self, step: int, event: str, text: str, **more: Any) -> None:
@@ -221,15 +226,21 @@ class Recorder:
         self.writer.close()
 
 
-def summary_of(rows: list[MetricsRow]) -> dict[str, Any]:
-    """Return what summary.json says of the steps before a resume, by their rows of metrics.jsonl."""
+def summary_of(rows: list[MetricsRow], evaluated_since: int = -1) -> dict[str, Any]:
+    """Return what summary.json says of the steps before a resume, by their rows of metrics.jsonl.
+
+    Only held-out losses after ``evaluated_since`` steps are compared: those before are of other rows.
+    """
     summary: dict[str, Any] = {}
     steps = [row for row in rows if "loss" in row]
-    evaluations = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
+    evaluations = [row for row in rows if row.get("eval_loss") is not None]
+    compared = [row["eval_loss"] for row in evaluations if row["step"] > evaluated_since]
     if steps:
         summary |= {"final_step": steps[-1]["step"], "final_loss": steps[-1]["loss"]}
         summary["tokens_seen"] = sum(row["tokens"] for row in steps)
         summary["label_tokens_seen"] = sum(row["label_tokens"] for row in steps)
     if evaluations:
-        summary |= {"eval_loss": evaluations[-1], "best_eval_loss": min(evaluations)}
+        summary["eval_loss"] = evaluations[-1]["eval_loss"]
+    if compared:
+        summary["best_eval_loss"] = min(compared)
     return summary

@@ -60,6 +60,18 @@ def may_save_after_evaluation(config: Config) -> bool:
     return config.checkpoint.keep_best or config.train.early_stopping_patience > 0
 
 
+def best_is_kept(run: Run) -> bool:
+    """Whether there is a checkpoint of the best held-out loss; it may have failed to be written, or been removed."""
+    best = run.progress.best_step
+    return best is not None and (run.checkpoints.directory / checkpoint_name(best)).is_dir()
+
+
+def note_best(run: Run) -> None:
+    """Have summary.json name the checkpoint of the best held-out loss, where the run keeps one and it is there."""
+    if run.config.checkpoint.keep_best and best_is_kept(run):
+        run.recorder.summary["best_checkpoint"] = run.progress.best_step
+
+
 def tell_of_best(run: Run) -> None:
     """Say why the run ended early, where it did, and where its best held-out loss was; its checkpoints are written."""
     if not distributed.is_main() or not may_save_after_evaluation(run.config):
@@ -76,8 +88,11 @@ def tell_of_best(run: Run) -> None:
     if best is None or progress.best_step is None:
         logger.warning("no evaluation found a finite held-out loss")
         return
-    kept = (run.checkpoints.directory / checkpoint_name(progress.best_step)).is_dir()
-    where = f"export.step={progress.best_step} takes it" if kept else "checkpoint.keep_best=true would have kept it"
+    kept = best_is_kept(run)
+    absent = (
+        "its checkpoint is gone" if run.config.checkpoint.keep_best else "checkpoint.keep_best=true would have kept it"
+    )
+    where = f"export.step={progress.best_step} takes it" if kept else absent
     lowest = run.recorder.summary.get("best_eval_loss", best)
     untrained = f"; before training it was lower, {lowest:.4f}" if lowest < best else ""
     logger.info("best held-out loss %.4f, after step %d: %s%s", best, progress.best_step, where, untrained)

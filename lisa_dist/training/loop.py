@@ -30,6 +30,7 @@ from lisa_dist.training.evaluation import (
     evaluate,
     is_best_to_keep,
     may_save_after_evaluation,
+    note_best,
     show_answers,
     tell_of_best,
 )
@@ -76,9 +77,11 @@ def train_in(config: Config, dims: ParallelDims) -> int:
                 stopped = train_steps(run)
         except BaseException as error:
             failure = run.heartbeat.explained(error)
+            note_best(run)
             recorder.write_summary(f"failed: {type(failure).__name__}: {failure}")
             raise failure from (error if failure is not error else error.__cause__)
         recorder.summary["weight_norms"] = trained_norms(run.train_module)
+        note_best(run)
         recorder.write_summary("signal" if stopped else "finished")
     if distributed.is_main():
         print("\n".join(last_lines(run.recorder.run, stopped)), flush=True)
@@ -238,8 +241,6 @@ def save_checkpoint(run: Run, is_last: bool = False) -> None:
     """Write a checkpoint of this step, ``is_last``: of this start. Collective: every rank."""
     with run.heartbeat.phase("the checkpoint", may_take_long=True):
         run.checkpoints.save(run.progress, is_last)
-    if run.config.checkpoint.keep_best:
-        run.recorder.summary["best_checkpoint"] = run.progress.best_step
 
 
 def is_due(every: int, step: int) -> bool:

@@ -113,6 +113,7 @@ def roll_back(run: Run, loss: float) -> None:
     progress.recent_losses = restored.recent_losses
     progress.best_eval_loss, progress.best_step = restored.best_eval_loss, restored.best_step
     progress.evaluations_since_best = restored.evaluations_since_best
+    progress.evaluated_since = run.recorder.evaluated_since = restored.evaluated_since
     progress.left_out.append(stretch)
     run.recorder.cut_after(progress.step)
     run.heartbeat.take_seconds()  # of the steps that are dropped

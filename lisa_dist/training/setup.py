@@ -178,6 +178,7 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
         resumed_from=progress.resumed_from,
         doing=heartbeat.doing,
     )
+        evaluated_since=progress.evaluated_since,
     recorder.summary |= rows_of(data) | ({"skipped_steps": progress.skipped_steps} if progress.skipped_steps else {})
     return Run(
         config, train_module, tokenizer, batches, validation, max_steps, progress, recorder, checkpoints, heartbeat

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from lisa_dist.checkpoint.manifest import list_checkpoints, step_of, verify
+from lisa_dist.checkpoint.manifest import checkpoint_name, list_checkpoints, step_of, verify
 from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.checks import check_combinations, check_validation
@@ -119,12 +119,35 @@ def test_the_best_loss_is_looked_for_anew_where_others_were_of_other_rows(
 ) -> None:
     """Else a loss of other rows, which these never reach, stays the best, and patience ends the run."""
     shutil.copytree(half, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / checkpoint_name(2))
     config = config_of(tmp_path / "run", "checkpoint.keep_best=true", "train.max_steps=5", setting)
     assert run_on_ranks(ranks, train_with_losses, resuming(config)) == [0] * ranks
     progress = final_state(tmp_path / "run")["progress"]
     assert (progress["best_step"], progress["evaluations_since_best"]) == (best, 5 - best)
-    told = "the best one is looked for anew" in (tmp_path / "run" / "logs" / "rank_0.log").read_text()
-    assert told == (best == 5)
+    log = (tmp_path / "run" / "logs" / "rank_0.log").read_text()
+    assert ("the best one is looked for anew" in log) == (best == 5)
+    summary = read_summary(RunDirectory(tmp_path / "run"))
+    assert summary is not None and summary["best_eval_loss"] == (1 if best == 2 else 4), "of the rows since then"
+    assert ("before training it was lower" in log.rpartition("best held-out loss")[2]) == (best == 2)
+    assert summary.get("best_checkpoint") == (None if best == 2 else 5), "that of step 2 is gone"
+
+
+def train_with_a_spike(config: Config) -> int | None:
+    """Train where the second step's loss spikes. Runs on a rank."""
+    spikes = iter([False, True])
+    with mock.patch("lisa_dist.training.loop.is_spike", lambda *arguments: next(spikes, False)):
+        return train_with_losses(config)
+
+
+def test_a_roll_back_to_a_checkpoint_of_other_rows_looks_for_the_best_loss_anew(half: Path, tmp_path: Path) -> None:
+    shutil.copytree(half, tmp_path / "run")
+    settings = ["train.eval_batches=1", "train.max_steps=5", "train.spike_factor=9"]
+    config = config_of(tmp_path / "run", "checkpoint.keep_best=true", *settings)
+    assert run_on_ranks(1, train_with_a_spike, resuming(config)) == [0]
+    progress = final_state(tmp_path / "run")["progress"]
+    assert progress["left_out"] and (progress["best_step"], progress["evaluated_since"]) == (5, 3)
+    summary = read_summary(RunDirectory(tmp_path / "run"))
+    assert summary is not None and (summary["best_eval_loss"], summary["best_checkpoint"]) == (4.0, 5)
 
 
 def test_without_patience_the_best_loss_of_a_whole_run_is_told(tmp_path: Path) -> None:
