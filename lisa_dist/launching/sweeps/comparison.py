@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import shlex
 import statistics
 from collections.abc import Callable
@@ -78,8 +79,11 @@ class JobRecord:
 
     @property
     def eval_loss(self) -> float | None:
-        """The validation loss of the last evaluation."""
-        return next(reversed(self.known("eval_loss")), None)
+        """The validation loss of the last evaluation, infinite where it was not finite, which the rows hold as null."""
+        last = next((row for row in reversed(self.metrics) if "eval_loss" in row), None)
+        if last is None:
+            return None
+        return math.inf if last["eval_loss"] is None else last["eval_loss"]
 
     @property
     def peak_memory_gib(self) -> float | None:
@@ -133,7 +137,7 @@ def best_job(jobs: list[JobRecord]) -> JobRecord | None:
     for figure in ("eval_loss", "final_loss"):
         values = [getattr(job, figure) for job in finished]
         if finished and None not in values:
-            return finished[values.index(min(values))]
+            return finished[values.index(min(values))] if min(values) < math.inf else None
     return None
 
 
@@ -201,6 +205,7 @@ def _varied_cards(jobs: list[JobRecord]) -> list[Card]:
     by_eval = bool(finished) and all(job.eval_loss is not None for job in finished)
     chosen = [dict(text.split("=", 1) for text in job.overrides if "=" in text) for job in finished]
     losses = [job.eval_loss if by_eval else job.final_loss for job in finished]
+    losses = [None if loss == math.inf else loss for loss in losses]  # which no axis has
     named = [f"job {job.number}: {' '.join(job.overrides)}" for job in finished]
     cards = []
     for key in dict.fromkeys(key for values in chosen for key in values):

@@ -18,7 +18,7 @@ from lisa_dist.launching.sweeps.comparison import COLUMNS, best_job, read_jobs, 
 
 def make_job(
     sweep_dir: Path, name: str, *overrides: str, code: int | None = 0, losses: tuple[float, ...] = (),
-    evals: tuple[float, ...] = (), **summary: Any,
+    evals: tuple[float | None, ...] = (), **summary: Any,
 ) -> None:  # fmt: skip
     """Add a job to the file of jobs, and what it left in its directory: a row a loss, then one an evaluation."""
     run_dir = sweep_dir / name
@@ -85,6 +85,16 @@ def test_best_job_has_the_lowest_validation_loss_of_those_that_finished(sweep_di
     jobs = read_jobs(sweep_dir)
     assert best_job(jobs) is jobs[1]
     assert best_job(jobs[2:]) is None
+
+
+def test_a_job_whose_last_validation_loss_is_not_finite_is_not_the_best(tmp_path: Path) -> None:
+    make_job(tmp_path, "0_a", "lr=1", losses=(3.0, 1.0), evals=(1.5, None))  # diverged after its best evaluation
+    make_job(tmp_path, "1_b", "lr=9", losses=(3.0, 2.0), evals=(2.5, 2.25))
+    jobs = write_comparison(tmp_path)
+    assert best_job(jobs) is jobs[1] and best_job(jobs[:1]) is None
+    with (tmp_path / "sweep.csv").open() as file:
+        assert [row["eval_loss"] for row in csv.DictReader(file)] == ["inf", "2.25"]
+    assert "1 ★ best" in (tmp_path / "index.html").read_text()
 
 
 def test_page(sweep_dir: Path) -> None:
