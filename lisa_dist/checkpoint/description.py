@@ -37,6 +37,8 @@ from lisa_dist.runtime.files import new_folder, read_json_object, write_json_obj
 logger = logging.getLogger(__name__)
 
 GENERATION_FILE = "generation_config.json"
+# Fields of a configuration that say nothing of the network, or that the weights settle.
+NO_ARCHITECTURE = {"architectures", "auto_map", "dtype", "tie_word_embeddings", "transformers_version", "_name_or_path"}
 # Settings that decide whether others are allowed: they are taken first.
 _MODES = ["do_sample", "num_beams", "use_cache", "return_dict_in_generate", "suppress_tokens", "cache_implementation"]
 # Text that tokenizers treat differently: blanks, digits, other scripts, marks of their own.
@@ -58,6 +60,24 @@ def was_untied(run: RunDirectory) -> bool:
     """Whether the run was started with a head of its own where config.json ties it to the embeddings."""
     file = run.model / CONFIG_FILE
     return file.is_file() and read_json_object(file, f"run.dir={run.path}").get("tie_word_embeddings") is False
+
+
+def check_same_architecture(run: RunDirectory, model: ModelConfig, architecture: PretrainedConfig) -> None:
+    """Raise :class:`UserError` where a run would go on with another architecture than the one that it began with.
+
+    Weights of the same shapes may be there for other frequencies, scales or norms, and an export has the first ones.
+    """
+    if not (run.model / CONFIG_FILE).is_file():
+        return
+    began = read_architecture(described_model(run, model))
+    then, now = (json.loads(one.to_json_string(use_diff=False)) for one in (began, architecture))
+    keys = sorted((then.keys() | now.keys()) - NO_ARCHITECTURE)
+    different = [f"{key}={then.get(key)} then, {now.get(key)} now" for key in keys if then.get(key) != now.get(key)]
+    if different:
+        raise UserError(
+            f"checkpoint.resume=auto: model.path={model.path} is another architecture than the one that the run began "
+            f"with: {', '.join(different)}; go on with that one, or choose another run.dir"
+        )
 
 
 def write_description(run: RunDirectory, model: ModelConfig, architecture: PretrainedConfig) -> None:

@@ -87,7 +87,8 @@ def state_of(train_module: TrainModule, progress: Progress, moments: Mapping[str
 
 def identity(train_module: TrainModule) -> dict[str, Any]:
     """Return what a run must have in common with a checkpoint to resume from it."""
-    config = train_module.config
+    config, adapters = train_module.config, train_module.config.update.adapters
+    scaling = {} if adapters is None else {"update.alpha": adapters.alpha, "update.rslora": adapters.rslora}
     return {
         "parameters": hash_of_shapes({name: train_module.store.parameter(name) for name in train_module.store.names}),
         "blocks": len(train_module.store.layers.blocks),
@@ -97,6 +98,7 @@ def identity(train_module: TrainModule) -> dict[str, Any]:
         "sampler.non_block_modules": config.sampler.draws_non_block_modules,
         "optimizer.name": config.optimizer.name,
         **{f"always_active.{part}": trains for part, trains in asdict(config.always_active).items()},
+        **scaling,  # another one makes the same adapters another model
     }
 
 
@@ -130,7 +132,7 @@ def check_identity(train_module: TrainModule, checkpoint: Path, written: dict[st
         UserError: another model or another method wrote it.
     """
     wanted = identity(train_module)
-    different = [key for key in wanted if written.get(key) != wanted[key]]
+    different = [key for key in wanted if written.get(key, wanted[key]) != wanted[key]]  # some had fewer keys
     settings = ", ".join(f"{key}={written.get(key)}" for key in different if key != "parameters")
     if "parameters" in different and not settings:
         raise UserError(

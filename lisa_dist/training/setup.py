@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lisa_dist.checkpoint.description import was_untied, write_description, write_tokenizer
+from lisa_dist.checkpoint.description import check_same_architecture, was_untied, write_description, write_tokenizer
 from lisa_dist.checkpoint.differences import changed_settings, table_of
 from lisa_dist.checkpoint.manifest import list_checkpoints
 from lisa_dist.checkpoint.protocol import remove_leftovers
@@ -198,6 +198,7 @@ def open_architecture(config: Config) -> PretrainedConfig:
         architecture = read_architecture(config.model)
         if distributed.on_rank_zero(lambda: was_untied(RunDirectory.of(config))):
             architecture.tie_word_embeddings = False
+        distributed.on_rank_zero(lambda: check_same_architecture(RunDirectory.of(config), config.model, architecture))
         return architecture
     architecture = pretrained_architecture(config.model, config.precision.frozen)
     distributed.on_rank_zero(lambda: write_description(RunDirectory.of(config), config.model, architecture))

@@ -178,7 +178,7 @@ def test_never_silently_from_scratch(plain: Path, tmp_path: Path) -> None:
     [
         ("sampler=sweep", "was written with sampler.name=uniform, this run has sampler.name=sweep"),
         ("sampler.period=4", "was written with sampler.period=2, this run has sampler.period=4"),
-        ("model.architecture.hidden_size=24", "holds a model of other parameters"),
+        ("model.architecture.hidden_size=24", "hidden_size=18 then, 24 now"),
     ],
 )
 def test_a_checkpoint_of_another_run(override: str, told: str, plain: Path) -> None:

@@ -189,11 +189,23 @@ def test_new_data_begin_at_their_start_and_go_on_by_themselves(base: Path) -> No
     [
         (["always_active.embeddings=false"], "was written with always_active.embeddings=True, this run has"),
         (["update=low_rank", "update.rank=4"], "was written with update.name=full_rank, this run has update.name=low"),
+        (["model.architecture.rms_norm_eps=0.1"], "the one that the run began with: rms_norm_eps=1e-06 then, 0.1 now;"),
     ],
 )
 def test_another_method_is_refused(overrides: list[str], told: str, base: Path) -> None:
     (message,) = run_on_ranks(1, refusal, resuming(config_of(base, *overrides)))
     assert told in message
+
+
+def test_another_scaling_of_adapters_is_refused(base: Path) -> None:
+    """The weights of the checkpoint would be another model's, and exports of it merged otherwise than trained."""
+    shutil.rmtree(base / "run")
+    adapted = ["method=lora", "update.rank=4", "train.max_steps=1"]
+    assert run_on_ranks(1, train_here, config_of(base, *adapted)) == [0]
+    (message,) = run_on_ranks(1, refusal, resuming(config_of(base, *adapted, "update.alpha=64")))
+    assert "was written with update.alpha=32.0, this run has update.alpha=64.0" in message
+    (message,) = run_on_ranks(1, refusal, resuming(config_of(base, *adapted, "update.rslora=true")))
+    assert "was written with update.rslora=False" in message
 
 
 def test_another_rank_of_the_projection_is_refused(base: Path) -> None:
