@@ -140,6 +140,14 @@ def hash_of_rows(rows: datasets.Dataset) -> str:
     return digest.hexdigest()
 
 
+def highest_token(rows: datasets.Dataset) -> int:
+    """Return the highest number of a token in any row."""
+    columns = rows.with_format("arrow", columns=["input_ids"])
+    starts = range(0, len(rows), ROWS_A_BATCH)
+    batches = (columns[start : start + ROWS_A_BATCH]["input_ids"].combine_chunks().flatten() for start in starts)
+    return max((int(batch.to_numpy(zero_copy_only=False).max()) for batch in batches if len(batch)), default=0)
+
+
 def hash_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of the vocabulary and of the tokens around a text.
 

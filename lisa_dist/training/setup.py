@@ -26,7 +26,7 @@ from lisa_dist.config.checks import check_global_batch, check_validation, option
 from lisa_dist.config.loading import to_yaml
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
 from lisa_dist.data.batches import GlobalBatches, MicroBatch
-from lisa_dist.data.prepare import PreparedData, fingerprint, hash_of_rows, prepare_data
+from lisa_dist.data.prepare import PreparedData, fingerprint, hash_of_rows, highest_token, prepare_data
 from lisa_dist.data.preview import show_preview
 from lisa_dist.data.sequences import Sequences
 from lisa_dist.data.tokenizer import load_tokenizer
@@ -140,6 +140,8 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
     with distributed.longer_timeout(config.parallel.timeout):
         described = distributed.on_rank_zero(lambda: fingerprint(config.data, data, tokenizer))
     warn_of_positions(config.data.sequence_length, architecture)
+    with distributed.longer_timeout(config.parallel.timeout):
+        distributed.on_rank_zero(lambda: check_tokens(data, tokenizer, architecture.vocab_size))
     show_preview(config.data, data, tokenizer)
     pad = int(tokenizer.pad_token_id or 0)
     batches = make_batches(config, dims, data.train, pad, order_seed)
@@ -176,9 +178,9 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
         started=started,
         first_step=progress.step,
         resumed_from=progress.resumed_from,
+        evaluated_since=progress.evaluated_since,
         doing=heartbeat.doing,
     )
-        evaluated_since=progress.evaluated_since,
     recorder.summary |= rows_of(data) | ({"skipped_steps": progress.skipped_steps} if progress.skipped_steps else {})
     return Run(
         config, train_module, tokenizer, batches, validation, max_steps, progress, recorder, checkpoints, heartbeat
@@ -196,9 +198,9 @@ def open_architecture(config: Config) -> PretrainedConfig:
     resumes = config.checkpoint.resume == "auto"
     if resumes and distributed.on_rank_zero(lambda: bool(list_checkpoints(RunDirectory.of(config).checkpoints))):
         architecture = read_architecture(config.model)
+        distributed.on_rank_zero(lambda: check_same_architecture(RunDirectory.of(config), config.model, architecture))
         if distributed.on_rank_zero(lambda: was_untied(RunDirectory.of(config))):
             architecture.tie_word_embeddings = False
-        distributed.on_rank_zero(lambda: check_same_architecture(RunDirectory.of(config), config.model, architecture))
         return architecture
     architecture = pretrained_architecture(config.model, config.precision.frozen)
     distributed.on_rank_zero(lambda: write_description(RunDirectory.of(config), config.model, architecture))
@@ -239,19 +241,35 @@ def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer of the model.
 
     Raises:
-        UserError: there is none, or it has more tokens than the model knows.
+        UserError: there is none, or it has more tokens than the model knows. Special ones may be more, as a place for
+            images in a language model's: :func:`check_tokens` looks whether any is used.
     """
     source = config.tokenizer or config.path
     if source is None:
         raise UserError("model.path=null: name a Hugging Face directory, a hub id or builtin:demo, or choose a preset")
     known = read_architecture(config).vocab_size
     tokenizer = load_tokenizer(source, config.trust_remote_code)
-    if len(tokenizer) > known:
+    special = set(tokenizer.all_special_tokens) | {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    beyond = [number for token, number in tokenizer.get_vocab().items() if number >= known and token not in special]
+    if beyond:
         raise UserError(
-            f"model.tokenizer={source}: has {len(tokenizer)} tokens but the model knows {known}; "
+            f"model.tokenizer={source}: has {max(beyond) + 1} tokens but the model knows {known}; "
             "choose the model's own tokenizer"
         )
     return tokenizer
+
+
+def check_tokens(data: PreparedData, tokenizer: PreTrainedTokenizerBase, known: int) -> None:
+    """Raise :class:`UserError` where a row holds a token that the model, which knows so many, has no embedding of."""
+    if max(tokenizer.get_vocab().values(), default=0) < known:
+        return
+    for sequences in filter(None, (data.train, data.validation)):
+        highest = highest_token(sequences.rows)
+        if highest >= known:
+            raise UserError(
+                f"data.path: a row holds the token {tokenizer.convert_ids_to_tokens(highest)} (number {highest}), and "
+                f"the model knows {known} tokens; take it out of the rows"
+            )
 
 
 def rows_of(data: PreparedData) -> dict[str, Any]:

@@ -50,6 +50,30 @@ def test_a_global_batch_that_does_not_fit_the_ranks_is_refused_before_anything_i
     assert not list(tmp_path.iterdir())
 
 
+def test_special_tokens_that_the_model_has_no_place_for_are_refused_where_a_row_holds_one(tmp_path):
+    """As Gemma 3 1B's tokenizer has one for images, behind the last token that the model knows."""
+    tokenizer = load_tokenizer("builtin:demo")
+    known = 1 + max(tokenizer.get_vocab().values())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    architecture = {"model_type": "llama", "vocab_size": known}
+    config = ModelConfig(init="random", tokenizer=str(tmp_path / "tokenizer"), architecture=architecture)
+    opened = setup.open_tokenizer(config)
+    for text in ("no image", "an <image_soft_token>"):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"text": text}))
+        data = DataConfig(path=str(tmp_path / "rows.jsonl"), format="text", cache_dir=str(tmp_path / "cache"))
+        prepared = prepare_data(data, opened, seed=0)
+        if text == "no image":
+            setup.check_tokens(prepared, opened, known)
+        else:
+            with pytest.raises(UserError, match=rf"holds the token <image_soft_token> \(number {known}\)"):
+                setup.check_tokens(prepared, opened, known)
+    tokenizer.add_tokens(["word"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match=f"has {known + 2} tokens but the model knows {known}; choose the model's own"):
+        setup.open_tokenizer(config)
+
+
 def test_the_summary_counts_the_rows_of_both_sources(tmp_path):
     for name, count in (("train", 7), ("test", 3)):
         lines = [json.dumps({"prompt": "q", "completion": "a"}) for _ in range(count)] + ["{"]
