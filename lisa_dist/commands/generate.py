@@ -89,7 +89,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system: str |
     if isinstance(prompt, list) or system is not None:
         what = "messages need" if isinstance(prompt, list) else "generate.system needs"
         raise UserError(f"generate.prompts: {what} a chat template, and this model's tokenizer has none")
-    return tokenizer(prompt).input_ids
+    ids: list[int] = tokenizer(prompt).input_ids
+    # One that the tokenizer puts behind every text would end the prompt.
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(tokenizer.eos_token) else ids
 
 
 def check_room(answerer: Answerer, prompts: list[list[int]]) -> None:

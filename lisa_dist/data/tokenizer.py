@@ -118,7 +118,10 @@ def _as_its_file_says(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTr
         return tokenizer
     as_filed = PreTrainedTokenizerFast.from_pretrained(str(folder))
     some = range(0, len(as_filed), len(as_filed) // PROBED + 1)
-    probe = PROBE.format(tokenizer.eos_token or "", tokenizer.bos_token or "") + str(as_filed.decode(list(some)))
+    # What tokenizer_config.json says of a blank before a text its class carries out: before a blank none is put.
+    blank = "" if as_filed.init_kwargs.get("add_prefix_space") is None else " "
+    ends = [(token or "") + blank for token in (tokenizer.eos_token, tokenizer.bos_token)]
+    probe = blank + PROBE.format(*ends) + str(as_filed.decode(list(some), skip_special_tokens=blank != ""))
     with suppress(Exception):  # what transformers gave may not even be able to encode
         if tokenizer(probe, add_special_tokens=False).input_ids == as_filed(probe, add_special_tokens=False).input_ids:
             return tokenizer

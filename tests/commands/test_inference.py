@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lisa_dist.commands import chat, evaluate, export, generate
@@ -270,6 +271,18 @@ def test_messages_that_the_template_refuses_are_named() -> None:
     tokenizer = tokenizer_with(TEMPLATES["model_turns"])
     with pytest.raises(UserError, match=r"generate.prompts: the chat template refuses .*no system role"):
         generate.prompt_ids(tokenizer, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+
+
+def test_a_prompt_ends_without_the_eos_that_a_tokenizer_puts_behind_every_text() -> None:
+    tokenizer = load_tokenizer("builtin:demo")
+    tokenizer.chat_template = None
+    plain, eos = tokenizer("Hello").input_ids, tokenizer.eos_token_id
+    assert plain[-1] != eos
+    said = tokenizer(f"Hello{tokenizer.eos_token}").input_ids
+    assert generate.prompt_ids(tokenizer, f"Hello{tokenizer.eos_token}") == said
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A END", special_tokens=[("END", eos)])
+    assert tokenizer("Hello").input_ids == [*plain, eos]
+    assert generate.prompt_ids(tokenizer, "Hello") == plain
 
 
 def test_what_is_wrong_with_the_data_is_said_under_their_key(tmp_path: Path) -> None:

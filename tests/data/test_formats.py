@@ -278,6 +278,20 @@ def test_turns_that_can_not_be_read(turn, message):
         choose_format("auto", {}, row).to_sample(row)
 
 
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({"from": "gpt", "value": "a", "content": "b"}, "another text as content than as value, found str 'b'"),
+        ({"from": "gpt", "value": "a", "role": "user"}, "another speaker as role than as from, found str 'user'"),
+    ],
+)
+def test_a_turn_that_says_two_things_is_refused(turn, message):
+    asked = {"from": "human", "role": "user", "value": "q", "content": "q"}  # one thing in two ways
+    row = {"conversations": [asked, {"from": "gpt", "value": "a"}, asked, turn]}
+    with pytest.raises(BadRowError, match=message):
+        choose_format("auto", {}, row).to_sample(row)
+
+
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"training": False}, {"loss": False}, {"loss": 0.0}])
 def test_answers_that_are_marked_stay_untrained(mark):
     turns = [

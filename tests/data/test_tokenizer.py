@@ -80,6 +80,10 @@ def test_texts_are_split_as_tokenizer_json_says_whatever_its_class(tmp_path, nam
     assert tokenizer("in 2024, on 1999").input_ids == model.encode("in 2024, on 1999").ids
     assert tokenizer.eos_token == "<|endoftext|>"
     assert ("other tokens of a text than tokenizer.json" in caplog.text) != followed
+    if name == "GPT2Tokenizer" and followed:  # carries out what its configuration says of a blank
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "add_prefix_space": True}))
+        assert load_tokenizer(str(tmp_path))("on").input_ids == model.encode(" on").ids
+        assert "other tokens" not in caplog.text
 
 
 def test_no_eos_token(tmp_path):
