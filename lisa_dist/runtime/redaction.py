@@ -10,7 +10,7 @@ from typing import Any
 HIDDEN = "***"
 SHORTEST_SECRET = 8  # characters; a shorter value may be part of any word
 
-_SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|_KEY|CREDENTIALS?)$", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIALS?)$", re.IGNORECASE)
 # Hugging Face, OpenAI, GitHub, GitLab, AWS; keys in addresses (https://user:key@host).
 _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|glpat-[A-Za-z0-9_-]{20,}|AKIA[A-Z0-9]{16})\b"

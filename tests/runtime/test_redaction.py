@@ -20,9 +20,11 @@ LITERAL = "hf_" + "Ab3" * 10
 
 def test_what_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_API_KEY", SECRET)
+    monkeypatch.setenv("OTHERAPIKEY", "swordfish-of-another")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false-and-long")
     monkeypatch.setenv("SHORT_TOKEN", "the")
     assert hide_secrets(f"the key is {SECRET}, false-and-long") == f"the key is {HIDDEN}, false-and-long"
+    assert hide_secrets("so is swordfish-of-another") == f"so is {HIDDEN}"
     assert hide_secrets(f"--token={LITERAL}") == f"--token={HIDDEN}"
     assert hide_secrets("https://me:pass@host/x?a=b:c@d") == f"https://{HIDDEN}@host/x?a=b:c@d"
     assert hide_secrets_in({"a": [SECRET, 3], "b": (None, "x")}) == {"a": [HIDDEN, 3], "b": [None, "x"]}
