@@ -1,4 +1,4 @@
-"""Records, logs, the progress bar and the memory of a run, and the pages that show them.
+"""Records, logs, the lock, the progress bar and the memory of a run, and the pages that show them.
 
-It is told what happened and decides nothing.
+It is told what happened; of training it decides nothing.
 """

@@ -178,6 +178,7 @@ def test_never_silently_from_scratch(plain: Path, tmp_path: Path) -> None:
     [
         ("sampler=sweep", "was written with sampler.name=uniform, this run has sampler.name=sweep"),
         ("sampler.period=4", "was written with sampler.period=2, this run has sampler.period=4"),
+        ("optimizer=lion", "was written with optimizer.name=adamw, this run has optimizer.name=lion"),
         ("model.architecture.hidden_size=24", "hidden_size=18 then, 24 now"),
     ],
 )

@@ -1,6 +1,6 @@
 """What is updated in an active block: adapters, projected gradients, or all of it; one file an update.
 
-An update knows neither the sampler nor the sharding.
+An update knows neither the sampler nor how the model is sharded: it sees masters by name.
 """
 
 from __future__ import annotations
