@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 # Arguments (FOLDER is where the test is, LONG a name that no file system takes), and what the sentence must hold. In
-# FOLDER lie: rows.jsonl, model/ (a model), empty/, used/ (a run that has trained), my.yaml (a configuration file).
+# FOLDER lie: rows.jsonl, list.json, model/ (a model), empty/, used/ (a run that has trained), my.yaml (settings).
 MISTAKES = [
     (["trian"], "command=trian: must be one of train, plan"),
     (["trian"], "did you mean train?"),
@@ -85,6 +85,7 @@ MISTAKES = [
     (["generate", "FOLDER/model"], "holds no prompt"),
     (["generate", "FOLDER/model", "  "], "prompt 1 of 1 is empty"),
     (["generate", "FOLDER/model", "generate.prompts=FOLDER/no.txt"], "must be a list such as"),
+    (["generate", "FOLDER/model", "generate.prompts=FOLDER/list.json"], 'line 1 must be an object with "prompt"'),
     (["generate", "FOLDER/model", "What", "is", "this?"], "'this?' is one text too many; put a prompt in quotes"),
     (["generate", "FOLDER/model", "generate.max_new_token=3"], "did you mean generate.max_new_tokens?"),
     (["generate", "FOLDER/model", "--temperature", "3"], "--temperature: is no option"),
@@ -139,6 +140,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "used" / "config.yaml").write_text("method: lisa\n")
     (folder / "used" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     (folder / "my.yaml").write_text("model: demo\n")
+    (folder / "list.json").write_text('[{"prompt": "a"}]')
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import yaml
@@ -9,7 +10,7 @@ import yaml
 from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.config.loading import load
 from lisa_dist.config.overrides import SCHEMAS
-from lisa_dist.config.paths import local_path
+from lisa_dist.config.paths import BUILTIN_PREFIX, local_path
 from lisa_dist.config.reference import keys_in
 from lisa_dist.runtime.files import write_atomically
 
@@ -45,7 +46,10 @@ def run(config: Config, file: str, groups: tuple[str, ...]) -> int:
         write_atomically(path, text)
     except OSError as error:
         raise UserError(f"{file}: can't be written ({error.strerror or error})") from error
-    print(f"wrote {file}; set model.path and data.path in it to your own, then: lisa-dist train {file}")
+    named = {"model.path": config.model.path, "data.path": config.data.path}
+    left = [key for key, value in named.items() if value is None or value.startswith(BUILTIN_PREFIX)]
+    todo = f"set {' and '.join(left)} in it to your own, then: " if left else "next: "
+    print(f"wrote {file}; {todo}lisa-dist train {shlex.quote(file)}")
     return EXIT_DONE
 
 

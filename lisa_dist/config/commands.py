@@ -39,7 +39,7 @@ class EvaluateConfig:
 class GenerateConfig:
     path: str | None = None  # a Hugging Face directory; null: the checkpoint of run.dir
     step: int | None = None  # which checkpoint of run.dir; null: the newest
-    prompts: Any = field(default_factory=list)  # a list; or a file: one prompt a line, or JSON lines with "prompt"
+    prompts: Any = field(default_factory=list)  # a list; or a file: one prompt a line, or JSON lines (*.jsonl)
     max_new_tokens: int = 128  # of an answer
     temperature: float = 0.0  # 0: greedy
     batch_size: int = 8  # prompts that a rank answers together

@@ -49,7 +49,7 @@ def split_literals(
 
 
 def read_prompts(prompts: Any) -> list[Prompt]:
-    """Return the prompts of ``generate.prompts``: a list, or the lines of a file, JSON lines where it ends in .jsonl.
+    """Return the prompts of ``generate.prompts``: a list, or the lines of a file, JSON lines where its name says so.
 
     Raises:
         UserError: there are none, one is empty, or the file can't be read.
@@ -70,7 +70,7 @@ def read_prompts(prompts: Any) -> list[Prompt]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"generate.prompts={prompts}: can't be read ({error})") from error
         numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-        as_json = file.suffix in (".jsonl", ".ndjson")
+        as_json = file.suffix.lower() in (".json", ".jsonl", ".ndjson")
         found = [_prompt_of(file, number, line) if as_json else line for number, line in numbered]
     if not found:
         raise UserError(f"generate.prompts={prompts}: holds no prompt; give a list or a file with one prompt a line")

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or a gradient is not finite; that step has changed no parameter."""
+    """The loss or a gradient is not finite; that step has changed no parameter, but with ``optimizer.in_backward``."""
 
 
 class LossSpikeError(RuntimeError):

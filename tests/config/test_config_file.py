@@ -102,6 +102,15 @@ def test_init_writes_a_file_that_says_the_same(chosen: list[str], tmp_path: Path
         init(config, file, ("train",))
 
 
+def test_init_says_what_is_left_to_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for name, chosen in (("a", []), ("b", ["model.path=DIR"]), ("c d", ["model=qwen3_4b", "data.path=FILE.json"])):
+        assert main(["init", str(tmp_path / name), *chosen]) == 0
+        said.append(capsys.readouterr().out.partition("; ")[2].replace(str(tmp_path), "").strip())
+    to_set = "set model.path and data.path in it to your own, then: lisa-dist train /a"
+    assert said == [to_set, "set data.path in it to your own, then: lisa-dist train /b", "next: lisa-dist train '/c d'"]
+
+
 WRONG = [
     ("train: {sede: 1}", "no key train.sede"),
     ("train: {max_steps: many}", "train.max_steps='many': must be a whole number"),
