@@ -20,7 +20,7 @@ from lisa_dist.method.probes import mean_loss
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.files import make_folder, to_json, write_atomically
 from lisa_dist.telemetry.logs import setup_logging
-from lisa_dist.training.setup import make_batches
+from lisa_dist.training.setup import check_tokens, make_batches
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,9 @@ def held_out_loss(config: Config, opened: OpenedModel) -> dict[str, Any]:
     name, sequences = held_out_sequences(config, opened)
     train_module = opened.train_module
     dims = train_module.dims
+    architecture: Any = train_module.store.module.config
+    with distributed.longer_timeout(config.parallel.timeout):
+        check_tokens(sequences, opened.tokenizer, architecture.vocab_size, "evaluate.data")
     batches = make_batches(config, dims, sequences, int(opened.tokenizer.pad_token_id or 0))
     loss = mean_loss(train_module.store.module, train_module.objective, dims, batches.validation_batches())
     perplexity = math.exp(loss) if loss < 700 else math.inf

@@ -139,9 +139,9 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
     check_validation(config, data.validation is not None)
     with distributed.longer_timeout(config.parallel.timeout):
         described = distributed.on_rank_zero(lambda: fingerprint(config.data, data, tokenizer))
+        for sequences in filter(None, (data.train, data.validation)):
+            check_tokens(sequences, tokenizer, architecture.vocab_size)
     warn_of_positions(config.data.sequence_length, architecture)
-    with distributed.longer_timeout(config.parallel.timeout):
-        distributed.on_rank_zero(lambda: check_tokens(data, tokenizer, architecture.vocab_size))
     show_preview(config.data, data, tokenizer)
     pad = int(tokenizer.pad_token_id or 0)
     batches = make_batches(config, dims, data.train, pad, order_seed)
@@ -250,6 +250,7 @@ def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     known = read_architecture(config).vocab_size
     tokenizer = load_tokenizer(source, config.trust_remote_code)
     special = set(tokenizer.all_special_tokens) | {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    special -= {tokenizer.pad_token, tokenizer.eos_token}  # which batches hold, whatever the rows do
     beyond = [number for token, number in tokenizer.get_vocab().items() if number >= known and token not in special]
     if beyond:
         raise UserError(
@@ -259,17 +260,19 @@ def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_tokens(data: PreparedData, tokenizer: PreTrainedTokenizerBase, known: int) -> None:
-    """Raise :class:`UserError` where a row holds a token that the model, which knows so many, has no embedding of."""
+def check_tokens(sequences: Sequences, tokenizer: PreTrainedTokenizerBase, known: int, key: str = "data.path") -> None:
+    """Raise :class:`UserError` where a row holds a token that the model, which knows so many, has no embedding of.
+
+    Collective: every rank.
+    """
     if max(tokenizer.get_vocab().values(), default=0) < known:
         return
-    for sequences in filter(None, (data.train, data.validation)):
-        highest = highest_token(sequences.rows)
-        if highest >= known:
-            raise UserError(
-                f"data.path: a row holds the token {tokenizer.convert_ids_to_tokens(highest)} (number {highest}), and "
-                f"the model knows {known} tokens; take it out of the rows"
-            )
+    highest = distributed.on_rank_zero(lambda: highest_token(sequences.rows))
+    if highest >= known:
+        raise UserError(
+            f"{key}: a row holds the token {tokenizer.convert_ids_to_tokens(highest)} (number {highest}), and the "
+            f"model knows {known} tokens; take it out of the rows, or out of the chat template that writes it"
+        )
 
 
 def rows_of(data: PreparedData) -> dict[str, Any]:

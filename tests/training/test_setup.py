@@ -64,14 +64,18 @@ def test_special_tokens_that_the_model_has_no_place_for_are_refused_where_a_row_
         data = DataConfig(path=str(tmp_path / "rows.jsonl"), format="text", cache_dir=str(tmp_path / "cache"))
         prepared = prepare_data(data, opened, seed=0)
         if text == "no image":
-            setup.check_tokens(prepared, opened, known)
+            setup.check_tokens(prepared.train, opened, known)
         else:
             with pytest.raises(UserError, match=rf"holds the token <image_soft_token> \(number {known}\)"):
-                setup.check_tokens(prepared, opened, known)
-    tokenizer.add_tokens(["word"])
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(UserError, match=f"has {known + 2} tokens but the model knows {known}; choose the model's own"):
-        setup.open_tokenizer(config)
+                setup.check_tokens(prepared.train, opened, known)
+    for add in (
+        lambda: tokenizer.add_special_tokens({"pad_token": "[PAD]"}),  # which batches hold, whatever the rows do
+        lambda: (tokenizer.add_special_tokens({"pad_token": "</s>"}), tokenizer.add_tokens(["word"])),
+    ):
+        add()
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        with pytest.raises(UserError, match=f"tokens but the model knows {known}; choose the model's own"):
+            setup.open_tokenizer(config)
 
 
 def test_the_summary_counts_the_rows_of_both_sources(tmp_path):

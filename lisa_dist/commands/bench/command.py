@@ -36,7 +36,7 @@ from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.sharding.rounding import dtype_of
 from lisa_dist.telemetry.logs import setup_logging
 from lisa_dist.training.flops import preset_of
-from lisa_dist.training.setup import make_batches, open_tokenizer
+from lisa_dist.training.setup import check_tokens, make_batches, open_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -114,11 +114,12 @@ def bench_batches(config: Config) -> GlobalBatches:
     dims = ParallelDims.of(config.parallel)
     check_global_batch(config.train, dims.data_ranks)
     check_accumulation(config, dims.data_ranks)
+    vocabulary = read_architecture(config.model).vocab_size
     if config.data.path is None:
-        vocabulary = read_architecture(config.model).vocab_size
         return make_batches(config, dims, random_sequences(config.data.sequence_length, vocabulary), 0)
     tokenizer = open_tokenizer(config.model)
     data = prepare_data(config.data, tokenizer, config.train.seed)
+    check_tokens(data.train, tokenizer, vocabulary)
     return make_batches(config, dims, data.train, int(tokenizer.pad_token_id or 0))
 
 
