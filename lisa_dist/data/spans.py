@@ -18,8 +18,6 @@ that; where it does not agree, the answer's own prompt is rendered.
 from __future__ import annotations
 
 import datetime
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -31,10 +29,7 @@ from lisa_dist.data.formats import BadRowError, Conversation, Message
 from lisa_dist.data.marks import Mark, Marks, Place, insert, text_of
 from lisa_dist.data.template_texts import TemplateTexts, common_length, opens_by_a_constant
 from lisa_dist.data.tokenizer import render
-
-NOT_RENDERED = "the chat template does not render {}, so the model neither sees nor learns them"
-OF_RESULTS = (("tool", "name"), ("tool", "tool_call_id"))  # say which call a result is of; templates go by the order
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what data and templates call a message's thoughts
+from lisa_dist.data.unrendered import Rendered, note_unrendered
 
 
 @dataclass(frozen=True)
@@ -67,39 +62,21 @@ class AnswerFinder:
         except TemplateError as error:
             raise BadRowError(f"the chat template refuses the messages ({error})") from error
         found = search.answers()
-        self._note_what_is_left_out(search)
-        return found
-
-    def _note_what_is_left_out(self, search: _Search) -> None:
-        """Note what the template never renders: tools, thoughts, words beside a tool call, other keys of messages."""
         if search.words_lost:
             self.rendered["words"] = "the chat template leaves out an answer's text where a tool call stands beside it"
-        last = search.messages[-1]
-        fields = [name for name in THOUGHTS if isinstance(last.get(name), str) and last[name].strip()]
-        for field in [*fields, "tools"] if search.tools else fields:
-            if field in self.rendered:
-                continue
-            bare = [*search.messages[:-1], {name: value for name, value in last.items() if name != field}]
-            try:
-                tools = None if field == "tools" else search.tools
-                without = render(self.tokenizer, bare, tools=tools, date=self.date)
-            except TemplateError:
-                continue
-            self.rendered[field] = NOT_RENDERED.format(field) if without == search.whole else ""
-        for field, index, message in search.probes():
-            if field in self.rendered:
-                continue
-            text = search.render_or_none([*search.messages[:index], message, *search.messages[index + 1 :]])
-            if text is not None:
-                self.rendered[field] = "" if search.marks.free_word in text else NOT_RENDERED.format(field)
-        template = self.tokenizer.get_chat_template(tools=search.tools)
-        keys = {key for message in search.messages for key in message if (message["role"], key) not in OF_RESULTS}
-        for key in sorted(keys - {"role", "content", "tool_calls"} - self.rendered.keys()):
-            if re.search(rf"\b{re.escape(key)}\b", template):  # in this place or another
-                continue
-            bare = [{name: value for name, value in message.items() if name != key} for message in search.messages]
-            if search.render_or_none(bare) == search.whole:
-                self.rendered[key] = NOT_RENDERED.format(key)
+        template, tags = self.tokenizer.get_chat_template(tools=search.tools), self.texts.whole_words
+        asked = (search.messages, search.tools, search.whole, template, tags, search.marks.free_word)
+        note_unrendered(self.rendered, Rendered(*asked, self.render_or_none))
+        return found
+
+    def render_or_none(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, prompt: bool = False
+    ) -> str | None:
+        """Return what the template makes of messages, None where it refuses them."""
+        try:
+            return render(self.tokenizer, messages, tools=tools, prompt=prompt, date=self.date)
+        except TemplateError:
+            return None
 
 
 class _Search:
@@ -125,10 +102,7 @@ class _Search:
         return render(self.finder.tokenizer, messages, tools=self.tools, prompt=prompt, date=self.finder.date)
 
     def render_or_none(self, messages: list[Message], prompt: bool = False) -> str | None:
-        try:
-            return self.render(messages, prompt)
-        except TemplateError:
-            return None
+        return self.finder.render_or_none(messages, self.tools, prompt)
 
     def name(self, index: int) -> str:
         return f"message {index + 1} of {len(self.messages)} ({self.messages[index]['role']})"
@@ -186,29 +160,6 @@ class _Search:
             other = self.messages[mark.message]["role"] != "assistant"
             if other and any(begin < place < end for place in self.marks.places.get(mark.word, [])):
                 raise BadRowError(f"the chat template puts {self.name(mark.message)} inside {self.name(index)}")
-
-    def probes(self) -> Iterator[tuple[str, int, Message]]:
-        """Yield what a template may leave out of answers: its name, the message, and that with the free word in it."""
-        word = self.marks.free_word
-        last = self.messages[-1]
-        tag = self.finder.texts.whole_words.match(text_of(last["content"]).lstrip())
-        if tag and last["role"] == "assistant" and isinstance(last["content"], str):
-            marked = tag.group() + insert(tag.string[tag.end() :], word, at_end=False)
-            yield (
-                f"the words behind {tag.group()} that begin a last answer",
-                len(self.messages) - 1,
-                {**last, "content": marked},
-            )
-        for index, message in enumerate(self.messages):
-            *others, call = message.get("tool_calls") or [{}]
-            function = call.get("function", {})
-            if (arguments := function.get("arguments")) and isinstance(arguments, dict):
-                function = {**function, "arguments": {**arguments, list(arguments)[-1]: word}}
-                yield (
-                    "the arguments of tool calls",
-                    index,
-                    {**message, "tool_calls": [*others, {**call, "function": function}]},
-                )
 
     # Where an answer begins
 
