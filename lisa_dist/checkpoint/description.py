@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 GENERATION_FILE = "generation_config.json"
 # Fields of a configuration that say nothing of the network, or that the weights settle.
 NO_ARCHITECTURE = {"architectures", "auto_map", "dtype", "tie_word_embeddings", "transformers_version", "_name_or_path"}
+NO_ARCHITECTURE |= {"use_cache", "bos_token_id", "eos_token_id"}
 # Settings that decide whether others are allowed: they are taken first.
 _MODES = ["do_sample", "num_beams", "use_cache", "return_dict_in_generate", "suppress_tokens", "cache_implementation"]
 # Text that tokenizers treat differently: blanks, digits, other scripts, marks of their own.

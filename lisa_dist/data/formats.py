@@ -227,10 +227,11 @@ def _sharegpt_turn(turn: dict[str, Any]) -> Turn:
     if known not in SPEAKERS:
         raise BadRowError(f"a turn's speaker must be one of {', '.join(SPEAKERS)}, found {speaker!r}")
     content = turn["content"] if turn.get("value") is None and "content" in turn else turn.get("value")
-    if turn.get("content") not in (None, content):
+    if turn.get("content") not in (None, "", content):
         raise BadRowError(f"a turn has another text as content than as value, found {describe(turn['content'])}")
-    if isinstance(turn.get("role"), str) and SPEAKERS.get(turn["role"].strip().lower()) != SPEAKERS[known]:
-        raise BadRowError(f"a turn has another speaker as role than as from, found {describe(turn['role'])}")
+    role = turn.get("role")  # which may be a persona's name
+    if isinstance(role, str) and SPEAKERS.get(role.strip().lower(), SPEAKERS[known]) != SPEAKERS[known]:
+        raise BadRowError(f"a turn has another speaker as role than as from, found {describe(role)}")
     rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
     return read_turn({**rest, "content": content}, known, SPEAKERS[known])
 

@@ -113,8 +113,8 @@ def _router_loss(model: nn.Module) -> Callable[[Any, Tensor], Tensor]:
     experts, chosen, coefficient = model.num_experts, config.num_experts_per_tok, config.router_aux_loss_coef
 
     def weighted(router_logits: Any, labels: Tensor) -> Tensor:
-        counted = up_to_last_label(labels)
-        counted += counted.sum() == 0  # a micro-batch without labels: a mean over no tokens is no number
+        counted = up_to_last_label(labels).bool()  # repeated below for every layer and expert, a byte each
+        counted |= ~counted.any()  # a micro-batch without labels: a mean over no tokens is no number
         return coefficient * balance(router_logits, experts, chosen, counted)
 
     return weighted

@@ -287,7 +287,7 @@ def test_turns_that_can_not_be_read(turn, message):
 )
 def test_a_turn_that_says_two_things_is_refused(turn, message):
     asked = {"from": "human", "role": "user", "value": "q", "content": "q"}  # one thing in two ways
-    row = {"conversations": [asked, {"from": "gpt", "value": "a"}, asked, turn]}
+    row = {"conversations": [asked, {"from": "gpt", "value": "a", "content": "", "role": "doctor"}, asked, turn]}
     with pytest.raises(BadRowError, match=message):
         choose_format("auto", {}, row).to_sample(row)
 
