@@ -11,10 +11,10 @@ from typing import Any
 from lisa_dist.config import Config
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.distributed import is_main
-from lisa_dist.telemetry.history import MetricsRow, read_rows, read_summary
+from lisa_dist.telemetry.history import MetricsRow, read_rows
 from lisa_dist.telemetry.memory import allocator_retries, peak_memory_gib, reset_peak_memory
 from lisa_dist.telemetry.progress import Doing, ProgressDisplay
-from lisa_dist.telemetry.records import RowWriter, write_summary
+from lisa_dist.telemetry.records import RowWriter, known_summary, write_summary
 from lisa_dist.telemetry.sinks import Sink, build_sink
 
 logger = logging.getLogger(__name__)
@@ -69,12 +69,13 @@ class Recorder:
         self.writer = RowWriter(self.run)
         self.summary: dict[str, Any] = {"num_blocks": num_blocks}
         if first_step and is_main():
-            known = read_summary(self.run) or {}
+            known = known_summary(self.run)
             self.summary |= {key: known[key] for key in KEPT if key in known}
         self.sink: Sink | None = None
         self.cut_after(first_step or -1)  # at a fresh start the evaluation of step 0 is repeated too
         if first_step:
-            self.record_event(first_step, "resume", f"went on from step {first_step}")
+            others = {"evaluated_since": evaluated_since} if evaluated_since >= 0 else {}
+            self.record_event(first_step, "resume", f"went on from step {first_step}", **others)
         self.sink = build_sink(config, self.run, first_step)
         self.display = ProgressDisplay(max_steps, first_step, doing)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -11,6 +12,8 @@ from lisa_dist.runtime.distributed import is_main
 from lisa_dist.runtime.files import to_json, write_atomically
 from lisa_dist.runtime.redaction import hide_secrets
 from lisa_dist.telemetry.history import MetricsRow, read_rows, read_summary
+
+logger = logging.getLogger(__name__)
 
 
 class RowWriter:
@@ -80,10 +83,18 @@ def write_summary(run: RunDirectory, *, exit_reason: str, resumed_from: list[int
     write_atomically(run.summary, to_json(summary, indent=2) + "\n")
 
 
+def known_summary(run: RunDirectory) -> MetricsRow:
+    """Return what summary.json says before it is written anew: {} where none or a damaged one is, which is told."""
+    try:
+        return read_summary(run) or {}
+    except (ValueError, OSError) as error:
+        logger.warning("what the run's summary said is lost, for it is damaged: %s", error)
+        return {}
+
+
 def record_failure(run: RunDirectory, message: str) -> None:
     """Write into summary.json that the run failed, beside what it says already."""
-    known = read_summary(run) or {"resumed_from": []}
-    write_summary(run, **{**known, "exit_reason": f"failed: {message}"})
+    write_summary(run, **{"resumed_from": [], **known_summary(run), "exit_reason": f"failed: {message}"})
 
 
 def summary_is_new(run: RunDirectory, started: float) -> bool:

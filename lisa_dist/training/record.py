@@ -19,7 +19,7 @@ from lisa_dist.runtime import distributed
 from lisa_dist.runtime.host_copy import HostCopy
 from lisa_dist.runtime.units import format_bytes, format_count
 from lisa_dist.sharding.rounding import dtype_of
-from lisa_dist.telemetry.history import course_of, read_rows
+from lisa_dist.telemetry.history import comparable, course_of, read_rows
 from lisa_dist.telemetry.memory import free_memory_bytes, memory_kind, peak_memory_gib
 from lisa_dist.telemetry.progress import announce
 from lisa_dist.training.flops import peak_rate, step_flops
@@ -138,7 +138,7 @@ def last_lines(run: RunDirectory, stopped: bool) -> list[str]:
     step = next((row["step"] for row in reversed(rows) if "loss" in row), 0)
     lines = [f"{'stopped' if stopped else 'finished'} after step {step}"]
     for name, key in (("training loss", "loss"), ("validation loss", "eval_loss")):
-        if course := course_of(rows, key):
+        if course := course_of(comparable(rows, read_rows(run.events)), key):
             lines.append(f"{name:<16} {course}")
     named = shlex.quote(f"run.dir={run.path}")
     if checkpoints:

@@ -169,6 +169,11 @@ def test_rows_with_nulls_and_missing_keys_and_a_torn_last_line(tmp_path):
         ({}, "neither a step in metrics.jsonl nor a summary.json"),
         ({"metrics.jsonl": '{"step": 1}\nbroken\n{"step": 2}\n'}, r"record is damaged: .*metrics.jsonl, line 2"),
         ({"metrics.jsonl": '{"step": 1}\n', "summary.json": "{"}, "record is damaged"),
+        ({"metrics.jsonl": '{"loss": 2.5}\n'}, "record is damaged: .*metrics.jsonl, line 1: has no step"),
+        ({"metrics.jsonl": '{"step": 1, "loss": "low"}\n'}, "metrics.jsonl, line 1: loss=low is nothing that a run"),
+        ({"metrics.jsonl": '{"step": 1}\n', "layers.jsonl": '{"step": 1}\n'}, "layers.jsonl, line 1: has no active_la"),
+        ({"metrics.jsonl": '{"step": 1}\n', "events.jsonl": '{"step": 1}\n'}, "events.jsonl, line 1: has no event"),
+        ({"summary.json": '{"weight_norms": [1]}'}, "summary.json: weight_norms=.1. is nothing that a run writes"),
         ({"metrics.jsonl": '{"step": 1}\n', "config.yaml": "a: [1\n"}, "config.yaml is damaged"),
     ],
 )
@@ -301,3 +306,14 @@ def test_a_browser_draws_every_chart_without_a_complaint(tmp_path):
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr
     assert 'data-drawn="true"' in done.stdout and done.stdout.count('class="main-svg"') >= len(charts) == 8
+
+
+def test_held_out_losses_of_other_rows_are_not_compared(tmp_path):
+    make_run(tmp_path, steps=4, eval_every=1)
+    events = [
+        {"step": 2, "event": "resume", "text": "", "evaluated_since": 2},
+        {"step": 3, "event": "fault", "text": ""},
+    ]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in events))
+    figures = figures_of(page_of(tmp_path))
+    assert figures["change of validation loss"] == "-0.0100 (-0%)" and "best validation loss, step 4" in figures

@@ -151,3 +151,13 @@ def test_nobody_waits_for_torch(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_a_record_of_another_shape_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "text", {"step": 3, "loss": "low"}, beat=2)
+    make_run(tmp_path / "list", STEP, beat=2)
+    (tmp_path / "list" / "logs" / "heartbeat_0.json").write_text("[1]")
+    lines = {Path(line["run"]).name: line for line in listed(tmp_path, capsys)}
+    assert (lines["text"]["state"], lines["text"]["reason"]) == ("failed", "its record is damaged")
+    assert (lines["list"]["state"], lines["list"]["step"], lines["list"]["max_steps"]) == ("running", 3, None)
+    assert main(["runs", str(tmp_path)]) == 0

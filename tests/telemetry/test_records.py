@@ -8,7 +8,7 @@ from lisa_dist.config import Config, RunConfig
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.telemetry import records
 from lisa_dist.telemetry.recorder import Recorder
-from lisa_dist.telemetry.records import RowWriter, read_rows, read_summary, write_summary
+from lisa_dist.telemetry.records import RowWriter, read_rows, read_summary, record_failure, write_summary
 
 LAST = {"epoch": 0.5, "period": 0, "active_layers": [1, 3], "loss": 2.5, "lr": 1e-5, "grad_norm": 0.5}
 
@@ -132,3 +132,21 @@ def test_what_the_allocator_had_to_try_again_is_counted_by_row_and_said_once(tmp
     assert [row["allocator_retries"] for row in read_rows(recorder.run.metrics)] == [0, 3, 4]
     assert json.loads(recorder.run.summary.read_text())["allocator_retries"] == 7
     assert caplog.text.count("(3 times so far)") == caplog.text.count("times so far") == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_norms": 3}'])
+def test_a_damaged_summary_hides_no_failure_and_ends_no_resume(tmp_path, text, caplog):
+    run = RunDirectory(tmp_path)
+    run.summary.write_text(text)
+    Recorder(Config(run=RunConfig(dir=str(tmp_path))), 9, num_blocks=4, started=0.0, first_step=1)
+    record_failure(run, "no memory")
+    assert read_summary(run) == {"resumed_from": [], "exit_reason": "failed: no memory"}
+    assert caplog.text.count(f"what the run's summary said is lost, for it is damaged: {run.summary}: ") == 2
+
+
+def test_a_resume_says_until_when_held_out_losses_are_of_other_rows(tmp_path):
+    config = Config(run=RunConfig(dir=str(tmp_path)))
+    Recorder(config, 9, num_blocks=4, started=0.0, first_step=3, evaluated_since=2)
+    assert read_rows(tmp_path / "events.jsonl") == [
+        {"step": 3, "event": "resume", "text": "went on from step 3", "evaluated_since": 2}
+    ]

@@ -31,6 +31,10 @@ def test_the_last_lines_say_losses_checkpoint_and_the_next_command(tmp_path: Pat
         "finished after step 3", *said, f"what it learned  lisa-dist report {named}",
         f"export it        lisa-dist export {named} 'export.path={run.path}_hf'",
     ]  # fmt: skip
+    with run.metrics.open("a") as file:
+        file.write('{"step": 3, "eval_loss": 5.0}\n')
+    run.events.write_text('{"step": 2, "event": "resume", "text": "", "evaluated_since": 2}\n')
+    assert "validation loss  5.0000" in last_lines(run, stopped=True), "the other is of other rows"
     run.metrics.unlink()
     assert last_lines(RunDirectory(tmp_path / "nothing"), stopped=False)[0] == "finished after step 0"
 

@@ -14,7 +14,15 @@ from lisa_dist.config import UserError
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.units import GIB, format_bytes, format_count, format_duration, format_ranges
-from lisa_dist.telemetry.history import MetricsRow, RunState, course_of, max_steps_of, read_rows, state_of
+from lisa_dist.telemetry.history import (
+    MetricsRow,
+    RunState,
+    comparable,
+    course_of,
+    max_steps_of,
+    read_rows,
+    state_of,
+)
 from lisa_dist.telemetry.reports.charts import (
     MAX_MARKS,
     MAX_POINTS,
@@ -263,7 +271,7 @@ def _rows_cards(summary: MetricsRow) -> list[Card]:
 
 def _headlines(record: Record) -> dict[str, str]:
     """Return the numbers at the top of the page, those that the record has."""
-    steps, evals, summary = record.steps, record.evals, record.summary
+    steps, evals, summary = record.steps, comparable(record.evals, record.events), record.summary
 
     def known(rows: list[MetricsRow], key: str) -> list[float]:
         return [value for value in _column(rows, key) if value is not None]
