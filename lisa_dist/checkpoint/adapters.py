@@ -14,6 +14,7 @@ from lisa_dist.checkpoint.description import described_model
 from lisa_dist.checkpoint.shards import ShardedTensors, write_safetensors
 from lisa_dist.checkpoint.state import open_weights
 from lisa_dist.config import Config, UserError
+from lisa_dist.config.paths import local_path
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.config.updates import LoraUpdateConfig
 from lisa_dist.method.updates.lora import ADAPTER, adapter_config, merge, scaling_of
@@ -78,7 +79,8 @@ def write_adapter(config: Config, checkpoint: Path, directory: Path) -> list[str
     write_safetensors(described, directory / WEIGHTS_FILE, {"format": "pt"}, contents)
     layers = find_layers(build_meta_model(described_model(RunDirectory.of(config), config.model)), config.model.blocks)
     written = adapter_config(config.update.adapters, layers)
-    written.base_model_name_or_path = config.model.path
+    base = local_path(str(config.model.path))  # a relative one would be looked for where the adapter is loaded
+    written.base_model_name_or_path = str(base.resolve()) if base.is_dir() else config.model.path
     written.inference_mode = True
     written.save_pretrained(str(directory))
     return [WEIGHTS_FILE]

@@ -17,10 +17,9 @@ from lisa_dist.checkpoint.differences import changed_data, refuse_other_data, re
 from lisa_dist.checkpoint.manifest import MOMENTS, WEIGHTS, check_format, list_checkpoints, verify
 from lisa_dist.checkpoint.state import Progress, check_identity, hash_of_shapes, read_state
 from lisa_dist.config import Config, UserError
-from lisa_dist.config.loading import to_yaml
 from lisa_dist.method.module import TrainModule, add_trained_params, allocate
 from lisa_dist.runtime import distributed
-from lisa_dist.runtime.redaction import hide_secrets
+from lisa_dist.runtime.redaction import public_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ def restore_checkpoint(
     train_module.optimizer.allocate_offloaded({name: train_module.store.like_master(name) for name in sorted(waiting)})
     moments = train_module.optimizer.moment_tensors()
     if hash_of_shapes(moments) != state["moments"]:
-        refuse_other_moments(checkpoint, hide_secrets(to_yaml(train_module.config)))
+        refuse_other_moments(checkpoint, public_yaml(train_module.config))
     _read_tensors(moments, checkpoint / MOMENTS)
     train_module.optimizer.load_moments(moments)
     train_module.optimizer.set_step_counts(state["optimizer_steps"])
@@ -102,7 +101,7 @@ def place_in_data(progress: Progress, checkpoint: Path, data: Mapping[str, Any],
     if not changed_data(progress.data, data):
         return progress
     if not config.checkpoint.new_data:
-        refuse_other_data(checkpoint, progress.data, data, hide_secrets(to_yaml(config)))
+        refuse_other_data(checkpoint, progress.data, data, public_yaml(config))
     if distributed.is_main():
         logger.warning(
             "checkpoint.new_data=true: other data than those of %s (%s), so the run goes on at their start",

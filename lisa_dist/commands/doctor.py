@@ -177,7 +177,7 @@ def check_ranks(config: Config) -> Iterator[Finding]:
 
 def _test_these_ranks(config: Config) -> Finding:
     distributed.initialize(config.parallel)
-    parent = Path(config.run.dir or Path.cwd())
+    parent = local_path(config.run.dir) if config.run.dir else Path.cwd()
     directory = Path(distributed.on_rank_zero(lambda: _make_directory(parent)))
     try:
         self_test.run(dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(directory))))

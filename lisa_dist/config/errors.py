@@ -64,9 +64,11 @@ def check_minimums(group: str, part: object, **minimums: float) -> None:
 
 
 def check_at_least(key: str, value: float | None, minimum: float) -> None:
-    """Raise :class:`UserError` if ``value`` is given and smaller than ``minimum``."""
+    """Raise :class:`UserError` if ``value`` is given and smaller than ``minimum``, or not finite."""
     if value is not None and not value >= minimum:
         raise UserError(f"{key}={value}: must be at least {minimum}")
+    if value is not None:
+        check_finite(key, value)
 
 
 def check_finite(key: str, value: float) -> None:
@@ -76,9 +78,10 @@ def check_finite(key: str, value: float) -> None:
 
 
 def check_above_zero(key: str, value: float) -> None:
-    """Raise :class:`UserError` unless ``value`` is larger than 0."""
+    """Raise :class:`UserError` unless ``value`` is larger than 0, and finite."""
     if not value > 0:
         raise UserError(f"{key}={value}: must be above 0")
+    check_finite(key, value)
 
 
 def check_fraction(key: str, value: float, *, below_one: bool = False) -> None:

@@ -193,9 +193,9 @@ def _sentence(error: BaseException) -> str:
     return f"{key}: {str(keyed[-1]).splitlines()[0]}{where}"
 
 
-def to_yaml(config: Config) -> str:
-    """Return the configuration as YAML, keys as the user writes them."""
-    return OmegaConf.to_yaml(asdict(config), resolve=True)
+def to_yaml(config: Config, change: Callable[[dict[str, Any]], dict[str, Any]] = lambda settings: settings) -> str:
+    """Return the configuration as YAML, keys as the user writes them; ``change`` is made to its values before."""
+    return OmegaConf.to_yaml(change(asdict(config)), resolve=True)
 
 
 def load_run(run_dir: str, overrides: list[str]) -> Config:

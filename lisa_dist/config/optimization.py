@@ -11,7 +11,6 @@ from lisa_dist.config.errors import (
     check_at_least,
     check_choice,
     check_choices,
-    check_finite,
     check_fraction,
     check_minimums,
 )
@@ -38,12 +37,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_choices("optimizer", self, state_on_freeze=["discard", "offload"])
         check_minimums("optimizer", self, lr=0, weight_decay=0, grad_clip=0)
-        check_finite("optimizer.lr", self.lr)
-        check_finite("optimizer.weight_decay", self.weight_decay)
         for part, lr in self.part_lr.items():
             check_choice("optimizer.part_lr", part, PARTS)
             check_at_least(f"optimizer.part_lr.{part}", lr, 0)
-            check_finite(f"optimizer.part_lr.{part}", lr)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optimizer.betas={self.betas}: must be two numbers from 0 up to, but not, 1")
 
@@ -129,7 +125,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_above_zero("train.epochs", self.epochs)
-        check_finite("train.epochs", self.epochs)
         check_choices("train", self, on_nonfinite=["stop", "skip"])
         check_minimums("train", self, max_steps=1, global_batch_size=1, micro_batch_size=1, log_every=1, spike_window=1)
         check_minimums("train", self, eval_every=0, eval_batches=1, nonfinite_limit=0, spike_limit=0)

@@ -38,7 +38,7 @@ class RunDirectory:
     def of(cls, config: Config) -> RunDirectory:
         """Return the directory ``run.dir``, which is settled."""
         assert config.run.dir is not None, "the files of a run are asked for before run.dir is known"
-        return cls(Path(config.run.dir))
+        return cls(local_path(config.run.dir))
 
     def rank_log(self, rank: int) -> Path:
         """Return the log file of a rank."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -124,8 +125,8 @@ class WeightedSamplerConfig(SamplerConfig):
                 f"sampler.weights={self.weights}: sampler.law={self.law} "
                 + ("needs one number for each block" if reads_weights else "reads no weights; leave it out")
             )
-        if any(weight < 0 for weight in self.weights):
-            raise UserError(f"sampler.weights={self.weights}: must not be negative")
+        if not all(0 <= weight < math.inf for weight in self.weights):
+            raise UserError(f"sampler.weights={self.weights}: must be finite and must not be negative")
 
     @property
     def probe(self) -> ProbeRequest | None:

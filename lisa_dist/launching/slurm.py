@@ -201,6 +201,7 @@ def _srun(config: Config, folder: Path, config_dir: str | None, output: str, arg
     more = ["--config-dir", str(Path(config_dir).resolve())] if config_dir else []
     program = [sys.executable if container is None else "python", "-m", "lisa_dist", "train", *more]
     if container is not None and container.endswith(".sif"):
+        container = str(local_path(container))  # which no shell sees without quotes
         gpus = ["--nv"] if config.launch.gpus_per_node else []
         program = ["apptainer", "exec", *gpus, "--bind", ",".join(folders), container, *program]
     elif container is not None:

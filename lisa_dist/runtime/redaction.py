@@ -5,7 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+
+from lisa_dist.config import Config, LaunchConfig
+from lisa_dist.config.loading import to_yaml
+from lisa_dist.config.paths import local_path, path_exists
 
 HIDDEN = "***"
 SHORTEST_SECRET = 8  # characters; a shorter value may be part of any word
@@ -26,15 +32,30 @@ def hide_secrets(text: str) -> str:
     return _TOKEN.sub(HIDDEN, text)
 
 
-def hide_secrets_in(value: Any) -> Any:
-    """Return a structure of dicts and lists with the secrets in its texts replaced."""
+def hide_secrets_in(value: Any, hide: Callable[[str], str] = hide_secrets) -> Any:
+    """Return a structure of dicts and lists with the secrets in its texts replaced, by ``hide``."""
     if isinstance(value, str):
-        return hide_secrets(value)
+        return hide(value)
     if isinstance(value, dict):
-        return {key: hide_secrets_in(item) for key, item in value.items()}
+        return {key: hide_secrets_in(item, hide) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [hide_secrets_in(item) for item in value]
+        return [hide_secrets_in(item, hide) for item in value]
     return value
+
+
+def public_yaml(config: Config) -> str:
+    """Return what config.yaml holds: no secrets, and not the job script's shell lines, which may hold some.
+
+    A run is resumed by it, so a path that is there, or may name what is in a folder that is, stays as it is: the value
+    of a secret variable may be a word of it.
+    """
+
+    def hide(text: str) -> str:
+        path = local_path(text)
+        named = path_exists(path) or (path.parent.name != "" and path_exists(path.parent))
+        return text if named else hide_secrets(text)
+
+    return to_yaml(replace(config, launch=LaunchConfig()), lambda settings: hide_secrets_in(settings, hide))
 
 
 class RedactingFormatter(logging.Formatter):

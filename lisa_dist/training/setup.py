@@ -6,7 +6,7 @@ import copy
 import logging
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,8 @@ from lisa_dist.checkpoint.protocol import remove_leftovers
 from lisa_dist.checkpoint.restore import newest_complete, restore_checkpoint
 from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.checkpoint.state import Progress, read_state
-from lisa_dist.config import Config, LaunchConfig, ModelConfig, TrainConfig, UserError
+from lisa_dist.config import Config, ModelConfig, TrainConfig, UserError
 from lisa_dist.config.checks import check_global_batch, check_validation, options_without_effect
-from lisa_dist.config.loading import to_yaml
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
 from lisa_dist.data.batches import GlobalBatches, MicroBatch
 from lisa_dist.data.prepare import PreparedData, fingerprint, hash_of_rows, highest_token, prepare_data
@@ -37,7 +36,7 @@ from lisa_dist.runtime import distributed
 from lisa_dist.runtime.environment import restart_count
 from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.heartbeat import Heartbeat
-from lisa_dist.runtime.redaction import hide_secrets
+from lisa_dist.runtime.redaction import public_yaml
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.telemetry.recorder import Recorder
 from lisa_dist.telemetry.run_lock import hold_run
@@ -109,11 +108,6 @@ def forget_start(config: Config) -> None:
     run = RunDirectory.of(config)
     if distributed.is_main() and not run.holds_run():
         run.config.unlink(missing_ok=True)
-
-
-def public_yaml(config: Config) -> str:
-    """Return what config.yaml holds: no secrets, and not the job script's shell lines, which may hold some."""
-    return hide_secrets(to_yaml(replace(config, launch=LaunchConfig())))
 
 
 def prepare_run(config: Config, dims: ParallelDims) -> Run:
@@ -268,10 +262,15 @@ def check_tokens(sequences: Sequences, tokenizer: PreTrainedTokenizerBase, known
     if max(tokenizer.get_vocab().values(), default=0) < known:
         return
     highest = distributed.on_rank_zero(lambda: highest_token(sequences.rows))
+    check_token(highest, tokenizer, known, f"{key}: a row")
+
+
+def check_token(highest: int, tokenizer: PreTrainedTokenizerBase, known: int, where: str) -> None:
+    """Raise :class:`UserError` where the highest token of ``where`` is none of those that the model knows, so many."""
     if highest >= known:
         raise UserError(
-            f"{key}: a row holds the token {tokenizer.convert_ids_to_tokens(highest)} (number {highest}), and the "
-            f"model knows {known} tokens; take it out of the rows, or out of the chat template that writes it"
+            f"{where} holds the token {tokenizer.convert_ids_to_tokens(highest)} (number {highest}), and the model "
+            f"knows {known} tokens; take it out, or out of the chat template that writes it"
         )
 
 

@@ -11,6 +11,7 @@ from lisa_dist import cli
 from lisa_dist.commands import doctor, self_test
 from lisa_dist.config import EXIT_DONE
 from lisa_dist.config.loading import load
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime import distributed
 from tests.support.ranks import run_on_ranks
 
@@ -74,3 +75,14 @@ def lose_a_weight(folder: str) -> None:
 def test_the_self_test_notices_what_is_wrong(tmp_path: Path) -> None:
     run_on_ranks(2, write_where_others_do_not_see, str(tmp_path))
     run_on_ranks(1, lose_a_weight, str(tmp_path))
+
+
+def test_ranks_of_a_launcher_are_tested_in_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distributed, "initialize", lambda config: None)
+    monkeypatch.setattr(self_test, "run", lambda config: EXIT_DONE)
+    config = load(["run.dir=~/runs"])
+    assert doctor._test_these_ranks(config).state == doctor.OK
+    assert [path.name for path in tmp_path.iterdir()] == ["home"] and (tmp_path / "home" / "runs").is_dir()
+    assert RunDirectory.of(config).path == tmp_path / "home" / "runs"

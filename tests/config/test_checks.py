@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 import subprocess
 import sys
@@ -20,10 +22,13 @@ from lisa_dist.config.checks import (
     check_streamed,
     options_without_effect,
 )
+from lisa_dist.config.commands import GenerateConfig
 from lisa_dist.config.gpu import read_gpu
 from lisa_dist.config.loading import conf_dir, load
-from lisa_dist.config.sampling import ProbeRequest, SamplerConfig
-from lisa_dist.config.updates import UpdateConfig
+from lisa_dist.config.optimization import OPTIMIZER_CONFIGS, SchedulerConfig, TrainConfig
+from lisa_dist.config.placement import ParallelConfig
+from lisa_dist.config.sampling import SAMPLER_CONFIGS, ProbeRequest, SamplerConfig
+from lisa_dist.config.updates import UPDATE_CONFIGS, UpdateConfig
 
 MODEL = ["model.path=a/model", "data.path=rows.json"]
 
@@ -305,7 +310,21 @@ def test_a_run_in_which_nothing_trains_is_refused(overrides: list[str], told: st
         check_combinations(load([*MODEL, *overrides, *FROZEN_ENDS]))
 
 
-@pytest.mark.parametrize("key", ["train.epochs", "optimizer.lr", "optimizer.weight_decay", "optimizer.part_lr.head"])
-def test_infinite_numbers_are_refused_where_a_step_would_use_them(key: str) -> None:
-    with pytest.raises(UserError, match=rf"{key}=inf: must be a finite number"):
-        load([*MODEL, f"{key}=inf" if "part" not in key else "optimizer.part_lr={head:inf}"])
+def test_every_number_is_refused_where_it_is_infinite_or_nan() -> None:
+    """In every group, and of every choice of it: a step would use them, or nothing would come of them."""
+    parts = [("train", TrainConfig), ("scheduler", SchedulerConfig), ("parallel", ParallelConfig)]
+    parts += [("generate", GenerateConfig)]
+    parts += [("optimizer", part) for part in OPTIMIZER_CONFIGS.values()]
+    parts += [("update", part) for part in UPDATE_CONFIGS.values()]
+    parts += [("sampler", part) for part in SAMPLER_CONFIGS.values()]
+    tried = set()
+    for group, part in parts:
+        for number in dataclasses.fields(part):
+            if "float" in str(number.type):
+                few = {"list": lambda x: [x, 0.5], "dict": lambda x: {"head": x}}.get(str(number.type)[:4], lambda x: x)
+                law = {"law": "given"} if number.name == "weights" else {}
+                for value in (math.inf, math.nan, -math.inf):
+                    with pytest.raises(UserError, match=rf"^{group}\.{number.name}"):
+                        part(**{number.name: few(value)}, **law)
+                tried.add(f"{group}.{number.name}")
+    assert {"optimizer.eps", "update.alpha", "update.scale", "sampler.score_lr", "sampler.weights"} <= tried

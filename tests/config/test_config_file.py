@@ -72,10 +72,12 @@ def test_nothing_of_the_demonstration_is_in_a_file(tmp_path: Path) -> None:
 
 def test_a_number_is_what_its_key_makes_of_it(tmp_path: Path) -> None:
     text = "launch: {time: 24:00:00}\nrun: {name: 1e3}\ndata: {split: 007, columns: {prompt: 2}}\n"
-    config = load(read(tmp_path, text + "model.architecture: {a: 1e6, b: [3]}\noptimizer: {lr: 1.e-5, eps: .inf}\n"))
+    config = load(read(tmp_path, text + "model.architecture: {a: 1e6, b: [3]}\noptimizer: {lr: 1.e-5, eps: 1.E-7}\n"))
     assert (config.launch.time, config.run.name, config.data.split) == ("24:00:00", "1e3", "007")
     assert (config.data.columns, config.model.architecture) == ({"prompt": "2"}, {"a": 1e6, "b": [3]})
-    assert (config.optimizer.lr, config.optimizer.eps) == (1e-5, float("inf"))  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"optimizer.eps=inf: must be a finite number"):
+        load(read(tmp_path, "optimizer: {eps: .inf}\n"))
+    assert (config.optimizer.lr, config.optimizer.eps) == (1e-5, 1e-7)  # type: ignore[attr-defined]
 
 
 def test_what_a_run_wrote_can_be_read_as_a_file(tmp_path: Path) -> None:

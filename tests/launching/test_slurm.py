@@ -127,6 +127,8 @@ def test_containers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
         f"apptainer exec --nv --bind {tmp_path},/runs/one /images/torch.sif python -m lisa_dist train"
     ) in run_script(image, [])
+    monkeypatch.setenv("HOME", "/home/me")
+    assert ",/runs/one /home/me/torch.sif python" in run_script(config("launch.container=~/torch.sif"), [])
     script = run_script(config("launch.container=registry/torch:2"), [])
     assert f"--container-image=registry/torch:2 --container-mounts={tmp_path}:{tmp_path},/runs/one:/runs/one" in script
     assert "    python -m lisa_dist train" in script

@@ -8,9 +8,11 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import yaml
 
 from lisa_dist.config import Config
-from lisa_dist.runtime.redaction import HIDDEN, hide_secrets, hide_secrets_in
+from lisa_dist.config.loading import load
+from lisa_dist.runtime.redaction import HIDDEN, hide_secrets, hide_secrets_in, public_yaml
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import make_config, train_here
 
@@ -57,3 +59,20 @@ def test_no_file_of_a_run_holds_one(tmp_path: Path) -> None:
     assert not [path for path, content in written.items() if b"swordfish-of-setup" in content]
     assert not [path for path, content in written.items() if b"0123456789abcdef0123456789abcdef" in content]
     assert b"a fault with ***" in written[Path("logs/rank_0.log")]
+
+
+def test_what_a_run_is_resumed_by_keeps_its_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A secret may be a word of a path; and what is hidden must leave YAML that can be read."""
+    folder = tmp_path / "postgres"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("")
+    monkeypatch.setenv("DB_PASSWORD", "postgres")
+    keys = [
+        f"data.path={folder}/*.jsonl",
+        f"data.validation={folder}/a.jsonl",
+        "run.name=postgres",
+        f"run.dir={folder}",
+    ]
+    found = yaml.safe_load(public_yaml(load([*keys, "launch.setup=[swordfish]"])))
+    assert [found["data"]["path"], found["data"]["validation"]] == [f"{folder}/*.jsonl", f"{folder}/a.jsonl"]
+    assert found["run"] == {"dir": str(folder), "name": HIDDEN} and found["launch"]["setup"] == []

@@ -25,6 +25,7 @@ from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.config.checks import check_accumulation, check_global_batch
 from lisa_dist.config.errors import check_choice
 from lisa_dist.config.loading import group_choices, vary
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.batches import GlobalBatches
 from lisa_dist.data.prepare import prepare_data
 from lisa_dist.data.sequences import Sequences
@@ -50,7 +51,7 @@ def run(config: Config) -> int:
         UserError: the configuration does not fit the model, the data or the ranks.
     """
     distributed.initialize(config.parallel)
-    setup_logging(config.run.dir)
+    setup_logging(RunDirectory.of(config).path if config.run.dir else None)
     if config.bench.profile and config.run.dir is None:
         raise UserError("run.dir=null: bench.profile=true writes its trace there, name a directory")
     if config.bench.sweep and config.bench.compare:
@@ -79,7 +80,7 @@ def compare(config: Config) -> dict[str, Any]:
     }
     together = measure(list(runs.values()))
     if config.bench.profile:
-        write_trace(runs[config.method], Path(str(config.run.dir)))
+        write_trace(runs[config.method], RunDirectory.of(config).path)
     for bench_run in runs.values():  # a sweep goes on
         leave(bench_run)
     results = {name: summarize(bench_run, ceilings) for name, bench_run in runs.items()}
