@@ -45,6 +45,11 @@ def run(config: Config) -> int:
             continue
         asked = [*messages, {"role": "user", "content": said}]
         ids = prompt_ids(tokenizer, asked, system)
+        try:
+            opened.check_tokens(ids, "chat: what is said")
+        except UserError as error:
+            _say(str(error))
+            continue
         if answerer.room(ids, 1) == 0:
             _say(f"The conversation has {len(ids)} tokens, and the model {answerer.positions} positions; type /new.")
             continue

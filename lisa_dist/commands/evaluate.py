@@ -13,7 +13,7 @@ from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.config.paths import local_path
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.locate import has_subset
-from lisa_dist.data.prepare import prepare_data, validation_split
+from lisa_dist.data.prepare import highest_token, prepare_data, validation_split
 from lisa_dist.data.sequences import Sequences
 from lisa_dist.launching.inputs import check_evaluate
 from lisa_dist.method.probes import mean_loss
@@ -51,6 +51,8 @@ def run(config: Config) -> int:
 def held_out_loss(config: Config, opened: OpenedModel) -> dict[str, Any]:
     """Return the mean loss over the label tokens and its exponential. Collective: every rank."""
     name, sequences = held_out_sequences(config, opened)
+    highest = distributed.on_rank_zero(lambda: highest_token(sequences.rows))
+    opened.check_tokens([highest], f"evaluate.data={config.evaluate.data or 'null'}: a row")
     train_module = opened.train_module
     dims = train_module.dims
     architecture: Any = train_module.store.module.config
@@ -100,7 +102,7 @@ def run_tasks(config: Config, opened: OpenedModel) -> dict[str, Any]:
 
 def results_file(config: Config) -> Path:
     """Return where the results go: without a run they are named as a run's would be, in the current directory."""
-    run = RunDirectory(Path(config.run.dir or "."))
+    run = RunDirectory.of(config) if config.run.dir else RunDirectory(Path())
     return local_path(config.evaluate.output) if config.evaluate.output else run.evaluation
 
 

@@ -17,6 +17,7 @@ from lisa_dist.commands.inference import OpenedModel, answer_ends, open_model
 from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.config.paths import local_path
 from lisa_dist.config.prompts import Prompt, read_prompts
+from lisa_dist.data.formats import BadRowError, read_messages
 from lisa_dist.data.tokenizer import encode_prompt
 from lisa_dist.launching.inputs import make_room
 from lisa_dist.runtime import distributed
@@ -40,10 +41,13 @@ def run(config: Config) -> int:
     prompts: list[Prompt] = distributed.on_rank_zero(lambda: read_prompts(choice.prompts))
     output = local_path(choice.output) if choice.output else None
     distributed.on_rank_zero(lambda: make_room(choice.output))
+    read = [as_in_training(prompt) for prompt in prompts]
     opened = open_model(config, choice.path, choice.step, "generate")
     tokenizer = opened.tokenizer
-    asked = [prompt_ids(tokenizer, prompt, choice.system) for prompt in prompts]
+    asked = [prompt_ids(tokenizer, prompt, choice.system) for prompt in read]
     answerer, settings = Answerer(opened.train_module), settings_of(config, opened)
+    for number, ids in enumerate(asked, start=1):
+        opened.check_tokens(ids, f"generate.prompts: prompt {number} of {len(asked)}")
     check_room(answerer, asked)
     at_once = BATCHES_AT_ONCE * choice.batch_size * answerer.dims.data_ranks
     keys = draw_keys(asked, settings.seed)  # of all: a prompt may come again in another part
@@ -68,6 +72,26 @@ def settings_of(config: Config, opened: OpenedModel) -> AnswerSettings:
     ends = answer_ends(config, opened, choice.path)
     seed = config.train.seed
     return AnswerSettings(frozenset(ends), choice.max_new_tokens, choice.batch_size, choice.temperature, seed)
+
+
+def as_in_training(prompt: Prompt) -> Prompt:
+    """Return a prompt with its messages, where it has such, read as those of training data are.
+
+    Raises:
+        UserError: a message is none that could be trained, or the last one is an answer.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    try:
+        messages = read_messages(prompt)
+    except BadRowError as error:
+        raise UserError(f"generate.prompts: {error}, in {str(prompt)[:80]!r}") from error
+    if messages[-1]["role"] == "assistant":
+        raise UserError(
+            f"generate.prompts: {str(prompt)[:80]!r} ends with an answer (role {prompt[-1]['role']}), so nothing is "
+            "asked; leave that message out"
+        )
+    return messages
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system: str | None = None) -> list[int]:

@@ -79,6 +79,7 @@ class ShardedModel(HFLM):
 
     def __init__(self, opened: OpenedModel, config: Config, stop_ids: set[int]) -> None:
         """See :func:`evaluate_tasks`."""
+        self.opened = opened
         self.module: Any = opened.train_module.store.module.eval()
         self.dims = opened.train_module.dims
         self.key = f"evaluate.tasks={as_written(config.evaluate.tasks)}"
@@ -129,6 +130,8 @@ class ShardedModel(HFLM):
         return [everything[index] for index in range(len(requests))]
 
     def _check_and_count(self, requests: list[Request]) -> None:
+        for _, context, continuation in requests:
+            self.opened.check_tokens([*context, *continuation], f"{self.key}: a text")
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         if longest > self.max_length:
             raise UserError(
@@ -195,6 +198,8 @@ class ShardedModel(HFLM):
         assert attention_mask is not None, "the harness gives it"
         rows, mask = context.tolist(), attention_mask.tolist()
         prompts = [[token for token, seen in zip(*row) if seen] or [self.prefix_token_id] for row in zip(rows, mask)]
+        for prompt in prompts:
+            self.opened.check_tokens(prompt, f"{self.key}: a text")
         chosen = replace(
             self.answer_settings,
             max_new_tokens=max_length - context.shape[1],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from lisa_dist.checkpoint.description import GENERATION_FILE, described_model, source_file
+from lisa_dist.checkpoint.description import described_model
 from lisa_dist.checkpoint.export import find_checkpoint
 from lisa_dist.checkpoint.manifest import step_of
 from lisa_dist.checkpoint.restore import restore_weights
@@ -19,13 +21,13 @@ from lisa_dist.config.paths import model_directory
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.config.sampling import UniformSamplerConfig
 from lisa_dist.config.updates import FullRankUpdateConfig
-from lisa_dist.data.stops import stop_ids
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.method.module import TrainModule, allocate, build_train_module
 from lisa_dist.models.architecture import read_architecture
 from lisa_dist.models.loading import load_pretrained
 from lisa_dist.runtime import distributed
-from lisa_dist.training.setup import open_tokenizer
+from lisa_dist.training.generation import ends_of
+from lisa_dist.training.setup import check_token, open_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,11 @@ class OpenedModel:
     tokenizer: PreTrainedTokenizerBase
     source: str
     step: int | None  # of the checkpoint; None for a Hugging Face directory
+
+    def check_tokens(self, ids: Iterable[int], where: str) -> None:
+        """Raise :class:`UserError` where ``ids``, those of ``where``, hold a token that the model does not know."""
+        module: Any = self.train_module.store.module
+        check_token(max(ids, default=0), self.tokenizer, module.config.vocab_size, where)
 
 
 def open_model(config: Config, path: str | None, step: int | None, command: str) -> OpenedModel:
@@ -79,16 +86,7 @@ def answer_ends(config: Config, opened: OpenedModel, path: str | None) -> set[in
     Collective: every rank.
     """
     source = RunDirectory.of(config).model if path is None else model_directory(path) or path
-    return stop_ids(opened.tokenizer, distributed.on_rank_zero(lambda: _own_ends(opened, str(source))))
-
-
-def _own_ends(opened: OpenedModel, source: str) -> int | list[int] | None:
-    """Return the ``eos_token_id`` of a model's generation_config.json, or without one of its config.json."""
-    file = source_file(source, GENERATION_FILE)
-    if file is not None:
-        return GenerationConfig.from_pretrained(file.parent).eos_token_id
-    settings: GenerationConfig | None = opened.train_module.store.module.generation_config  # as transformers finds it
-    return None if settings is None else settings.eos_token_id
+    return ends_of(opened.tokenizer, opened.train_module, str(source))
 
 
 def without_training(config: Config, path: str | None) -> Config:

@@ -26,7 +26,7 @@ from lisa_dist.data.messages import (
     read_turn,
 )
 
-__all__ = ["BadRowError", "Conversation", "Message", "RowFormat", "Sample", "choose_format"]
+__all__ = ["BadRowError", "Conversation", "Message", "RowFormat", "Sample", "choose_format", "read_messages"]
 
 
 @dataclass(frozen=True)
@@ -207,6 +207,11 @@ def _turns(values: dict[str, Any], column: str) -> list[dict[str, Any]]:
 
 def _from_chat(values: dict[str, Any]) -> Sample:
     return _conversation(values, [_chat_turn(turn) for turn in _turns(values, "messages")])
+
+
+def read_messages(turns: list[dict[str, Any]]) -> list[Message]:
+    """Return the messages of a conversation, as they are of chat data; :class:`BadRowError` where one is none."""
+    return [_chat_turn(turn)[0] for turn in turns]
 
 
 def _chat_turn(turn: dict[str, Any]) -> Turn:

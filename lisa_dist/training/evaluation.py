@@ -11,12 +11,12 @@ from rich.text import Text
 from lisa_dist.checkpoint.manifest import checkpoint_name
 from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import Config
+from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.preview import Question, sample_questions
-from lisa_dist.data.stops import stop_ids
 from lisa_dist.method.probes import mean_loss
 from lisa_dist.runtime import distributed
 from lisa_dist.telemetry.progress import print_table
-from lisa_dist.training.generation import AnswerSettings
+from lisa_dist.training.generation import AnswerSettings, ends_of
 from lisa_dist.training.setup import Run
 
 logger = logging.getLogger(__name__)
@@ -123,6 +123,7 @@ def show_answers(run: Run, title: str) -> None:
 def answer_questions(run: Run, questions: list[Question]) -> list[list[int]]:
     """Return the answers' tokens, each about as long as the expected one at most. Collective: every rank."""
     limits = [min(LONGEST_ANSWER, 2 * len(question.answer_ids) + 8) for question in questions]
-    settings = AnswerSettings(frozenset(stop_ids(run.tokenizer)), max(limits, default=1))
+    ends = ends_of(run.tokenizer, run.train_module, str(RunDirectory.of(run.config).model))
+    settings = AnswerSettings(frozenset(ends), max(limits, default=1))
     found = run.answerer.answers([question.prompt_ids for question in questions], settings)
     return [answer[:limit] for answer, limit in zip(found, limits)]

@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from lisa_dist.checkpoint.description import GENERATION_FILE, source_file
+from lisa_dist.data.stops import stop_ids
 from lisa_dist.method.module import TrainModule
 from lisa_dist.models.architecture import original_class
 from lisa_dist.models.generation import (
@@ -156,6 +159,27 @@ class Answerer:
                 streamer.end()
             answers[index] = ids[len(prompt) :]
         return answers
+
+
+def ends_of(tokenizer: PreTrainedTokenizerBase, train_module: TrainModule, source: str) -> set[int]:
+    """Return the tokens that end an answer: those of the tokenizer, and those that a model's files name.
+
+    Collective: every rank.
+
+    Args:
+        tokenizer: of the model.
+        train_module: the model, whose config.json counts where there is no generation_config.json.
+        source: the directory or the hub id of its files.
+    """
+
+    def own() -> int | list[int] | None:
+        file = source_file(source, GENERATION_FILE)
+        if file is not None:
+            return GenerationConfig.from_pretrained(file.parent).eos_token_id
+        settings: GenerationConfig | None = train_module.store.module.generation_config  # as transformers finds it
+        return None if settings is None else settings.eos_token_id
+
+    return stop_ids(tokenizer, distributed.on_rank_zero(own))
 
 
 def draw_keys(prompts: list[list[int]], seed: int) -> list[int]:

@@ -17,13 +17,15 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lisa_dist.commands import chat, evaluate, export, generate
-from lisa_dist.commands.inference import answer_ends, without_training
+from lisa_dist.commands.inference import OpenedModel, answer_ends, without_training
 from lisa_dist.config import UserError
 from lisa_dist.config.checks import check_combinations
 from lisa_dist.config.loading import load, load_run
 from lisa_dist.config.prompts import read_prompts
 from lisa_dist.data.stops import stop_ids
 from lisa_dist.data.tokenizer import load_tokenizer
+from lisa_dist.runtime import distributed
+from lisa_dist.training.generation import AnswerSettings
 from lisa_dist.training.loop import train
 from tests.support.families import tiny_config
 from tests.support.ranks import run_on_ranks
@@ -291,3 +293,70 @@ def test_what_is_wrong_with_the_data_is_said_under_their_key(tmp_path: Path) -> 
     for path in ("builtin:dmo", f"{tmp_path}/nowhere.jsonl", f"{tmp_path}/empty.jsonl"):
         with pytest.raises(UserError, match=f"^evaluate.data={path}: "):
             evaluate.held_out_sequences(load([f"evaluate.data={path}", f"data.cache_dir={tmp_path}"]), opened)
+
+
+def stub(tokenizer: Any, known: int) -> OpenedModel:
+    """An opened model that knows so many tokens, and has no weights."""
+    module = SimpleNamespace(config=SimpleNamespace(vocab_size=known))
+    train_module: Any = SimpleNamespace(store=SimpleNamespace(module=module), objective=None, dims=None)
+    return OpenedModel(train_module, tokenizer, "stub", None)
+
+
+class StubAnswerer:
+    """Keeps what it is asked, and has no answer."""
+
+    asked: list[list[int]]
+
+    def __init__(self, train_module: Any) -> None:
+        self.dims = SimpleNamespace(data_ranks=1)
+
+    def room(self, ids: list[int], most: int) -> int:
+        return 1
+
+    def answers(self, asked: list[list[int]], *settings: Any) -> list[list[int]]:
+        StubAnswerer.asked = asked
+        return [[] for _ in asked]
+
+    def stream(self, *asked: Any) -> list[int]:
+        pytest.fail("was asked")
+
+
+@pytest.fixture
+def stubbed(monkeypatch: pytest.MonkeyPatch) -> Any:
+    tokenizer = load_tokenizer("builtin:demo")
+    known = 1 + max(tokenizer.get_vocab().values())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    monkeypatch.setattr(distributed, "initialize", lambda parallel: None)  # there is no model to be sharded
+    for command in (generate, chat):
+        monkeypatch.setattr(command, "setup_logging", lambda: None)
+        monkeypatch.setattr(command, "open_model", lambda *_: stub(tokenizer, known))
+        monkeypatch.setattr(command, "Answerer", StubAnswerer)
+        monkeypatch.setattr(command, "settings_of", lambda *_: AnswerSettings(frozenset(), 1))
+    return tokenizer, known
+
+
+def test_tokens_that_the_model_has_no_place_for_are_refused_in_what_it_is_asked(
+    stubbed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer, known = stubbed
+    with pytest.raises(UserError, match=rf"generate.prompts: prompt 2 of 2 holds the token <image_s.*number {known}"):
+        generate.run(load(["generate.prompts=[one,'<image_soft_token>']"]))
+    monkeypatch.setattr("sys.stdin", io.StringIO("an <image_soft_token>\n"))
+    assert chat.run(load([])) == 0
+    assert "chat: what is said holds the token <image_soft_token>" in capsys.readouterr().err
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "an <image_soft_token>"}))
+    keys = [f"evaluate.data={tmp_path}/rows.jsonl", f"data.cache_dir={tmp_path}"]
+    with pytest.raises(UserError, match=r"^evaluate.data=.*rows.jsonl: a row holds the token <image_soft_token>"):
+        evaluate.held_out_loss(load(keys), stub(tokenizer, known))
+
+
+def test_messages_of_prompts_are_read_as_those_of_training_data(stubbed: Any, tmp_path: Path) -> None:
+    tokenizer, _ = stubbed
+    rows = [[{"role": "Human", "content": "Hi"}], [{"role": "USER", "content": [{"type": "text", "text": "Hi"}]}]]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    assert generate.run(load([f"generate.prompts={file}"])) == 0
+    assert StubAnswerer.asked == [generate.prompt_ids(tokenizer, "Hi")] * 2
+    for message, told in (({"role": "gpt", "content": "b"}, "ends with an answer .role gpt"), ({}, "must have a role")):
+        with pytest.raises(UserError, match=told):
+            generate.as_in_training([*rows[0], message])

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from lisa_dist.config.loading import load
+from lisa_dist.data.preview import Question
+from lisa_dist.data.stops import stop_ids
+from lisa_dist.data.tokenizer import load_tokenizer
+from lisa_dist.training import evaluation
 from lisa_dist.training.generation import KeyedDraws, draw_keys
 from tests.support.answers import CASES, HOW, NEW_TOKENS, answerer_of, greedy, prompts
 from tests.support.ranks import run_on_ranks
@@ -108,3 +115,11 @@ def test_the_smallest_and_the_largest_number_draw_tokens_that_can_be(
     monkeypatch.setattr(torch, "rand", lambda *shape, **rest: torch.full(shape, number, dtype=torch.float64))
     logits = torch.tensor([[-torch.inf, 1.0, 1.0, -torch.inf]])
     assert int(KeyedDraws([0], 1.0)(logits)) == (1 if number == 0 else 2)
+
+
+def test_sample_answers_stop_at_the_ends_that_the_files_of_a_model_name(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+    run = mock.MagicMock(tokenizer=load_tokenizer("builtin:demo"), config=load([f"run.dir={tmp_path}"]))
+    evaluation.answer_questions(run, [Question([3], [4])])
+    assert run.answerer.answers.call_args.args[1].stop_ids == {5, 7} | stop_ids(run.tokenizer)
