@@ -13,7 +13,7 @@ from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.config.paths import local_path
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.locate import has_subset
-from lisa_dist.data.prepare import highest_token, prepare_data, validation_split
+from lisa_dist.data.prepare import prepare_data, validation_split
 from lisa_dist.data.sequences import Sequences
 from lisa_dist.launching.inputs import check_evaluate
 from lisa_dist.method.probes import mean_loss
@@ -51,13 +51,11 @@ def run(config: Config) -> int:
 def held_out_loss(config: Config, opened: OpenedModel) -> dict[str, Any]:
     """Return the mean loss over the label tokens and its exponential. Collective: every rank."""
     name, sequences = held_out_sequences(config, opened)
-    highest = distributed.on_rank_zero(lambda: highest_token(sequences.rows))
-    opened.check_tokens([highest], f"evaluate.data={config.evaluate.data or 'null'}: a row")
     train_module = opened.train_module
     dims = train_module.dims
     architecture: Any = train_module.store.module.config
     with distributed.longer_timeout(config.parallel.timeout):
-        check_tokens(sequences, opened.tokenizer, architecture.vocab_size, "evaluate.data")
+        check_tokens(sequences, opened.tokenizer, architecture.vocab_size, f"evaluate.data={name}")
     batches = make_batches(config, dims, sequences, int(opened.tokenizer.pad_token_id or 0))
     loss = mean_loss(train_module.store.module, train_module.objective, dims, batches.validation_batches())
     perplexity = math.exp(loss) if loss < 700 else math.inf
