@@ -134,9 +134,8 @@ def _run(arguments: argparse.Namespace, literals: list[str]) -> int:
     given = overrides
     if name in TRAINING:
         file, given = split_words(overrides)
-        overrides = given
-        if file is not None:  # what it says comes first, so that the command line counts
-            overrides = [*file_overrides(file, overrides, arguments.config_dir), *overrides]
+        said = [] if file is None else file_overrides(file, given, arguments.config_dir)
+        overrides = [*said, *given]  # what the file says comes first, so that the command line counts
     if arguments.watch:
         overrides = [*overrides, "report.watch=true"]
     if name == "runs" and overrides and "=" not in overrides[0]:

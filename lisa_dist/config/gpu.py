@@ -47,8 +47,9 @@ def read_gpu(name: str) -> Gpu:
     description = str(specs.pop("description"))
     try:
         numbers = {key: float(value) for key, value in specs.items()}
+        possible = all(0 < number < math.inf for number in numbers.values())
     except (TypeError, ValueError):
-        numbers = {"": math.nan}
-    if not all(0 < number < math.inf for number in numbers.values()):
+        possible = False
+    if not possible:
         raise UserError(f"plan.gpu={name}: every key but description must be a number above 0")
     return Gpu(description, memory_bytes=int(numbers.pop("memory_bytes")), **numbers)

@@ -55,11 +55,11 @@ def read_prompts(prompts: Any) -> list[Prompt]:
         UserError: there are none, one is empty, or the file can't be read.
     """
     if isinstance(prompts, list):
-        other = next((prompt for prompt in prompts if prompt is None or isinstance(prompt, dict | list)), "")
-        if other != "":
-            raise UserError(
-                f"generate.prompts: {other!r} is no text; conversations go into a file of JSON lines with messages"
-            )
+        for prompt in prompts:
+            if prompt is None or isinstance(prompt, dict | list):
+                raise UserError(
+                    f"generate.prompts: {prompt!r} is no text; conversations go into a file of JSON lines with messages"
+                )
         found: list[Prompt] = [str(prompt) for prompt in prompts]
     else:
         file = local_path(str(prompts))
