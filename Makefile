@@ -2,6 +2,7 @@
 # make lint       format, lint, types and the import contract
 # make check      those and the unit tests: before each commit
 # make test       set up .venv and run the tests
+# make e2e        whole runs as a user starts them: in Slurm, over a bad network, killed and stopped
 # make soak       the long tests: many kills, many switches, errors put into the code, the oldest torch and transformers
 # make gpu-check  the tests that need a GPU, every option, family and command once, and the standing benchmark
 VENV := .venv
@@ -11,7 +12,8 @@ TORCH_FOR_CPU := https://download.pytorch.org/whl/cpu
 CONSTRAINTS := constraints.txt
 # Two files of tests at a time, each test and rank on one thread: more threads than cores wait for each other. Byte code
 # is written: each Python that a test starts would compile the program anew.
-TESTS = env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" --numprocesses 2 --dist loadfile
+TESTS = env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+ORDINARY = -m "not e2e and not soak"
 GPU_CHECK ?= gpu_check.json
 RUN_DIR ?= runs/demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 
@@ -19,7 +21,7 @@ RUN_DIR ?= runs/demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 PYTHON ?= $(shell for name in python3.11 python3 python3.12 python3.13 python3.14 python; do \
 	$$name -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
 
-.PHONY: demo lint check test soak oldest numbers gpu-check install
+.PHONY: demo lint check test e2e soak oldest numbers gpu-check install
 
 demo: $(INSTALLED)
 	$(BIN)/lisa-dist train parallel.nproc_per_node=2 run.dir=$(RUN_DIR)
@@ -37,10 +39,13 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 
 check: lint
-	$(TESTS) tests/config tests/data tests/method/optim tests/method/sampling tests/runtime
+	$(TESTS) $(ORDINARY) tests/config tests/data tests/method/optim tests/method/sampling tests/runtime
 
 test: $(INSTALLED)
-	$(TESTS)
+	$(TESTS) $(ORDINARY)
+
+e2e: $(INSTALLED)
+	$(TESTS) -m e2e
 
 soak: $(INSTALLED)
 	$(BIN)/python -m pytest -m soak --timeout=0
@@ -53,7 +58,7 @@ oldest:
 	$(MAKE) numbers VENV=.venv-oldest CONSTRAINTS=.oldest.txt
 
 numbers: $(INSTALLED)
-	$(TESTS) tests/golden tests/sharding tests/distributed/test_training.py tests/distributed/test_resume.py
+	$(TESTS) $(ORDINARY) tests/golden tests/sharding tests/distributed/test_training.py tests/distributed/test_resume.py
 
 gpu-check: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no GPU, gpu-check needs one")'

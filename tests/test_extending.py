@@ -171,6 +171,7 @@ def test_so_many_files_are_touched_beside_the_registry(added: dict[str, str | tu
     assert len([name for name in added if not name.endswith("__init__.py")]) == files
 
 
+@pytest.mark.e2e
 def test_what_was_added_trains(package: Path, tmp_path: Path) -> None:
     data, run_dir = tmp_path / "lines.jsonl", tmp_path / "run"
     data.write_text("".join(json.dumps({"line": f"line {number} of a text"}) + "\n" for number in range(8)))

@@ -16,6 +16,7 @@ from lisa_dist.runtime import distributed
 from tests.support.ranks import run_on_ranks
 
 
+@pytest.mark.e2e
 def test_a_machine_that_can_train_is_well(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

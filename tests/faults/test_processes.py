@@ -32,6 +32,7 @@ def train_undisturbed(run_dir: Path, *overrides: str) -> Path:
     return run_dir
 
 
+@pytest.mark.e2e
 @pytest.mark.timeout(3000)
 def test_kills_and_signals_in_a_row(tmp_path: Path) -> None:
     """One rank killed; the launcher killed; SIGUSR1 to one rank: then to the end."""
@@ -81,6 +82,7 @@ def run_by_torchrun(output: Path, *arguments: str) -> None:
     torchrun.main([*settings, "--start-method=fork", "--run-path", str(dying.__file__), "train", *arguments])
 
 
+@pytest.mark.e2e
 @pytest.mark.timeout(3000)
 def test_torchrun_brings_a_run_back_by_itself(tmp_path: Path) -> None:
     """Rank 1 is killed before step 4, two steps after a checkpoint."""
@@ -94,6 +96,7 @@ def test_torchrun_brings_a_run_back_by_itself(tmp_path: Path) -> None:
     assert_same_run(run_dir, train_undisturbed(tmp_path / "reference", *settings))
 
 
+@pytest.mark.e2e
 @pytest.mark.timeout(3000)
 def test_a_rank_that_stands_still_is_named(tmp_path: Path) -> None:
     run = Launched(tmp_path / "run", ENDLESS, "parallel.timeout=15")

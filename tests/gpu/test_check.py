@@ -30,6 +30,7 @@ def test_some_of_every_kind_pass(tmp_path: Path) -> None:
     assert "bit for bit" in found["resume lisa"]["found"]
 
 
+@pytest.mark.soak
 def test_checks_in_processes_of_their_own_are_reported(tmp_path: Path) -> None:
     output = tmp_path / "found.json"
     assert check.main(["--tiny", "--processes", "2", "--output", str(output), "family llama"]) == 0

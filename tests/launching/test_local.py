@@ -210,6 +210,7 @@ def test_term_to_the_launcher_saves_and_stops(launch: Callable[..., Launcher]) -
     assert all_gone(ranks)
 
 
+@pytest.mark.e2e
 def test_signal_while_the_ranks_start_is_not_lost(launch: Callable[..., Launcher]) -> None:
     quick = launch(programs.train_until_stopped, ranks=1, forked=False)
     quick.wait_for("logs")  # the launcher listens; its rank has not even imported torch
@@ -241,6 +242,7 @@ def test_control_c_once_ends_what_saves_nothing(launch: Callable[..., Launcher])
     assert all_gone(ranks)
 
 
+@pytest.mark.e2e
 def test_no_rank_outlives_a_killed_launcher(launch: Callable[..., Launcher]) -> None:
     slow = launch(programs.train_until_stopped, seconds_to_save=600, ranks=1, forked=False)
     ranks = slow.ranks()

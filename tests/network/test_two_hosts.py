@@ -79,6 +79,7 @@ def train_undisturbed(run_dir: str, steps: int) -> None:
     assert train(load([*SETTINGS, f"run.dir={run_dir}", f"train.max_steps={steps}", "checkpoint.every=0"])) == 0
 
 
+@pytest.mark.e2e
 def test_a_bad_network_costs_time_and_in_the_end_a_restart(
     hosts: Hosts, start: Callable[..., Run], tmp_path: Path
 ) -> None:

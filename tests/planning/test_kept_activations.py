@@ -25,7 +25,7 @@ def test_checkpointing_holds_with_kernels_of_blocks(kernels: str) -> None:
 
 
 @pytest.mark.parametrize("kept", ["none", "full"])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_a_probe_of_gradients_needs_no_more_than_a_step(kept: str, ranks: int) -> None:
     config = load([*MODEL, "method=grass", f"parallel.activation_checkpointing={kept}"])
     config.model.architecture |= {"num_hidden_layers": 8}

@@ -26,7 +26,7 @@ def configured(chosen: str, model_type: str = "llama") -> Config:
 
 def of_a_frozen_block(config: Config) -> tuple[int, int]:
     """Bytes that it adds to the peak, and bytes that its operators move."""
-    more, fewer = (simulate(config, depth) for depth in (6, 5))
+    more, fewer = (simulate(config, depth) for depth in (4, 3))
     return more.peak_bytes - fewer.peak_bytes, more.work.other_bytes - fewer.work.other_bytes
 
 
@@ -50,7 +50,7 @@ def test_a_second_micro_batch_needs_no_second_gradient_of_the_head() -> None:
 
 def test_kernels_change_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "has_liger", lambda: True)
-    traces = [simulate(configured(each), 5) for each in ("eager", "auto", "compile")]
+    traces = [simulate(configured(each), 2) for each in ("eager", "auto", "compile")]
     assert [trace.kernels for trace in traces] == ["eager", "liger", "compile"]
     eager, liger, compiled = (trace.work for trace in traces)
     assert eager.flops == liger.flops == compiled.flops
@@ -70,5 +70,4 @@ def test_auto_is_planned_as_on_a_gpu_with_the_packages_of_here(
     wanted: str, installed: bool, model_type: str, planned: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "has_liger", lambda: installed)
-    found, eager = (simulate(configured(chosen, model_type), 2) for chosen in (wanted, "eager"))
-    assert (found.kernels, eager.kernels) == (planned, "eager")
+    assert simulate(configured(wanted, model_type), 2).kernels == planned

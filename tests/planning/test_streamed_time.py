@@ -150,7 +150,7 @@ def replayed_seconds(events: list[tuple[str, int, int, int]], operations: int, l
         pytest.param(24, 2, 2, {}, None, {}, marks=pytest.mark.soak, id="2 slots, 2 micro-batches"),
         pytest.param(32, 3, 2, FROZEN, None, TOGETHER, id="3 slots, frozen ends, 2 micro-batches block by block"),
         pytest.param(24, 2, 3, {}, None, ON_HOST, marks=pytest.mark.soak, id="inputs of blocks in host memory"),
-        pytest.param(32, 3, 1, FROZEN, None, {}, id="3 slots, frozen ends"),
+        pytest.param(32, 3, 1, FROZEN, None, {}, marks=pytest.mark.soak, id="3 slots, frozen ends"),
         pytest.param(32, 3, 1, FROZEN, HALF, {}, id="3 slots, frozen ends, half of the blocks stay"),
     ],
 )

@@ -62,6 +62,7 @@ def test_two_graphs_serve_every_active_set_length_and_evaluation() -> None:
     assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-4)
 
 
+@pytest.mark.soak
 def test_blocks_that_come_from_host_memory_are_compiled_too() -> None:
     plain = run_on_ranks(1, train, "eager")[0]
     streamed = run_on_ranks(1, functools.partial(train, "compile", offload="frozen"))[0]
@@ -96,7 +97,8 @@ def kept_bytes(kind: str, compute: str) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])  # weights that stay whole; those of FSDP2's classes
+# Of weights that stay whole, and those of FSDP2's classes.
+@pytest.mark.parametrize("compute", [pytest.param("float32", marks=pytest.mark.soak), "bfloat16"])
 def test_compiled_blocks_are_checkpointed(compute: str) -> None:
     kinds = ("none", "selective", "full")
     everything, products, inputs = (run_on_ranks(1, kept_bytes, kind, compute)[0] for kind in kinds)

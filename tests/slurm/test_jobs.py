@@ -16,6 +16,8 @@ from tests.support.cluster import Cluster
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import TINY, held, read_summary, steps_recorded, weights
 
+pytestmark = pytest.mark.e2e
+
 REPOSITORY = Path(__file__).parents[2]
 STAND_INS = Path(__file__).with_name("stand_ins")
 STEPS, HELD_AT = 12, 4

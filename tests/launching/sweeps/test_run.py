@@ -43,6 +43,7 @@ def be_a_sweep(arguments: list[str], environment: dict[str, str], output: Path) 
     sys.exit(main(arguments))
 
 
+@pytest.mark.e2e
 def test_failed_and_stopped_jobs_go_on_when_the_sweep_is_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
