@@ -113,6 +113,8 @@ def _read_json(file: Path) -> Iterator[Row | BrokenRow]:
         raise UserError(f"{file}, line {error.lineno}: not valid JSON ({error.msg})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets within brackets
+        raise UserError(f"{file}: not valid JSON ({error})") from error
     rows = content.get("data") if isinstance(content, dict) else content
     if not isinstance(rows, list):
         found = f"an object with {', '.join(map(str, content))}" if isinstance(content, dict) else type(rows).__name__
@@ -127,7 +129,7 @@ def _read_json(file: Path) -> Iterator[Row | BrokenRow]:
 def _is_json(text: bytes) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -150,6 +152,9 @@ def _read_json_lines(file: Path) -> Iterator[Row | BrokenRow]:
                 continue
             except json.JSONDecodeError as error:
                 yield BrokenRow(place, f"not valid JSON ({error.msg} at character {error.pos + 1})")
+                continue
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets within brackets
+                yield BrokenRow(place, f"not valid JSON ({error})")
                 continue
             if isinstance(values, dict):
                 yield Row(values, str(file), number)
@@ -196,16 +201,16 @@ def _check_columns(names: list[str], where: str) -> None:
 
 
 def _read_parquet(file: Path) -> Iterator[Row | BrokenRow]:
+    number = 0
     try:
         table = parquet.ParquetFile(file)
-    except (pa.ArrowInvalid, OSError) as error:
+        _check_columns(table.schema_arrow.names, str(file))
+        for batch in table.iter_batches(batch_size=1024):
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(values, str(file), number, "row")
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not a readable Parquet file ({error})") from error
-    _check_columns(table.schema_arrow.names, str(file))
-    number = 0
-    for batch in table.iter_batches(batch_size=1024):
-        for values in batch.to_pylist():
-            number += 1
-            yield Row(values, str(file), number, "row")
 
 
 def _read_text(file: Path) -> Iterator[Row | BrokenRow]:

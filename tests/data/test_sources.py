@@ -166,6 +166,21 @@ def test_broken_rows_of_other_files(tmp_path):
     assert read(tmp_path / "rows.json")[1] == BrokenRow(f"{tmp_path}/rows.json, row 2", "must be an object, found int")
 
 
+def test_values_that_python_does_not_read_are_broken_rows_and_files(tmp_path):
+    huge, deep, row = f'{{"n": {"9" * 5000}}}', '{"a": ' * 20_000, json.dumps(ROWS[0])
+    (tmp_path / "rows.jsonl").write_text(f"{huge}\n{deep}\n{row}\n")
+    *broken, whole = read(tmp_path / "rows.jsonl")
+    assert ["not valid JSON" in row.reason for row in broken] == [True, True] and whole.values == ROWS[0]
+    for name, content in (("rows.json", f"[{huge}]"), ("more.json", f"[{deep}]")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=rf"{name}: not valid JSON"):
+            read(tmp_path / name)
+    latin = pa.array([b"caf\xe9"], pa.binary()).view(pa.string())
+    parquet.write_table(pa.table({"text": latin}), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"rows\.parquet: not a readable Parquet file .*utf-8"):
+        read(tmp_path / "rows.parquet")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
