@@ -28,8 +28,8 @@ FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_
 FILES += ["chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"]
 
 # What tokenizers call the token that ends a text, where no configuration says it.
-USUAL_EOS = ["</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|end▁of▁sentence|>", "[SEP]"]
-USUAL_BOS = ["<s>", "<|begin_of_text|>", "<bos>", "<|begin▁of▁sentence|>", "[CLS]"]
+USUAL_EOS = ["</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<｜end▁of▁sentence｜>", "[SEP]"]
+USUAL_BOS = ["<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>", "[CLS]"]
 
 # A text by which tokenizers differ that split it otherwise: at digits, capitals, punctuation, blanks, special tokens;
 # and how many of the vocabulary are put behind it, for only what could be merged shows where it is split.
@@ -94,11 +94,11 @@ def _load(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
         options = {"add_bos_token": True} if bare and (folder / "tokenizer.model").is_file() else {}
         loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, **options)
         return _as_its_file_says(loaded, folder)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))  # with the template and tokens of files beside it
     known = tokenizer.get_vocab()
     for name, usual in (("eos_token", USUAL_EOS), ("bos_token", USUAL_BOS)):
         token = next((token for token in usual if token in known), None)
-        if token is not None:
+        if getattr(tokenizer, name) is None and token is not None:
             setattr(tokenizer, name, token)
             logger.info("%s has no tokenizer_config.json: taking %s for its %s", folder, token, name)
     return tokenizer

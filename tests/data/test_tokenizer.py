@@ -32,6 +32,19 @@ def test_bare_tokenizer_json(tmp_path):
     assert tokenizer("What").input_ids == load_tokenizer("builtin:demo")("What").input_ids
 
 
+@pytest.mark.parametrize("eos", ["<｜end▁of▁sentence｜>", "<|im_end|>"])
+def test_bare_tokenizer_json_with_files_beside_it(tmp_path, eos):
+    text = (DEMO / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(text.replace("</s>", eos).replace("<s>", "<｜begin▁of▁sentence｜>"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<｜begin▁of▁sentence｜>", eos)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{{ eos_token }}")
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<pad>", "pad_token": eos}))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<pad>", eos)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "a<pad>"
+
+
 def test_bare_sentencepiece_model(tmp_path):
     text = (DEMO.parents[1] / "data" / "demo" / "train.jsonl").read_text()
     (tmp_path / "text.txt").write_text(text)
