@@ -40,6 +40,7 @@ from lisa_dist.models.loading import initialize_random, load_pretrained, restore
 from lisa_dist.models.masking import (
     REMEDY,
     Separation,
+    check_length_of_rows,
     find_separation,
     install_position_handling,
     kernels_without_mask,
@@ -176,10 +177,11 @@ def separate_packed_samples(config: Config, module: nn.Module, layers: LayerMap)
     none the model's own. Says where a mask is needed. Collective: every rank; rank 0 tries.
 
     Raises:
-        UserError: ``data.packing=true`` and nothing keeps them apart in this model.
+        UserError: ``data.packing=true`` and nothing keeps them apart in this model, or not in rows as long as they are.
     """
     if not config.data.packing:
         return None
+    check_length_of_rows(module.config, config.data.sequence_length)
     kernel, separation = distributed.on_rank_zero(lambda: _find_packed_attention(config, module, layers.blocks_path))
     if kernel is not None:
         module.set_attn_implementation(kernel)  # type: ignore[operator]

@@ -66,6 +66,24 @@ def takes_positions(model: Any) -> bool:
     return any("position_ids" in inspect.signature(part.forward).parameters for part in (model, model.base_model))
 
 
+def has_position(model: Any, blocks_path: str, position: int) -> bool:
+    """Whether ``model`` can be given this position, which one with a table of them may not have; tried on a tiny copy.
+
+    True too where it takes no positions, or no tiny copy can be built.
+    """
+    try:
+        small = tiny_copy(model, blocks_path) if takes_positions(model) else None
+    except NoTinyCopyError:
+        small = None
+    if small is None:
+        return True
+    try:
+        _logits(small, torch.full((1, 2), FIRST_PLAIN_TOKEN), torch.tensor([[position - 1, position]]))
+    except (IndexError, RuntimeError):
+        return False
+    return True
+
+
 def install_position_handling(model: nn.Module, separation: Separation | None) -> None:
     """Let ``model(position_ids=...)`` do what is right whatever the architecture makes of positions.
 
@@ -162,6 +180,34 @@ def _drops_attention(architecture: Any) -> bool:
     """Whether attention has dropout, which torch's kernel for borders has not."""
     names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
     return any(getattr(architecture, name, None) for name in names)
+
+
+def check_length_of_rows(architecture: Any, tokens: int) -> None:
+    """Refuse packed rows of so many ``tokens`` where a sample's numbers would depend on what else is in its row.
+
+    A tiny copy's samples are too short to show it.
+
+    Raises:
+        UserError: rotary frequencies follow the longest sample of a micro-batch, or queries are scaled by their places
+            in the row.
+    """
+    found = getattr(architecture, "rope_parameters", None) or {}
+    limits: dict[str, int] = {}
+    for rotary in (found, *(kind for kind in found.values() if isinstance(kind, dict))):
+        kind = str(rotary.get("rope_type"))
+        if kind == "longrope":
+            limit = rotary.get("original_max_position_embeddings") or architecture.max_position_embeddings
+            limits[f"rope_type={kind}"] = limit
+        elif "dynamic" in kind:
+            limits[f"rope_type={kind}"] = architecture.max_position_embeddings
+    if getattr(architecture, "attn_temperature_tuning", False):
+        limits["attn_temperature_tuning"] = architecture.floor_scale - 1
+    for name, limit in limits.items():
+        if tokens > limit:
+            raise UserError(
+                f"data.packing=true: rows of more than {limit} tokens give a packed sample other numbers than alone "
+                f"in this model ({name} of its config.json); {REMEDY}, or data.sequence_length={limit}"
+            )
 
 
 def find_separation(model: Any, blocks_path: str, kernel: str | None = None) -> Separation:

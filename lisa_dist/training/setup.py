@@ -30,8 +30,11 @@ from lisa_dist.data.preview import show_preview
 from lisa_dist.data.sequences import Sequences
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.method.module import TrainModule, build_train_module, load_initial_weights
-from lisa_dist.models.architecture import read_architecture
+from lisa_dist.models.architecture import build_meta_model, read_architecture
+from lisa_dist.models.generation import positions_of
 from lisa_dist.models.inspection import pretrained_architecture
+from lisa_dist.models.layer_map import find_layers
+from lisa_dist.models.masking import has_position
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.environment import restart_count
 from lisa_dist.runtime.files import write_atomically
@@ -140,7 +143,9 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
     pad = int(tokenizer.pad_token_id or 0)
     batches = make_batches(config, dims, data.train, pad, order_seed)
     validation = None if data.validation is None else make_batches(config, dims, data.validation, pad, order_seed)
+    longest = max(one.longest_micro_batch()["input_ids"].shape[1] for one in (batches, validation) if one is not None)
     with distributed.longer_timeout(config.parallel.timeout):
+        distributed.on_rank_zero(lambda: check_positions(config.model, architecture, longest))
         evaluated = distributed.on_rank_zero(lambda: describe_evaluated(validation, config.train.eval_batches))
     train_module = build_train_module(config, architecture, dims)
     settings = public_yaml(config)
@@ -271,6 +276,19 @@ def check_token(highest: int, tokenizer: PreTrainedTokenizerBase, known: int, wh
         raise UserError(
             f"{where} holds the token {tokenizer.convert_ids_to_tokens(highest)} (number {highest}), and the model "
             f"knows {known} tokens; take it out, or out of the chat template that writes it"
+        )
+
+
+def check_positions(config: ModelConfig, architecture: PretrainedConfig, tokens: int) -> None:
+    """Raise :class:`UserError` where rows of so many tokens need positions that the model has no place for."""
+    positions = positions_of(architecture)
+    if positions is None or tokens <= positions:
+        return
+    model = build_meta_model(config, architecture)
+    if not has_position(model, find_layers(model, config.blocks).blocks_path, tokens - 1):
+        raise UserError(
+            f"data.sequence_length: rows are {tokens} tokens long (padding counts), and the positions of this model "
+            f"are a table of {positions}; use data.sequence_length={positions} or less"
         )
 
 

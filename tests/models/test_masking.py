@@ -139,6 +139,38 @@ def test_state_that_runs_on_is_refused_by_name(model_type: str) -> None:
         _separation(model)
 
 
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "limit", "name"),
+    [
+        ("phi3", {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE}, 32, "rope_type=longrope"),
+        (
+            "llama",
+            {
+                "max_position_embeddings": 48,
+                "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+            },
+            48,
+            "rope_type=dynamic",
+        ),
+        ("llama4_text", {"num_hidden_layers": 4, "floor_scale": 64}, 63, "attn_temperature_tuning"),
+    ],
+)
+def test_rows_so_long_that_they_change_a_samples_numbers_are_refused(
+    model_type: str, fields: dict[str, Any], limit: int, name: str
+) -> None:
+    shape = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"num_key_value_heads": 2, "vocab_size": 128, "pad_token_id": 0}
+    model = _meta(model_type, **{**shape, **sizes, **fields})
+    config = Config(data=DataConfig(packing=True, sequence_length=limit + 1))
+    with pytest.raises(UserError, match=rf"rows of more than {limit} tokens .*\({name} of its config.json\)"):
+        separate_packed_samples(config, model, find_layers(model))
+    config.data.sequence_length = limit
+    separate_packed_samples(config, model, find_layers(model))
+
+
 def test_positions_that_do_not_begin_anew_are_refused() -> None:
     """It counts tokens itself: kept apart by a mask, the second sample still stands where it does not alone."""
     model = _meta("bart", is_decoder=True, is_encoder_decoder=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 
@@ -14,7 +15,7 @@ from lisa_dist.models.architecture import read_architecture
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.training import setup
 from lisa_dist.training.announcement import warn_of_positions, warn_of_warmup
-from lisa_dist.training.setup import rows_of
+from lisa_dist.training.setup import check_positions, rows_of
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,21 @@ def test_sequences_longer_than_the_models_positions_are_warned_of(architecture, 
     assert caplog.text == ""
     warn_of_positions(positions + 1, built)
     assert f"data.sequence_length={positions + 1}: is above the {positions} positions of the model" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"model_type": "gpt2", "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}, True),
+        ({"model_type": "llama", "max_position_embeddings": 64, "hidden_size": 32, "num_attention_heads": 4}, False),
+    ],
+)
+def test_rows_longer_than_a_table_of_positions_are_refused(fields, refused):
+    config = ModelConfig(init="random", architecture={"num_hidden_layers": 2, **fields})
+    architecture = read_architecture(config)
+    check_positions(config, architecture, 64)
+    with pytest.raises(UserError, match=r"rows are 72 tokens .* a table of 64") if refused else nullcontext():
+        check_positions(config, architecture, 72)
 
 
 def test_a_warm_up_longer_than_the_run_is_warned_of(caplog):
