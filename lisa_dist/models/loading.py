@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily  # has no public name up to torch 2.13
 from transformers import PreTrainedModel
 
+from lisa_dist.config import UserError
 from lisa_dist.models.architecture import meta_replica
 from lisa_dist.models.conversion import WeightSource, find_sources, join_tied
 from lisa_dist.models.inspection import check_experts, check_names, check_shape, named_state
@@ -87,16 +88,34 @@ def restore_buffers(model: nn.Module) -> None:
 
 
 def _computed_buffers(replica: nn.Module) -> dict[str, Tensor]:
-    """Return the non-persistent buffers by name, on the CPU."""
-    computed = {}
-    for name, module in replica.named_modules():
-        keys = [key for key in module._non_persistent_buffers_set if module._buffers.get(key) is not None]
-        for key in keys:
-            module._buffers[key] = torch.empty_like(module.get_buffer(key), device="cpu")
-        if keys:
-            _owner(replica, name)._init_weights(module)  # its parameters are on meta, where initialising does nothing
-        computed.update({f"{name}.{key}" if name else key: module.get_buffer(key) for key in keys})
-    return computed
+    """Return the non-persistent buffers by name, on the CPU.
+
+    Raises:
+        UserError: code that comes with the model leaves what was in memory in one, as it does in transformers 5, too.
+    """
+    modules = dict(replica.named_modules())
+    places = {
+        f"{name}.{key}" if name else key: (module, key)
+        for name, module in modules.items()
+        for key in module._non_persistent_buffers_set
+        if module._buffers.get(key) is not None
+    }
+    filling = {id(module) for module, _ in places.values()}
+    found: list[dict[str, Tensor]] = []
+    for before in (0, 1):
+        for module, key in places.values():
+            module._buffers[key] = torch.full_like(module.get_buffer(key), before, device="cpu")
+        for name, module in reversed(modules.items()):  # children first
+            if id(module) in filling or isinstance(module, PreTrainedModel):  # which may fill those of its blocks
+                _owner(replica, name)._init_weights(module)  # parameters are on meta, where initialising does nothing
+        found.append({path: module.get_buffer(key) for path, (module, key) in places.items()})
+    chance = next((path for path in places if not torch.equal(found[0][path], found[1][path])), None)
+    if chance is not None:
+        raise UserError(
+            f"model.path: {type(replica).__name__} computes {chance} where it is built and not in its _init_weights, "
+            "so that transformers 5 loads it with chance numbers; let _init_weights set it"
+        )
+    return found[0]
 
 
 def _own_tensors(model: nn.Module, replica: nn.Module) -> tuple[StagedTensors, list[str]]:
@@ -178,10 +197,7 @@ def _initialize(replica: nn.Module, name: str, part: nn.Module, recurse: bool, d
 
 
 def _owner(replica: Any, name: str) -> PreTrainedModel:
-    """Return the innermost transformers model around a module: the one that knows how to initialise it."""
-    while name:
+    """Return the innermost transformers model that a module is, or is in: the one that knows how to initialise it."""
+    while not isinstance(replica.get_submodule(name), PreTrainedModel):
         name = name.rpartition(".")[0]
-        module = replica.get_submodule(name)
-        if isinstance(module, PreTrainedModel):
-            return module
-    return replica
+    return replica.get_submodule(name)

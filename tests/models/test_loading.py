@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lisa_dist.config import UserError
@@ -33,6 +34,32 @@ GEMMA3_ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
 }
 
+_SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+# The decoder as a whole fills buffers of its blocks, or its own.
+FALCON_H1 = {
+    **_SMALL,
+    "num_key_value_heads": 2,
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+}
+FALCON_H1 |= {"ssm_multipliers": [0.5, 2.0, 3.0, 4.0, 5.0]}
+GEMMA3N = {
+    **_SMALL,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 0,
+}
+GEMMA3N |= {"vocab_size_per_layer_input": 128, "layer_types": ["sliding_attention", "full_attention"]}
+
 
 def saved(directory: Path, family: str = "llama") -> dict[str, torch.Tensor]:
     """Write a tiny model; return its tensors."""
@@ -40,11 +67,13 @@ def saved(directory: Path, family: str = "llama") -> dict[str, torch.Tensor]:
     return load_file(directory / "model.safetensors")
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "llama3_rope", "gemma3_ropes"])
+@pytest.mark.parametrize("family", [*FAMILIES, "llama3_rope", "gemma3_ropes", "falcon_h1", "gemma3n"])
 def test_buffers_equal_those_of_a_model_built_the_usual_way(family: str) -> None:
     config = {
         "llama3_rope": lambda: tiny_config("llama", rope_parameters=LLAMA3_ROPE),
         "gemma3_ropes": lambda: tiny_config("gemma3", rope_parameters=GEMMA3_ROPES),
+        "falcon_h1": lambda: AutoConfig.for_model("falcon_h1", **FALCON_H1),
+        "gemma3n": lambda: AutoConfig.for_model("gemma3n_text", **GEMMA3N),
     }.get(family, lambda: tiny_config(family))()
     expected = dict(AutoModelForCausalLM.from_config(config, dtype=torch.float32).named_buffers())
     model = allocated(config)
@@ -54,6 +83,14 @@ def test_buffers_equal_those_of_a_model_built_the_usual_way(family: str) -> None
     assert all(torch.equal(ours[name], buffer) for name, buffer in expected.items())
     if family == "gemma3_ropes":
         assert len({tuple(b.tolist()) for n, b in ours.items() if n.endswith("inv_freq") and "original" not in n}) == 2
+
+
+def test_buffers_that_are_computed_only_where_a_model_is_built_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by code that comes with a model and was written before transformers 5."""
+    model = allocated(tiny_config("llama"))
+    monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", lambda *_: None)
+    with pytest.raises(UserError, match=r"LlamaForCausalLM computes model\.rotary_emb\.\w+ where it is built"):
+        restore_buffers(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
