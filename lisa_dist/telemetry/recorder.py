@@ -6,6 +6,7 @@ import logging
 import math
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from lisa_dist.config import Config
@@ -66,6 +67,7 @@ class Recorder:
         self.retries = 0  # of the GPU's allocator, until the last row
         self.speeds: dict[str, list[float]] = {key: [] for key in SPEEDS}  # a speed a row
         self.counted: dict[str, float] = {}  # what the steps since the last row add up to
+        self.parts: dict[str, float] = {}  # the seconds of their parts
         self.writer = RowWriter(self.run)
         self.summary: dict[str, Any] = {"num_blocks": num_blocks}
         if first_step and is_main():
@@ -82,7 +84,7 @@ class Recorder:
     def cut_after(self, step: int) -> None:
         """The run goes on from the checkpoint of ``step``: what was recorded past it is dropped."""
         self.writer.cut_after(step)
-        self.counted = {}
+        self.counted, self.parts = {}, {}
         if self.sink is not None:
             self.sink.cut_after(step)
         if is_main():
@@ -120,10 +122,11 @@ class Recorder:
             self.peak_memory_gib = max(self.peak_memory_gib, peak_memory_gib())
             reset_peak_memory()
 
-    def count_step(self, **amounts: float | None) -> None:
+    def count_step(self, part_seconds: Mapping[str, float] | None = None, **amounts: float | None) -> None:
         """An optimizer step was made: add it to what the next row holds.
 
         Args:
+            part_seconds: what the host spent in each part of the step.
             amounts: ``tokens`` of its global batch, padding left out; ``label_tokens``, those of them that carry loss;
                 ``step_seconds`` from the wait for the data to the optimizer's step; ``data_seconds``, the wait;
                 ``switch_seconds``, where a period began; ``flops``, where they are known.
@@ -131,25 +134,25 @@ class Recorder:
         for name, amount in {"steps": 1, **amounts}.items():
             if amount is not None:
                 self.counted[name] = self.counted.get(name, 0) + amount
+        for part, spent in (part_seconds or {}).items():
+            self.parts[part] = self.parts.get(part, 0.0) + spent
         peak = peak_memory_gib()
         self.counted["peak_memory_gib"] = max(self.counted.get("peak_memory_gib", 0.0), peak)
         self.peak_memory_gib = max(self.peak_memory_gib, peak)  # Linux' own count may fall by a few pages
         for name in ("tokens", "label_tokens"):
             self.summary[f"{name}_seen"] = self.summary.get(f"{name}_seen", 0) + amounts[name]
 
-    def record_step(
-        self, *, peak_flops: float | None = None, part_seconds: dict[str, float] | None = None, **last: Any
-    ) -> None:
+    def record_step(self, *, peak_flops: float | None = None, **last: Any) -> None:
         """Write the row of the last step that was counted; the others since the row before have none.
 
         Seconds are those of a step in the mean over all these steps.
 
         Args:
-            part_seconds: what the host spent in each part of these steps.
             peak_flops: what all ranks together could do in a second; None: not known.
             last: ``step``, ``epoch``, ``period``, ``active_layers``, ``loss``, ``lr`` and ``grad_norm`` of the step.
         """
         counted, self.counted = self.counted, {}
+        parts, self.parts = self.parts, {}
         seconds, steps = counted["step_seconds"], counted["steps"]
         row = {
             **last,
@@ -161,8 +164,8 @@ class Recorder:
             "data_seconds": counted["data_seconds"] / steps,
             "peak_memory_gib": counted["peak_memory_gib"],
         }
-        if part_seconds is not None:
-            row["part_seconds"] = {part: total / steps for part, total in part_seconds.items()}
+        if parts:
+            row["part_seconds"] = {part: total / steps for part, total in parts.items()}
         if "switch_seconds" in counted:
             row["switch_seconds"] = counted["switch_seconds"]
         row |= self._new_retries()

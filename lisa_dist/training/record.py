@@ -85,7 +85,13 @@ def count_step(run: Run, result: StepResult, seconds: dict[str, float]) -> None:
     if result.link_bytes:
         run.recorder.summary["link_bytes_per_step"] = result.link_bytes
         run.recorder.summary["link_misses"] = run.train_module.store.link_misses
-    run.recorder.count_step(tokens=int(lengths.sum()), label_tokens=result.label_tokens, flops=flops, **seconds)
+    run.recorder.count_step(
+        part_seconds=run.heartbeat.take_seconds(),  # now: when the row is written the next step may have made its own
+        tokens=int(lengths.sum()),
+        label_tokens=result.label_tokens,
+        flops=flops,
+        **seconds,
+    )
 
 
 def write_row(run: Run, made: MadeStep) -> None:
@@ -95,7 +101,6 @@ def write_row(run: Run, made: MadeStep) -> None:
     train_module, result = run.train_module, made.result
     rate = peak_rate(distributed.device())
     run.recorder.record_step(
-        part_seconds=run.heartbeat.take_seconds(),
         step=made.step,
         epoch=run.batches.epoch(made.sequences),
         period=train_module.active.period,

@@ -152,6 +152,15 @@ def test_a_run_of_one_step_without_summary_or_layers(tmp_path):
     assert figures_of(page)["time in steps"] == "0.5 s"
 
 
+def test_a_row_counts_for_all_steps_since_the_row_before(tmp_path):
+    with closing(RowWriter(RunDirectory(tmp_path))) as writer:
+        for step, seconds, waited in ((10, 0.5, 0.25), (20, 1.0, 0.0), (25, 3.0, 1.5)):
+            row = {"step": step, "loss": 2.0, "step_seconds": seconds, "data_seconds": waited}
+            writer.append(writer.run.metrics, row)
+    figures = figures_of(page_of(tmp_path))
+    assert figures["time in steps"] == "30 s" and figures["of the steps waiting for data"] == "33.3%"
+
+
 def test_rows_with_nulls_and_missing_keys_and_a_torn_last_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "loss": null, "lr": null}\n{"step": 2, "loss": 2.5}\n{"step": 3, "eval_loss": null}\n{"ste'

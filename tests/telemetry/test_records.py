@@ -16,8 +16,9 @@ LAST = {"epoch": 0.5, "period": 0, "active_layers": [1, 3], "loss": 2.5, "lr": 1
 def test_a_row_is_on_disk_when_the_call_returns(tmp_path):
     recorder = Recorder(Config(run=RunConfig(dir=str(tmp_path / "run"))), 9, num_blocks=4, started=0.0)
     recorder.count_step(tokens=60, label_tokens=10, step_seconds=1.5, data_seconds=0.5, switch_seconds=0.25, flops=6.0)
-    recorder.count_step(tokens=40, label_tokens=20, step_seconds=2.5, data_seconds=0.25, flops=2.0)
-    recorder.record_step(step=2, **LAST, peak_flops=4.0, part_seconds={"forward": 1.0, "backward": 2.0})
+    parts = {"forward": 1.0, "backward": 2.0}
+    recorder.count_step(parts, tokens=40, label_tokens=20, step_seconds=2.5, data_seconds=0.25, flops=2.0)
+    recorder.record_step(step=2, **LAST, peak_flops=4.0)
     recorder.record_evaluation(2, 2.25)
     recorder.record_period(0, 1, [1, 3], {1: 2.5, 3: 4.0}, None)
     recorder.record_period(1, 21, [0, 2], {}, [0.5, 0.25])

@@ -119,6 +119,15 @@ def test_a_row_is_of_all_steps_since_the_row_before(rows: list[dict[str, Any]], 
     assert third["mfu"] == pytest.approx(10 * third["tokens"] / 3 / (1 + WAIT) / RATE)
 
 
+def test_the_parts_of_a_step_are_in_its_own_row_though_that_is_written_later(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "train.eval_every=0", "checkpoint.every=0", "sampler.period=4")
+    run_on_ranks(1, train_here, config)
+    for row in (row for row in read_rows(tmp_path / "metrics.jsonl") if "loss" in row):
+        assert 0 < row["part_seconds"]["backward"] < sum(row["part_seconds"].values()) < row["step_seconds"], row[
+            "step"
+        ]
+
+
 def test_a_resume_counts_the_tokens_of_steps_without_a_row(tmp_path: Path) -> None:
     settings = ("train.log_every=3", "checkpoint.every=2")
     train(1, config_of(tmp_path / "whole", *settings))

@@ -276,6 +276,11 @@ def _headlines(record: Record) -> dict[str, str]:
     def known(rows: list[MetricsRow], key: str) -> list[float]:
         return [value for value in _column(rows, key) if value is not None]
 
+    def spent(key: str) -> float:
+        """Return the seconds of all steps: a row has their mean over those since the row before."""
+        counts = [max(1, row["step"] - before) for row, before in zip(steps, [0, *(row["step"] for row in steps)])]
+        return sum(count * (value or 0) for count, value in zip(counts, _column(steps, key)))
+
     total = max_steps_of(record.run)
     shown = {"steps": (str(steps[-1]["step"]) if steps else "0") + (f" of {total}" if total else "")}
     for name, rows, key in (("training loss", steps, "loss"), ("validation loss", evals, "eval_loss")):
@@ -289,11 +294,11 @@ def _headlines(record: Record) -> dict[str, str]:
             shown[f"{name}/s, median"] = format_count(statistics.median(speeds))
     if memory := known([*steps, summary], "peak_memory_gib"):
         shown["peak memory, rank 0"] = f"{max(memory):.3g} GiB"
-    if seconds := summary.get("wall_seconds") or sum(known(steps, "step_seconds")):
+    if seconds := summary.get("wall_seconds") or spent("step_seconds"):
         since = ", since the last start" if summary.get("resumed_from") else ""
         shown[f"wall time{since}" if summary.get("wall_seconds") else "time in steps"] = format_duration(seconds)
-    if waited := sum(known(steps, "data_seconds")):
-        shown["of the steps waiting for data"] = f"{waited / sum(known(steps, 'step_seconds')):.1%}"
+    if waited := spent("data_seconds"):
+        shown["of the steps waiting for data"] = f"{waited / spent('step_seconds'):.1%}"
     if count := summary.get("trained_parameters"):  # whole, or by part
         shown["trained parameters"] = format_count(sum(count.values()) if isinstance(count, dict) else count)
     return shown
