@@ -37,6 +37,7 @@ NOT_OF_ROWS = (
 NOTES = {
     "train.seed": "the order of the data keeps the seed that the run began with",
     "sampler.seed": "the sampler goes on from its state, so this seed has no effect",
+    "sampler.threshold": "outliers were measured before the first period and are not again, so this has no effect",
     "model.init": "weights come from the checkpoint, so this has no effect",
     "model.path": "weights come from the checkpoint, not from there",
 }

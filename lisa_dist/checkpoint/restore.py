@@ -88,6 +88,8 @@ def restore_checkpoint(
     _read_tensors(moments, checkpoint / MOMENTS)
     train_module.optimizer.load_moments(moments)
     train_module.optimizer.set_step_counts(state["optimizer_steps"])
+    if train_module.config.optimizer.state_on_freeze == "discard":
+        train_module.optimizer.offloaded.clear()  # of a start that kept it
     train_module.sampler.load_state_dict(state["sampler"])
     return progress, state
 
@@ -108,7 +110,7 @@ def place_in_data(progress: Progress, checkpoint: Path, data: Mapping[str, Any],
             checkpoint.name,
             ", ".join(changed_data(progress.data, data)),
         )
-    return replace(progress, sequences=0, left_out=[], data=dict(data))
+    return replace(progress, sequences=0, left_out=[], recent_losses=[], data=dict(data))
 
 
 def restore_weights(train_module: TrainModule, checkpoint: Path, state: dict[str, Any]) -> None:

@@ -38,7 +38,9 @@ class CoverageSampler(Sampler):
             # The periods after this one, up to the deadline, have room for so many of them:
             room = (deadline - 1) * self.num_active
             waiting = [block for block in urgent if block not in chosen]
-            chosen += draw_uniformly(self.generator, waiting, max(0, len(waiting) - room))
+            # More are urgent than may train where a resume has fewer active blocks, or a shorter window.
+            needed = min(max(0, len(waiting) - room), self.num_active - len(chosen))
+            chosen += draw_uniformly(self.generator, waiting, needed)
         others = [block for block in range(self.num_blocks) if block not in chosen]
         chosen += draw_uniformly(self.generator, others, self.num_active - len(chosen))
         self.periods_left = [self.window if b in chosen else left - 1 for b, left in enumerate(self.periods_left)]
@@ -49,4 +51,4 @@ class CoverageSampler(Sampler):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.periods_left = list(state["periods_left"])
+        self.periods_left = [min(left, self.window) for left in state["periods_left"]]

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from lisa_dist.config import UserError
+from lisa_dist.checkpoint.manifest import list_checkpoints
+from lisa_dist.checkpoint.restore import restore_checkpoint
+from lisa_dist.config import Config, UserError
 from lisa_dist.config.checks import check_accumulation, check_combinations
 from lisa_dist.method.module import begin_period, build_train_module, count_persistent_bytes, load_initial_weights
 from lisa_dist.runtime import distributed
@@ -130,9 +132,19 @@ def test_what_a_step_in_backward_cannot_do_is_refused(changes: dict[str, Any], m
         check_accumulation(config, ranks=1)
 
 
+def waiting(config: Config, checkpoint: Path) -> int:
+    """How many parameters have state in host memory after a checkpoint is read. Runs on every rank."""
+    train_module = build_train_module(config)
+    restore_checkpoint(train_module, checkpoint, torch.device("cpu"), data={})
+    return len(train_module.optimizer.offloaded)
+
+
 def test_state_that_waits_is_in_the_checkpoint(tmp_path: Path) -> None:
     overrides = ["optimizer.state_on_freeze=offload", "train.eval_batches=1", "checkpoint.keep=3"]
     runs.train(2, runs.make_config(tmp_path / "whole", *overrides))
     runs.cut_back(tmp_path / "whole", tmp_path / "cut", runs.STEPS - 2)
     runs.train(2, runs.resuming(runs.make_config(tmp_path / "cut", *overrides)))
     runs.assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    newest = list_checkpoints(tmp_path / "cut" / "checkpoints")[0]
+    assert min(run_on_ranks(2, waiting, runs.make_config(tmp_path / "kept", *overrides), newest)) > 0
+    assert run_on_ranks(2, waiting, runs.make_config(tmp_path / "dropped"), newest) == [0, 0], "as discard says"

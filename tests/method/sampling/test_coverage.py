@@ -35,3 +35,15 @@ def test_a_window_that_is_too_short_is_an_error_that_says_so():
         build_sampler(CoverageSamplerConfig(active_layers=2, window=3), num_blocks=8)
     with pytest.raises(UserError, match=r"sampler.active_layers=9: must be at most 8"):
         build_sampler(CoverageSamplerConfig(active_layers=9, window=3), num_blocks=8)
+
+
+def test_a_resume_with_fewer_active_blocks_or_a_shorter_window_trains_no_more_than_it_asks_for():
+    many = build_sampler(CoverageSamplerConfig(active_layers=4, window=12), num_blocks=8)
+    many.draw(0)
+    few = build_sampler(CoverageSamplerConfig(active_layers=1, window=8), num_blocks=8)
+    for saved in (many.state_dict(), many.state_dict() | {"periods_left": [3] * 4 + [2] * 4}):
+        few.load_state_dict(saved)
+        drawn = [few.draw(period) for period in range(1, 30)]
+        assert all(len(draw) == 1 for draw in drawn)
+        for first in range(len(drawn) - 7):
+            assert {block for draw in drawn[first : first + 8] for block in draw} == set(range(8))
