@@ -24,7 +24,7 @@ class ModelConfig:
     attention: str = "auto"  # auto (packed rows without a mask), sdpa, eager, varlen, flash_attention_2, flex_attention
     loss_chunk: str = "auto"  # tokens whose logits the loss head holds at a time; auto: 4096 in place on a GPU, or 1024
     kernels: str = "auto"  # what runs blocks and loss: eager, liger, compile; auto: on a GPU the faster, on a CPU eager
-    router_aux_loss: bool = False  # add a mixture-of-experts model's router loss
+    router_aux_loss: bool = False  # in training add a mixture-of-experts model's router loss
 
     def __post_init__(self) -> None:
         attention = ["auto", "sdpa", "eager", "varlen", "flash_attention_2", "flex_attention"]

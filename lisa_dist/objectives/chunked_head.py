@@ -49,7 +49,8 @@ def install_loss_head(
     Call it before ``fully_shard``, on any device, but outside ``FakeTensorMode``: it looks at a few values. Labels
     are unshifted [b, t], -100 where there is no loss; the result is a float32 scalar, the sum over label tokens. With
     ``labels=None`` the model answers as before. With ``router_aux_loss`` the router's loss times its coefficient is
-    added for each label token. ``in_place``: logits and gradients share their memory, by a kernel that needs a GPU.
+    added for each label token, in training. ``in_place``: logits and gradients share their memory, by a kernel that
+    needs a GPU.
 
     Returns what the model does to the head's product; None where it does something else (or has a head of its own
     kind), in which case the model's own head and the plain float32 loss are used, and that is logged.
@@ -73,7 +74,8 @@ def install_loss_head(
         if labels is None:
             return original(*args, **kwargs)
         kwargs["use_cache"] = False
-        if balance is not None:
+        router_loss = balance if model.training else None  # a held-out loss is the cross-entropy alone
+        if router_loss is not None:
             kwargs["output_router_logits"] = True
         if transform is None:
             outputs = original(*args, **kwargs)
@@ -81,8 +83,8 @@ def install_loss_head(
         else:
             outputs = decoder(*args, **kwargs)
             loss = head(outputs.last_hidden_state, labels=labels)
-        if balance is not None:
-            loss = loss + balance(outputs.router_logits, labels) * (shift_labels(labels) != UNTRAINED).sum()
+        if router_loss is not None:
+            loss = loss + router_loss(outputs.router_logits, labels) * (shift_labels(labels) != UNTRAINED).sum()
         return loss
 
     model.forward = forward  # type: ignore[method-assign]

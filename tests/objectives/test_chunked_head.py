@@ -294,10 +294,11 @@ def test_router_loss_is_added_for_each_label_token(name: str) -> None:
     padding_left_out[1, 7:] = 0
     given = {"input_ids": input_ids, "labels": labels}
     expected = plain(**given, output_router_logits=True, attention_mask=padding_left_out)
-    torch.testing.assert_close(model(**given), expected.loss * count)
+    torch.testing.assert_close(model.train()(**given), expected.loss * count)
     without = plain(**given).loss
     assert (expected.loss - without).abs() > 1e-3, "the router loss is too small to be seen"
     assert model(input_ids=input_ids, labels=torch.full_like(labels, -100)) == 0
+    torch.testing.assert_close(model.eval()(**given), without * count)  # a held-out loss is the cross-entropy alone
 
 
 def test_router_loss_of_a_dense_model_is_refused() -> None:
