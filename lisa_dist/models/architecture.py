@@ -110,6 +110,12 @@ def set_depth(architecture: PretrainedConfig, num_blocks: int) -> None:
         architecture.layer_types = (list(kinds) * num_blocks)[:num_blocks]
 
 
+def head_size(architecture: Any) -> int | None:
+    """Return how many numbers an attention head has; None of an architecture without attention, as Mamba and RWKV."""
+    heads = getattr(architecture, "num_attention_heads", None)
+    return None if heads is None else getattr(architecture, "head_dim", None) or architecture.hidden_size // heads
+
+
 def original_class(model: nn.Module) -> Any:
     """Return the class of ``model`` as it was before ``fully_shard`` put its own in front."""
     return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))

@@ -16,6 +16,7 @@ from transformers import masking_utils
 
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import in_one_line
+from lisa_dist.models.architecture import head_size
 from lisa_dist.models.packed_attention import VARLEN, fits_flash
 from lisa_dist.models.tiny_copy import FIRST_PLAIN_TOKEN, VOCABULARY, NoTinyCopyError, tiny_copy
 from lisa_dist.runtime import distributed
@@ -169,8 +170,10 @@ def kernels_without_mask(model: nn.Module, wanted: str, *, halved: bool, compile
     if distributed.device().type != "cuda":
         found = [VARLEN] if wanted == VARLEN or not (compiled or _drops_attention(architecture)) else []
     else:
-        heads = getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
-        flash = halved and fits_flash(heads) and not _drops_attention(architecture)
+        size = head_size(architecture)
+        if size is None:
+            return []
+        flash = halved and fits_flash(size) and not _drops_attention(architecture)
         has_package = importlib.util.find_spec("flash_attn") is not None
         found = [VARLEN] * flash + ["flash_attention_2"] * (halved and has_package) + ["flex_attention"]
     return [kernel for kernel in found if wanted in ("auto", kernel)]

@@ -13,6 +13,7 @@ import torch
 from lisa_dist.config.gpu import Gpu, read_gpu
 from lisa_dist.config.loading import conf_dir
 from lisa_dist.method.module import TrainModule
+from lisa_dist.models.architecture import head_size
 from lisa_dist.models.layer_map import EMBEDDINGS, block_of
 
 logger = logging.getLogger(__name__)
@@ -56,11 +57,11 @@ def attention_flops(train_module: TrainModule, lengths: np.ndarray) -> float:
     costs below the lowest one that gradients reach.
     """
     architecture: Any = train_module.store.module.config
-    heads = architecture.num_attention_heads
-    head_size = getattr(architecture, "head_dim", None) or architecture.hidden_size // heads
+    size = head_size(architecture)
+    width = 0 if size is None else architecture.num_attention_heads * size
     squares = float(np.square(lengths, dtype=np.float64).sum())
     blocks, below = len(train_module.store.layers.blocks), train_module.store.lowest_reached()
-    return (12.0 * (blocks - below) + 4.0 * below) * heads * head_size * squares
+    return (12.0 * (blocks - below) + 4.0 * below) * width * squares
 
 
 def peak_rate(device: torch.device) -> float | None:

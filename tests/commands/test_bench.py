@@ -8,11 +8,13 @@ import json
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig
 
 from lisa_dist import cli
 from lisa_dist.commands import table
@@ -103,6 +105,14 @@ def test_operations_follow_from_what_trains() -> None:
     without_blocks = [*TINY, "always_active.embeddings=false", "sampler.active_layers=0"]
     ((_, head_alone, _),) = run_on_ranks(1, counted_flops, without_blocks)
     assert head_alone == 4 * 2 * BLOCK + 6 * HEAD + norm
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "rwkv"])
+def test_a_model_without_attention_has_no_operations_of_it(kind: str) -> None:
+    train_module = mock.MagicMock()
+    train_module.store.module.config = AutoConfig.for_model(kind)
+    train_module.store.layers.blocks, train_module.store.lowest_reached.return_value = range(4), 1
+    assert attention_flops(train_module, np.full(3, TOKENS)) == 0
 
 
 def refusals(lines: list[list[str]]) -> list[str]:

@@ -286,3 +286,10 @@ def test_a_dense_mask_is_announced_with_its_size(caplog: pytest.LogCaptureFixtur
     assert "OPTForCausalLM" in caplog.text and "2 M entries" in caplog.text
     config.data.packing = False
     assert separate_packed_samples(config, _meta("mamba"), find_layers(model)) is None  # nothing is tried
+
+
+def test_no_kernel_of_a_gpu_is_tried_where_there_is_no_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda"))
+    model: Any = torch.nn.Module()
+    model.config = AutoConfig.for_model("mamba")
+    assert masking.kernels_without_mask(model, "auto", halved=True, compiled=False) == []
