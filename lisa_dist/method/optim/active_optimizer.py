@@ -223,7 +223,7 @@ class ActiveOptimizer:
             if step is None or parameter.grad is None:
                 return  # a dry run or a probe
             gradient = local_shard(parameter.grad)
-            step.squares[name] = (torch.linalg.vector_norm(gradient) / step.label_tokens).square()
+            step.squares[name] = (torch.linalg.vector_norm(gradient, dtype=torch.float32) / step.label_tokens).square()
             divisor = gradient.new_full((), step.label_tokens, dtype=torch.float32)
             self._step({name: self.trained[name]}, step.rates, divisor)
 

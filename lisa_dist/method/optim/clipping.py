@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from lisa_dist.runtime import distributed
@@ -33,7 +32,7 @@ def mean_norms(
         return torch.zeros(1 + len(parts))
     shards = [local_shard(gradient) for gradient in gradients]
     wanted = [shards, *([local_shard(gradient) for gradient in part] for part in parts)]
-    own = torch.stack([nn.utils.get_total_norm(part).to(shards[0].device) for part in wanted])
+    own = torch.stack([_norm(part).to(shards[0].device) for part in wanted])
     norms = _over_ranks(own, gradients[0])
     return (norms.double() / label_tokens).float()
 
@@ -69,6 +68,12 @@ def norms_of_squares(
     wanted = [list(squares), *([name for name in part if name in squares] for part in parts)]
     sums = torch.stack([sum((squares[name] for name in names), zero) for names in wanted])
     return (dims.sum_on_device(sums) / dims.replicate).sqrt()
+
+
+def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Return the norm of all tensors together, in fp32 whatever their dtype."""
+    norms = torch._foreach_norm(tensors, dtype=torch.float32) if tensors else [torch.zeros(())]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _over_ranks(norms: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

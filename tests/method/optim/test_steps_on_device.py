@@ -77,3 +77,8 @@ def test_the_divisor_makes_means_and_clips_them() -> None:
     assert clipping_divisor(norms[0], 10.0, 2.5).item() == pytest.approx(20.0), "halved"
     assert clipping_divisor(norms[0], 10.0, 6.0).item() == 10.0
     assert clipping_divisor(norms[0], 10.0, 0.0).item() == 10.0, "unclipped"
+
+
+def test_norms_have_the_digits_of_float32_whatever_is_normed() -> None:
+    gradients = [torch.full((1000,), 1.0, dtype=torch.bfloat16), torch.ones(7, dtype=torch.bfloat16)]
+    assert mean_norms(gradients, 1.0, [[]]).tolist() == [pytest.approx(1007**0.5, rel=1e-6), 0.0]
