@@ -298,6 +298,8 @@ def _of_placement(config: Config, ranks: int) -> Iterator[IdleOption]:
     one_replica = parallel.optimizer_shard == "world" and parallel.replicate == 1
     yield "parallel.optimizer_shard", one_replica, "with parallel.replicate=1 a replica is the world"
     yield "precision.frozen", chosen("precision.frozen") and nothing_frozen, all_train
+    unreduced = whole and parallel.replicate == 1
+    yield "precision.reduce", chosen("precision.reduce") and unreduced, "gradients of one rank are summed over no other"
     never_rounded = _why_nothing_is_rounded(config)
     yield "precision.on_freeze", chosen("precision.on_freeze") and never_rounded != "", never_rounded
 

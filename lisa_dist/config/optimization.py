@@ -96,7 +96,7 @@ OPTIMIZER_CONFIGS: dict[str, type[OptimizerConfig]] = {
 class SchedulerConfig:
     name: str = "cosine"  # cosine, linear, constant
     warmup_steps: int = 0  # optimizer steps over which the learning rate rises from 0
-    min_lr_ratio: float = 0.0  # the last learning rate as a share of the first
+    min_lr_ratio: float = 0.0  # share of the learning rate that it falls to, where a step after the last would be
 
     def __post_init__(self) -> None:
         check_choices("scheduler", self, name=["cosine", "linear", "constant"])
@@ -120,7 +120,7 @@ class TrainConfig:
     spike_factor: float = 0.0  # a loss so many times the recent median: back to the last checkpoint; 0: off
     spike_window: int = 50  # losses that the median is of
     spike_limit: int = 3  # times that a run may go back, each time without the batch that led to it
-    sample_prompts: int = 0  # held-out prompts answered before and after training
+    sample_prompts: int = 0  # prompts answered before and after training: held-out ones, where rows are held out
     sample_every: int = 0  # steps between further answers to them; 0: none
 
     def __post_init__(self) -> None:

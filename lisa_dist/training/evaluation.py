@@ -99,11 +99,12 @@ def tell_of_best(run: Run) -> None:
 
 
 def show_answers(run: Run, title: str) -> None:
-    """Answer ``train.sample_prompts`` prompts of the validation data and print them. Collective: every rank."""
+    """Answer ``train.sample_prompts`` prompts, of held-out rows where there are any, and print them. Collective."""
     count = run.config.train.sample_prompts
     if count == 0:
         return
     source = run.validation or run.batches
+    title += "" if run.validation else ", to prompts of rows that are trained on"
     questions = sample_questions(source.sequences, count)
     with run.heartbeat.phase("the answers to sample prompts", may_take_long=True):
         answers = answer_questions(run, questions)

@@ -82,6 +82,7 @@ WITHOUT_EFFECT = [
     (["parallel.replicate=8", "parallel.prefetch=2"], "parallel.prefetch=2", ["parallel.replicate=4"]),
     (["parallel.optimizer_shard=world"], "parallel.optimizer_shard=world", ["parallel.replicate=2"]),
     (["method=full", "precision.frozen=float32"], "precision.frozen=float32", ["method=lora"]),
+    (["parallel.shard=1", "precision.reduce=bfloat16"], "precision.reduce=bfloat16", ["parallel.replicate=8"]),
     (["method=ist", "precision.on_freeze=nearest"], "precision.on_freeze=nearest", ["update=full_rank"]),
     (["method=full", "precision.on_freeze=nearest"], "precision.on_freeze=nearest", ["sampler=uniform"]),
     (

@@ -178,3 +178,15 @@ def test_what_follows_the_held_out_loss_is_refused_without_it(setting: str, tmp_
     with pytest.raises(UserError, match=rf"^{setting}: .*there is no validation data; set data.validation"):
         check_validation(config, has_validation=False)
     check_validation(config, has_validation=True)
+
+
+def test_answers_to_prompts_that_are_trained_on_are_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "sample_questions", lambda sequences, count: [])
+    monkeypatch.setattr(evaluation, "answer_questions", lambda run, questions: [])
+    run = mock.MagicMock()
+    for run.validation, told in (
+        (mock.MagicMock(), "answers"),
+        (None, "answers, to prompts of rows that are trained on"),
+    ):
+        evaluation.show_answers(run, "answers")
+        assert run.recorder.record_event.call_args.args[2] == told

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from lisa_dist.config.sampling import OutlierSamplerConfig
 from lisa_dist.method.sampling.base import Sampler
 from lisa_dist.method.sampling.draws import draw_without_replacement
+
+logger = logging.getLogger(__name__)
 
 
 class OutlierSampler(Sampler):
@@ -24,6 +27,7 @@ class OutlierSampler(Sampler):
     def __init__(self, config: OutlierSamplerConfig, num_blocks: int) -> None:
         super().__init__(config, num_blocks)
         self.reverse = config.reverse
+        self.threshold = config.threshold
         self.shares: list[float] | None = None
 
     def wants_probe(self, period: int) -> bool:
@@ -32,6 +36,12 @@ class OutlierSampler(Sampler):
     def observe(self, scores: list[float]) -> None:
         self._check_scores(scores, self.num_blocks)
         self.shares = list(scores)
+        if not any(scores):
+            logger.warning(
+                "sampler=outlier: nothing is above sampler.threshold=%g times the mean, so blocks are drawn uniformly; "
+                "a lower one tells them apart",
+                self.threshold,
+            )
 
     def weights(self) -> list[float]:
         """Return the weight of each block in a draw."""

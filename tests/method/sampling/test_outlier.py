@@ -31,9 +31,12 @@ def test_outliers_are_measured_once_before_the_first_draw():
         sampler.draw(0)
 
 
-def test_a_model_without_outliers_is_drawn_from_uniformly():
+def test_a_model_without_outliers_is_drawn_from_uniformly_which_is_said(caplog):
     sampler = build_sampler(OutlierSamplerConfig(active_layers=1), num_blocks=4)
+    sampler.observe([0.0, 0.0, 0.0, 0.1])
+    assert caplog.text == ""
     sampler.observe([0.0] * 4)
+    assert "nothing is above sampler.threshold=13 times the mean, so blocks are drawn uniformly" in caplog.text
     counts = [0] * 4
     for period in range(2000):
         counts[sampler.draw(period)[0]] += 1
