@@ -111,6 +111,9 @@ class _Search:
         if self._left_out():
             return self._answers_behind_the_last_prompt()
         indexes = [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
+        for index in sorted(set(indexes) - self.marks.known):  # an empty answer may be one that is not written at all
+            if self.render_or_none([*self.messages[:index], *self.messages[index + 1 :]]) == self.whole:
+                raise BadRowError(f"the chat template leaves out {self.name(index)}")
         begins = {index: self._begin(index) for index in indexes}
         spans: dict[int, tuple[int, int]] = {}
         reached, ended = 0, True

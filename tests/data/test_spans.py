@@ -144,6 +144,12 @@ def test_arguments_become_text_where_the_template_wants_text(tmp_path):
     ]
 
 
+EMPTY_UNWRITTEN = (  # as by Gemma 4: an answer that says nothing is not written
+    "{% for m in messages if m.content.strip() %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
@@ -166,6 +172,8 @@ def test_arguments_become_text_where_the_template_wants_text(tmp_path):
             TWO,
             "otherwise once messages follow",
         ),
+        (EMPTY_UNWRITTEN, [*TWO[:2], answer(""), *TWO[2:]], r"leaves out message 3 of 5 \(assistant\)"),
+        (EMPTY_UNWRITTEN, [*TWO[:3], answer("\n")], r"leaves out message 4 of 4 \(assistant\)"),
     ],
 )
 def test_rows_are_refused_where_the_template_does_not_allow_them(template, messages, reason):
