@@ -55,6 +55,9 @@ def initialize_random(model: nn.Module, seed: int) -> list[str]:
 
     The same weights at any number of ranks: each block is made in full on this rank's device, in fp32, from a generator
     keyed by ``seed`` and the block's name, and cut to the shard. A GPU has other random numbers than a CPU.
+
+    Raises:
+        UserError: a parameter has first values that the model's initialisation does not set.
     """
     device = distributed.device()
     replica = meta_replica(model)
@@ -67,6 +70,11 @@ def initialize_random(model: nn.Module, seed: int) -> list[str]:
             _initialize(replica, name, part, recurse, device)
         for key, value in _part_state(name, part, recurse).items():
             if key in tensors:  # a tied head is not: its weight was made with the embeddings
+                if value.is_floating_point() and value.flatten()[:1].isnan().any():
+                    raise UserError(
+                        f"model.init=random: {type(replica).__name__} sets {key} where it is built and not in its "
+                        "_init_weights, so its first values are not known here; start from weights"
+                    )
                 fill(tensors[key], value)
         tensors.settle()
         part.to_empty(device="meta", recurse=recurse)
@@ -191,6 +199,9 @@ def _part_state(name: str, part: nn.Module, recurse: bool) -> dict[str, Tensor]:
 def _initialize(replica: nn.Module, name: str, part: nn.Module, recurse: bool, device: torch.device) -> None:
     """Allocate a part and run the model's initialisation on it, children first."""
     part.to_empty(device=device, recurse=recurse)
+    for tensor in part.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.detach().flatten()[:1] = float("nan")  # to see what nothing sets
     inner = list(part.named_modules(prefix=name)) if recurse else [(name, part)]
     for path, module in reversed(inner):
         _owner(replica, path)._init_weights(module)

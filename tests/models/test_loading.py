@@ -110,6 +110,14 @@ def test_random_weights_follow_the_models_own_initialisation(family: str) -> Non
             assert not torch.equal(parameter, theirs)
 
 
+def test_parameters_that_are_set_only_where_a_model_is_built_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of the activations of Apertus."""
+    model = allocated(tiny_config("llama"))
+    monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", lambda *_: None)
+    with pytest.raises(UserError, match=r"model\.init=random: LlamaForCausalLM sets model\..* where it is built"):
+        initialize_random(model, 0)
+
+
 def test_random_weights_depend_on_the_seed_and_differ_between_blocks() -> None:
     states = []
     for seed in (1, 1, 2):
