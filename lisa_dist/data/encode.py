@@ -7,6 +7,7 @@ tokenizer's offsets.
 from __future__ import annotations
 
 import datetime
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +55,10 @@ class Encoder:
         self._adds_bos = adds_bos(tokenizer)
         self._knows_all = STRANGE in str(tokenizer.decode(tokenizer(STRANGE, add_special_tokens=False).input_ids))
         self._added = np.asarray(list(tokenizer.added_tokens_decoder), dtype=np.int64)
+        control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._control = re.compile(
+            "|".join(re.escape(word) for word in sorted(control, key=len, reverse=True)) or r"(?!)"
+        )
         self._finder = AnswerFinder(tokenizer, date)
 
     @property
@@ -78,6 +83,10 @@ class Encoder:
         labels = np.where(mask, input_ids, UNTRAINED).astype(np.int32)
         unknown = 0 if self._knows_all else self._count_unknown(text)
         return Encoded(input_ids, labels, len(ids) > self.sequence_length, unknown)
+
+    def control_words(self, conversation: Conversation) -> set[str]:
+        """Return the control tokens that the messages hold as text, of which the tokenizer makes headers and ends."""
+        return {word for message in conversation.messages for word in self._control.findall(str(message))}
 
     def _count_unknown(self, text: str) -> int:
         """Count the characters of a text, other than blanks, that are in no token but the unknown one."""

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lisa_dist.config import DataConfig, UserError
 from lisa_dist.data.encode import Encoded, Encoder
-from lisa_dist.data.formats import BadRowError, Conversation, RowFormat, Sample, choose_format
+from lisa_dist.data.formats import BadRowError, Conversation, RowFormat, choose_format
 from lisa_dist.data.readers import BrokenRow, Row
 from lisa_dist.data.sources import Source
 from lisa_dist.data.tokenizer import ensure_chat_template, writes_day
@@ -53,6 +53,8 @@ class DataCounts:
     trained_tokens: int = 0
     empty_answers: int = 0
     with_nulls: int = 0  # rows whose tool calls or tools lost keys that are null
+    with_control_words: int = 0  # rows whose messages hold control tokens as text
+    control_words: list[str] = field(default_factory=list)  # which
     unknown_characters: int = 0  # of which the tokenizer makes nothing, or its unknown token
     unread_columns: list[str] = field(default_factory=list)  # columns with content that the format does not read
     date: str | None = None  # that the chat template writes into rows as today's
@@ -95,6 +97,11 @@ class DataCounts:
                 f"keys that are null are left out of tool calls' arguments and of tools in {self.with_nulls} rows; "
                 f"where a null is meant, give arguments and tools as JSON text"
             )
+        if self.with_control_words:
+            found.append(
+                f"messages of {self.with_control_words} rows hold {', '.join(self.control_words)}, which the tokenizer "
+                f"takes for control tokens and not for text, so a turn may end or begin there"
+            )
         if self.unknown_characters:
             found.append(
                 f"the tokenizer does not know {self.unknown_characters} of the characters, "
@@ -115,6 +122,7 @@ class EncodedRow:
     unread: set[str] = field(default_factory=set)  # columns
     empty_answers: int = 0
     with_nulls: bool = False
+    control_words: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -207,6 +215,8 @@ class RowReader:
         counts.trained_tokens += row.encoded.trained_tokens
         counts.empty_answers += row.empty_answers
         counts.with_nulls += row.with_nulls
+        counts.with_control_words += bool(row.control_words)
+        counts.control_words += sorted(row.control_words.difference(counts.control_words))
         counts.unknown_characters += row.encoded.unknown
         return True
 
@@ -236,15 +246,15 @@ def _encode_row(row: Row | BrokenRow, chosen: RowFormat, encoder: Encoder) -> En
         encoded = encoder.encode(sample)
     except BadRowError as error:
         return EncodedRow(row.place, str(error))
-    return EncodedRow(
-        row.place, "", encoded, chosen.unread(row.values), _empty_answers(sample), chosen.drops_nulls(row.values)
-    )
+    found = EncodedRow(row.place, "", encoded, chosen.unread(row.values))
+    if isinstance(sample, Conversation):
+        found.empty_answers, found.control_words = _empty_answers(sample), encoder.control_words(sample)
+        found.with_nulls = chosen.drops_nulls(row.values)
+    return found
 
 
-def _empty_answers(sample: Sample) -> int:
+def _empty_answers(sample: Conversation) -> int:
     """Count the trained answers that say nothing: no text, no call, no thought."""
-    if not isinstance(sample, Conversation):
-        return 0
     return sum(
         message["role"] == "assistant"
         and index not in sample.untrained

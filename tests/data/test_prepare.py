@@ -263,6 +263,20 @@ def test_nulls_that_are_left_out_of_arguments_and_schemas_are_said(tmp_path, cap
     assert [text for text in said(caplog) if "null" in text and "left out of tool calls' arguments" in text]
 
 
+def test_control_tokens_in_messages_are_said_at_every_start(tmp_path, caplog):
+    struck = {
+        "messages": [{"role": "user", "content": "is <s>this</s> gone?"}, {"role": "assistant", "content": "yes"}]
+    }
+    plain = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    path = write(tmp_path / "rows.jsonl", [plain, struck, struck])
+    for _ in range(2):  # the second time out of the cache
+        assert prepare(tmp_path, path=path).counts.with_control_words == 2
+        (told,) = said(caplog)
+        assert told.startswith(f"data.path={path}: messages of 2 rows hold </s>, <s>, which the tokenizer takes for")
+    path = write(tmp_path / "texts.jsonl", [{"text": "<s>one</s>"}])
+    assert prepare(tmp_path, path=path).counts.with_control_words == 0 and said(caplog) == []
+
+
 @pytest.mark.parametrize("unknown", [None, "<unk>"])
 def test_characters_that_the_tokenizer_does_not_know_are_counted_and_said(tmp_path, caplog, unknown):
     vocabulary = ["</s>", "<unk>", *"ab:\u2581"]
