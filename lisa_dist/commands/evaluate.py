@@ -5,17 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from lisa_dist.commands.inference import OpenedModel, answer_ends, open_model
 from lisa_dist.config import EXIT_DONE, Config, UserError
-from lisa_dist.config.paths import local_path
-from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.locate import has_subset
 from lisa_dist.data.prepare import prepare_data, validation_split
 from lisa_dist.data.sequences import Sequences
-from lisa_dist.launching.inputs import check_evaluate
+from lisa_dist.launching.inputs import check_evaluate, results_file
 from lisa_dist.method.probes import mean_loss
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.files import make_folder, to_json, write_atomically
@@ -96,12 +93,6 @@ def run_tasks(config: Config, opened: OpenedModel) -> dict[str, Any]:
     from lisa_dist.commands.harness import evaluate_tasks  # needs the optional package lm-eval
 
     return evaluate_tasks(opened, config, answer_ends(config, opened, config.evaluate.path))
-
-
-def results_file(config: Config) -> Path:
-    """Return where the results go: without a run they are named as a run's would be, in the current directory."""
-    run = RunDirectory.of(config) if config.run.dir else RunDirectory(Path())
-    return local_path(config.evaluate.output) if config.evaluate.output else run.evaluation
 
 
 def _write(config: Config, results: dict[str, Any]) -> None:

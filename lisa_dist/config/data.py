@@ -10,6 +10,7 @@ from lisa_dist.config.errors import UserError, check_auto_or_count, check_choice
 
 FORMATS = ["auto", "alpaca", "chat", "sharegpt", "prompt_completion", "text"]
 MOST_PROCESSES = 16  # one process reads the rows for all others, which keeps no more than about these busy
+PREVIEW_START = '[{"input_ids": ['  # how what is written to ``data.preview_file`` begins
 
 
 @dataclass

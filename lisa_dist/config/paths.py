@@ -36,12 +36,14 @@ def path_exists(path: Path) -> bool:
 
 
 def refusal(error: BaseException, words: Iterable[str] = ()) -> str | None:
-    """Return in a sentence that the system refuses a path as it is named; None where ``error`` says something else.
+    """Return in a sentence that the system refuses a path as it is named, or the output; None for any other error.
 
     Args:
         error: that was raised.
         words: of the command line, of which one may have named the path, or a folder that it lies in.
     """
+    if isinstance(error, BrokenPipeError):
+        return "nobody reads any more what is printed, as after a pipe into head"
     if not isinstance(error, OSError) or error.errno not in REFUSALS or not isinstance(error.filename, str):
         return None
     path, said = Path(error.filename).absolute(), error.strerror
@@ -108,6 +110,17 @@ def check_is_new(directory: Path, key: str) -> None:
     """Raise :class:`UserError` where a directory to be written, the value of ``key``, holds something already."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{key}={directory}: must be a new or an empty directory, nothing is written over")
+
+
+def check_may_replace(file: Path, key: str, beginning: str) -> None:
+    """Raise :class:`UserError` where ``file``, which ``key`` names, holds what does not begin as its kind does."""
+    if file.is_dir():
+        raise UserError(f"{key}={file}: is a folder, name a file in it")
+    if file.is_file() and file.stat().st_size:
+        with file.open("rb") as opened:
+            found = opened.read(len(beginning.encode()))
+        if found != beginning.encode():
+            raise UserError(f"{key}={file}: holds something else, which is not written over; name a new file")
 
 
 def model_directory(path: str, key: str = "model.path") -> Path | None:

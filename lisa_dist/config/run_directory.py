@@ -52,6 +52,23 @@ class RunDirectory:
         """Whether a step was recorded or saved here; a start that failed before its first step may be repeated."""
         return self._has_step() or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
 
+    def foreign(self) -> Path | None:
+        """Return what lies here that no run wrote and training would replace, None where there is nothing of the kind.
+
+        A start that failed before its first step leaves the same names, and its lock.
+        """
+        if any(self.model.glob("*.safetensors")):  # a run keeps none there
+            return self.model
+        if self.holds_run() or self.lock.exists():
+            return None
+        names = (self.model, self.tokenizer, *([] if self._is_resolved() else [self.config]))
+        return next((path for path in names if path.exists()), None)
+
+    def _is_resolved(self) -> bool:
+        """Whether config.yaml has every group of keys, as a run writes it."""
+        lines = self.config.read_text(encoding="utf-8", errors="replace").splitlines() if self.config.is_file() else []
+        return {f"{field.name}:" for field in dataclasses.fields(Config)} <= {line.partition(" ")[0] for line in lines}
+
     def _has_step(self) -> bool:
         if not self.metrics.is_file():
             return False
@@ -84,3 +101,8 @@ def check_run_dir_is_free(config: Config) -> None:
         )
     if run.path.exists() and not run.path.is_dir():
         raise UserError(f"run.dir={config.run.dir}: must be a directory, but is a file")
+    if (theirs := run.foreign()) is not None:
+        raise UserError(
+            f"run.dir={config.run.dir}: holds {theirs.name}, which no run wrote and training would replace; choose "
+            "another directory, or move that"
+        )

@@ -12,7 +12,8 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from lisa_dist.config import DataConfig, UserError
-from lisa_dist.config.paths import local_path
+from lisa_dist.config.data import PREVIEW_START
+from lisa_dist.config.paths import check_may_replace, local_path
 from lisa_dist.data.encode import UNTRAINED
 from lisa_dist.data.prepare import PreparedData
 from lisa_dist.data.sequences import Sequences
@@ -39,7 +40,7 @@ def show_preview(
     Samples are shown as they are before packing.
 
     Raises:
-        UserError: the file can't be written.
+        UserError: the file can't be written, or holds something else.
     """
     if not is_main() or (config.preview is None and config.preview_file is None):
         return
@@ -59,6 +60,7 @@ def show_preview(
 def _write(path: str, samples: list[tuple[list[int], list[int]]]) -> None:
     rows = [{"input_ids": input_ids, "labels": labels} for input_ids, labels in samples]
     file = local_path(path)
+    check_may_replace(file, "data.preview_file", PREVIEW_START)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(rows) + "\n", encoding="utf-8")

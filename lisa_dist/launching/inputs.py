@@ -10,10 +10,12 @@ from pathlib import Path
 
 from lisa_dist.config import Config, ModelConfig, UserError
 from lisa_dist.config.checks import check_global_batch, check_package, check_streamed
+from lisa_dist.config.data import PREVIEW_START
 from lisa_dist.config.errors import as_written
 from lisa_dist.config.paths import (
     check_has_weights,
     check_is_new,
+    check_may_replace,
     check_model_directory,
     local_path,
     model_directory,
@@ -25,6 +27,8 @@ from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free
 from lisa_dist.data.locate import check_data, is_local, locate
 from lisa_dist.runtime.files import make_folder
 from lisa_dist.telemetry.run_lock import check_nobody_trains
+
+RESULTS_START = '{\n "model": '  # of a file of ``lisa-dist evaluate``
 
 
 def check_training(config: Config) -> None:
@@ -40,9 +44,11 @@ def check_training(config: Config) -> None:
 
 
 def check_read(config: Config) -> None:
-    """Raise :class:`UserError` where the model or the data to train with are named and not there."""
+    """Raise :class:`UserError` where the model or the data to train with are not there, or a preview has no place."""
     _check_model(config.model)
     check_data(config.data)
+    if config.data.preview_file is not None:
+        check_may_replace(local_path(config.data.preview_file), "data.preview_file", PREVIEW_START)
 
 
 def check_export(config: Config) -> None:
@@ -58,6 +64,7 @@ def check_evaluate(config: Config) -> None:
     """Raise :class:`UserError` where no model or no data to evaluate are named, or are not there."""
     choice = config.evaluate
     check_opened(config, choice.path, "evaluate.path")
+    check_may_replace(results_file(config), "evaluate.output", RESULTS_START)
     if choice.path is not None and choice.data is None and config.run.dir is None and not choice.tasks:
         raise UserError("evaluate.data=null: name the data to evaluate evaluate.path on, or a run by run.dir=DIR")
     if choice.data is not None and not is_local(choice.data):
@@ -67,6 +74,12 @@ def check_evaluate(config: Config) -> None:
     if choice.task_dir is not None and not local_path(choice.task_dir).is_dir():
         near = nearest_path(local_path(choice.task_dir))
         raise UserError(f"evaluate.task_dir={choice.task_dir}: must be a directory that exists{near}")
+
+
+def results_file(config: Config) -> Path:
+    """Return where the results go: without a run they are named as a run's would be, in the current directory."""
+    run = RunDirectory.of(config) if config.run.dir else RunDirectory(Path())
+    return local_path(config.evaluate.output) if config.evaluate.output else run.evaluation
 
 
 def check_generate(config: Config) -> None:
@@ -85,6 +98,10 @@ def make_room(output: str | None) -> None:
 
 def check_opened(config: Config, path: str | None, key: str) -> None:
     """Raise :class:`UserError` where neither ``path``, the value of ``key``, nor ``run.dir`` names a trained model."""
+    group = key.partition(".")[0]
+    step = getattr(config, group).step
+    if path is not None and step is not None and key == f"{group}.path":
+        raise UserError(f"{group}.step={step}: chooses a checkpoint of a run, and {key}={path} has none; leave it out")
     if path is not None:
         directory = _check_directory(path, key)
         if directory is not None:

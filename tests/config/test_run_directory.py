@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lisa_dist.config import Config, RunConfig, UserError
+from lisa_dist.config.loading import to_yaml
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
 
 
@@ -50,6 +51,8 @@ def test_a_run_is_not_written_over(tmp_path: Path) -> None:
     config = Config(run=RunConfig(dir=str(tmp_path)))
     check_run_dir_is_free(config)
     (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "lock.json").touch()
     (tmp_path / "config.yaml").write_text("train: {}\n")
     (tmp_path / "checkpoints").mkdir()
     check_run_dir_is_free(config)  # a start that failed before its first step may be repeated
@@ -57,6 +60,30 @@ def test_a_run_is_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run\.dir=.*checkpoint\.resume=auto"):
         check_run_dir_is_free(config)
     config.checkpoint.resume = "auto"
+    check_run_dir_is_free(config)
+
+
+@pytest.mark.parametrize("resume", ["none", "auto"])
+@pytest.mark.parametrize("theirs", ["model/model.safetensors", "tokenizer/tokenizer.json", "config.yaml"])
+def test_what_no_run_wrote_is_not_replaced(theirs: str, resume: str, tmp_path: Path) -> None:
+    config = Config(run=RunConfig(dir=str(tmp_path)))
+    config.checkpoint.resume = resume
+    (tmp_path / theirs).parent.mkdir(exist_ok=True)
+    (tmp_path / theirs).write_text("model:\n  path: model\n")
+    with pytest.raises(UserError, match=rf"holds {Path(theirs).parts[0]}, which no run wrote"):
+        check_run_dir_is_free(config)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "lock.json").touch()  # of a start that failed, which leaves no weights
+    if theirs.startswith("model"):
+        with pytest.raises(UserError, match="holds model"):
+            check_run_dir_is_free(config)
+    else:
+        check_run_dir_is_free(config)
+
+
+def test_the_settings_of_another_run_may_be_laid_there(tmp_path: Path) -> None:
+    config = Config(run=RunConfig(dir=str(tmp_path)))
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
     check_run_dir_is_free(config)
 
 

@@ -62,6 +62,11 @@ def test_file(demo, tmp_path, count, expected):
     assert len(rows) == expected
     for row, sequence in zip(rows, (demo[1].train[index] for index in range(expected)), strict=True):
         assert row == {"input_ids": sequence.input_ids.tolist(), "labels": sequence.labels.tolist()}
+    shown(demo, preview=count, preview_file=str(file))  # its own may be written anew
+    (tmp_path / "rows.json").write_text('[{"prompt": "a"}]')
+    with pytest.raises(UserError, match=r"data.preview_file=.*rows.json: holds something else"):
+        shown(demo, preview_file=str(tmp_path / "rows.json"))
+    assert (tmp_path / "rows.json").read_text() == '[{"prompt": "a"}]'
     with pytest.raises(UserError, match=r"data.preview_file=.*: can't be written"):
         shown(demo, preview_file=str(file / "x"))
 
