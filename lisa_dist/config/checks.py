@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 
 from lisa_dist.config import Config, SamplerConfig, TrainConfig
-from lisa_dist.config.errors import UserError, as_written
+from lisa_dist.config.errors import UserError, as_written, check_at_least
 from lisa_dist.config.optimization import PARTS
 from lisa_dist.config.placement import is_block_major, stay_whole, stream_frozen
 from lisa_dist.config.sampling import PROBE_KINDS
@@ -158,6 +158,18 @@ def _check_block_major(config: Config, ranks_of_replica: int = 1) -> None:
         raise UserError(
             "parallel.block_major=true: needs one rank, parallel.replicate=1, and precision.frozen to be "
             "precision.compute; set parallel.block_major=false"
+        )
+
+
+def check_grid(ranks: int, replicate: int, shard: int) -> None:
+    """Raise :class:`UserError` where the replicas of the model, each over so many ranks, do not make up the ranks."""
+    check_at_least("parallel.replicate", replicate, 1)
+    if ranks % replicate:
+        raise UserError(f"parallel.replicate={replicate}: must divide the number of ranks, {ranks}")
+    if replicate * shard != ranks:
+        raise UserError(
+            f"parallel.shard={shard}: replicate x shard must equal the number of ranks, "
+            f"but {replicate} x {shard} is not {ranks}"
         )
 
 

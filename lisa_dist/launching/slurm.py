@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, LaunchConfig, UserError
+from lisa_dist.config.checks import check_global_batch, check_grid, check_streamed
 from lisa_dist.config.overrides import write_override
 from lisa_dist.config.paths import local_path
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
@@ -66,6 +67,7 @@ def run(config: Config, overrides: list[str], config_dir: str | None) -> int:
     config = resolve_run_dir(config)
     check_run_dir_is_free(config)
     _look_for_inputs(config)
+    _check_ranks(config)
     run = RunDirectory.of(config)
     kept = [text for text in overrides if not _is_settled(text)]
     script = run_script(config, kept, config_dir)
@@ -87,6 +89,18 @@ def _look_for_inputs(config: Config) -> None:
         if not (launch.container or launch.setup or launch.dry_run):
             raise
         print(f"lisa-dist: {error} (on this machine; the job must find it where it runs)", file=sys.stderr)
+
+
+def _check_ranks(config: Config) -> None:
+    """Raise :class:`UserError` for what the ranks of the job would refuse; the user's own options may change them."""
+    launch, parallel = config.launch, config.parallel
+    if any(re.match(r"-(-nodes|-ntasks|N|n)", option) for option in launch.options):
+        return
+    ranks = (launch.nodes or parallel.nodes) * tasks_per_node(config)
+    check_grid(ranks, parallel.replicate, parallel.ranks_of_replica(ranks))
+    check_streamed(config, ranks)
+    if config.checkpoint.resume == "none":
+        check_global_batch(config.train, ranks)
 
 
 def run_sweep(overrides: list[str], config_dir: str | None) -> int:
@@ -275,6 +289,7 @@ def _hand_over(script: str, path: Path, launch: LaunchConfig, where: str) -> int
     if result.returncode:
         reason = (result.stderr.strip() or result.stdout.strip()).replace("\n", "; ")
         raise UserError(f"launch slurm: sbatch refused {path}, {reason}")
-    job = result.stdout.strip().partition(";")[0]
+    sys.stderr.write(result.stderr)  # what the site has to say to a job that it takes
+    job = result.stdout.strip().rpartition("\n")[2].partition(";")[0]
     print(f"lisa-dist: submitted as job {job}; to stop it: scancel {job}")
     return EXIT_DONE

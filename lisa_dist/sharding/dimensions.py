@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lisa_dist.config import ParallelConfig, UserError
-from lisa_dist.config.errors import check_at_least
+from lisa_dist.config import ParallelConfig
+from lisa_dist.config.checks import check_grid
 from lisa_dist.runtime import distributed
 
 
@@ -28,14 +28,7 @@ class ParallelDims:
 
     def __post_init__(self) -> None:
         """Raise :class:`UserError` where the axes do not make up the ranks."""
-        check_at_least("parallel.replicate", self.replicate, 1)
-        if self.num_ranks % self.replicate:
-            raise UserError(f"parallel.replicate={self.replicate}: must divide the number of ranks, {self.num_ranks}")
-        if self.replicate * self.shard != self.num_ranks:
-            raise UserError(
-                f"parallel.shard={self.shard}: replicate x shard must equal the number of ranks, "
-                f"but {self.replicate} x {self.shard} is not {self.num_ranks}"
-            )
+        check_grid(self.num_ranks, self.replicate, self.shard)
 
     @classmethod
     def of(cls, config: ParallelConfig, num_ranks: int | None = None) -> ParallelDims:

@@ -205,3 +205,31 @@ def test_slurm_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert main(["launch", "slurm", f"run.dir={tmp_path / 'run'}"]) == 2
     assert "no such partition" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["launch.nodes=3", "launch.gpus_per_node=8"], "train.global_batch_size=32: must be a multiple"),
+        (["launch.nodes=3", "parallel.replicate=2"], "parallel.replicate=2: must divide the number of ranks, 3"),
+        (["launch.nodes=2", "parallel.offload=auto"], "parallel.offload=auto: needs one rank"),
+    ],
+)
+def test_what_the_ranks_would_refuse_is_told_before_the_job_waits(
+    settings: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch = ["launch", "slurm", "launch.dry_run=true", "train.micro_batch_size=1", *settings]
+    assert main([*launch, f"run.dir={tmp_path / 'run'}"]) == 2
+    assert named in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert main([*launch, f"run.dir={tmp_path / 'run'}", "launch.options=['--nodes=1','--ntasks-per-node=1']"]) == 0
+
+
+def test_what_the_site_says_to_a_job_that_it_takes_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/bash\necho 'moved to partition slow' >&2\necho Welcome\necho '12;one'\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert main(["launch", "slurm", f"run.dir={tmp_path / 'run'}"]) == 0
+    shown = capsys.readouterr()
+    assert "moved to partition slow\n" in shown.err and "submitted as job 12; to stop it: scancel 12" in shown.out

@@ -146,7 +146,8 @@ def _finish(job: RunningJob, total: int, *, stopping: bool) -> None:
 def _shares_of_gpus(places: int) -> list[str | None]:
     """Return for each place the GPUs that its jobs see; None: those that the sweep sees."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count()  # CUDA stops at the first that is none, as in "0,1,"
+    gpus = (visible.split(",") if visible else [str(index) for index in range(count)])[:count]
     if places == 1 or len(gpus) < places:
         return [None] * places
     return [",".join(gpus[place::places]) for place in range(places)]

@@ -136,6 +136,8 @@ def test_run_directories_are_named_after_what_varies(tmp_path: Path) -> None:
         (None, 4, 2, ["0,2", "1,3"]),
         ("4,5,6", 3, 2, ["4,6", "5"]),
         ("4", 1, 2, [None, None]),
+        ("0,1,", 2, 3, [None, None, None]),
+        ("0,1,-1,2", 2, 2, ["0", "1"]),
     ],
 )
 def test_jobs_side_by_side_share_the_gpus(
