@@ -48,7 +48,7 @@ class WandbConfig:
     mode: str | None = None  # online, offline, disabled; null: WANDB_MODE, else online
     project: str | None = None  # the project that the run belongs to; null: WANDB_PROJECT, else lisa-dist
     entity: str | None = None  # the team or account; null: WANDB_ENTITY, else the account's default one
-    tags: list[str] = field(default_factory=list)  # labels of the run
+    tags: list[str] = field(default_factory=list)  # labels of the run; none: those of WANDB_TAGS
 
     def __post_init__(self) -> None:
         check_choices("logger.wandb", self, mode=WANDB_MODES)
@@ -62,7 +62,9 @@ class WandbConfig:
         mode = self.mode or environment.get("WANDB_MODE") or "online"
         check_choice("logger.wandb.mode" if self.mode else "WANDB_MODE", mode, WANDB_MODES)
         project = self.project or environment.get("WANDB_PROJECT") or "lisa-dist"
-        return replace(self, mode=mode, project=project, entity=self.entity or environment.get("WANDB_ENTITY"))
+        tags = self.tags or [tag.strip() for tag in environment.get("WANDB_TAGS", "").split(",") if tag.strip()]
+        entity = self.entity or environment.get("WANDB_ENTITY")
+        return replace(self, mode=mode, project=project, entity=entity, tags=tags)
 
 
 @dataclass

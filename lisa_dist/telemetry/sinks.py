@@ -47,7 +47,7 @@ class WandbSink:
                 entity=options.entity,
                 tags=options.tags,
                 mode=mode,
-                name=config.run.name or run.path.name,
+                name=config.run.name or os.environ.get("WANDB_NAME") or run.path.name,
                 id=_wandb_id(run.wandb_id),
                 resume="allow" if options.mode == "online" else None,
                 dir=str(run.path),

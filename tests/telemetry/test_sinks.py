@@ -93,15 +93,21 @@ def test_wandb_keeps_what_a_roll_back_does_again(tmp_path, monkeypatch):
 
 def test_a_run_that_goes_on_is_the_same_run_and_variables_stand_in_for_keys(tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
-    for name, value in {"MODE": "offline", "PROJECT": "theirs", "ENTITY": "team"}.items():
+    theirs = {"MODE": "offline", "PROJECT": "theirs", "ENTITY": "team", "TAGS": "a,b", "NAME": "named"}
+    for name, value in theirs.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     found = []
-    for options in (WandbConfig(), WandbConfig(project="ours")):
-        sink = build_sink(config_with("wandb", wandb=options), RunDirectory(tmp_path))
-        found.append((sink.run.id, sink.run.project, sink.run.entity, sink.run.settings.mode))
+    for options, name in ((WandbConfig(), None), (WandbConfig(project="ours", tags=["c"]), "trial")):
+        config = Config(logger=LoggerConfig(name="wandb", wandb=options), run=RunConfig(name=name))
+        sink = build_sink(config, RunDirectory(tmp_path))
+        about = (sink.run.id, sink.run.project, sink.run.entity, sink.run.settings.mode)
+        found.append((*about, sink.run.tags, sink.run.name))
         sink.close()
     identity = (tmp_path / "wandb" / "run_id.txt").read_text()
-    assert found == [(identity, "theirs", "team", "offline"), (identity, "ours", "team", "offline")]
+    assert found == [
+        (identity, "theirs", "team", "offline", ("a", "b"), "named"),
+        (identity, "ours", "team", "offline", ("c",), "trial"),
+    ]
 
 
 def test_a_variable_that_is_no_mode_is_refused_before_anything_starts(monkeypatch):
