@@ -14,17 +14,17 @@ from omegaconf._utils import get_yaml_loader
 from lisa_dist.config import Config
 from lisa_dist.config.errors import UserError, as_written, in_one_line
 from lisa_dist.config.loading import load
-from lisa_dist.config.overrides import SCHEMAS, Written, parse_overrides, write_override
+from lisa_dist.config.overrides import PATH_KEYS, SCHEMAS, Written, parse_overrides, write_override
 from lisa_dist.config.paths import local_path, nearest_path
 
 SUFFIXES = (".yaml", ".yml")
 
 
 class _Loader(get_yaml_loader()):  # type: ignore[misc]
-    """OmegaConf's, with numbers as they are written; what they are depends on the key."""
+    """OmegaConf's, with numbers, and words such as ``on``, as they are written; what they are depends on the key."""
 
 
-for _kind in ("int", "float"):
+for _kind in ("int", "float", "bool"):
     _Loader.add_constructor(
         f"tag:yaml.org,2002:{_kind}",
         lambda loader, node: Written(re.sub(r"\.(?=inf|nan)", "", node.value, flags=re.IGNORECASE)),
@@ -77,11 +77,16 @@ def file_overrides(word: str, others: list[str], config_dir: str | None = None) 
                 f"{word}: {key} is set twice, to {as_written(values[key])} and {as_written(value)}; keep one"
             )
         values[key] = value
-    overrides = [write_override(key, value) for key, value in values.items()]
+    for key, value in values.items():
+        if key in PATH_KEYS and isinstance(value, list | dict) and key != "generate.prompts":
+            raise UserError(f"{word}: {key}={as_written(value)}: must be one path, not a list or a mapping")
     try:
+        overrides = [write_override(key, value) for key, value in values.items()]
         load(["model=custom", *overrides], config_dir)
     except UserError as error:
-        raise UserError(f"{word}: {error}") from None
+        raise UserError(f"{word}: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{word}: an anchor (&NAME) holds itself (*NAME); leave that out") from None
     chosen = {override.key for override in parse_overrides([*overrides, *others])}
     needed = [group for group in ("model", "data") if not {group, "experiment"} & chosen]
     return [*(f"{group}=custom" for group in needed), *overrides]

@@ -15,7 +15,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    OmegaConfBaseException,
+    ValidationError,
+)
 
 from lisa_dist.config import Config
 from lisa_dist.config.errors import UserError, check_choice, nearest
@@ -169,6 +175,8 @@ def _one_sentence(build: Callable[[], T]) -> T:
         raise
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(_sentence(error)) from None
+    except RecursionError:
+        raise UserError("--config-dir: the defaults of a YAML file lead back to it; leave that out") from None
 
 
 def _sentence(error: BaseException) -> str:
@@ -190,6 +198,8 @@ def _sentence(error: BaseException) -> str:
         return f"{key}: there is no such key{where}{key_here(key) or nearest(key, all_keys(schema))}"
     if isinstance(keyed[-1], ValidationError) and key in all_keys(schema):
         return f"{key}: must be {describe_type(node_of(schema, key))}{where}"
+    if isinstance(keyed[-1], InterpolationKeyError):
+        return f"{key}: ${{NAME}} means a key, and there is none of that name; a variable of the shell is $NAME{where}"
     return f"{key}: {str(keyed[-1]).splitlines()[0]}{where}"
 
 

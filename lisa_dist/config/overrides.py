@@ -46,8 +46,13 @@ class KeyOverride:
 
 
 class Written(str):
-    """A number of a YAML file, in the letters that it has there: ``24:00:00`` is 86400 for YAML, no time for Slurm."""
+    """A number or a truth of a YAML file, in the letters that it has there.
 
+    ``24:00:00`` is 86400 for YAML, and no time for Slurm; ``on`` is true for YAML, and may be a name.
+    """
+
+
+SWITCHES = {"yes": "true", "on": "true", "no": "false", "off": "false"}  # which YAML knows besides, and Hydra does not
 
 # Keys whose value is a path, which is meant as it is written.
 PATH_KEYS = (
@@ -84,14 +89,19 @@ def write_override(key: str, value: Any) -> str:
 
 def _written(value: Any) -> str:
     if isinstance(value, list):
-        return f"[{','.join(_written(item) for item in value)}]"
+        return f"[{','.join(_entry(item) for item in value)}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{name}:{_written(item)}' for name, item in value.items())}}}"
+        return f"{{{','.join(f'{name}:{_entry(item)}' for name, item in value.items())}}}"
     if not isinstance(value, str) or isinstance(value, Written) or re.fullmatch(r"/[\w./+%@:-]*", value):
         return as_written(value)
     # Backslashes count where they stand before a quote.
     escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'")
     return f"'{escaped}'"
+
+
+def _entry(value: Any) -> str:
+    """Return a value inside a list or a mapping, where no type of a key says that ``on`` is true."""
+    return SWITCHES.get(value.lower(), value) if isinstance(value, Written) else _written(value)
 
 
 def literal_path(text: str) -> KeyOverride | None:

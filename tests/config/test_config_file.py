@@ -80,6 +80,14 @@ def test_a_number_is_what_its_key_makes_of_it(tmp_path: Path) -> None:
     assert (config.optimizer.lr, config.optimizer.eps) == (1e-5, 1e-7)  # type: ignore[attr-defined]
 
 
+def test_a_truth_is_what_its_key_makes_of_it(tmp_path: Path) -> None:
+    text = "run: {name: on}\nlaunch: {partition: no}\ndata: {packing: yes, group_by_length: Off}\n"
+    config = load(read(tmp_path, text + "model.architecture: {a: yes, b: [No, {c: ON}]}\ncheckpoint: {async: on}\n"))
+    assert (config.run.name, config.launch.partition) == ("on", "no")
+    assert (config.data.packing, config.data.group_by_length) == (True, False)
+    assert config.model.architecture == {"a": True, "b": [False, {"c": True}]} and config.checkpoint.in_background
+
+
 def test_what_a_run_wrote_can_be_read_as_a_file(tmp_path: Path) -> None:
     config = load(["method=owlore", "update.rank=4", "data.path=x y.jsonl", "optimizer=lion", "launch.setup=[a b]"])
     assert load(read(tmp_path, to_yaml(config))) == config
@@ -129,6 +137,11 @@ WRONG = [
     ("optimizer: 3", "must be one of"),
     ("train: 3", "a group of keys"),
     ("optimizer: {lr: }", "must be a number"),
+    ("run: {dir: [a]}", "run.dir=[a]: must be one path"),
+    ("data: &d\n  columns: *d\n", "an anchor (&NAME) holds itself"),
+    ("launch:\n  setup: |\n    a\n    b\n", "launch.setup='a b ': must be a list"),
+    ("train: {max_steps: yes}", "train.max_steps=yes: must be a whole number"),
+    ("logger: {wandb: {tags: [on]}}", "must be a list"),
 ]
 
 

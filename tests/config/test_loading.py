@@ -216,6 +216,9 @@ def own_groups(tmp_path: Path) -> str:
         "data/typo.yaml": "pth: mine.json\n",
         "data/wrong_type.yaml": "sequence_length: long\n",
         "data/broken.yaml": "a: [\n",
+        "data/round.yaml": "defaults: [about]\n",
+        "data/about.yaml": "defaults: [round]\n",
+        "data/shell.yaml": "path: ${SCRATCH}/rows.json\n",
     }.items():
         (tmp_path / "own groups" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "own groups" / name).write_text(text)
@@ -233,7 +236,14 @@ def test_own_groups_of_config_dir(own_groups: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "named"), [("typo", "data.pth"), ("wrong_type", "data.sequence_length"), ("broken", "broken.yaml")]
+    ("name", "named"),
+    [
+        ("typo", "data.pth"),
+        ("wrong_type", "data.sequence_length"),
+        ("broken", "broken.yaml"),
+        ("round", "the defaults of a YAML file lead back to it"),
+        ("shell", "data.path: ${NAME} means a key"),
+    ],
 )
 def test_a_mistake_in_a_users_yaml_is_one_sentence(own_groups: str, name: str, named: str) -> None:
     with pytest.raises(UserError) as error:
