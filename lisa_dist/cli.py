@@ -35,10 +35,10 @@ from lisa_dist.config.errors import check_choice
 from lisa_dist.config.loading import GROUPS, load, to_yaml
 from lisa_dist.config.other_trainers import key_here
 from lisa_dist.config.overrides import write_override
-from lisa_dist.config.paths import refusal
+from lisa_dist.config.paths import local_path, path_exists, refusal
 from lisa_dist.config.prompts import read_prompts, split_literals
 from lisa_dist.config.run_directory import resolve_run_dir
-from lisa_dist.runtime.environment import environment_rank, expand_segments, has_ranks
+from lisa_dist.runtime.environment import environment_rank, expand_segments, has_ranks, of_mpi
 from lisa_dist.runtime.garbage import no_garbage_collection
 from lisa_dist.runtime.signals import end_at_signals, ignore_stop_signals, install_stop_handlers, stops_within
 
@@ -64,6 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     leaves with its full traceback.
     """
     words = sys.argv[1:] if arguments is None else arguments
+    if sys.stdin is None:  # closed, so that what is opened next would be taken for it
+        os.open(os.devnull, os.O_RDONLY)
     expand_segments()
     if has_ranks():
         install_stop_handlers()  # as early as can be: a signal that comes while torch is imported counts too
@@ -138,8 +140,8 @@ def _run(arguments: argparse.Namespace, literals: list[str]) -> int:
         overrides = [*said, *given]  # what the file says comes first, so that the command line counts
     if arguments.watch:
         overrides = [*overrides, "report.watch=true"]
-    if name == "runs" and overrides and "=" not in overrides[0]:
-        overrides[0] = write_override("runs.dir", overrides[0])
+    if name == "runs":
+        given = overrides = _with_folder(overrides)
     if arguments.multirun:
         return _multirun(name, overrides, arguments.config_dir)
     if name in ("generate", "chat"):
@@ -158,6 +160,14 @@ def _run(arguments: argparse.Namespace, literals: list[str]) -> int:
     if name == "generate" and config.generate.compare:
         return _compare(config.generate, overrides, arguments.config_dir)
     return _dispatch(name, config)
+
+
+def _with_folder(words: list[str]) -> list[str]:
+    """Return the words of ``runs``, of which one may be the folder, as overrides."""
+    folders = [word for word in words if "=" not in word or (path_exists(path := local_path(word)) and path.is_dir())]
+    if len(folders) > 1:
+        raise UserError(f"{folders[1]}: the runs of one folder are listed, and {folders[0]} is given already")
+    return [write_override("runs.dir", word) if word in folders else word for word in words]
 
 
 def _tell(sentences: list[str]) -> None:
@@ -226,6 +236,8 @@ def _dispatch(name: str, config: Config) -> int:
         exit_code = command.function(config)
         ignore_stop_signals()
         return exit_code
+    if told := of_mpi():
+        _tell([f"{told}: processes of mpirun are no ranks here, each runs this alone; start ranks by torchrun or srun"])
     from lisa_dist.launching.rank_server import start_rank_server
 
     start_rank_server()
@@ -252,7 +264,7 @@ def _multirun(name: str, overrides: list[str], config_dir: str | None) -> int:
         from lisa_dist.launching.slurm import run_sweep as submit_sweep
 
         return submit_sweep(overrides, config_dir)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or has_ranks():
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1") or has_ranks():
         raise UserError("--multirun: must be started once and not in every rank, so without torchrun or srun")
     from lisa_dist.launching.sweeps.run import run_sweep
 

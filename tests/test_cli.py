@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,14 @@ def test_the_function_of_a_command_runs_what_it_imports(name: str, calls: list[t
     assert COMMANDS[name].function.__name__ == name and COMMANDS[name].function(*given) == 7
     elsewhere = {"train": "training.loop.train", "bench": "commands.bench.command.run", "launch": "launching.slurm.run"}
     assert calls == [(f"lisa_dist.{elsewhere.get(name, f'commands.{name}.run')}", *given)]
+
+
+def test_nothing_else_is_taken_for_a_stdin_that_is_closed() -> None:
+    code = "import os; from lisa_dist.cli import main; main(['--version']); print(os.readlink('/proc/self/fd/0'))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, preexec_fn=lambda: os.close(0)
+    )
+    assert ran.stdout.splitlines()[-1] == os.devnull
 
 
 def test_help_and_mistakes_do_not_wait_for_torch() -> None:
@@ -241,6 +250,18 @@ def test_a_rank_trains_in_its_own_process(
     assert signals == ["installed", "ignored"]
 
 
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_processes_of_mpirun_are_told_that_they_are_no_ranks(
+    name: str, calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, "4")
+    assert main(["train", "run.name=one"]) == 7
+    assert calls[0][0] == "lisa_dist.launching.local.launch_ranks"
+    assert f"{name}=4: processes of mpirun are no ranks here" in capsys.readouterr().err
+    monkeypatch.setenv(name, "1")
+    assert main(["train", "run.name=one"]) == 7 and capsys.readouterr().err == ""
+
+
 def test_one_task_of_srun_is_no_rank(calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
@@ -324,6 +345,18 @@ def test_a_key_that_the_command_does_not_read_is_told(
     told = capsys.readouterr().err
     assert "parallel.nodes=2: has no effect on train, it is a key of plan, launch, init\n" in told
     assert "bench" not in told
+
+
+def test_what_a_command_does_not_ask_with_is_told(
+    calls: list[tuple[Any, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "questions.txt").write_text("Why?")
+    assert main(["chat", "someone/model", "generate.output=said.jsonl"]) == 7
+    told = "lisa-dist: generate.output=said.jsonl: has no effect on chat, it is a key of generate\n"
+    assert capsys.readouterr().err == told
+    assert main(["generate", "someone/model", f"{tmp_path}/questions.txt"]) == 7
+    assert f"generate.prompts={tmp_path}/questions.txt asks what the file holds" in capsys.readouterr().err
+    assert calls[-1][1].generate.prompts == [f"{tmp_path}/questions.txt"]
 
 
 def test_launch_slurm_gets_the_overrides_too(calls: list[tuple[Any, ...]]) -> None:

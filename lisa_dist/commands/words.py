@@ -10,10 +10,12 @@ from lisa_dist.commands.table import COMMANDS, TRAINING_KEYS
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import GROUPS, load, load_run, resume_run
 from lisa_dist.config.overrides import parse_overrides
-from lisa_dist.config.paths import local_path
+from lisa_dist.config.paths import local_path, path_exists
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.launching.rank_server import may_have_gpu
 from lisa_dist.runtime.environment import environment_rank
+
+NOT_OF_CHAT = ("generate.prompts", "generate.output", "generate.compare", "generate.batch_size")
 
 
 def configuration_of(name: str, overrides: list[str], config_dir: str | None) -> Config:
@@ -31,6 +33,8 @@ def configuration_of(name: str, overrides: list[str], config_dir: str | None) ->
     settings = RunDirectory(local_path(run_dir)).config
     if not goes_on or not settings.is_file():
         return load(overrides, config_dir)
+    if name != "plan" and RunDirectory(settings.parent).foreign() is not None:  # refused by name before it starts
+        return load(overrides, config_dir)
     if environment_rank() == 0:
         print(f"lisa-dist: settings that are not given here are those of {settings}", file=sys.stderr)
     return resume_run(str(settings.parent), overrides, config_dir)
@@ -42,6 +46,8 @@ def keys_of_other_commands(name: str, overrides: list[str]) -> list[str]:
     for override in parse_overrides(overrides):
         group = override.key.partition(".")[0]
         readers = [other for other, command in COMMANDS.items() if group in command.keys]
+        if override.key in NOT_OF_CHAT:
+            readers.remove("chat")
         if override.key == "parallel.nodes":
             readers = ["plan", "launch", "init"]
         elif group in {*TRAINING_KEYS.split(), *GROUPS}:
@@ -66,7 +72,7 @@ def answering_configuration(
         config_dir: that of ``--config-dir``.
 
     Raises:
-        UserError: there is more text than the command takes, or a key is wrong.
+        UserError: there is more text than the command takes, or prompts are given twice, or a key is wrong.
     """
     keys = {override.partition("=")[0] for override in overrides}
     named = compare or keys & {"run.dir", "generate.path", "generate.compare"}
@@ -81,6 +87,12 @@ def answering_configuration(
     else:
         config = configuration_of(name, overrides, config_dir)
     choice = config.generate
+    if prompts and "generate.prompts" in keys:
+        raise UserError(f"generate.prompts: stands beside the prompt {prompts[0]!r}; leave one of the two out")
+    for prompt in prompts if environment_rank() == 0 else ():
+        if path_exists(file := local_path(prompt)) and file.is_file():
+            said = f"{prompt!r} is asked as it stands; generate.prompts={prompt} asks what the file holds"
+            print(f"lisa-dist: {said}", file=sys.stderr)
     choice = replace(choice, prompts=prompts or choice.prompts, compare=compare or choice.compare)
     return replace(config, generate=choice)
 

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lisa_dist.config.errors import UserError
+from lisa_dist.config.errors import UserError, as_written
 from lisa_dist.config.paths import local_path, path_exists
 
 Prompt = str | list[dict[str, Any]]  # a question, a text to go on with, or chat messages
@@ -56,6 +56,8 @@ def read_prompts(prompts: Any) -> list[Prompt]:
     """
     if isinstance(prompts, list):
         for prompt in prompts:
+            if isinstance(prompt, bool | float):
+                raise UserError(f"generate.prompts: {as_written(prompt)} is read as no text; put it in quotes")
             if prompt is None or isinstance(prompt, dict | list):
                 raise UserError(
                     f"generate.prompts: {prompt!r} is no text; conversations go into a file of JSON lines with messages"
@@ -66,7 +68,7 @@ def read_prompts(prompts: Any) -> list[Prompt]:
         if not file.is_file():
             raise UserError(f"generate.prompts={prompts}: must be a list such as ['Hello'] or a file that exists")
         try:
-            lines = file.read_text(encoding="utf-8").split("\n")
+            lines = file.read_text(encoding="utf-8-sig").split("\n")  # editors on Windows begin files with a mark
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"generate.prompts={prompts}: can't be read ({error})") from error
         numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]

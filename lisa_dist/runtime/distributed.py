@@ -23,7 +23,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lisa_dist.config import ParallelConfig, UserError
-from lisa_dist.runtime.environment import in_slurm_step, interface_towards
+from lisa_dist.runtime.environment import has_ranks, in_slurm_step, interface_towards
 from lisa_dist.runtime.rendezvous import meet
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ def initialize(config: ParallelConfig) -> None:
 
     With no launcher's variables in the environment the world is one rank, through the same code.
     """
-    if in_slurm_step() and "RANK" not in os.environ:
+    if in_slurm_step() and not os.environ.get("RANK"):
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
         os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
@@ -93,12 +93,23 @@ def initialize(config: ParallelConfig) -> None:
     if here.type == "cuda":
         torch.cuda.set_device(here)
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
+    if has_ranks():
+        _check_launcher()
         _choose_interface()
         store, rank, world_size = meet(timeout)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _check_launcher() -> None:
+    """Raise :class:`UserError` where only a part is there of what a launcher tells its ranks."""
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"{missing[0]}: must be set for a rank (RANK={os.environ['RANK']}); torchrun does so, and the script of "
+            "lisa-dist launch slurm: start by one of them, or unset RANK"
+        )
 
 
 def _choose_interface() -> None:

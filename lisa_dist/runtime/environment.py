@@ -23,26 +23,38 @@ def expand_segments() -> None:
         os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
 
 
+def _number(name: str) -> int | None:
+    """Return the number that a variable holds, None where it holds none: then no launcher has set it."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else None
+
+
 def in_slurm_step() -> bool:
     """Whether srun started this process as one of several tasks."""
-    return "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    return "SLURM_STEP_ID" in os.environ and (_number("SLURM_STEP_NUM_TASKS") or 1) > 1
 
 
 def has_ranks() -> bool:
     """Whether a launcher (torchrun, our own, srun) already started this process as a rank."""
-    return "RANK" in os.environ or in_slurm_step()
+    return _number("RANK") is not None or in_slurm_step()
+
+
+def of_mpi() -> str | None:
+    """Return how many processes mpirun has started, this one among them, as it says so; None where it is alone."""
+    names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of Open MPI; of MPICH and Intel MPI
+    return next((f"{name}={os.environ[name]}" for name in names if (_number(name) or 1) > 1), None)
 
 
 def environment_rank() -> int:
     """The rank that the launcher gave this process, 0 without a launcher."""
-    if "RANK" in os.environ:
-        return int(os.environ["RANK"])
+    if (rank := _number("RANK")) is not None:
+        return rank
     return int(os.environ["SLURM_PROCID"]) if in_slurm_step() else 0
 
 
 def restart_count() -> int:
     """How often torch's elastic agent has restarted this rank."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return _number("TORCHELASTIC_RESTART_COUNT") or 0
 
 
 def interface_towards(host: str) -> str | None:

@@ -197,6 +197,8 @@ def test_prompts_are_a_list_or_the_lines_of_a_file(tmp_path: Path) -> None:
     file.write_text("one\n\ntwo\n")
     assert read_prompts(["a", 2]) == ["a", "2"]
     assert read_prompts(str(file)) == ["one", "two"]
+    file.write_bytes("\ufeffone\r\ntwo\r\n".encode())  # as editors on Windows write it
+    assert read_prompts(str(file)) == ["one", "two"]
     (tmp_path / "lines.jsonl").write_text('{"prompt": null, "messages": [{"role": "user"}]}\n{"prompt": "a\u2028b"}\n')
     assert read_prompts(str(tmp_path / "lines.jsonl")) == [[{"role": "user"}], "a\u2028b"]
     (tmp_path / "broken.jsonl").write_text('{"prompt": "x"}\n{"question": "y"}\n')
@@ -211,6 +213,7 @@ def test_prompts_are_a_list_or_the_lines_of_a_file(tmp_path: Path) -> None:
         ([], "holds no prompt"),
         (["a", chat["messages"]], "is no text; conversations go into a file"),
         ([None], "None is no text"),
+        (["a", True], "true is read as no text; put it in quotes"),
         (str(tmp_path / "tools.jsonl"), "line 1 has tools, which would not be asked with"),
         (str(tmp_path / "system.jsonl"), "line 1 has system, which would not be asked with"),
         (str(tmp_path / "answered.jsonl"), "line 1 ends with an answer"),

@@ -161,3 +161,12 @@ def test_a_record_of_another_shape_is_damaged(tmp_path: Path, capsys: pytest.Cap
     assert (lines["text"]["state"], lines["text"]["reason"]) == ("failed", "its record is damaged")
     assert (lines["list"]["state"], lines["list"]["step"], lines["list"]["max_steps"]) == ("running", 3, None)
     assert main(["runs", str(tmp_path)]) == 0
+
+
+def test_a_folder_may_have_any_name_and_stand_anywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "0_lr=1e-5" / "run", STEP, beat=2)
+    assert [Path(line["run"]).name for line in listed(tmp_path / "0_lr=1e-5", capsys)] == ["run"]
+    assert main(["runs", "runs.format=json", str(tmp_path)]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 1
+    assert main(["runs", str(tmp_path), str(tmp_path / "0_lr=1e-5")]) == 2
+    assert f"and {tmp_path} is given already" in capsys.readouterr().err

@@ -7,7 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch.distributed as dist
 
+from lisa_dist.config import ParallelConfig, UserError
+from lisa_dist.runtime.distributed import initialize
 from lisa_dist.runtime.environment import ALLOCATOR_SETTINGS, interface_towards
 
 
@@ -30,3 +33,14 @@ def test_segments_grow_where_nothing_was_chosen_before_torch_is_imported(chosen:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**environment, **chosen}
     )
     assert run.stdout.strip() == f"False {chosen or {'PYTORCH_ALLOC_CONF': 'expandable_segments:True'}}"
+
+
+def test_a_rank_needs_all_that_a_launcher_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+        missing = {"RANK": "WORLD_SIZE", "WORLD_SIZE": "MASTER_ADDR", "MASTER_ADDR": "MASTER_PORT"}[name]
+        with pytest.raises(UserError, match=rf"^{missing}: must be set for a rank \(RANK=0\)"):
+            initialize(ParallelConfig(cpu_threads="1"))
