@@ -57,7 +57,7 @@ class ParallelConfig:
 @dataclass
 class PrecisionConfig:
     frozen: str = "bfloat16"  # storage of frozen blocks
-    active: str = "float32"  # storage of active blocks (the masters)
+    active: str = "float32"  # storage of active blocks (the masters); bfloat16 loses steps below 1/512 of a weight
     compute: str = "bfloat16"  # arithmetic of forward and backward
     reduce: str = "float32"  # gradient reduction
     on_freeze: str = "stochastic"  # rounding of masters when a block is frozen: stochastic, nearest
