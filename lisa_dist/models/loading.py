@@ -197,7 +197,7 @@ def _part_state(name: str, part: nn.Module, recurse: bool) -> dict[str, Tensor]:
 
 
 def _initialize(replica: nn.Module, name: str, part: nn.Module, recurse: bool, device: torch.device) -> None:
-    """Allocate a part and run the model's initialisation on it, children first."""
+    """Allocate a part and run the model's initialisation on it, children first, and on all that it is in."""
     part.to_empty(device=device, recurse=recurse)
     for tensor in part.state_dict().values():
         if tensor.is_floating_point():
@@ -205,6 +205,9 @@ def _initialize(replica: nn.Module, name: str, part: nn.Module, recurse: bool, d
     inner = list(part.named_modules(prefix=name)) if recurse else [(name, part)]
     for path, module in reversed(inner):
         _owner(replica, path)._init_weights(module)
+    while name:  # a head may set its layers anew, and a root its head; what else these hold is on meta
+        name = name.rpartition(".")[0]
+        _owner(replica, name)._init_weights(replica.get_submodule(name))
 
 
 def _owner(replica: Any, name: str) -> PreTrainedModel:

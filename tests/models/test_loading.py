@@ -58,6 +58,7 @@ GEMMA3N = {
     "hidden_size_per_layer_input": 8,
     "num_kv_shared_layers": 0,
 }
+MODERNBERT = {**_SMALL, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 GEMMA3N |= {"vocab_size_per_layer_input": 128, "layer_types": ["sliding_attention", "full_attention"]}
 
 
@@ -93,11 +94,13 @@ def test_buffers_that_are_computed_only_where_a_model_is_built_are_refused(monke
         restore_buffers(model)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "modernbert"])  # whose root and head set what lies within them
 def test_random_weights_follow_the_models_own_initialisation(family: str) -> None:
     torch.manual_seed(0)
-    expected = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
-    model = allocated(tiny_config(family))
+    modernbert = AutoConfig.for_model("modernbert-decoder", **MODERNBERT, tie_word_embeddings=False)
+    config = modernbert if family == "modernbert" else tiny_config(family)
+    expected = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = allocated(config)
     initialize_random(model, seed=0)
     for name, parameter in model.named_parameters():
         theirs = expected.get_parameter(name)
