@@ -48,6 +48,7 @@ class LisaCallback(TrainerCallback):
         self.period = -1  # none drawn yet
         self._layers: LayerMap | None = None
         self._sampler: RankSynchronizedSampler | None = None
+        self._frozen: list[nn.Parameter] = []  # by this callback, for now
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -99,24 +100,38 @@ class LisaCallback(TrainerCallback):
             state.log_history.append(record)
         logger.info("period %d, from step %d: blocks %s", period, state.global_step, self.active_blocks)
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Thaw what the callback froze: the next trainer of this model makes its optimizer of what is not frozen."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._refresh(kwargs["model"])
+
     def _switch(self, model: nn.Module, optimizer: Any) -> None:
         """Freeze and thaw, and drop the state of what is frozen. No communication."""
         if _is_sharded(model):
             reshard_all(model)
         # What is not stepped, as the base below adapters, must have no gradient: it would count in the norm that clips.
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self._frozen = []
         for name, parameter in model.named_parameters():
             trained = id(parameter) in stepped and self._trains(name)
             parameter.requires_grad_(trained)
             if not trained:
                 parameter.grad = None
                 optimizer.state.pop(parameter, None)
+                if id(parameter) in stepped:
+                    self._frozen.append(parameter)
+        self._refresh(model)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what was freed is in pieces of other sizes
+
+    def _refresh(self, model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 for group in fsdp_groups(module):
                     refresh_group(group)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # what was freed is in pieces of other sizes
 
     def _trains(self, name: str) -> bool:
         assert self._layers is not None

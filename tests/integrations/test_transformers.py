@@ -154,6 +154,16 @@ def test_what_is_switched_off_never_trains(tmp_path: Path) -> None:
     assert outside == [{"model.norm.weight"}] * 2
 
 
+def test_a_second_trainer_of_the_model_finds_nothing_frozen(tmp_path: Path) -> None:
+    model, watcher = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"])), Watcher()
+    before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    callbacks = [LisaCallback(UniformSamplerConfig(active_layers=1)), watcher]
+    arguments = make_arguments(tmp_path, steps=1, save_steps=1000)
+    Trainer(model=model, args=arguments, train_dataset=make_data(), callbacks=callbacks).train()
+    assert watcher.rows[0]["trained"] < before
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == before
+
+
 @pytest.mark.parametrize(
     ("sampler", "reason"),
     [
