@@ -65,12 +65,16 @@ def verify(directory: Path, part: int = 0, parts: int = 1) -> str | None:
         if not {STATE, CONFIG} <= files.keys():
             return f"{MANIFEST} does not list {STATE} and {CONFIG}"
         checked = [(directory, name, expected) for name, expected in files.items()]
+        strays = _strays(directory, files)
         for base, checksum in depends_on.items():
             files_of_base, _ = _read_manifest(directory.parent / base)
             if _checksum_of_manifest(directory.parent / base) != checksum:
                 return f"{directory.name} depends on {base}, which has been written anew since"
             weights = [name for name in files_of_base if name.startswith(f"{WEIGHTS}/")]
             checked += [(directory.parent / base, name, files_of_base[name]) for name in weights]
+            strays += _strays(directory.parent / base, files_of_base)
+        if strays:
+            return f"{strays[0]} is not of this checkpoint, but of another that was copied over; remove the file"
         found = (_verify_file(*file) for file in checked[part::parts])
         return next((wrong for wrong in found if wrong is not None), None)
     except _ManifestError as error:
@@ -146,6 +150,12 @@ def _is_inside(name: str) -> bool:
     path = Path(name)
     # A path with a NUL raises in every question about it.
     return "\0" not in name and not path.is_absolute() and ".." not in path.parts
+
+
+def _strays(directory: Path, files: dict[str, Any]) -> list[str]:
+    """Return the files of tensors that a checkpoint does not list: readers would take them for ranks' of its own."""
+    found = (f"{path.parent.name}/{path.name}" for path in sorted(directory.glob("*/*.safetensors")))
+    return [f"{directory.name}/{name}" for name in found if name not in files]
 
 
 def _verify_file(directory: Path, name: str, expected: Any) -> str | None:

@@ -29,6 +29,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda c: (c / "weights/rank_00000.safetensors").write_bytes(b"short"), "5 bytes instead of"),
     "missing": (lambda c: (c / "weights/rank_00000.safetensors").unlink(), "is missing"),
     "state": (lambda c: flip_byte(c / "state.json"), "another checksum"),
+    "of more ranks": (
+        lambda c: (c / "weights/rank_00007.safetensors").write_bytes(b"x"),
+        "rank_00007.safetensors is not",
+    ),
     "unfinished": (lambda c: (c / MANIFEST).unlink(), "was never finished"),
     "torn manifest": (lambda c: (c / MANIFEST).write_text((c / MANIFEST).read_text()[:40]), "is not readable"),
     "empty manifest": (lambda c: (c / MANIFEST).write_text('{"files": {}, "depends_on": {}}'), "does not list"),
@@ -44,7 +48,7 @@ def test_damage_is_named(kind: str, tmp_path: Path) -> None:
     assert sentence in str(verify(checkpoint))
 
 
-@pytest.mark.parametrize("kind", ["flipped", "missing", "unfinished"])
+@pytest.mark.parametrize("kind", ["flipped", "missing", "of more ranks", "unfinished"])
 def test_a_damaged_base_damages_what_builds_on_it(kind: str, tmp_path: Path) -> None:
     base, later = make_checkpoint(tmp_path, 10), make_checkpoint(tmp_path, 20, depends_on=[10])
     assert verify(later) is None
