@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from lisa_dist.checkpoint.state import read_state
 from lisa_dist.commands.inference import OpenedModel, answer_ends, open_model
 from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.data.locate import has_subset
-from lisa_dist.data.prepare import prepare_data, validation_split
+from lisa_dist.data.prepare import PreparedData, fingerprint, prepare_data, validation_split
 from lisa_dist.data.sequences import Sequences
 from lisa_dist.launching.inputs import check_evaluate, results_file
 from lisa_dist.method.probes import mean_loss
@@ -73,15 +75,29 @@ def held_out_sequences(config: Config, opened: OpenedModel) -> tuple[str, Sequen
         split = validation_split(path, subset)
         chosen = replace(config.data, path=path, split=split, subset=subset, validation=None, limit=limit)
         return path, prepare_data(chosen, opened.tokenizer, config.train.seed, key="evaluate.data").train
-    held_out = prepare_data(config.data, opened.tokenizer, config.train.seed).validation
+    data = prepare_data(config.data, opened.tokenizer, config.train.seed)
+    held_out = data.validation
     if held_out is None:
         raise UserError("evaluate.data=null: the run held no data out, name a file, a directory or a hub id")
+    if config.data.validation_fraction is not None and opened.step is not None:
+        distributed.on_rank_zero(lambda: _warn_of_other_rows(config, opened, data))
     name = f"the validation data of {config.data.path}"
     if limit is None or limit >= len(held_out):
         return name, held_out
     if held_out.packing is not None:
         return name, Sequences(held_out.rows, held_out.packing[:limit])
     return name, Sequences(held_out.rows.select(range(limit)))
+
+
+def _warn_of_other_rows(config: Config, opened: OpenedModel, data: PreparedData) -> None:
+    """Say where a fraction is held out of other rows than those of training, which may then be among them."""
+    then = read_state(Path(opened.source))["progress"]["data"]
+    if then.get("rows") != fingerprint(config.data, data, opened.tokenizer)["rows"]:
+        logger.warning(
+            "data.validation=%s of data.path=%s leaves other rows than those that %s was trained on, so some that it "
+            "was trained on may be among those held out",
+            *(config.data.validation, config.data.path, opened.source),
+        )
 
 
 def run_tasks(config: Config, opened: OpenedModel) -> dict[str, Any]:

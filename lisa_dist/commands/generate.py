@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
 from rich.console import Console
@@ -18,7 +20,7 @@ from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.config.paths import local_path
 from lisa_dist.config.prompts import Prompt, read_prompts
 from lisa_dist.data.formats import BadRowError, read_messages
-from lisa_dist.data.tokenizer import encode_prompt
+from lisa_dist.data.tokenizer import encode_prompt, render
 from lisa_dist.launching.inputs import make_room
 from lisa_dist.runtime import distributed
 from lisa_dist.telemetry.logs import setup_logging
@@ -100,22 +102,37 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system: str |
     ``system`` is put before it, unless it is a conversation with a system prompt of its own.
 
     Raises:
-        UserError: the template refuses the messages, or there is none for them.
+        UserError: the template refuses the messages or leaves one out, or there is none for them.
     """
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if system is not None and messages[0].get("role") != "system":
             messages = [{"role": "system", "content": system}, *messages]
         try:
-            return encode_prompt(tokenizer, messages)
+            asked = encode_prompt(tokenizer, messages)
         except TemplateError as error:
             raise UserError(f"generate.prompts: the chat template refuses {str(prompt)[:80]!r} ({error})") from error
+        _check_rendered(tokenizer, messages)
+        return asked
     if isinstance(prompt, list) or system is not None:
         what = "messages need" if isinstance(prompt, list) else "generate.system needs"
         raise UserError(f"generate.prompts: {what} a chat template, and this model's tokenizer has none")
     ids: list[int] = tokenizer(prompt).input_ids
     # One that the tokenizer puts behind every text would end the prompt.
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(tokenizer.eos_token) else ids
+
+
+def _check_rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> None:
+    text = render(tokenizer, messages, prompt=True)
+    for index, message in enumerate(messages if len(messages) > 1 else []):
+        # It may be the system prompt that the template writes where there is none.
+        with suppress(TemplateError):  # the template needs it
+            without = render(tokenizer, messages[:index] + messages[index + 1 :], prompt=True)
+            if without == text and str(message["content"]).strip() not in text:
+                raise UserError(
+                    f"generate.prompts: the chat template leaves out message {index + 1} of {len(messages)} "
+                    f"({message['role']}) of {str(messages)[:80]!r}; leave it out, or say it in another one"
+                )
 
 
 def check_room(answerer: Answerer, prompts: list[list[int]]) -> None:

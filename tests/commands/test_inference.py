@@ -22,6 +22,7 @@ from lisa_dist.config import UserError
 from lisa_dist.config.checks import check_combinations
 from lisa_dist.config.loading import load, load_run
 from lisa_dist.config.prompts import read_prompts
+from lisa_dist.data.prepare import fingerprint, prepare_data
 from lisa_dist.data.stops import stop_ids
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.runtime import distributed
@@ -278,6 +279,20 @@ def test_messages_that_the_template_refuses_are_named() -> None:
         generate.prompt_ids(tokenizer, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
 
 
+def test_messages_that_the_template_leaves_out_are_named() -> None:
+    tokenizer = tokenizer_with(TEMPLATES["instructions"])  # which knows no system prompt, and does not say so
+    asked = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(UserError, match=r"generate.prompts: the chat template leaves out message 1 of 2 \(system\)"):
+        generate.prompt_ids(tokenizer, "Hi", system="Be brief.")
+    with pytest.raises(UserError, match=r"leaves out message 3 of 4 \(tool\)"):
+        generate.prompt_ids(
+            tokenizer, [*asked, {"role": "assistant", "content": "?"}, {"role": "tool", "content": "7"}, *asked]
+        )
+    chatml = tokenizer_with(TEMPLATES["chatml"])  # whose own system prompt changes nothing
+    assert generate.prompt_ids(chatml, "Hi", system="Be helpful.") == generate.prompt_ids(chatml, "Hi")
+    assert generate.prompt_ids(tokenizer, asked * 2) != generate.prompt_ids(tokenizer, asked)
+
+
 def test_a_prompt_ends_without_the_eos_that_a_tokenizer_puts_behind_every_text() -> None:
     tokenizer = load_tokenizer("builtin:demo")
     tokenizer.chat_template = None
@@ -296,6 +311,22 @@ def test_what_is_wrong_with_the_data_is_said_under_their_key(tmp_path: Path) -> 
     for path in ("builtin:dmo", f"{tmp_path}/nowhere.jsonl", f"{tmp_path}/empty.jsonl"):
         with pytest.raises(UserError, match=f"^evaluate.data={path}: "):
             evaluate.held_out_sequences(load([f"evaluate.data={path}", f"data.cache_dir={tmp_path}"]), opened)
+
+
+def test_rows_that_were_not_held_out_in_training_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file, said = tmp_path / "rows.jsonl", "may be among those held out"
+    keys = [f"data.path={file}", "data.validation=0.2", f"data.cache_dir={tmp_path}/cache"]
+    file.write_text("".join(json.dumps({"text": f"row {row}"}) + "\n" for row in range(10)))
+    tokenizer, config = load_tokenizer("builtin:demo"), load(keys)
+    rows = fingerprint(config.data, prepare_data(config.data, tokenizer, 0), tokenizer)
+    (tmp_path / "state.json").write_text(json.dumps({"progress": {"data": rows}}))
+    opened: Any = SimpleNamespace(tokenizer=tokenizer, source=str(tmp_path), step=4)
+    evaluate.held_out_sequences(config, opened)
+    assert said not in caplog.text
+    with file.open("a") as appended:
+        appended.write('{"text": "another row"}\n')
+    evaluate.held_out_sequences(config, opened)
+    assert said in caplog.text
 
 
 def stub(tokenizer: Any, known: int) -> OpenedModel:
