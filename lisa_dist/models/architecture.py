@@ -23,6 +23,7 @@ from lisa_dist.runtime.files import read_json_object, stay_offline_where_unreach
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
+POSITION_FIELDS = ("max_position_embeddings", "max_seq_len", "n_positions")  # how many positions a model was made for
 _OTHER_MODALITY = re.compile("vision|visual|image|img|audio|speech|video")
 
 

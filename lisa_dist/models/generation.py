@@ -20,7 +20,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from lisa_dist.config.errors import in_one_line
-from lisa_dist.models.architecture import original_class
+from lisa_dist.models.architecture import POSITION_FIELDS, original_class
 from lisa_dist.models.masking import SAME
 from lisa_dist.models.packed_attention import VARLEN
 from lisa_dist.models.tiny_copy import FIRST_PLAIN_TOKEN, VOCABULARY, NoTinyCopyError, tiny_copy
@@ -161,8 +161,7 @@ def _without_weights(model: Any, kernel: str | None) -> Any:
 
 def positions_of(architecture: PretrainedConfig) -> int | None:
     """Return how many positions the model was made for, None where its configuration does not say."""
-    names = ("max_position_embeddings", "max_seq_len", "n_positions")
-    found = (getattr(architecture, name, None) for name in names)
+    found = (getattr(architecture, name, None) for name in POSITION_FIELDS)
     return next((number for number in found if isinstance(number, int) and number > 0), None)  # XLNet says -1
 
 

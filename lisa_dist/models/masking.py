@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import inspect
@@ -16,9 +17,9 @@ from transformers import masking_utils
 
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import in_one_line
-from lisa_dist.models.architecture import head_size
+from lisa_dist.models.architecture import POSITION_FIELDS, head_size
 from lisa_dist.models.packed_attention import VARLEN, fits_flash
-from lisa_dist.models.tiny_copy import FIRST_PLAIN_TOKEN, VOCABULARY, NoTinyCopyError, tiny_copy
+from lisa_dist.models.tiny_copy import FIRST_PLAIN_TOKEN, POSITIONS, VOCABULARY, NoTinyCopyError, tiny_copy
 from lisa_dist.runtime import distributed
 
 Separation = Literal["borders", "positions", "mask"]  # what keeps packed samples apart
@@ -67,22 +68,26 @@ def takes_positions(model: Any) -> bool:
     return any("position_ids" in inspect.signature(part.forward).parameters for part in (model, model.base_model))
 
 
-def has_position(model: Any, blocks_path: str, position: int) -> bool:
-    """Whether ``model`` can be given this position, which one with a table of them may not have; tried on a tiny copy.
+def has_table_of_positions(model: Any, blocks_path: str) -> bool:
+    """Whether ``model`` can be given no longer rows than its configuration says; tried on a tiny copy with short ones.
 
-    True too where it takes no positions, or no tiny copy can be built.
+    False too where no tiny copy can be built.
     """
+    model.config = copy.deepcopy(model.config)
+    model.config._attn_implementation = "eager"  # the copy is on the CPU
+    for name in POSITION_FIELDS:
+        if hasattr(model.config, name):
+            setattr(model.config, name, POSITIONS)
     try:
-        small = tiny_copy(model, blocks_path) if takes_positions(model) else None
+        small = tiny_copy(model, blocks_path)
     except NoTinyCopyError:
-        small = None
-    if small is None:
-        return True
-    try:
-        _logits(small, torch.full((1, 2), FIRST_PLAIN_TOKEN), torch.tensor([[position - 1, position]]))
-    except (IndexError, RuntimeError):
         return False
-    return True
+    row = torch.arange(POSITIONS + 1)[None]
+    try:
+        _logits(small, row, row if takes_positions(small) else None)
+    except (IndexError, RuntimeError):
+        return True
+    return False
 
 
 def install_position_handling(model: nn.Module, separation: Separation | None) -> None:

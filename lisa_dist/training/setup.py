@@ -34,7 +34,7 @@ from lisa_dist.models.architecture import build_meta_model, read_architecture
 from lisa_dist.models.generation import positions_of
 from lisa_dist.models.inspection import pretrained_architecture
 from lisa_dist.models.layer_map import find_layers
-from lisa_dist.models.masking import has_position
+from lisa_dist.models.masking import has_table_of_positions
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.environment import restart_count
 from lisa_dist.runtime.files import write_atomically
@@ -285,7 +285,7 @@ def check_positions(config: ModelConfig, architecture: PretrainedConfig, tokens:
     if positions is None or tokens <= positions:
         return
     model = build_meta_model(config, architecture)
-    if not has_position(model, find_layers(model, config.blocks).blocks_path, tokens - 1):
+    if has_table_of_positions(model, find_layers(model, config.blocks).blocks_path):
         raise UserError(
             f"data.sequence_length: rows are {tokens} tokens long (padding counts), and the positions of this model "
             f"are a table of {positions}; use data.sequence_length={positions} or less"

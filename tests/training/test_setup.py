@@ -38,7 +38,9 @@ def test_sequences_longer_than_the_models_positions_are_warned_of(architecture, 
     ("fields", "refused"),
     [
         ({"model_type": "gpt2", "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}, True),
+        ({"model_type": "mpt", "max_seq_len": 64, "d_model": 32, "n_layers": 2, "n_heads": 4}, True),
         ({"model_type": "llama", "max_position_embeddings": 64, "hidden_size": 32, "num_attention_heads": 4}, False),
+        ({"model_type": "xglm", "max_position_embeddings": 64, "d_model": 32, "attention_heads": 4}, False),  # it grows
     ],
 )
 def test_rows_longer_than_a_table_of_positions_are_refused(fields, refused):
