@@ -70,8 +70,12 @@ def main(arguments: list[str] | None = None) -> int:
     if has_ranks():
         install_stop_handlers()  # as early as can be: a signal that comes while torch is imported counts too
     try:
-        return _run(*_parse(words))
+        code = _run(*_parse(words))
+        print(end="", flush=True)  # what nobody reads any more is told here, and not when Python ends
+        return code
     except (UserError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is not written yet
         mistake = str(error) if isinstance(error, UserError) else refusal(error, words)
         if mistake is None:
             raise

@@ -88,6 +88,17 @@ def test_nothing_else_is_taken_for_a_stdin_that_is_closed() -> None:
     assert ran.stdout.splitlines()[-1] == os.devnull
 
 
+def test_output_that_nobody_reads_any_more_ends_in_a_sentence() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "lisa_dist", "--version"]
+    ran = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=buffered, check=False)
+    os.close(write)
+    assert ran.returncode == 2 and ran.stderr.startswith("lisa-dist: nobody reads any more")
+    assert len(ran.stderr.splitlines()) == 1
+
+
 def test_help_and_mistakes_do_not_wait_for_torch() -> None:
     """Importing torch, transformers and datasets takes seconds; a process of its own, for here they are imported."""
     code = (
