@@ -82,12 +82,16 @@ def has_table_of_positions(model: Any, blocks_path: str) -> bool:
         small = tiny_copy(model, blocks_path)
     except NoTinyCopyError:
         return False
-    row = torch.arange(POSITIONS + 1)[None]
-    try:
-        _logits(small, row, row if takes_positions(small) else None)
-    except (IndexError, RuntimeError):
+
+    def reads(tokens: int) -> bool:
+        row = torch.arange(tokens)[None]
+        try:
+            _logits(small, row, row if takes_positions(small) else None)
+        except Exception:  # whatever a foreign forward pass raises
+            return False
         return True
-    return False
+
+    return reads(POSITIONS // 2) and not reads(POSITIONS + 1)
 
 
 def install_position_handling(model: nn.Module, separation: Separation | None) -> None:
