@@ -14,7 +14,7 @@ from omegaconf._utils import get_yaml_loader
 from lisa_dist.config import Config
 from lisa_dist.config.errors import UserError, as_written, in_one_line
 from lisa_dist.config.loading import load
-from lisa_dist.config.overrides import PATH_KEYS, SCHEMAS, Written, parse_overrides, write_override
+from lisa_dist.config.overrides import PATH_KEYS, SCHEMAS, Written, write_override
 from lisa_dist.config.paths import local_path, nearest_path
 
 SUFFIXES = (".yaml", ".yml")
@@ -87,7 +87,7 @@ def file_overrides(word: str, others: list[str], config_dir: str | None = None) 
         raise UserError(f"{word}: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise UserError(f"{word}: an anchor (&NAME) holds itself (*NAME); leave that out") from None
-    chosen = {override.key for override in parse_overrides([*overrides, *others])}
+    chosen = {text.lstrip("+").partition("=")[0] for text in [*overrides, *others]}  # of a sweep with several values
     needed = [group for group in ("model", "data") if not {group, "experiment"} & chosen]
     return [*(f"{group}=custom" for group in needed), *overrides]
 

@@ -12,6 +12,7 @@ from lisa_dist.config import UserError
 from lisa_dist.config.config_file import file_overrides, names_config_file
 from lisa_dist.config.loading import load, to_yaml
 from lisa_dist.config.overrides import parse_overrides, write_override
+from lisa_dist.config.sweeps import combinations, read_space
 
 FILE = """
 method: lora
@@ -45,6 +46,11 @@ def read(tmp_path: Path, text: str, *others: str) -> list[str]:
     file = tmp_path / "my.yaml"
     file.write_text(text)
     return [*file_overrides(str(file), list(others)), *others]
+
+
+def test_a_sweep_varies_what_a_file_sets(tmp_path: Path) -> None:
+    jobs = combinations(read_space(read(tmp_path, FILE, "optimizer.lr=1e-3,1e-4")))
+    assert [(load(job).optimizer.lr, load(job).update.rank) for job in jobs] == [(1e-3, 8), (1e-4, 8)]  # type: ignore[attr-defined]
 
 
 def test_a_file_sets_what_the_same_keys_set(tmp_path: Path) -> None:
