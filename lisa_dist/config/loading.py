@@ -6,7 +6,7 @@ import copy
 import functools
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -205,7 +205,21 @@ def _sentence(error: BaseException) -> str:
 
 def to_yaml(config: Config, change: Callable[[dict[str, Any]], dict[str, Any]] = lambda settings: settings) -> str:
     """Return the configuration as YAML, keys as the user writes them; ``change`` is made to its values before."""
-    return OmegaConf.to_yaml(change(asdict(config)), resolve=True)
+    return OmegaConf.to_yaml(_literal(change(asdict(config))))
+
+
+def _literal(value: Any) -> Any:
+    """Return a value, or a dataclass, whose texts OmegaConf takes as they are: ``${`` would mean a key."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if is_dataclass(value):
+        value = copy.copy(value)  # with fields that its __init__ does not take
+        vars(value).update(_literal(vars(value)))
+    return value
 
 
 def load_run(run_dir: str, overrides: list[str]) -> Config:
@@ -249,7 +263,7 @@ def resume_run(run_dir: str, overrides: list[str], config_dir: str | None = None
         parts = VARIED.get(group, (group,))
         if any(_name_of(getattr(run, part)) != _name_of(getattr(fresh, part)) for part in parts):
             changes |= {part: getattr(fresh, part) for part in parts}
-    config = OmegaConf.structured(replace(run, **changes))
+    config = OmegaConf.structured(_literal(replace(run, **changes)))
     config.checkpoint.new_data = False
     return _with_keys(config, [*parsed, _run_dir_override(run_dir)])
 
@@ -282,7 +296,7 @@ def vary(config: Config, overrides: list[str]) -> Config:
             usual = getattr(load(["model=custom", f"method={config.method}", f"{group}={part.name}"]), group)
             kept = {name: getattr(part, name) for name in names if getattr(part, name) != getattr(usual, name)}
             changes[group] = replace(changes[group], **kept)
-    return _with_keys(OmegaConf.structured(replace(config, **changes)), parsed)
+    return _with_keys(OmegaConf.structured(_literal(replace(config, **changes))), parsed)
 
 
 def _read(path: Path) -> DictConfig:

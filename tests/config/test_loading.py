@@ -303,6 +303,15 @@ def test_the_last_of_two_overrides_counts() -> None:
     assert load(["train.seed=1", "train.seed=2"]).train.seed == 2
 
 
+@pytest.mark.parametrize("name", ["${a}", "$${a} and ${b}", r"\${a}", r"a\\${a}", r"\a", "$a"])
+def test_what_looks_like_a_key_in_braces_may_be_a_text(name: str, tmp_path: Path) -> None:
+    config = load([])
+    config.run.name = config.run.dir = name
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_run(str(tmp_path), []).run.name == name
+    assert vary(config, ["train.seed=3"]).run == config.run
+
+
 def test_config_yaml_repeats_the_run(tmp_path: Path) -> None:
     config = load(["sampler=fixed", "sampler.blocks=[1,2]", "checkpoint.async=true", "model.architecture.a=1e-5"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
