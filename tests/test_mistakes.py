@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 # Arguments (FOLDER is where the test is, LONG a name that no file system takes), and what the sentence must hold. In
-# FOLDER lie: rows.jsonl, list.json, model/ (a model), empty/, used/ (a run that has trained), my.yaml (settings).
+# FOLDER lie: rows.jsonl, list.json, model/ (a model), empty/, used/ (a run that has trained), my.yaml (settings),
+# circle (a link to itself).
 MISTAKES = [
     (["trian"], "command=trian: must be one of train, plan"),
     (["trian"], "did you mean train?"),
@@ -60,6 +61,7 @@ MISTAKES = [
     (["train", "data.format=alpcaa"], "did you mean alpaca?"),
     (["train", "run.dir=FOLDER/used"], "holds a run already"),
     (["train", "run.dir=FOLDER/rows.jsonl"], "must be a directory, but is a file"),
+    (["train", "run.dir=FOLDER/circle"], "must be a directory, but is a file, or a link to none"),
     (["train", "train.global_batch_size=7", "train.micro_batch_size=2"], "near are 6 and 8"),
     (["train", "train.global_batch_size=2", "train.micro_batch_size=1", "parallel.nproc_per_node=4"], "near are 4"),
     (["train", "optimizer.in_backward=true", "train.on_nonfinite=skip"], "can't leave steps out"),
@@ -69,6 +71,7 @@ MISTAKES = [
     (["train", "FOLDER/my.yaml"], "data.path=null: must name a file"),
     (["train", "FOLDER/my.yaml", "FOLDER/my.yml"], "one configuration file is read"),
     (["init", "FOLDER/my.yaml"], "is there already and is not written over"),
+    (["init", "FOLDER/circle"], "is there already and is not written over"),
     (["init", "FOLDER/a.yaml", "FOLDER/b.yaml"], "one configuration file is read, and FOLDER/a.yaml is given already"),
     (["launch", "slrm"], "launch: must be followed by slurm"),
     (["launch", "train.seed=1"], "launch: must be followed by slurm, as in lisa-dist launch slurm"),
@@ -107,6 +110,9 @@ MISTAKES = [
     (["export", "run.dir=FOLDER/used"], "export.path=null"),
     (["launch", "slurm", "run.dir=FOLDER/job", "launch.script=FOLDER/empty"], "FOLDER/empty: must be a new file"),
     (["export", "run.dir=FOLDER/used", "export.path=FOLDER/model"], "must be a new or an empty directory"),
+    (["export", "run.dir=FOLDER/used", "export.path=FOLDER/circle"], "must be a new or an empty directory"),
+    (["launch", "slurm", "run.dir=FOLDER/job", "launch.script=FOLDER/circle"], "FOLDER/circle: must be a new file"),
+    (["launch", "slurm", "--multirun", "train.seed=1,2", "sweep.dir=FOLDER/circle"], "sweep.dir=FOLDER/circle: can't"),
     (["export", "run.dir=FOLDER/used", "export.path=FOLDER/LONG"], "export.path=FOLDER/LONG: File name too long"),
     (["train", "run.dir=FOLDER/LONG"], "run.dir=FOLDER/LONG: File name too long (FOLDER/LONG/metrics.jsonl); name a"),
     (["launch", "slurm", "run.dir=FOLDER/job", "launch.script=FOLDER/LONG"], "launch.script=FOLDER/LONG: File name"),
@@ -137,6 +143,7 @@ print(json.dumps(results))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mistakes")
+    (folder / "circle").symlink_to(folder / "circle")
     (folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     for name in ("model", "bare", "pickled", "empty", "used"):
         (folder / name).mkdir()

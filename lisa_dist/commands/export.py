@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lisa_dist.checkpoint.export import export_checkpoint, find_checkpoint
 from lisa_dist.config import EXIT_DONE, Config
-from lisa_dist.config.paths import local_path
+from lisa_dist.config.paths import followed
 from lisa_dist.config.run_directory import RunDirectory
 
 
@@ -14,7 +14,7 @@ def run(config: Config) -> int:
     Raises:
         UserError: there is nothing to export, or it can't be written.
     """
-    target = local_path(str(config.export.path)).resolve()
+    target = followed(str(config.export.path))
     checkpoint = find_checkpoint(RunDirectory.of(config).checkpoints, config.export.step)
     files = export_checkpoint(config, checkpoint, target)
     print(f"{target}: {len(files)} file{'s' if len(files) > 1 else ''} of weights from {checkpoint}")

@@ -36,7 +36,7 @@ def run(config: Config, file: str, groups: tuple[str, ...]) -> int:
         UserError: the file is there already, or can't be written.
     """
     path = local_path(file)
-    if path.exists():
+    if path.is_symlink() or path.exists():  # a link may lead nowhere
         raise UserError(f"{file}: is there already and is not written over, name another file: lisa-dist init NAME")
     chosen = [f"{group}={getattr(config, group).name}" for group in SCHEMAS]
     plain = load(["model=custom", "data=custom", f"method={config.method}", *chosen])

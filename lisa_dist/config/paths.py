@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,6 +26,11 @@ def local_path(text: str) -> Path:
         return path.expanduser()
     except RuntimeError:  # ~NAME of nobody
         return path
+
+
+def followed(text: str) -> Path:
+    """Return the path that ``text`` names, absolute and with its links followed; of links in a circle the first one."""
+    return Path(os.path.realpath(local_path(text)))  # where Path.resolve may raise a RuntimeError
 
 
 def path_exists(path: Path) -> bool:
@@ -108,7 +114,7 @@ def check_has_weights(directory: Path, key: str, *, or_random: bool = False) -> 
 
 def check_is_new(directory: Path, key: str) -> None:
     """Raise :class:`UserError` where a directory to be written, the value of ``key``, holds something already."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if (directory.is_symlink() or directory.exists()) and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{key}={directory}: must be a new or an empty directory, nothing is written over")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lisa_dist.config import Config
 from lisa_dist.config.errors import UserError
-from lisa_dist.config.paths import local_path
+from lisa_dist.config.paths import followed, local_path
 
 
 class RunDirectory:
@@ -87,7 +87,7 @@ def resolve_run_dir(config: Config) -> Config:
     The default is ``runs/<run.name or date and time>`` in the current directory.
     """
     name = config.run.name or name_by_time()
-    directory = local_path(config.run.dir or str(Path("runs") / name)).resolve()
+    directory = followed(config.run.dir or str(Path("runs") / name))
     return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(directory)))
 
 
@@ -99,8 +99,8 @@ def check_run_dir_is_free(config: Config) -> None:
             f"run.dir={config.run.dir}: holds a run already, choose another directory or continue that run with "
             "checkpoint.resume=auto"
         )
-    if run.path.exists() and not run.path.is_dir():
-        raise UserError(f"run.dir={config.run.dir}: must be a directory, but is a file")
+    if (run.path.is_symlink() or run.path.exists()) and not run.path.is_dir():
+        raise UserError(f"run.dir={config.run.dir}: must be a directory, but is a file, or a link to none")
     if (theirs := run.foreign()) is not None:
         raise UserError(
             f"run.dir={config.run.dir}: holds {theirs.name}, which no run wrote and training would replace; choose "

@@ -17,6 +17,7 @@ from lisa_dist.config.paths import (
     check_is_new,
     check_may_replace,
     check_model_directory,
+    followed,
     local_path,
     model_directory,
     nearest_path,
@@ -57,7 +58,7 @@ def check_export(config: Config) -> None:
         raise UserError("run.dir=null: name the directory of the run to export")
     if config.export.path is None:
         raise UserError("export.path=null: name the Hugging Face directory to write")
-    check_is_new(local_path(config.export.path), "export.path")
+    check_is_new(followed(config.export.path), "export.path")
 
 
 def check_evaluate(config: Config) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, LaunchConfig, UserError
 from lisa_dist.config.checks import check_global_batch, check_grid, check_streamed
 from lisa_dist.config.overrides import write_override
-from lisa_dist.config.paths import local_path
+from lisa_dist.config.paths import followed, local_path
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
 from lisa_dist.launching.inputs import check_read
 from lisa_dist.launching.sweeps.comparison import EXIT_CODE_FILE, JOBS_FILE, RESUME
@@ -71,7 +71,7 @@ def run(config: Config, overrides: list[str], config_dir: str | None) -> int:
     run = RunDirectory.of(config)
     kept = [text for text in overrides if not _is_settled(text)]
     script = run_script(config, kept, config_dir)
-    path = local_path(config.launch.script or str(run.job_script)).resolve()
+    path = followed(config.launch.script or str(run.job_script))
     _check_script(path)
     make_folder(run.logs, str(run.logs))
     return _hand_over(script, path, config.launch, f"lisa-dist: the run is in {run.path}")
@@ -122,7 +122,7 @@ def run_sweep(overrides: list[str], config_dir: str | None) -> int:
         return EXIT_DONE
     array = Array(sweep_dir, [job.number for job in left], config.sweep.parallel if config.sweep.parallel > 1 else None)
     script = sweep_script(config, array, config_dir)
-    path = local_path(config.launch.script or str(sweep_dir / "sweep.sbatch")).resolve()
+    path = followed(config.launch.script or str(sweep_dir / "sweep.sbatch"))
     _check_script(path)
     make_folder(sweep_dir / "logs", str(sweep_dir / "logs"))
     return _hand_over(script, path, config.launch, f"lisa-dist: the {len(left)} runs lie in {sweep_dir}")
@@ -264,7 +264,7 @@ def _is_settled(text: str) -> bool:
 
 def _check_script(path: Path) -> None:
     """Raise :class:`UserError` where the script would replace what this command has not written."""
-    if path.is_dir() or (path.exists() and MARK not in path.read_text(errors="replace")):
+    if path.is_dir() or path.is_symlink() or (path.exists() and MARK not in path.read_text(errors="replace")):
         raise UserError(f"launch.script={path}: must be a new file, or a script that this command wrote")
 
 

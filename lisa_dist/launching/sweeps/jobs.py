@@ -10,7 +10,7 @@ from pathlib import Path
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import load
 from lisa_dist.config.overrides import write_override
-from lisa_dist.config.paths import local_path
+from lisa_dist.config.paths import followed
 from lisa_dist.config.run_directory import name_by_time
 from lisa_dist.config.sweeps import Interval, Space, combinations, read_space, varies
 from lisa_dist.launching.sweeps.comparison import JOBS_FILE, RESUME, JobRecord, write_comparison
@@ -38,8 +38,8 @@ def read_sweep(overrides: list[str], config_dir: str | None) -> tuple[Space, Con
         raise UserError(
             f"{intervals[0]}: an interval has no list of values, write A,B or set sweep.trials=N to let Optuna choose"
         )
-    directory = Path(config.sweep.dir or Path("sweeps") / name_by_time())
-    return space, replace(config, sweep=replace(config.sweep, dir=str(local_path(str(directory)).resolve())))
+    directory = config.sweep.dir or str(Path("sweeps") / name_by_time())
+    return space, replace(config, sweep=replace(config.sweep, dir=str(followed(directory))))
 
 
 def list_jobs(space: Space, directory: Path) -> list[JobRecord]:
