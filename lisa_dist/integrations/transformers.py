@@ -66,6 +66,12 @@ class LisaCallback(TrainerCallback):
                 "set it to True, or shard with FSDP2"
             )
         self._layers = find_layers(model)
+        for name in _other_stacks(model, self._layers.blocks_path):
+            logger.warning(
+                "%s holds blocks too, which no draw reaches: they train in every period, unless you freeze them before "
+                "(requires_grad_(False)); drawn are those of %s",
+                *(name, self._layers.blocks_path),
+            )
         self._sampler = RankSynchronizedSampler(build_sampler(self.config, len(self._layers.blocks), args.seed))
         probe = self.config.probe
         wanted = "learns from the gradients of every step" if self.config.observes_steps else ""
@@ -138,6 +144,19 @@ class LisaCallback(TrainerCallback):
         part = self._layers.group_of(name)
         block = block_of(part)
         return bool(getattr(self.always_active, part)) if block is None else block in self.active_blocks
+
+
+def _other_stacks(model: nn.Module, blocks_path: str) -> list[str]:
+    """Return the lists of blocks that can train beside the one that is drawn from: an encoder's, a vision tower's."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(f"{name}.".startswith(f"{outer}.") for outer in (blocks_path, *found))
+        if not isinstance(module, nn.ModuleList) or inside or blocks_path.startswith(f"{name}."):
+            continue
+        is_stack = any(True for part in module for _ in part.children())  # and no list of single layers
+        if is_stack and any(parameter.requires_grad for parameter in module.parameters()):
+            found.append(name)
+    return found
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -11,7 +11,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from lisa_dist.config import AlwaysActiveConfig, SamplerConfig, UserError
 from lisa_dist.config.sampling import (
@@ -162,6 +171,18 @@ def test_a_second_trainer_of_the_model_finds_nothing_frozen(tmp_path: Path) -> N
     Trainer(model=model, args=arguments, train_dataset=make_data(), callbacks=callbacks).train()
     assert watcher.rows[0]["trained"] < before
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == before
+
+
+def test_blocks_that_are_not_drawn_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    shape = {"d_model": 32, "d_kv": 16, "d_ff": 40, "num_layers": 2, "num_heads": 2, "vocab_size": 100}
+    model = T5ForConditionalGeneration(T5Config(**shape))
+    callback, arguments = LisaCallback(), SimpleNamespace(ddp_find_unused_parameters=None, seed=0)
+    callback.on_train_begin(arguments, TrainerState(), TrainerControl(), model=model)
+    assert [record.args for record in caplog.records] == [("encoder.block", "decoder.block")]
+    model.encoder.requires_grad_(False)
+    callback.on_train_begin(arguments, TrainerState(), TrainerControl(), model=model)
+    callback.on_train_begin(arguments, TrainerState(), TrainerControl(), model=make_model())
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize(
