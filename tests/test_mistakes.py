@@ -85,6 +85,7 @@ MISTAKES = [
     (["evaluate", "run.dir=FOLDER/empty"], "must be the directory of a run"),
     (["generate", "FOLDER/nowhere", "Hello"], "generate.path=FOLDER/nowhere: no such directory"),
     (["generate", "FOLDER/empty", "Hello"], "has no config.json"),
+    (["generate", "FOLDER/adapted", "Hello"], "generate.path=FOLDER/adapted: the directory holds an adapter"),
     (["generate", "builtin:demo", "Hello"], "generate.path=builtin:demo: has no *.safetensors, so"),
     (["evaluate", "evaluate.path=FOLDER/pickled", "data=demo"], "has pytorch_model.bin but no safetensors"),
     (["train", "model=custom", "model.path=FOLDER/bare"], "model.path=FOLDER/bare: has no *.safetensors"),
@@ -145,11 +146,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mistakes")
     (folder / "circle").symlink_to(folder / "circle")
     (folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    for name in ("model", "bare", "pickled", "empty", "used"):
+    for name in ("model", "bare", "pickled", "adapted", "empty", "used"):
         (folder / name).mkdir()
-    for name in ("model", "bare", "pickled"):
+    for name in ("model", "bare", "pickled", "adapted"):
         (folder / name / "config.json").write_text('{"model_type": "llama"}')
-    (folder / "model" / "model.safetensors").touch()
+    for name in ("model", "adapted"):
+        (folder / name / "model.safetensors").touch()
+    (folder / "adapted" / "adapter_config.json").touch()  # as peft saves it: transformers would load both
     (folder / "pickled" / "pytorch_model.bin").touch()
     (folder / "used" / "config.yaml").write_text("method: lisa\n")
     (folder / "used" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')

@@ -11,6 +11,7 @@ from pathlib import Path
 from lisa_dist.config.errors import UserError, nearest
 
 BUILTIN_PREFIX = "builtin:"
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
 MODEL_CONFIG = "config.json"  # of a Hugging Face model
 # What the system says of a path as it is named, whoever asks for it: that is the user's to change.
 REFUSALS = {getattr(errno, name) for name in ("EACCES", "EPERM", "EROFS", "ENAMETOOLONG", "ELOOP", "ENOTDIR", "EISDIR")}
@@ -87,7 +88,12 @@ def builtin_directory(path: str, key: str, root: Path, file: str) -> Path:
 
 
 def check_model_directory(directory: Path, key: str) -> None:
-    """Raise :class:`UserError` where a directory, which ``key`` names as ``model.path=DIR``, holds no model."""
+    """Raise :class:`UserError` where a directory, which ``key`` names as ``model.path=DIR``, holds no model alone."""
+    if (directory / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{key}: the directory holds an adapter ({ADAPTER_CONFIG}), which would be left out; merge it into its "
+            "model first (merge_and_unload of peft) and name the directory of the result"
+        )
     if not (directory / MODEL_CONFIG).is_file():
         raise UserError(f"{key}: the directory has no {MODEL_CONFIG}, so it is no Hugging Face model")
 
