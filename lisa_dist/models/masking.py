@@ -194,14 +194,10 @@ def _drops_attention(architecture: Any) -> bool:
     return any(getattr(architecture, name, None) for name in names)
 
 
-def check_length_of_rows(architecture: Any, tokens: int) -> None:
-    """Refuse packed rows of so many ``tokens`` where a sample's numbers would depend on what else is in its row.
+def rotary_limits(architecture: Any) -> dict[str, int]:
+    """Return above how many tokens of the longest row rotary frequencies follow it for all rows, by the kind of them.
 
-    A tiny copy's samples are too short to show it.
-
-    Raises:
-        UserError: rotary frequencies follow the longest sample of a micro-batch, or queries are scaled by their places
-            in the row.
+    Empty where they never do.
     """
     found = getattr(architecture, "rope_parameters", None) or {}
     limits: dict[str, int] = {}
@@ -212,6 +208,19 @@ def check_length_of_rows(architecture: Any, tokens: int) -> None:
             limits[f"rope_type={kind}"] = limit
         elif "dynamic" in kind:
             limits[f"rope_type={kind}"] = architecture.max_position_embeddings
+    return limits
+
+
+def check_length_of_rows(architecture: Any, tokens: int) -> None:
+    """Refuse packed rows of so many ``tokens`` where a sample's numbers would depend on what else is in its row.
+
+    A tiny copy's samples are too short to show it.
+
+    Raises:
+        UserError: rotary frequencies follow the longest sample of a micro-batch, or queries are scaled by their places
+            in the row.
+    """
+    limits = rotary_limits(architecture)
     if getattr(architecture, "attn_temperature_tuning", False):
         limits["attn_temperature_tuning"] = architecture.floor_scale - 1
     for name, limit in limits.items():

@@ -26,6 +26,7 @@ from lisa_dist.models.generation import (
     kernel_for_answers,
     positions_of,
 )
+from lisa_dist.models.masking import rotary_limits
 from lisa_dist.runtime import distributed
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class Answerer:
         self.module: Any = train_module.store.module
         self.dims = train_module.dims
         self.positions = positions_of(self.module.config)
+        self.alone_above = min(rotary_limits(self.module.config).values(), default=math.inf)  # tokens, answer included
         blocks_path = train_module.store.layers.blocks_path
         self.kernel, (self.cache_use, reason) = distributed.on_rank_zero(
             lambda: (kernel := kernel_for_answers(self.module), find_cache_use(self.module, blocks_path, kernel))
@@ -107,7 +109,9 @@ class Answerer:
 
     def _cached(self, asked: list[Asked], settings: AnswerSettings) -> dict[int, list[int]]:
         size = settings.batch_size if self.cache_use == "batched" else 1
-        batches = [asked[start : start + size] for start in range(0, len(asked), size)]
+        long = sum(len(prompt) + settings.max_new_tokens > self.alone_above for _, prompt, _ in asked)  # the first ones
+        batches = [[one] for one in asked[:long]]
+        batches += [asked[start : start + size] for start in range(long, len(asked), size)]
         ranks, rank = self.dims.data_ranks, self.dims.data_rank
         own: dict[int, list[int]] = {}
         for turn in range(math.ceil(len(batches) / ranks)):

@@ -17,11 +17,14 @@ from tests.support.small_training import make_config
 
 LENGTHS = (17, 9, 21, 4, 13)  # of the prompts: above and below the sliding window
 NEW_TOKENS = 8
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [8.0] * 6}
 CASES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 8},
     "mixtral": {},
     "gpt2": {"initializer_range": 0.2},
+    # Its frequencies follow the longest row of a batch above so many tokens.
+    "phi3": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 26},
     "xlnet": {},  # has a cache of its own kind, which changes its answers
     "llama, lora": {},
     "llama, packed": {},  # in training its attention is without masks

@@ -31,8 +31,8 @@ def run_again_for_each_token(module: Any, prompt: list[int]) -> list[int]:
 
 
 def answers_of(stops: dict[str, int]) -> dict[str, list[list[int]]]:
-    """Answers of every case, in batches of two; runs on a rank."""
-    return {name: answerer_of(name).answers(prompts(), greedy(stop)) for name, stop in stops.items()}
+    """Answers of every case, in batches of three; runs on a rank."""
+    return {name: answerer_of(name).answers(prompts(), greedy(stop, batch_size=3)) for name, stop in stops.items()}
 
 
 def expected_answers() -> dict[str, tuple[str, list[list[int]]]]:
