@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -48,7 +49,12 @@ def read_space(texts: list[str], config_dir: str | None = None) -> Space:
 
 
 def combinations(space: Space) -> list[list[str]]:
-    """Return the overrides of a job for every combination of the values, of an interval its two ends.
+    """Return those of :func:`each_combination`, which are many where several keys have many values."""
+    return list(each_combination(space))
+
+
+def each_combination(space: Space) -> Iterator[list[str]]:
+    """Yield the overrides of a job for every combination of the values, of an interval its two ends.
 
     The last key varies fastest.
     """
@@ -56,7 +62,7 @@ def combinations(space: Space) -> list[list[str]]:
         [values.override(values.low), values.override(values.high)] if isinstance(values, Interval) else values
         for values in space.values()
     ]
-    return [list(job) for job in itertools.product(*choices)]
+    yield from map(list, itertools.product(*choices))
 
 
 def varies(values: list[str] | Interval) -> bool:
@@ -92,6 +98,9 @@ def _values(text: str, config_dir: str | None) -> tuple[str, list[str] | Interva
         ) from None
     if not values:
         raise UserError(f"{text}: gives no value; glob(...) is for the names of a group")
+    if len(set(values)) < len(values):
+        twice = max(values, key=values.count)
+        raise UserError(f"{text}: gives {twice} more than once, so that jobs would be the same; give it once")
     return key, [f"{key}={value}" for value in values]
 
 

@@ -82,6 +82,7 @@ def test_the_last_of_two_overrides_counts() -> None:
         ("optimizer.lr=tag(lgo,interval(1,2))", "the only tag is log"),
         ("train.seed=glob(*)", "the names of a group"),
         ("sampler=glob(x*)", "gives no value"),
+        ("optimizer.lr=1e-3,1e-4,0.001", "gives 0.001 more than once"),
         ("~sampler", "cannot be removed"),
     ],
 )
