@@ -59,7 +59,7 @@ def _refuse_living(run: RunDirectory, file: TextIO) -> None:
     elsewhere = bool(beat) and beat["host"] != socket.gethostname()
     end, mine = time.monotonic() + PATIENCE, None
     while time.monotonic() < end:
-        mine = _try_lock(file)
+        mine = try_lock(file)
         if not elsewhere and (mine or (mine is None and not beat)):
             return
         if beat and _fresh_beat(run).get("alive", 0) > beat["alive"]:
@@ -94,7 +94,7 @@ def _fresh_beat(run: RunDirectory) -> dict[str, Any]:
     return beat if {"host", "alive"} <= beat.keys() else {}
 
 
-def _try_lock(file: TextIO) -> bool | None:
+def try_lock(file: TextIO) -> bool | None:
     """Return whether this process has the lock now, None where the file system has no locks."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

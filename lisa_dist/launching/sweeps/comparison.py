@@ -121,7 +121,12 @@ def read_jobs(sweep_dir: Path) -> list[JobRecord]:
 
 
 def _read_job(sweep_dir: Path, number: int, line: str) -> JobRecord:
-    name, *overrides, _, _ = shlex.split(line)
+    try:
+        name, *overrides, resume, _ = shlex.split(line)
+    except ValueError:
+        resume = ""
+    if resume != RESUME:
+        raise UserError(f"sweep.dir={sweep_dir}: no sweep wrote line {number + 1} of its {JOBS_FILE}")
     run = RunDirectory(sweep_dir / name)
     code = run.path / EXIT_CODE_FILE
     try:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import load
 from lisa_dist.config.overrides import write_override
-from lisa_dist.config.paths import followed
+from lisa_dist.config.paths import followed, path_exists
 from lisa_dist.config.run_directory import name_by_time
-from lisa_dist.config.sweeps import Interval, Space, combinations, read_space, varies
-from lisa_dist.launching.sweeps.comparison import JOBS_FILE, RESUME, JobRecord, write_comparison
+from lisa_dist.config.sweeps import Interval, Space, combinations, each_combination, read_space, varies
+from lisa_dist.launching.sweeps.comparison import CSV_FILE, JOBS_FILE, PAGE_FILE, RESUME, JobRecord, write_comparison
 from lisa_dist.runtime.files import make_folder, write_atomically
+from lisa_dist.telemetry.run_lock import try_lock
 
 OF_THE_SWEEP = ("sweep.", "launch.")  # keys that are not a job's
+LOCK_FILE = ".lock"  # held by the process that runs the jobs
+TRIED = 1000  # jobs of which one must have a configuration; Optuna's may be millions
 NAME_LENGTH = 80  # of a run directory
 
 
@@ -32,14 +38,33 @@ def read_sweep(overrides: list[str], config_dir: str | None) -> tuple[Space, Con
     for key, values in space.items():
         if key.startswith(OF_THE_SWEEP) and varies(values):
             raise UserError(f"{key}: is the sweep's own key and no job's, so it has one value; give it once")
-    config = _first_valid(combinations(space), config_dir)
+    config = _first_valid(itertools.islice(each_combination(space), TRIED), config_dir)
     intervals = [values.key for values in space.values() if isinstance(values, Interval)]
     if intervals and not config.sweep.trials:
         raise UserError(
             f"{intervals[0]}: an interval has no list of values, write A,B or set sweep.trials=N to let Optuna choose"
         )
-    directory = config.sweep.dir or str(Path("sweeps") / name_by_time())
-    return space, replace(config, sweep=replace(config.sweep, dir=str(followed(directory))))
+    directory = followed(config.sweep.dir or str(Path("sweeps") / name_by_time()))
+    theirs = next((name for name in (CSV_FILE, PAGE_FILE) if path_exists(directory / name)), None)
+    if theirs is not None and not (directory / JOBS_FILE).exists():
+        raise UserError(
+            f"sweep.dir={directory}: holds {theirs}, which no sweep wrote and this one would replace; choose another "
+            "directory, or move that"
+        )
+    return space, replace(config, sweep=replace(config.sweep, dir=str(directory)))
+
+
+def hold_sweep(directory: Path) -> TextIO:
+    """Return the sweep's lock, which this process holds until the file is closed.
+
+    Raises:
+        UserError: another process has it, whose jobs and values would be mixed with those of this one.
+    """
+    file = (directory / LOCK_FILE).open("a")
+    if try_lock(file) is False:
+        file.close()
+        raise UserError(f"sweep.dir={directory}: another process runs this sweep; stop it first, or wait for its end")
+    return file
 
 
 def list_jobs(space: Space, directory: Path) -> list[JobRecord]:
@@ -83,7 +108,7 @@ def jobs_text(space: Space, jobs: list[list[str]], directory: Path) -> str:
     return "".join(lines)
 
 
-def _first_valid(jobs: list[list[str]], config_dir: str | None) -> Config:
+def _first_valid(jobs: Iterable[list[str]], config_dir: str | None) -> Config:
     """Return the configuration of the first job that has one; a mistake in some jobs is theirs, not the sweep's."""
     first_mistake: UserError | None = None
     for job in jobs:

@@ -31,7 +31,7 @@ from lisa_dist.launching.sweeps.comparison import (
     last_words,
     write_comparison,
 )
-from lisa_dist.launching.sweeps.jobs import list_jobs, read_sweep, unfinished
+from lisa_dist.launching.sweeps.jobs import hold_sweep, list_jobs, read_sweep, unfinished
 from lisa_dist.launching.sweeps.optuna_search import OptunaSearch
 from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.signals import STOP_SIGNALS, die_with
@@ -60,19 +60,22 @@ def run_sweep(overrides: list[str], config_dir: str | None) -> int:
         0 where every job has finished, 75 where a signal stopped the sweep and no job failed, else 1.
 
     Raises:
-        UserError: the overrides are wrong for every job, ``sweep.dir`` holds another sweep, or Optuna is missing.
+        UserError: the overrides are wrong for every job, ``sweep.dir`` holds another sweep or what none wrote, another
+            process runs it, or Optuna is missing.
     """
     space, config = read_sweep(overrides, config_dir)
     sweep_dir = Path(str(config.sweep.dir))
     if config.sweep.trials:
         search = OptunaSearch(space, sweep_dir)
+        lock = hold_sweep(sweep_dir)
         jobs, waiting, total = search.record(), search.jobs(config.sweep.trials), config.sweep.trials
     else:
         jobs = list_jobs(space, sweep_dir)
+        lock = hold_sweep(sweep_dir)
         waiting, total = iter(unfinished(jobs)), len(jobs)
     finished = len(jobs) - len(unfinished(jobs))
     print(f"lisa-dist: {total} jobs, {finished} of them finished, in {sweep_dir}", flush=True)
-    with _stop_signals() as received:
+    with lock, _stop_signals() as received:
         _run_jobs(waiting, total, config, config_dir, received)
     jobs = search.record() if config.sweep.trials else write_comparison(sweep_dir)
     states = [job.state for job in jobs]

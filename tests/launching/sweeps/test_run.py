@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from lisa_dist.cli import main
 from lisa_dist.config import UserError
 from lisa_dist.launching.sweeps import run as sweep
 from lisa_dist.launching.sweeps.comparison import JobRecord
-from lisa_dist.launching.sweeps.jobs import list_jobs, read_sweep, unfinished
+from lisa_dist.launching.sweeps.jobs import hold_sweep, list_jobs, read_sweep, unfinished
 from tests.support.forkserver import FORKSERVER
 from tests.support.processes import send_output_to
 from tests.support.tiny import TINY, held, read_summary, steps_recorded
@@ -91,6 +92,30 @@ def test_other_values_in_the_same_directory(tmp_path: Path) -> None:
     jobs_of("train.seed=1,2", f"sweep.dir={tmp_path}", "sweep.parallel=2")  # how, not what
 
 
+@pytest.mark.parametrize("theirs", ["index.html", "sweep.csv"])
+def test_what_no_sweep_wrote_is_not_replaced(theirs: str, tmp_path: Path) -> None:
+    (tmp_path / theirs).write_text("mine")
+    with pytest.raises(UserError, match=f"holds {theirs}, which no sweep wrote"):
+        jobs_of("train.seed=1,2", f"sweep.dir={tmp_path}")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_one_process_runs_a_sweep(tmp_path: Path) -> None:
+    program = f"import fcntl; f = open({str(tmp_path / '.lock')!r}, 'a'); fcntl.lockf(f, 2); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        with pytest.raises(UserError, match="another process runs this sweep"):
+            hold_sweep(tmp_path)
+        other.communicate(b"\n")
+    hold_sweep(tmp_path).close()
+
+
+def test_a_space_of_millions_of_jobs_is_not_listed(tmp_path: Path) -> None:
+    many = [f"{key}=range(1,1000)" for key in ("train.seed", "sampler.period", "train.max_steps", "sampler.seed")]
+    space, config = read_sweep([*many, "sweep.trials=3"], None)
+    assert (len(space), config.sweep.trials) == (5, 3)
+
+
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
@@ -114,6 +139,10 @@ def test_mistake_in_every_job_ends_the_sweep_before_it_begins(
 def test_report_compares_the_jobs_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", f"sweep.dir={tmp_path}"]) == 2
     assert "must be the directory of a sweep" in capsys.readouterr().err
+    (tmp_path / "jobs.txt").write_text("make all > it's.log\n")
+    assert main(["report", f"sweep.dir={tmp_path}"]) == 2
+    assert "no sweep wrote line 1 of its jobs.txt" in capsys.readouterr().err
+    (tmp_path / "jobs.txt").unlink()
     jobs_of("train.seed=1,2", f"sweep.dir={tmp_path}")
     (tmp_path / "sweep.csv").unlink()
     assert main(["report", f"sweep.dir={tmp_path}"]) == 0
