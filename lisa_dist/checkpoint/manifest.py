@@ -154,8 +154,9 @@ def _is_inside(name: str) -> bool:
 
 def _strays(directory: Path, files: dict[str, Any]) -> list[str]:
     """Return the files of tensors that a checkpoint does not list: readers would take them for ranks' of its own."""
-    found = (f"{path.parent.name}/{path.name}" for path in sorted(directory.glob("*/*.safetensors")))
-    return [f"{directory.name}/{name}" for name in found if name not in files]
+    found = (path for folder in (WEIGHTS, MOMENTS) for path in sorted((directory / folder).glob("*.safetensors")))
+    names = (path.relative_to(directory).as_posix() for path in found)
+    return [f"{directory.name}/{name}" for name in names if name not in files]
 
 
 def _verify_file(directory: Path, name: str, expected: Any) -> str | None:

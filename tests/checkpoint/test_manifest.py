@@ -48,6 +48,13 @@ def test_damage_is_named(kind: str, tmp_path: Path) -> None:
     assert sentence in str(verify(checkpoint))
 
 
+def test_a_model_that_is_exported_into_a_checkpoint_does_it_no_harm(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, 10)
+    (checkpoint / "hf").mkdir()
+    (checkpoint / "hf" / "model.safetensors").touch()
+    assert verify(checkpoint) is None
+
+
 @pytest.mark.parametrize("kind", ["flipped", "missing", "of more ranks", "unfinished"])
 def test_a_damaged_base_damages_what_builds_on_it(kind: str, tmp_path: Path) -> None:
     base, later = make_checkpoint(tmp_path, 10), make_checkpoint(tmp_path, 20, depends_on=[10])
