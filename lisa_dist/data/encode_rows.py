@@ -100,7 +100,8 @@ class DataCounts:
         if self.with_control_words:
             found.append(
                 f"messages of {self.with_control_words} rows hold {', '.join(self.control_words)}, which the tokenizer "
-                f"takes for control tokens and not for text, so a turn may end or begin there"
+                f"takes for control tokens and not for text, so a turn may end or begin there; write them otherwise "
+                f"where text is meant"
             )
         if self.unknown_characters:
             found.append(
