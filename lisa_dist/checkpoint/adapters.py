@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,13 +80,27 @@ def write_adapter(config: Config, checkpoint: Path, directory: Path) -> list[str
     described = {_peft_name(name): torch.empty(tensors.shape(name), dtype=dtype, device="meta") for name in names}
     contents = (tensors.read(name).to(dtype) for name in names)
     write_safetensors(described, directory / WEIGHTS_FILE, {"format": "pt"}, contents)
-    layers = find_layers(build_meta_model(described_model(RunDirectory.of(config), config.model)), config.model.blocks)
-    written = adapter_config(config.update.adapters, layers)
+    model = build_meta_model(described_model(RunDirectory.of(config), config.model))
+    written = adapter_config(config.update.adapters, find_layers(model, config.model.blocks))
+    if put_in_by_peft(written, model) != set(names):
+        raise UserError(
+            f"export.adapter=true: peft puts the adapters of {type(model).__name__} into other layers where it loads "
+            "them; leave the key out to export all, merged"
+        )
     base = local_path(str(config.model.path))  # a relative one would be looked for where the adapter is loaded
     written.base_model_name_or_path = str(base.resolve()) if base.is_dir() else config.model.path
     written.inference_mode = True
     written.save_pretrained(str(directory))
     return [WEIGHTS_FILE]
+
+
+def put_in_by_peft(written: Any, model: nn.Module) -> set[str]:
+    """Return the names of the adapters that peft makes of a description: it rewrites those of some mixtures."""
+    from peft import inject_adapter_in_model  # takes seconds to import
+
+    with suppress(ValueError):  # which it raises where it can't
+        inject_adapter_in_model(copy.deepcopy(written), model, ADAPTER, low_cpu_mem_usage=True)
+    return {name for name, _ in model.named_parameters() if ".lora_" in name}
 
 
 def _peft_name(name: str) -> str:

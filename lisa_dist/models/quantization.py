@@ -75,6 +75,13 @@ def dequantize(codes: Tensor, scale: Tensor, kind: str, dtype: torch.dtype) -> T
     return (values.unflatten(1, (scale.shape[1], -1)) * scale.to(dtype)[..., None]).flatten(1)
 
 
+def count_weights(name: str, parameter: Tensor) -> int:
+    """Return how many of the model's weights a parameter holds: two a byte as codes of nf4, none as scales."""
+    if name.endswith(".weight_scale"):
+        return 0
+    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
+
+
 class QuantizedProduct(torch.autograd.Function):
     """``F.linear`` with a quantised weight; the backward pass dequantises again instead of keeping a copy."""
 

@@ -15,6 +15,7 @@ from lisa_dist.data.batches import GlobalBatches
 from lisa_dist.data.prepare import PreparedData
 from lisa_dist.method.module import TrainModule
 from lisa_dist.models.generation import positions_of
+from lisa_dist.models.quantization import count_weights
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.units import format_count
 from lisa_dist.telemetry.progress import announce
@@ -33,7 +34,7 @@ def announce_run(
     """Print once what is effective."""
     store, precision = train_module.store, config.precision
     architecture: Any = store.module.config
-    total = sum(store.parameter(name).numel() for name in store.names)
+    total = sum(count_weights(name, store.parameter(name)) for name in store.names)
     blocks = len(store.layers.blocks)
     trained = f"{data.counts.trained_share:.0%} of {format_count(data.counts.tokens)} tokens trained"
     announce(

@@ -15,6 +15,7 @@ from lisa_dist.config.loading import conf_dir
 from lisa_dist.method.module import TrainModule
 from lisa_dist.models.architecture import head_size
 from lisa_dist.models.layer_map import EMBEDDINGS, block_of
+from lisa_dist.models.quantization import count_weights
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def parameter_flops_per_token(train_module: TrainModule) -> float:
         block = block_of(part)
         below = block is not None and block < lowest
         visited = share if ".experts." in name else 1.0
-        total += (2 if below else 6 if name in trained else 4) * visited * store.parameter(name).numel()
+        total += (2 if below else 6 if name in trained else 4) * visited * count_weights(name, store.parameter(name))
     return total
 
 

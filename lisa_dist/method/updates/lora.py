@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from lisa_dist.config.updates import LoraUpdateConfig
 from lisa_dist.method.updates.base import OptimizedParam, Update
 from lisa_dist.method.updates.sharded import keyed_generator, whole
 from lisa_dist.models.layer_map import NORM, LayerMap, linear_layers
+from lisa_dist.models.quantization import count_weights
 from lisa_dist.runtime.distributed import fill, local_shard
 from lisa_dist.runtime.units import format_count
 
@@ -51,7 +54,12 @@ class Lora(Update):
         from peft import inject_adapter_in_model  # takes seconds to import
 
         self.transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
-        inject_adapter_in_model(adapter_config(self.config, layers), model, ADAPTER, low_cpu_mem_usage=True)
+        config = adapter_config(self.config, layers)
+        # Into the stack by itself: of a whole model peft takes gate_proj, up_proj and down_proj for fused experts where
+        # these were linear layers in transformers 4, though they are those of shared experts or of dense blocks.
+        config.target_modules = config.target_modules.removeprefix(rf"{re.escape(layers.blocks_path)}\.")
+        stack = model.get_submodule(layers.blocks_path)
+        inject_adapter_in_model(config, stack, ADAPTER, low_cpu_mem_usage=True)
 
     def initialize(self, parameters: Mapping[str, nn.Parameter], added: list[str], seed: int) -> None:
         """Fill A at random, B with zeros, and DoRA's magnitudes with the norms of the base's rows.
@@ -81,13 +89,14 @@ class Lora(Update):
 
     def describe_coverage(self, parameters: Mapping[str, nn.Parameter], layers: LayerMap) -> str:
         """Return how many of the model's parameters have adapters beside them, and which have not, by name."""
-        base = {name: parameter for name, parameter in parameters.items() if ".lora_" not in name}
+        sizes = {name: count_weights(name, parameter) for name, parameter in parameters.items()}
+        base = {name: size for name, size in sizes.items() if size and ".lora_" not in name}
         without: dict[str, int] = {}
-        for name, parameter in base.items():
+        for name, size in base.items():
             if not name.endswith(".base_layer.weight"):
-                part = describe_part(name, parameter, layers)
-                without[part] = without.get(part, 0) + parameter.numel()
-        total = sum(parameter.numel() for parameter in base.values())
+                part = describe_part(name, parameters[name], layers)
+                without[part] = without.get(part, 0) + size
+        total = sum(base.values())
         left = sum(without.values())
         largest = sorted(without.items(), key=lambda item: -item[1])
         return (
@@ -154,17 +163,27 @@ def adapter_config(config: LoraUpdateConfig, layers: LayerMap) -> Any:
     """Return peft's description of the adapters for a model without them: what an exported adapter carries too.
 
     Raises:
-        UserError: no layer has a name of ``update.target_modules``, or a matrix has a smaller rank than asked.
+        UserError: no layer has a name of ``update.target_modules``, one is read past its forward, or a matrix has a
+            smaller rank than asked.
     """
     from peft import LoraConfig  # takes seconds to import
 
     found: dict[str, int] = {}  # path in the block -> its matrix's largest possible rank
+    read: set[str] = set()  # paths of layers at which adapters may have no effect
     for block in layers.blocks:
         for name, layer in linear_layers(block).items():
             found[name] = min(*layer.weight.shape, found.get(name, layer.weight.numel()))
+            parent, _, attribute = name.rpartition(".")
+            if attribute in weights_read(type(block.get_submodule(parent))):  # type: ignore[arg-type]  # it has a hash
+                read.add(name)
     chosen = {path: rank for path, rank in found.items() if is_chosen(path, config.target_modules)}
-    if not config.target_modules:
-        chosen = {path: rank for path, rank in chosen.items() if rank > 1}  # a gate with one output has no low rank
+    if not config.target_modules:  # a gate with one output has no low rank
+        chosen = {path: rank for path, rank in chosen.items() if rank > 1 and path not in read}
+    for path in sorted(read & set(chosen)):
+        raise UserError(
+            f"update.target_modules: the model hands the weight of {path} to a kernel of its own, past an adapter, "
+            "which would have no effect; leave it out"
+        )
     known = sorted({path.rpartition(".")[2] for path in found})
     for target in config.target_modules:
         if not any(is_chosen(path, [target]) for path in found):
@@ -185,6 +204,16 @@ def adapter_config(config: LoraUpdateConfig, layers: LayerMap) -> Any:
         use_dora=config.dora,
         task_type="CAUSAL_LM",
     )
+
+
+@functools.cache
+def weights_read(kind: type[nn.Module]) -> frozenset[str]:
+    """Return the layers of a module whose weights its code reads itself, as Mamba's does for its kernels on a GPU."""
+    found: set[str] = set()
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        with suppress(OSError, TypeError):  # a class without source
+            found.update(re.findall(r"\bself\.(\w+)\.weight\b(?!\.)", inspect.getsource(base)))
+    return frozenset(found)
 
 
 def merge(

@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from lisa_dist.checkpoint.adapters import put_in_by_peft
 from lisa_dist.config import UpdateConfig, UserError
 from lisa_dist.config.loading import load
 from lisa_dist.config.updates import UPDATE_CONFIGS, LoraUpdateConfig, LowRankUpdateConfig
 from lisa_dist.method.updates import Update, build_update
+from lisa_dist.method.updates.lora import adapter_config
 from lisa_dist.method.updates.low_rank import LowRank
 from lisa_dist.models.layer_map import find_layers
+from lisa_dist.models.quantization import quantize_linears
 from tests.support.families import FAMILIES, tiny_config
 
 # of the paper or its code: sampler, update, and what else the preset sets
@@ -78,6 +81,33 @@ def test_adapters_go_into_the_blocks_of_every_family(family: str) -> None:
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
+def test_linear_layers_beside_fused_experts_get_adapters_which_peft_would_put_elsewhere() -> None:
+    """peft takes their names for those of experts; such adapters are exported merged alone."""
+    for family, agrees in (("glm4_moe", False), ("llama", True)):
+        _, model, _ = prepared(LoraUpdateConfig(rank=2), family)
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(tiny_config(family))
+        written = adapter_config(LoraUpdateConfig(rank=2), find_layers(plain))
+        ours = {name for name, _ in model.named_parameters() if ".lora_" in name}
+        assert (ours == put_in_by_peft(written, plain)) is agrees
+        shared = {name.split(".lora_")[0].rpartition(".")[2] for name in ours if "layers.1.mlp.shared_experts" in name}
+        assert agrees or shared == {"gate_proj", "up_proj", "down_proj"}
+
+
+def test_layers_whose_weights_go_to_a_kernel_get_no_adapters() -> None:
+    with torch.device("meta"):
+        config = AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2, vocab_size=64)
+        model = AutoModelForCausalLM.from_config(config)
+    layers = find_layers(model)
+    with pytest.raises(UserError, match=r"update\.target_modules: .* hands the weight of mixer\.out_proj to a kernel"):
+        adapter_config(LoraUpdateConfig(rank=2, target_modules=["in_proj", "out_proj"]), layers)
+    build_update(LoraUpdateConfig(rank=2)).prepare_model(model, layers)
+    adapted = {
+        name.split(".lora_")[0].split("layers.0.")[-1] for name, _ in model.named_parameters() if ".lora_" in name
+    }
+    assert {name for name in adapted if "layers.1" not in name} == {"mixer.in_proj"}
+
+
 def test_lora_fa_trains_the_second_matrix_alone() -> None:
     config = load(["method=lora_fa"]).update
     update, _, names = prepared(config)
@@ -137,7 +167,11 @@ def test_what_gets_no_adapters_is_said_by_name_and_size() -> None:
     )
     for part in ("fused experts (mlp.experts.down_proj)", "the embeddings", "the head", "norms and biases", "mlp.gate"):
         assert part in said, part
-    assert "experts" not in coverage(LoraUpdateConfig(rank=4), "llama")
+    plain = coverage(LoraUpdateConfig(rank=4), "llama")
+    assert "experts" not in plain
+    update, model, _ = prepared(LoraUpdateConfig(rank=4))
+    quantize_linears(find_layers(model).blocks, "nf4")  # which holds two weights a byte, and scales
+    assert update.describe_coverage(dict(model.named_parameters()), find_layers(model)) == plain
 
 
 def test_suppression_of_adapters_ends_with_its_context() -> None:
