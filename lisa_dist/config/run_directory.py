@@ -61,7 +61,9 @@ class RunDirectory:
             return self.model
         if self.holds_run() or self.lock.exists():
             return None
-        names = (self.model, self.tokenizer, *([] if self._is_resolved() else [self.config]))
+        names = [self.model, self.tokenizer, *([] if self._is_resolved() else [self.config])]
+        words = {self.summary: '"exit_reason":', **dict.fromkeys((self.metrics, self.layers, self.events), '"step":')}
+        names += [path for path, word in words.items() if path.is_file() and not _begins_with_key(path, word)]
         return next((path for path in names if path.exists()), None)
 
     def _is_resolved(self) -> bool:
@@ -74,6 +76,13 @@ class RunDirectory:
             return False
         with self.metrics.open(encoding="utf-8", errors="replace") as rows:
             return any('"loss":' in row for row in rows)  # the evaluation before the first step has none
+
+
+def _begins_with_key(record: Path, word: str) -> bool:
+    """Whether a file of the record begins as a run writes it, or is empty as one that was cut short."""
+    with record.open("rb") as file:
+        start = file.read(64)
+    return word.encode() in start or not start
 
 
 def name_by_time() -> str:

@@ -10,6 +10,7 @@ import pytest
 from lisa_dist.config import Config, RunConfig, UserError
 from lisa_dist.config.loading import to_yaml
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
+from lisa_dist.telemetry.records import record_failure
 
 
 def test_default_lies_in_runs_under_name_or_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +32,9 @@ def test_its_files_have_the_names_that_other_programs_rely_on(tmp_path: Path) ->
     names = "config.yaml metrics.jsonl layers.jsonl summary.json checkpoints logs/rank_0.log report.html"
     assert [str(file.relative_to(tmp_path)) for file in files] == names.split()
     assert not any(tmp_path.iterdir()), "nothing is created by asking"
+
+
+RECORDS = ["summary.json", "metrics.jsonl", "layers.jsonl", "events.jsonl"]
 
 
 def test_what_holds_a_run(tmp_path: Path) -> None:
@@ -64,7 +68,7 @@ def test_a_run_is_not_written_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("resume", ["none", "auto"])
-@pytest.mark.parametrize("theirs", ["model/model.safetensors", "tokenizer/tokenizer.json", "config.yaml"])
+@pytest.mark.parametrize("theirs", ["model/model.safetensors", "tokenizer/tokenizer.json", "config.yaml", *RECORDS])
 def test_what_no_run_wrote_is_not_replaced(theirs: str, resume: str, tmp_path: Path) -> None:
     config = Config(run=RunConfig(dir=str(tmp_path)))
     config.checkpoint.resume = resume
@@ -79,6 +83,13 @@ def test_what_no_run_wrote_is_not_replaced(theirs: str, resume: str, tmp_path: P
             check_run_dir_is_free(config)
     else:
         check_run_dir_is_free(config)
+
+
+def test_the_record_of_a_start_that_failed_without_a_lock_may_be_replaced(tmp_path: Path) -> None:
+    record_failure(RunDirectory(tmp_path), "no such data")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 2.5}\n')
+    (tmp_path / "layers.jsonl").touch()
+    check_run_dir_is_free(Config(run=RunConfig(dir=str(tmp_path))))
 
 
 def test_the_settings_of_another_run_may_be_laid_there(tmp_path: Path) -> None:
