@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,8 +122,8 @@ def _tokenize_into(
     """Tokenize ``source`` and put the result at ``folder``, whole or not at all."""
     reader = RowReader(config, source, key, limit)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix="unfinished_", dir=folder.parent))
+        scratch = folder.parent / f"unfinished_{uuid.uuid4().hex}"
+        scratch.mkdir(parents=True)  # with the umask's mode, as what lies in it: a cache may be shared
     except OSError as error:
         raise UserError(f"data.cache_dir={folder.parent}: can't be written ({error}), name another") from error
     try:

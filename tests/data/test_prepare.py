@@ -95,6 +95,12 @@ def test_bad_rows(tmp_path, broken, message):
         prepare(tmp_path, path=write(tmp_path / "worse.jsonl", ["{\n", "{\n"]), on_bad_row="skip")
 
 
+def test_whoever_may_read_the_cache_may_read_what_is_in_it(tmp_path):
+    folder = prepare(tmp_path).hash_file.parent
+    (tmp_path / "folder").mkdir()
+    assert folder.stat().st_mode == (tmp_path / "folder").stat().st_mode
+
+
 def test_cache_is_used_again_and_follows_what_changes_tokens(tmp_path, monkeypatch):
     first = prepare(tmp_path)
     made = []
