@@ -7,6 +7,7 @@ instruction and, after a blank line, its input) and an answer, like every other 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -172,6 +173,10 @@ def _from_prompt_completion(values: dict[str, Any]) -> Sample:
     """Read texts, or lists of messages; of these only the completion's answers carry loss."""
     prompt = [(message, False) for message, _ in _side(values, "prompt", "user")]
     completion = _side(values, "completion", "assistant")
+    if prompt == [(message, False) for message, _ in completion[: len(prompt)]]:
+        raise BadRowError(
+            "the completion begins with the prompt, which the model would see twice; set data.format=chat"
+        )
     if not any(message["role"] == "assistant" for message, _ in completion):
         raise BadRowError("no turn of the completion is the assistant's, so there is nothing to learn")
     return _conversation(values, prompt + completion)
@@ -190,7 +195,7 @@ def _is_json_of_messages(value: object) -> bool:
     with suppress(ValueError, RecursionError):
         turns = json.loads(value)
         return bool(turns) and all(isinstance(turn, dict) and "role" in turn for turn in turns)
-    return False
+    return re.match(r"\s*\[\s*\{'(role|content)': ", value) is not None  # as Python writes them, which is a bad row
 
 
 def _from_text(values: dict[str, Any]) -> Sample:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from lisa_dist.data.sequences import Sequences
 from lisa_dist.data.sources import has_split
 from lisa_dist.data.tokenized import TokenizedRows, tokenize
 from lisa_dist.runtime.files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 VALIDATION_KEY = 20  # of the generator that draws the rows held out; no key changes it, so that runs can be compared
 ROWS_A_BATCH = 1000  # that are hashed at a time
@@ -68,6 +71,10 @@ def prepare_data(
             split = validation_split(path, subset)
             held_out = tokenize(config, path, split, tokenizer, key="data.validation", subset=subset)
             validation_rows = held_out.rows
+            if held_out.folder == train.folder:
+                logger.warning(
+                    "data.validation=%s: holds the very rows that are trained on, so none are held out", path
+                )
 
     def sequences(rows: datasets.Dataset) -> Sequences:
         return Sequences.packed(rows, config.sequence_length, seed) if config.packing else Sequences(rows)

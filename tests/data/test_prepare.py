@@ -238,6 +238,8 @@ def test_what_is_likely_not_meant_is_said_at_every_start(tmp_path, caplog):
     assert any("only 0." in text and "of the tokens are trained" in text for text in said(caplog))
     prepare(tmp_path, path=write(tmp_path / "few.jsonl", ROWS[:2]), validation=path)
     assert [text.partition(": ")[0] for text in said(caplog)] == [f"data.validation={path}"] * 2
+    prepare(tmp_path, path=path, validation=path)
+    assert said(caplog)[-1].startswith(f"data.validation={path}: holds the very rows that are trained on")
 
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "does f", "parameters": {}}}
