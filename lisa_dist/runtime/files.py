@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import math
@@ -93,16 +95,33 @@ def replacing_file(path: Path) -> Iterator[BinaryIO]:
 def new_folder(path: Path) -> Iterator[Path]:
     """Make a folder that becomes ``path`` when the context ends without an exception, else is removed.
 
-    Until then ``path`` may be an empty folder; one that holds something by then is an OSError.
+    Until then ``path`` may be an empty folder; one that holds something by then is an OSError, and so is another
+    process that makes the same one.
     """
     unfinished = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True, exist_ok=True)
+    opened = os.open(unfinished, os.O_RDONLY)
     try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        unfinished.replace(path)  # over an empty folder too, never over one that holds something
+        _hold(opened)
+        try:
+            for left in unfinished.iterdir():  # by a process that was killed
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield unfinished
+            unfinished.replace(path)  # over an empty folder too, never over one that holds something
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        os.close(opened)
+
+
+def _hold(opened: int) -> None:
+    """Lock what is opened until it is closed; an OSError where another process has locked it."""
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError(errno.EBUSY, "another process is writing it") from None
+    except OSError:
+        logger.debug("the file system has no locks")
 
 
 def flush_directory(directory: Path) -> None:

@@ -71,6 +71,15 @@ def fill_over(folder: Path) -> None:
         (folder / "theirs").write_text("theirs")
 
 
+def test_one_process_makes_a_folder(tmp_path: Path) -> None:
+    (tmp_path / ".folder.partial" / "left").mkdir(parents=True)
+    with new_folder(tmp_path / "folder") as unfinished:
+        (unfinished / "file").touch()
+        with pytest.raises(OSError, match="another process is writing it"), new_folder(tmp_path / "folder"):
+            pass
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["file"]
+
+
 def test_a_folder_that_came_to_hold_something_is_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="not empty"):
         fill_over(tmp_path / "folder")
