@@ -22,7 +22,10 @@ def run(config: Config) -> int:
         if config.report.watch:
             raise UserError("--watch: the report of a run is watched, a sweep writes its own anew after each job")
         sweep_dir = local_path(config.sweep.dir)
-        write_comparison(sweep_dir)
+        try:
+            write_comparison(sweep_dir)
+        except OSError as error:
+            raise UserError(f"sweep.dir={sweep_dir}: its pages can't be written, {error.strerror}") from None
         print(sweep_dir / PAGE_FILE)
         return EXIT_DONE
     if config.run.dir is None:
@@ -30,7 +33,7 @@ def run(config: Config) -> int:
     run = RunDirectory.of(config)
     try:
         path = write_report(run, live=config.report.watch)
-    except PermissionError as error:
+    except OSError as error:
         raise UserError(f"run.dir={run.path}: its page can't be written, {error.strerror}") from None
     print(path, flush=True)
     if config.report.watch:

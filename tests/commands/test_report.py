@@ -326,3 +326,15 @@ def test_held_out_losses_of_other_rows_are_not_compared(tmp_path):
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in events))
     figures = figures_of(page_of(tmp_path))
     assert figures["change of validation loss"] == "-0.0100 (-0%)" and "best validation loss, step 4" in figures
+
+
+@pytest.mark.parametrize(("key", "writes"), [("run", "write_report"), ("sweep", "write_comparison")])
+def test_a_full_disk_is_told(key, writes, tmp_path, monkeypatch):
+    def full(*args, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, writes, full)
+    config = Config()
+    getattr(config, key).dir = str(tmp_path)
+    with pytest.raises(UserError, match=f"^{key}.dir={tmp_path}: its pages? can't be written, No space left on device"):
+        report.run(config)
