@@ -212,7 +212,8 @@ def weights_read(kind: type[nn.Module]) -> frozenset[str]:
     found: set[str] = set()
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         with suppress(OSError, TypeError):  # a class without source
-            found.update(re.findall(r"\bself\.(\w+)\.weight\b(?!\.)", inspect.getsource(base)))
+            # Of a part of it, weight[...], Bloom's code alone makes use, where slow_but_exact asks for that.
+            found.update(re.findall(r"\bself\.(\w+)\.weight\b(?![.\[])", inspect.getsource(base)))
     return frozenset(found)
 
 

@@ -94,6 +94,13 @@ def test_linear_layers_beside_fused_experts_get_adapters_which_peft_would_put_el
         assert agrees or shared == {"gate_proj", "up_proj", "down_proj"}
 
 
+def test_layers_of_which_parts_are_read_where_that_is_asked_for_get_adapters() -> None:
+    with torch.device("meta"):
+        config = AutoConfig.for_model("bloom", hidden_size=32, n_head=4, n_layer=1, vocab_size=64)
+        model = AutoModelForCausalLM.from_config(config)
+    adapter_config(LoraUpdateConfig(rank=2, target_modules=["dense", "dense_4h_to_h"]), find_layers(model))
+
+
 def test_layers_whose_weights_go_to_a_kernel_get_no_adapters() -> None:
     with torch.device("meta"):
         config = AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2, vocab_size=64)
