@@ -103,12 +103,25 @@ def write_model(config: Config, checkpoint: Path, directory: Path) -> list[str]:
     merged = merged_tensors(open_weights(checkpoint), config.update.adapters, config.model.quantization, model)
     exact = {name for name, _ in model.named_buffers()}  # training rounds none, as the biases that choose experts
     stream = (
-        pair for name, tensor in merged for pair in to_checkpoint(name, tensor if name in exact else tensor.to(dtype))
+        pair
+        for name, tensor in merged
+        for pair in to_checkpoint(name, tensor if name in exact else as_dtype(name, tensor, dtype))
     )
     files = write_files(stream, directory, parse_size(config.export.max_shard_size))
     fields["architectures"] = [type(model).__name__]
     write_json_object(fields, directory / CONFIG_FILE)
     return files
+
+
+def as_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a weight in ``dtype``; raise :class:`UserError` where a number of it would become infinite."""
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 and bool((cast.isinf() & tensor.isfinite()).any()):
+        raise UserError(
+            f"export.dtype=float16: {name} holds numbers up to {float(tensor.abs().max()):.3g}, which are infinite in "
+            "float16; use export.dtype=bfloat16 or float32"
+        )
+    return cast
 
 
 def write_files(stream: Iterator[tuple[str, torch.Tensor]], directory: Path, limit: int) -> list[str]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lisa_dist.checkpoint.description import write_description, write_tokenizer
-from lisa_dist.checkpoint.export import export_checkpoint, find_checkpoint
+from lisa_dist.checkpoint.export import as_dtype, export_checkpoint, find_checkpoint
 from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import Config, UserError
@@ -82,6 +82,14 @@ def test_the_default_dtype_and_what_is_refused(trained: Config, tmp_path: Path) 
     assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == before
     with pytest.raises(UserError, match="has no checkpoint of that step; it has 1, 3, 4"):
         find_checkpoint(newest(trained).parent, 2)
+
+
+def test_weights_that_half_precision_has_no_room_for_are_refused() -> None:
+    weight = torch.tensor([1.0, -70000.0, torch.inf])
+    assert torch.equal(as_dtype("norm.weight", weight, torch.bfloat16), weight.bfloat16())
+    assert torch.equal(as_dtype("norm.weight", weight[::2], torch.float16), weight[::2].half())
+    with pytest.raises(UserError, match=r"export.dtype=float16: norm.weight holds numbers up to 7e"):
+        as_dtype("norm.weight", weight[:2], torch.float16)
 
 
 def test_generation_ends_where_answers_were_trained_to_end(trained: Config, tmp_path: Path) -> None:
