@@ -44,8 +44,8 @@ def run(config: Config) -> int:
             _say("A new conversation.")
             continue
         asked = [*messages, {"role": "user", "content": said}]
-        ids = prompt_ids(tokenizer, asked, system)
         try:
+            ids = prompt_ids(tokenizer, asked, system)
             opened.check_tokens(ids, "chat: what is said")
         except UserError as error:
             _say(str(error))

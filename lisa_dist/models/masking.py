@@ -203,7 +203,7 @@ def rotary_limits(architecture: Any) -> dict[str, int]:
     limits: dict[str, int] = {}
     for rotary in (found, *(kind for kind in found.values() if isinstance(kind, dict))):
         kind = str(rotary.get("rope_type"))
-        if kind == "longrope":
+        if kind == "longrope" and rotary.get("short_factor") != rotary.get("long_factor"):
             limit = rotary.get("original_max_position_embeddings") or architecture.max_position_embeddings
             limits[f"rope_type={kind}"] = limit
         elif "dynamic" in kind:

@@ -149,6 +149,25 @@ def test_chat_answers_with_what_was_said_before(trained: tuple[Path, Path], tmp_
     assert [answer.strip() for answer in answers] == alone.splitlines()
 
 
+def conversation_that_is_refused(said: list[str], overrides: list[str]) -> tuple[str, str]:
+    """As :func:`conversation`, of a template that refuses the word "no". Runs on a rank."""
+    original = chat.prompt_ids
+
+    def prompt_ids(tokenizer: Any, prompt: Any, system: str | None) -> list[int]:
+        if prompt[-1] == as_user("no"):
+            raise UserError("the chat template refuses it")
+        return original(tokenizer, prompt, system)
+
+    with mock.patch.object(chat, "prompt_ids", prompt_ids):
+        return conversation(said, overrides)
+
+
+def test_chat_goes_on_after_what_the_template_refuses(trained: tuple[Path, Path]) -> None:
+    keys = [f"generate.path={trained[1]}", "generate.max_new_tokens=2", "parallel.cpu_threads=1"]
+    ((printed, told),) = run_on_ranks(1, conversation_that_is_refused, ["no", QUESTIONS[0]], keys)
+    assert "the chat template refuses it" in told and len(printed.splitlines()) == 1
+
+
 def as_user(question: str) -> dict[str, str]:
     return {"role": "user", "content": question}
 

@@ -15,7 +15,7 @@ from lisa_dist.method.module import separate_packed_samples
 from lisa_dist.models import masking
 from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.layer_map import find_layers
-from lisa_dist.models.masking import find_separation, install_position_handling
+from lisa_dist.models.masking import check_length_of_rows, find_separation, install_position_handling
 from lisa_dist.models.packed_attention import fits_flash
 from lisa_dist.models.tiny_copy import NoTinyCopyError, tiny_copy
 from lisa_dist.objectives.chunked_head import install_loss_head
@@ -169,6 +169,13 @@ def test_rows_so_long_that_they_change_a_samples_numbers_are_refused(
         separate_packed_samples(config, model, find_layers(model))
     config.data.sequence_length = limit
     separate_packed_samples(config, model, find_layers(model))
+
+
+def test_frequencies_that_are_the_same_for_short_and_long_rows_limit_none() -> None:
+    rotary = {**LONGROPE, "short_factor": LONGROPE["long_factor"]}
+    sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0}
+    model = _meta("phi3", **sizes, rope_parameters=rotary, original_max_position_embeddings=32)
+    check_length_of_rows(model.config, 64)
 
 
 def test_positions_that_do_not_begin_anew_are_refused() -> None:
