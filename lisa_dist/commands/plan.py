@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lisa_dist.config import EXIT_DONE, Config
-from lisa_dist.config.checks import options_without_effect
 from lisa_dist.config.errors import check_choice
 from lisa_dist.config.gpu import read_gpu
+from lisa_dist.config.idle_options import options_without_effect
 from lisa_dist.config.loading import group_choices
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.planning.changes import Plan, changes_that_fit, make_plan, search

@@ -1,4 +1,4 @@
-"""Which options go together, found by asking ``checks.py`` for every pair: for the docs.
+"""Which options go together, found by asking ``checks.py`` and ``idle_options.py`` for every pair: for the docs.
 
 ``python -m lisa_dist.config.combinations > docs/combinations.md`` writes the page of the docs anew.
 """
@@ -9,15 +9,16 @@ import dataclasses
 from typing import Any
 
 from lisa_dist.config import Config, UserError
-from lisa_dist.config.checks import check_accumulation, check_combinations, options_without_effect
+from lisa_dist.config.checks import check_accumulation, check_combinations
 from lisa_dist.config.errors import as_written
+from lisa_dist.config.idle_options import options_without_effect
 from lisa_dist.config.overrides import SCHEMAS
 
 INTRODUCTION = """# What goes with what
 
 Every pair of the options below, as the checks before a start judge it. This page is written by
-`python -m lisa_dist.config.combinations > docs/combinations.md`, which asks `lisa_dist/config/checks.py`: change that
-and run the command again.
+`python -m lisa_dist.config.combinations > docs/combinations.md`, which asks `checks.py` and `idle_options.py` of
+`lisa_dist/config`: change those and run the command again.
 
 *Refused* means exit code 2 and the sentence below, before anything is loaded; *no effect* is said when training starts,
 and in the notes of a plan; ✓ works. Where nothing else is said, a pair stands beside `sampler=uniform`,

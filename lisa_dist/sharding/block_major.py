@@ -61,12 +61,7 @@ def accumulate(
     Returns:
         The loss of each micro-batch, and the sum of what divides them.
     """
-    top = len(blocks)
-
-    def draw_for(micro_batch: int, block: int) -> None:
-        if seed is not None:
-            torch.manual_seed(hash((seed, micro_batch, block)) % 2**63)
-
+    top, draw_for = len(blocks), partial(_draw_for, seed)
     entered: list[GradientEdge | None] = []  # the graph of what enters the first block, without its values
     states: list[Tensor] = []
     calls: list[list[Call]] = []
@@ -116,6 +111,11 @@ def accumulate(
             if edge is not None:
                 torch.autograd.backward(edge, gradient)
     return losses, divisor
+
+
+def _draw_for(seed: int | None, micro_batch: int, block: int) -> None:
+    if seed is not None:
+        torch.manual_seed(hash((seed, micro_batch, block)) % 2**63)
 
 
 def _note_calls(run: ModelPass, blocks: Sequence[nn.Module]) -> tuple[Tensor, list[Call]]:

@@ -16,8 +16,8 @@ from lisa_dist.config.checks import (
     check_accumulation,
     check_combinations,
     check_streamed,
-    options_without_effect,
 )
+from lisa_dist.config.idle_options import options_without_effect
 from lisa_dist.config.loading import vary
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime import distributed

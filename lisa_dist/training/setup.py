@@ -22,7 +22,8 @@ from lisa_dist.checkpoint.restore import newest_complete, restore_checkpoint
 from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.checkpoint.state import Progress, read_state
 from lisa_dist.config import Config, ModelConfig, TrainConfig, UserError
-from lisa_dist.config.checks import check_global_batch, check_validation, options_without_effect
+from lisa_dist.config.checks import check_global_batch, check_validation
+from lisa_dist.config.idle_options import options_without_effect
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
 from lisa_dist.data.batches import GlobalBatches, MicroBatch
 from lisa_dist.data.prepare import PreparedData, fingerprint, hash_of_rows, highest_token, prepare_data
@@ -170,20 +171,29 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
             logger.warning(sentence)
         warn_of_warmup(config, max_steps)
     heartbeat = Heartbeat(RunDirectory.of(config), config.parallel.timeout, max_steps)
+    recorder = make_recorder(config, max_steps, len(train_module.store.layers.blocks), started, progress, heartbeat)
+    recorder.summary |= rows_of(data)
+    return Run(
+        config, train_module, tokenizer, batches, validation, max_steps, progress, recorder, checkpoints, heartbeat
+    )
+
+
+def make_recorder(
+    config: Config, max_steps: int, num_blocks: int, started: float, progress: Progress, heartbeat: Heartbeat
+) -> Recorder:
+    """Return the recorder of a run that goes on from ``progress``; ``started`` is this start's ``time.monotonic()``."""
     recorder = Recorder(
         config,
         max_steps,
-        num_blocks=len(train_module.store.layers.blocks),
+        num_blocks=num_blocks,
         started=started,
         first_step=progress.step,
         resumed_from=progress.resumed_from,
         evaluated_since=progress.evaluated_since,
         doing=heartbeat.doing,
     )
-    recorder.summary |= rows_of(data) | ({"skipped_steps": progress.skipped_steps} if progress.skipped_steps else {})
-    return Run(
-        config, train_module, tokenizer, batches, validation, max_steps, progress, recorder, checkpoints, heartbeat
-    )
+    recorder.summary |= {"skipped_steps": progress.skipped_steps} if progress.skipped_steps else {}
+    return recorder
 
 
 def open_architecture(config: Config) -> PretrainedConfig:

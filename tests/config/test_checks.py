@@ -20,10 +20,10 @@ from lisa_dist.config.checks import (
     check_combinations,
     check_global_batch,
     check_streamed,
-    options_without_effect,
 )
 from lisa_dist.config.commands import GenerateConfig
 from lisa_dist.config.gpu import read_gpu
+from lisa_dist.config.idle_options import options_without_effect
 from lisa_dist.config.loading import conf_dir, load
 from lisa_dist.config.optimization import OPTIMIZER_CONFIGS, SchedulerConfig, TrainConfig
 from lisa_dist.config.placement import ParallelConfig
@@ -270,7 +270,8 @@ def test_every_command_that_trains_refuses_before_it_starts(command: list[str], 
 
 def test_no_torch_is_needed_to_judge() -> None:
     program = (
-        "import sys; from lisa_dist.config.checks import *; from lisa_dist.config.loading import load; "
+        "import sys; from lisa_dist.config.checks import *; from lisa_dist.config.idle_options import *; "
+        "from lisa_dist.config.loading import load; "
         "check_combinations(load([])); options_without_effect(load([]), 1); assert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0

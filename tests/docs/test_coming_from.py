@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lisa_dist.config.checks import check_combinations, check_global_batch, options_without_effect
+from lisa_dist.config.checks import check_combinations, check_global_batch
 from lisa_dist.config.config_file import file_overrides
+from lisa_dist.config.idle_options import options_without_effect
 from lisa_dist.config.loading import load
 from lisa_dist.config.other_trainers import KEYS_HERE
 

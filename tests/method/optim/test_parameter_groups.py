@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer
 
 from lisa_dist.config import Config, UserError
-from lisa_dist.config.checks import options_without_effect
+from lisa_dist.config.idle_options import options_without_effect
 from lisa_dist.config.loading import load
 from lisa_dist.config.optimization import OPTIMIZER_CONFIGS, PARTS
 from lisa_dist.config.sampling import SAMPLER_CONFIGS
