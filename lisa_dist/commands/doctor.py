@@ -25,7 +25,7 @@ from lisa_dist.config.paths import local_path
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.environment import has_ranks
 from lisa_dist.runtime.units import GIB, format_bytes
-from lisa_dist.training.setup import open_tokenizer
+from lisa_dist.training.limits import open_tokenizer
 
 PACKAGE = "lisa-dist"
 LITTLE_DISK, NO_DISK = 20 * GIB, 1 * GIB  # below the first a warning, below the second broken

@@ -19,7 +19,8 @@ from lisa_dist.method.probes import mean_loss
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.files import make_folder, to_json, write_atomically
 from lisa_dist.telemetry.logs import setup_logging
-from lisa_dist.training.setup import check_tokens, make_batches
+from lisa_dist.training.limits import check_tokens
+from lisa_dist.training.setup import make_batches
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from lisa_dist.models.architecture import read_architecture
 from lisa_dist.models.loading import load_pretrained
 from lisa_dist.runtime import distributed
 from lisa_dist.training.generation import ends_of
-from lisa_dist.training.setup import check_token, open_tokenizer
+from lisa_dist.training.limits import check_token, open_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -21,21 +21,17 @@ from lisa_dist.checkpoint.protocol import remove_leftovers
 from lisa_dist.checkpoint.restore import newest_complete, restore_checkpoint
 from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.checkpoint.state import Progress, read_state
-from lisa_dist.config import Config, ModelConfig, TrainConfig, UserError
+from lisa_dist.config import Config, TrainConfig, UserError
 from lisa_dist.config.checks import check_global_batch, check_validation
 from lisa_dist.config.idle_options import options_without_effect
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
 from lisa_dist.data.batches import GlobalBatches, MicroBatch
-from lisa_dist.data.prepare import PreparedData, fingerprint, hash_of_rows, highest_token, prepare_data
+from lisa_dist.data.prepare import PreparedData, fingerprint, hash_of_rows, prepare_data
 from lisa_dist.data.preview import show_preview
 from lisa_dist.data.sequences import Sequences
-from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.method.module import TrainModule, build_train_module, load_initial_weights
-from lisa_dist.models.architecture import build_meta_model, read_architecture
-from lisa_dist.models.generation import positions_of
+from lisa_dist.models.architecture import read_architecture
 from lisa_dist.models.inspection import pretrained_architecture
-from lisa_dist.models.layer_map import find_layers
-from lisa_dist.models.masking import has_table_of_positions
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.environment import restart_count
 from lisa_dist.runtime.files import write_atomically
@@ -46,6 +42,7 @@ from lisa_dist.telemetry.recorder import Recorder
 from lisa_dist.telemetry.run_lock import hold_run
 from lisa_dist.training.announcement import announce_run, warn_of_positions, warn_of_warmup
 from lisa_dist.training.generation import Answerer
+from lisa_dist.training.limits import check_positions, check_tokens, open_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -244,62 +241,6 @@ def planned_steps(config: TrainConfig, batches: GlobalBatches, progress: Progres
     if config.max_steps is not None:
         return config.max_steps
     return progress.step + batches.steps(config.epochs, progress.sequences)
-
-
-def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the model.
-
-    Raises:
-        UserError: there is none, or it has more tokens than the model knows. Special ones may be more, as a place for
-            images in a language model's: :func:`check_tokens` looks whether any is used.
-    """
-    source = config.tokenizer or config.path
-    if source is None:
-        raise UserError("model.path=null: name a Hugging Face directory, a hub id or builtin:demo, or choose a preset")
-    known = read_architecture(config).vocab_size
-    tokenizer = load_tokenizer(source, config.trust_remote_code)
-    special = set(tokenizer.all_special_tokens) | {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
-    special -= {tokenizer.pad_token, tokenizer.eos_token}  # which batches hold, whatever the rows do
-    beyond = [number for token, number in tokenizer.get_vocab().items() if number >= known and token not in special]
-    if beyond:
-        raise UserError(
-            f"model.tokenizer={source}: has {max(beyond) + 1} tokens but the model knows {known}; "
-            "choose the model's own tokenizer"
-        )
-    return tokenizer
-
-
-def check_tokens(sequences: Sequences, tokenizer: PreTrainedTokenizerBase, known: int, key: str = "data.path") -> None:
-    """Raise :class:`UserError` where a row holds a token that the model, which knows so many, has no embedding of.
-
-    Collective: every rank.
-    """
-    if max(tokenizer.get_vocab().values(), default=0) < known:
-        return
-    highest = distributed.on_rank_zero(lambda: highest_token(sequences.rows))
-    check_token(highest, tokenizer, known, f"{key}: a row")
-
-
-def check_token(highest: int, tokenizer: PreTrainedTokenizerBase, known: int, where: str) -> None:
-    """Raise :class:`UserError` where the highest token of ``where`` is none of those that the model knows, so many."""
-    if highest >= known:
-        raise UserError(
-            f"{where} holds the token {tokenizer.convert_ids_to_tokens(highest)} (number {highest}), and the model "
-            f"knows {known} tokens; take it out, or out of the chat template that writes it"
-        )
-
-
-def check_positions(config: ModelConfig, architecture: PretrainedConfig, tokens: int) -> None:
-    """Raise :class:`UserError` where rows of so many tokens need positions that the model has no place for."""
-    positions = positions_of(architecture)
-    if positions is None or tokens <= positions:
-        return
-    model = build_meta_model(config, architecture)
-    if has_table_of_positions(model, find_layers(model, config.blocks).blocks_path):
-        raise UserError(
-            f"data.sequence_length: rows are {tokens} tokens long (padding counts), and the positions of this model "
-            f"are a table of {positions}; use data.sequence_length={positions} or less"
-        )
 
 
 def rows_of(data: PreparedData) -> dict[str, Any]:

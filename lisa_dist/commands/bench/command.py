@@ -37,7 +37,8 @@ from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.sharding.rounding import dtype_of
 from lisa_dist.telemetry.logs import setup_logging
 from lisa_dist.training.flops import preset_of
-from lisa_dist.training.setup import check_tokens, make_batches, open_tokenizer
+from lisa_dist.training.limits import check_tokens, open_tokenizer
+from lisa_dist.training.setup import make_batches
 
 logger = logging.getLogger(__name__)
 
