@@ -26,7 +26,7 @@ from lisa_dist.config import (
     EXIT_USER_ERROR,
     Config,
     GenerateConfig,
-    OutOfMemoryError,
+    ResourceError,
     UserError,
 )
 from lisa_dist.config.checks import check_combinations
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         if environment_rank() == 0 or not stops_within(SECONDS_FOR_RANK_0):
             print(f"lisa-dist: {mistake}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except OutOfMemoryError as error:  # of one rank or of several, each with its own place
+    except ResourceError as error:  # of one rank or of several, each with its own place
         print(f"lisa-dist: rank {environment_rank()} failed: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ import torch
 
 from lisa_dist.checkpoint.protocol import Snapshot, write_checkpoint
 from lisa_dist.checkpoint.shards import Piece
-from lisa_dist.config import CheckpointConfig
+from lisa_dist.config import CheckpointConfig, StorageError
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.units import format_bytes
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 ALIGNMENT = 64  # bytes between the starts of two copies: a multiple of every element's size
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(StorageError, RuntimeError):
     """A checkpoint could not be written; earlier ones are as they were."""
 
 
@@ -82,7 +82,7 @@ class CheckpointWriter:
         if failure is None:
             return snapshot
         if self.config.on_error == "stop" if stop_on_error is None else stop_on_error:
-            raise CheckpointError(failure)
+            raise CheckpointError(f"{failure}; earlier ones are as they were, start again once it can be written")
         logger.warning("%s; the run goes on without it (checkpoint.on_error=warn)", failure)
         return None
 

@@ -23,6 +23,7 @@ from lisa_dist.data.formats import BadRowError, read_messages
 from lisa_dist.data.tokenizer import encode_prompt, render
 from lisa_dist.launching.inputs import make_room
 from lisa_dist.runtime import distributed
+from lisa_dist.runtime.files import naming
 from lisa_dist.telemetry.logs import setup_logging
 from lisa_dist.training.generation import Answerer, AnswerSettings, draw_keys
 
@@ -157,7 +158,8 @@ def show_side_by_side(models: list[str], files: list[Path], output: str | None) 
     rows = [(same[0]["prompt"], [row["answer"] for row in same]) for same in zip(*answers, strict=True)]
     if output is not None:
         lines = [json.dumps({"prompt": prompt, "answers": dict(zip(models, found))}) + "\n" for prompt, found in rows]
-        local_path(output).write_text("".join(lines), encoding="utf-8")
+        with naming(local_path(output)):
+            local_path(output).write_text("".join(lines), encoding="utf-8")
         return
     table = Table(show_lines=True)
     for title in ("prompt", *models):
@@ -171,5 +173,5 @@ def _write(prompt: Prompt, text: str, output: Path | None) -> None:
     if output is None:
         print(text, flush=True)
         return
-    with output.open("a", encoding="utf-8") as file:
+    with naming(output), output.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"prompt": prompt, "answer": text}, ensure_ascii=False) + "\n")

@@ -25,6 +25,8 @@ from lisa_dist.config.errors import EXIT_INTERRUPTED as EXIT_INTERRUPTED
 from lisa_dist.config.errors import EXIT_STOPPED as EXIT_STOPPED
 from lisa_dist.config.errors import EXIT_USER_ERROR as EXIT_USER_ERROR
 from lisa_dist.config.errors import OutOfMemoryError as OutOfMemoryError
+from lisa_dist.config.errors import ResourceError as ResourceError
+from lisa_dist.config.errors import StorageError as StorageError
 from lisa_dist.config.errors import UserError as UserError
 from lisa_dist.config.model import ModelConfig
 from lisa_dist.config.optimization import AdamWConfig, OptimizerConfig, SchedulerConfig, TrainConfig

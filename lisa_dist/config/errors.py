@@ -17,8 +17,16 @@ class UserError(Exception):
     """A mistake in the configuration or the input; its message is one clear sentence."""
 
 
-class OutOfMemoryError(Exception):
-    """Memory ran out; the message is one clear sentence that says where and what needs less, the exit code 1."""
+class ResourceError(Exception):
+    """The machine has not, or no longer, what a run needs; the message is one clear sentence, the exit code 1."""
+
+
+class OutOfMemoryError(ResourceError):
+    """Memory ran out; the message says where and what needs less."""
+
+
+class StorageError(ResourceError):
+    """Files can't be written any more; the message says where and what to do."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
 MODEL_CONFIG = "config.json"  # of a Hugging Face model
 # What the system says of a path as it is named, whoever asks for it: that is the user's to change.
 REFUSALS = {getattr(errno, name) for name in ("EACCES", "EPERM", "EROFS", "ENAMETOOLONG", "ELOOP", "ENOTDIR", "EISDIR")}
+FULL = {errno.ENOSPC, errno.EDQUOT}
 MODELS = Path(__file__).parents[1] / "models"  # bundled model directories lie here, one a name
 
 
@@ -43,7 +44,8 @@ def path_exists(path: Path) -> bool:
 
 
 def refusal(error: BaseException, words: Iterable[str] = ()) -> str | None:
-    """Return in a sentence that the system refuses a path as it is named, or the output; None for any other error.
+    """Return in a sentence that the system refuses a path as it is named, has no room there, or refuses the output;
+    None for any other error.
 
     Args:
         error: that was raised.
@@ -51,16 +53,21 @@ def refusal(error: BaseException, words: Iterable[str] = ()) -> str | None:
     """
     if isinstance(error, BrokenPipeError):
         return "nobody reads any more what is printed, as after a pipe into head"
-    if not isinstance(error, OSError) or error.errno not in REFUSALS or not isinstance(error.filename, str):
+    if not isinstance(error, OSError) or error.errno is None or error.errno not in REFUSALS | FULL:
         return None
-    path, said = Path(error.filename).absolute(), error.strerror
+    said, remedy = os.strerror(error.errno), "name a path that this account may use"
+    if error.errno in FULL:
+        remedy = "make room there, or name a path with more"
+    if not isinstance(error.filename, str):  # of a file that is open already
+        return f"what is written or printed: {said}; {remedy}" if error.errno in FULL else None
+    path = Path(error.filename).absolute()
     for word in words:
         value = word.partition("=")[2] or word
         named = Path(value).expanduser().absolute() if value.startswith("~/") else Path(value).absolute()
         if named == path or (named in path.parents and named not in Path.cwd().parents):
             inside = "" if named == path else f" ({path})"
-            return f"{word}: {said}{inside}; name a path that this account may use"
-    return f"{path}: {said}; name a path that this account may use"
+            return f"{word}: {said}{inside}; {remedy}"
+    return f"{path}: {said}; {remedy}"
 
 
 def nearest_path(path: Path) -> str:

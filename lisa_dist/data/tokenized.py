@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from lisa_dist.config import DataConfig, UserError
-from lisa_dist.config.paths import local_path
+from lisa_dist.config.paths import FULL, local_path
 from lisa_dist.data.encode_rows import DataCounts, RowReader
 from lisa_dist.data.sources import Source, find_source
 from lisa_dist.data.tokenizer import FALLBACK_TEMPLATE, ensure_chat_template
@@ -140,6 +141,11 @@ def _tokenize_into(
         except OSError:  # another machine on the same file system was faster
             if not (folder / "counts.json").is_file():
                 raise
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        full = os.strerror(error.errno)
+        raise UserError(f"data.cache_dir={folder.parent}: {full}; make room there, or name another") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

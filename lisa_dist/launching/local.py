@@ -33,8 +33,8 @@ from lisa_dist.config import (
     EXIT_STOPPED,
     EXIT_USER_ERROR,
     Config,
-    OutOfMemoryError,
     ParallelConfig,
+    ResourceError,
     UserError,
 )
 from lisa_dist.config.paths import refusal
@@ -183,7 +183,7 @@ def run_rank(entry: Entry, config: Config, outcome_dir: Path, log_dir: Path, lau
         code = entry(config)
     except UserError as error:
         code, message = EXIT_USER_ERROR, str(error)
-    except OutOfMemoryError as error:
+    except ResourceError as error:
         message = hide_secrets(str(error))
         if config.run.dir is None or RunDirectory.of(config).path != log_dir:  # else training has written it there
             _write_traceback(log)
@@ -203,7 +203,7 @@ def run_rank(entry: Entry, config: Config, outcome_dir: Path, log_dir: Path, lau
 def _write_traceback(log: Path) -> str:
     """Append the traceback of the error that is being handled to ``log``, and return it."""
     trace = hide_secrets(traceback.format_exc())
-    with log.open("a", encoding="utf-8") as file:
+    with suppress(OSError), log.open("a", encoding="utf-8") as file:  # a full disk has no room for it
         file.write(trace)
     return trace
 
@@ -256,4 +256,5 @@ def _record_failure(run: RunDirectory, failure: Outcome, started: float) -> None
     """Leave the reason in summary.json, unless rank 0 has, which knows only its own; a mistake writes over nothing."""
     by_rank_0 = failure.rank == 0 and summary_is_new(run, started)
     if not by_rank_0 and not (run.summary.exists() and failure.code == EXIT_USER_ERROR):
-        record_failure(run, failure.message)
+        with suppress(OSError):  # a full disk has no room for it, and the failure is told
+            record_failure(run, failure.message)

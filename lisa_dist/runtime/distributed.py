@@ -23,6 +23,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lisa_dist.config import ParallelConfig, UserError
+from lisa_dist.config.paths import refusal
 from lisa_dist.runtime.environment import has_ranks, in_slurm_step, interface_towards
 from lisa_dist.runtime.rendezvous import meet
 
@@ -306,7 +307,7 @@ def on_local_rank_zero(action: Callable[[], T]) -> list[T]:
             return [action()] if local_rank() == 0 else [], None
         except BaseException as error:
             failure = error
-            return [], f"{error}"
+            return [], refusal(error) or f"{error}"
 
     outcomes = gather_outcomes(attempt)
     if failure is not None:

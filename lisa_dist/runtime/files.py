@@ -78,11 +78,22 @@ def write_json_object(fields: dict[str, Any], path: Path) -> None:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name ``path`` in an error of the system that names none, as those of writing to an open file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def replacing_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that takes the place of ``path``, flushed to disk, when the context ends without an exception."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # else a crash may leave the new name with nothing in it

@@ -16,12 +16,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch.distributed as dist
 
+from lisa_dist.config import StorageError
 from lisa_dist.config.paths import refusal
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime import distributed
@@ -108,7 +109,8 @@ class Heartbeat:
         with self._writing:  # the last of two writers has seen what the other has
             about = {**asdict(self.note), "host": socket.gethostname(), "alive": time.time()}
             record = {**{key: about[key] for key in KEYS}, "max_steps": self.max_steps}
-            os.pwrite(self._file, json.dumps(record).encode().ljust(RECORD_BYTES - 1) + b"\n", 0)
+            with suppress(OSError):  # a full disk is told by what writes the record
+                os.pwrite(self._file, json.dumps(record).encode().ljust(RECORD_BYTES - 1) + b"\n", 0)
 
     def place(self) -> str:
         """Return what this rank works on: ``forward of step 3``."""
@@ -147,11 +149,11 @@ class Heartbeat:
         """Return what an error means in the midst of a run, most errors as they are.
 
         One of a collective is a :class:`LostRankError`. A path that is refused now was not when the run began, so that
-        it is no mistake of the command: a RuntimeError.
+        it is no mistake of the command: a :class:`StorageError`.
         """
         text = str(error)
-        if refusal(error) is not None:
-            return RuntimeError(f"{text} in {self.place()}")
+        if (refused := refusal(error)) is not None:
+            return StorageError(f"{refused} (in {self.place()})")
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text.lower()):
             return LostRankError(f"{self.explain()} ({text.splitlines()[0]})")
         return error

@@ -26,6 +26,14 @@ class TerminalHandler(logging.Handler):
             self.handleError(record)
 
 
+class FileHandler(logging.FileHandler):
+    """Writes to a file; a disk that refuses is told by what writes the record, and not after each line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def setup_logging(run_dir: str | Path | None = None) -> None:
     """Send this process' log to the terminal on rank 0, and on every rank to ``logs/rank_N.log``.
 
@@ -46,7 +54,7 @@ def setup_logging(run_dir: str | Path | None = None) -> None:
         root.addHandler(terminal)
     if file is not None and not redirected:
         file.parent.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(file, encoding="utf-8")
+        to_file = FileHandler(file, encoding="utf-8")
         to_file.setFormatter(RedactingFormatter(FORMAT))
         root.addHandler(to_file)
     if not root.handlers:

@@ -7,7 +7,7 @@ import re
 import shlex
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -59,9 +59,10 @@ def explaining_out_of_memory(config: Config, phase: Callable[[], str], *, log: b
             raise
         if log:
             file = RunDirectory.of(config).rank_log(distributed.rank())
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("a", encoding="utf-8") as opened:
-                opened.write(hide_secrets("".join(traceback.format_exception(error))))
+            with suppress(OSError):  # a full disk has no room for it
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with file.open("a", encoding="utf-8") as opened:
+                    opened.write(hide_secrets("".join(traceback.format_exception(error))))
         raise OutOfMemoryError(describe(error, config, phase())) from error
 
 

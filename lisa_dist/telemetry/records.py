@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from lisa_dist.config import UserError
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.distributed import is_main
-from lisa_dist.runtime.files import to_json, write_atomically
+from lisa_dist.runtime.files import naming, to_json, write_atomically
 from lisa_dist.runtime.redaction import hide_secrets
 from lisa_dist.telemetry.history import MetricsRow, read_rows, read_summary
 
@@ -32,8 +33,9 @@ class RowWriter:
     def append(self, path: Path, row: MetricsRow) -> None:
         """Append a row to ``run.metrics``, ``run.layers`` or ``run.events``."""
         if path in self._files:
-            self._files[path].write(to_json(row) + "\n")
-            self._files[path].flush()
+            with naming(path):
+                self._files[path].write(to_json(row) + "\n")
+                self._files[path].flush()
 
     def cut_after(self, step: int) -> None:
         """Drop what was recorded past the checkpoint of ``step``, before a run goes on from it.
@@ -59,7 +61,8 @@ class RowWriter:
     def close(self) -> None:
         """Close the files."""
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # of a row that could not be written, which is told
+                file.close()
         self._files = {}
 
     def _open(self) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TextIO
 
 from lisa_dist.config import UserError
 from lisa_dist.config.run_directory import RunDirectory
-from lisa_dist.runtime.files import make_folder
+from lisa_dist.runtime.files import make_folder, naming
 from lisa_dist.telemetry.history import LOST_AFTER
 
 # Seconds until a lock counts as held: a process that was killed may take some to give back its memory, and a rank that
@@ -40,9 +40,10 @@ def hold_run(run: RunDirectory) -> TextIO:
     except UserError:
         file.close()
         raise
-    file.truncate(0)
-    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-    file.flush()
+    with naming(run.lock):
+        file.truncate(0)
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        file.flush()
     return file
 
 

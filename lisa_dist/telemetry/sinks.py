@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.distributed import is_main
+from lisa_dist.runtime.files import naming
 from lisa_dist.runtime.redaction import hide_secrets_in
 
 if TYPE_CHECKING:
@@ -83,8 +84,9 @@ class TensorBoardSink:
         self.writer = self._begin(first_step)
 
     def log(self, row: dict[str, Any]) -> None:
-        for key, value in numbers_of(row).items():
-            self.writer.add_scalar(key, value, row["step"])
+        with naming(Path(self.folder)):
+            for key, value in numbers_of(row).items():
+                self.writer.add_scalar(key, value, row["step"])
 
     def cut_after(self, step: int) -> None:
         """Hide the points of later steps."""

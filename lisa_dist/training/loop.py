@@ -7,7 +7,7 @@ checkpoint on schedule or on a signal.
 from __future__ import annotations
 
 import gc
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -75,14 +75,15 @@ def train_in(config: Config, dims: ParallelDims) -> int:
         try:
             with explaining_out_of_memory(config, run.heartbeat.place), garbage_collected_when_asked():
                 stopped = train_steps(run)
+            recorder.summary["weight_norms"] = trained_norms(run.train_module)
+            note_best(run)
+            recorder.write_summary("signal" if stopped else "finished")
         except BaseException as error:
             failure = run.heartbeat.explained(error)
             note_best(run)
-            recorder.write_summary(f"failed: {type(failure).__name__}: {failure}")
+            with suppress(OSError):  # a full disk has no room for it, and the failure is told
+                recorder.write_summary(f"failed: {type(failure).__name__}: {failure}")
             raise failure from (error if failure is not error else error.__cause__)
-        recorder.summary["weight_norms"] = trained_norms(run.train_module)
-        note_best(run)
-        recorder.write_summary("signal" if stopped else "finished")
     if distributed.is_main():
         print("\n".join(last_lines(run.recorder.run, stopped)), flush=True)
     if stopped:

@@ -417,3 +417,11 @@ def test_a_template_that_writes_the_day_writes_one_and_says_which(tmp_path, monk
     assert prepare(tmp_path).counts.date is None, "a template that writes none"
     with pytest.raises(UserError, match=r"data.date=31.1.2026: must be a day such as 2026-01-31"):
         DataConfig(date="31.1.2026")
+
+
+def test_a_full_disk_names_the_cache_and_leaves_nothing_there(tmp_path, monkeypatch):
+    open_file = tokenized.pa.OSFile
+    monkeypatch.setattr(tokenized.pa, "OSFile", lambda path, mode: open_file("/dev/full", mode))
+    with pytest.raises(UserError, match=f"^data.cache_dir={tmp_path}/cache: No space left on device; make room there"):
+        prepare(tmp_path)
+    assert not list((tmp_path / "cache").iterdir())

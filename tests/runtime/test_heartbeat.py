@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from pathlib import Path
 from threading import Timer
@@ -11,6 +12,7 @@ from unittest import mock
 
 import pytest
 
+from lisa_dist.config import StorageError
 from lisa_dist.config.paths import refusal
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime import distributed
@@ -93,11 +95,19 @@ def test_a_path_refused_in_the_midst_of_a_run_is_no_mistake_of_the_command(tmp_p
     (tmp_path / "checkpoints").touch()
     with Heartbeat(RunDirectory(tmp_path), timeout=100) as heartbeat:
         heartbeat.begin_step(7)
-        with heartbeat.phase("checkpoint"), pytest.raises(NotADirectoryError) as refused:
+        with pytest.raises(NotADirectoryError) as refused, heartbeat.phase("checkpoint"):
             (tmp_path / "checkpoints" / "x").touch()
         failure = heartbeat.explained(refused.value)
-        assert refusal(refused.value) and not refusal(failure)
-        assert f"Not a directory: '{tmp_path}/checkpoints/x' in " in str(failure)
+        assert isinstance(failure, StorageError) and not refusal(failure)
+        told = f"{tmp_path}/checkpoints/x: Not a directory; name a path that this account may use"
+        assert str(failure) == f"{told} (in checkpoint of step 7)"
+
+
+def test_a_full_disk_ends_no_sign_of_life(tmp_path: Path) -> None:
+    heartbeat = Heartbeat(RunDirectory(tmp_path), timeout=100)
+    heartbeat._file = os.open("/dev/full", os.O_WRONLY)
+    with heartbeat:
+        heartbeat.explain()
 
 
 def test_the_watcher_speaks_once_where_nothing_moves(

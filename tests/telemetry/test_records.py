@@ -151,3 +151,10 @@ def test_a_resume_says_until_when_held_out_losses_are_of_other_rows(tmp_path):
     assert read_rows(tmp_path / "events.jsonl") == [
         {"step": 3, "event": "resume", "text": "went on from step 3", "evaluated_since": 2}
     ]
+
+
+def test_a_full_disk_is_told_with_the_file_and_closing_says_no_more(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.events.symlink_to("/dev/full")
+    with closing(RowWriter(run)) as writer, pytest.raises(OSError, match=rf"No space left on device: '{run.events}'$"):
+        writer.append(run.events, {"step": 1})

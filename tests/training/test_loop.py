@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import io
 import statistics
 import traceback
@@ -19,12 +20,13 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lisa_dist.checkpoint.save import CheckpointSaver
-from lisa_dist.config import Config
+from lisa_dist.config import Config, StorageError
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.batches import GlobalBatches
 from lisa_dist.data.prepare import prepare_data
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
+from lisa_dist.telemetry import recorder
 from lisa_dist.telemetry.records import read_rows, read_summary
 from lisa_dist.training import loop, record
 from tests.support.ranks import run_on_ranks
@@ -292,6 +294,30 @@ def train_and_collect_titles(config: Config) -> list[str]:
     with contextlib.redirect_stdout(output):
         assert train_here(config) == 0
     return [line.strip() for line in output.getvalue().splitlines() if line.strip().startswith("answers ")]
+
+
+def train_until_full(config: Config) -> str:
+    """Train on a disk that is full from the row of step 2 on, nothing but the lock excepted; what is told."""
+    write_row = loop.write_row
+
+    def write_row_or_fill(run: Any, made: Any) -> None:
+        if made.step == 2:
+            writer = run.recorder.writer
+            writer._files = {path: Path("/dev/full").open("a") for path in writer._files}  # noqa: SIM115
+        write_row(run, made)
+
+    full = mock.patch.object(recorder, "write_summary", side_effect=OSError(errno.ENOSPC, "full", "summary"))
+    with full, mock.patch.object(loop, "write_row", write_row_or_fill), pytest.raises(StorageError) as told:
+        loop.train(config)
+    return str(told.value)
+
+
+def test_a_disk_that_is_full_in_the_midst_ends_the_run_in_a_sentence_with_the_file(tmp_path: Path) -> None:
+    (told,) = run_on_ranks(1, train_until_full, make_config(tmp_path, "checkpoint.every=0"))
+    place = "in between steps of step 2)"
+    assert (
+        told == f"{tmp_path}/metrics.jsonl: No space left on device; make room there, or name a path with more ({place}"
+    )
 
 
 def test_sample_prompts_are_answered_in_between_and_change_nothing(tmp_path: Path) -> None:
