@@ -15,22 +15,18 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import in_one_line
-from lisa_dist.models.tiny_copy import FIRST_PLAIN_TOKEN, VOCABULARY, NoTinyCopyError, tiny_copy
+from lisa_dist.models.tiny_copy import NoTinyCopyError
+from lisa_dist.sharding.tried_gradients import ModelPass, what_differs
 from lisa_dist.sharding.waiting_states import StatesOnDevice, WaitingStates
 
-ModelPass = Callable[[], tuple[Tensor, float]]  # of one micro-batch: the sum of its losses, and what divides it
 Visit = Callable[[int], AbstractContextManager[Callable[..., Any]]]  # a block's weights are there; gives its forward
 PhaseTimer = Callable[[str], AbstractContextManager[None]]  # names the part of a step that its body is
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with beside the hidden states
-
-TRIED_TOKENS = (21, 13)  # of the tiny copy's micro-batches
-ROUNDING = 1e-3  # of the largest gradient of a parameter, in float32; another order of sums gives some 1e-6
 
 
 class _LastBlockReachedError(Exception):
@@ -170,49 +166,23 @@ def check_block_major(model: nn.Module, blocks_path: str) -> None:
     """
     refused = f"parallel.block_major=true: {type(model).__name__}"
     remedy = "set parallel.block_major=false"
+
+    def block_by_block(passes: Sequence[ModelPass], blocks: Sequence[nn.Module]) -> list[Tensor]:
+        return accumulate(passes, blocks, lambda block: nullcontext(blocks[block].forward), 0, StatesOnDevice())[0]
+
     try:
-        small = tiny_copy(model, blocks_path)
+        differs = what_differs(model, blocks_path, block_by_block)
     except NoTinyCopyError as error:
         raise UserError(
             f"{refused} can't be tried in this order, since no tiny copy of it can be built ({error}); {remedy}"
         ) from error
-    blocks = list(small.get_submodule(blocks_path).children())
-    generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(FIRST_PLAIN_TOKEN, VOCABULARY, (1, size), generator=generator) for size in TRIED_TOKENS]
-    passes = [partial(_tiny_pass, small, tokens) for tokens in ids]
-    expected = []
-    try:
-        for run in passes:
-            loss, _ = run()
-            loss.backward()
-            expected.append(loss.detach())
-        gradients = _take_gradients(small)
-        losses, _ = accumulate(passes, blocks, lambda block: nullcontext(blocks[block].forward), 0, StatesOnDevice())
-        found = _take_gradients(small)
     except Exception as error:  # whatever a foreign forward pass raises
         raise UserError(
             f"{refused} can't pass one block at a time: a tiny copy of it gives {type(error).__name__}: "
             f"{in_one_line(error)}; {remedy}"
         ) from error
-    differing = [name for name in gradients if not _equal(found.get(name), gradients[name])]
-    if differing or found.keys() != gradients.keys() or not _equal(torch.stack(losses), torch.stack(expected)):
-        first = f", as of {differing[0]}" if differing else ""
+    if differs:
         raise UserError(
-            f"{refused} gets other losses or gradients{first} where all micro-batches pass one block at a time, as "
-            f"where blocks share keys and values, or inputs of each layer are made before them; {remedy}"
+            f"{refused} gets other losses or gradients, as of {differs}, where all micro-batches pass one block at a "
+            f"time, as where blocks share keys and values, or inputs of each layer are made before them; {remedy}"
         )
-
-
-def _tiny_pass(model: Any, tokens: Tensor) -> tuple[Tensor, float]:
-    logits = model(input_ids=tokens, use_cache=False).logits.float()
-    return F.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="sum"), 1.0
-
-
-def _take_gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    model.zero_grad()
-    return found
-
-
-def _equal(found: Tensor | None, expected: Tensor) -> bool:
-    return found is not None and bool((found - expected).abs().max() <= ROUNDING * expected.abs().max())

@@ -6,14 +6,23 @@ outlives it, so that the weights may lie where another block's lie before and af
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from lisa_dist.config import UserError
+from lisa_dist.config.errors import in_one_line
+from lisa_dist.models.tiny_copy import NoTinyCopyError
+from lisa_dist.sharding.tried_gradients import ModelPass, in_turn, what_differs
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,45 @@ def recompute(
             return made.result.filled(found)
     with torch.no_grad(), visit():
         return forward(*args, **kwargs)
+
+
+def check_recomputed(model: nn.Module, blocks_path: str) -> None:
+    """Raise :class:`UserError` where blocks that are computed again give other gradients, by a tiny copy of the model.
+
+    As where keys and values of one serve others (Gemma 3n): what passes beside arguments and results has no graph.
+
+    Args:
+        model: as transformers builds it, on any device, without adapters.
+        blocks_path: the dotted path of its stack of blocks.
+    """
+    key, name = "parallel.offload=frozen or auto on one rank", type(model).__name__
+    remedy = "set parallel.offload=none or all"
+    try:
+        differs = what_differs(model, blocks_path, _again)
+    except NoTinyCopyError as error:
+        logger.warning("%s: gradients of %s can't be tried, no tiny copy of it can be built (%s)", key, name, error)
+        return
+    except Exception as error:  # whatever a foreign forward pass raises
+        raise UserError(
+            f"{key}: a tiny copy of {name}, whose blocks are computed again for their gradients, gives "
+            f"{type(error).__name__}: {in_one_line(error)}; {remedy}"
+        ) from error
+    if differs:
+        raise UserError(
+            f"{key}: {name} gets other gradients, as of {differs}, where its blocks are computed again for them, as "
+            f"where blocks share keys and values; {remedy}"
+        )
+
+
+def _again(passes: Sequence[ModelPass], blocks: Sequence[nn.Module]) -> list[Tensor]:
+    for block in blocks:
+        block.forward = partial(_recomputing, block, block.forward)
+    return in_turn(passes)
+
+
+def _recomputing(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    trained = list(block.parameters())
+    return recompute(forward, args, kwargs, trained, lambda: nullcontext(trained), torch.device("cpu"))
 
 
 def _random_states(device: torch.device) -> list[Tensor]:

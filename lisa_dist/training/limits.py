@@ -1,10 +1,11 @@
-"""What a model has a place for: the tokens of its tokenizer, of rows and of prompts, and the positions of rows."""
+"""What a model has a place for (tokens of its tokenizer, of rows and prompts, positions), and how it may be trained."""
 
 from __future__ import annotations
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lisa_dist.config import ModelConfig, UserError
+from lisa_dist.config import Config, ModelConfig, UserError
+from lisa_dist.config.placement import is_block_major, stream_frozen
 from lisa_dist.data.prepare import highest_token
 from lisa_dist.data.sequences import Sequences
 from lisa_dist.data.tokenizer import load_tokenizer
@@ -13,6 +14,7 @@ from lisa_dist.models.generation import positions_of
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.masking import has_table_of_positions
 from lisa_dist.runtime import distributed
+from lisa_dist.sharding.recomputed import check_recomputed
 
 
 def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -69,3 +71,13 @@ def check_positions(config: ModelConfig, architecture: PretrainedConfig, tokens:
             f"data.sequence_length: rows are {tokens} tokens long (padding counts), and the positions of this model "
             f"are a table of {positions}; use data.sequence_length={positions} or less"
         )
+
+
+def check_streaming(config: Config, architecture: PretrainedConfig, ranks: int) -> None:
+    """Raise :class:`UserError` where frozen blocks come from host memory, and the model's gradients would be others."""
+    parallel = config.parallel
+    streams = stream_frozen(parallel, config.precision, parallel.ranks_of_replica(ranks))
+    trains_all = config.sampler.trains_all_blocks and config.update.trains_whole_blocks
+    if streams and not trains_all and not is_block_major(parallel, config.train):  # which is tried by itself
+        model = build_meta_model(config.model, architecture)
+        check_recomputed(model, find_layers(model, config.model.blocks).blocks_path)

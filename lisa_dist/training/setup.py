@@ -42,7 +42,7 @@ from lisa_dist.telemetry.recorder import Recorder
 from lisa_dist.telemetry.run_lock import hold_run
 from lisa_dist.training.announcement import announce_run, warn_of_positions, warn_of_warmup
 from lisa_dist.training.generation import Answerer
-from lisa_dist.training.limits import check_positions, check_tokens, open_tokenizer
+from lisa_dist.training.limits import check_positions, check_streaming, check_tokens, open_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +145,7 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
     with distributed.longer_timeout(config.parallel.timeout):
         distributed.on_rank_zero(lambda: check_positions(config.model, architecture, longest))
         evaluated = distributed.on_rank_zero(lambda: describe_evaluated(validation, config.train.eval_batches))
+    check_streaming(config, architecture, dims.num_ranks)
     train_module = build_train_module(config, architecture, dims)
     settings = public_yaml(config)
     checkpoints = CheckpointSaver(train_module, directory, settings)

@@ -8,10 +8,11 @@ from contextlib import nullcontext
 import pytest
 
 from lisa_dist.config import DataConfig, ModelConfig, UserError
+from lisa_dist.config.loading import load
 from lisa_dist.data.prepare import prepare_data
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.models.architecture import read_architecture
-from lisa_dist.training.limits import check_positions, check_tokens, open_tokenizer
+from lisa_dist.training.limits import check_positions, check_streaming, check_tokens, open_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,31 @@ def test_rows_longer_than_a_table_of_positions_are_refused(fields, refused):
     check_positions(config, architecture, 64)
     with pytest.raises(UserError, match=r"rows are 72 tokens .* a table of 64") if refused else nullcontext():
         check_positions(config, architecture, 72)
+
+
+SHARING = {
+    **{"model_type": "gemma4_text", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16},
+    **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128},
+}
+
+
+@pytest.mark.parametrize(
+    ("shared", "overrides", "refused"),
+    [
+        (2, ["method=lisa"], True),
+        (2, ["method=lisa", "parallel.offload=none"], False),
+        (0, ["method=lisa"], False),
+    ],
+)
+def test_blocks_that_share_keys_and_values_do_not_stream(shared, overrides, refused):
+    config = load(["precision.frozen=float32", "precision.compute=float32", "parallel.offload=frozen", *overrides])
+    config.model = ModelConfig(init="random", architecture={**SHARING, "num_kv_shared_layers": shared})
+    architecture = read_architecture(config.model)
+    says = r"Gemma4ForCausalLM gets other gradients, as of model\..* set parallel.offload=none or all"
+    with pytest.raises(UserError, match=says) if refused else nullcontext():
+        check_streaming(config, architecture, 1)
 
 
 def test_special_tokens_that_the_model_has_no_place_for_are_refused_where_a_row_holds_one(tmp_path):
