@@ -296,7 +296,14 @@ def _flops(operator: Any, args: Any, kwargs: Any, result: Any) -> int:
         return 5 * _attention_products(args[1], args[2], args[3], args[7])
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=result))
+    if packet is aten._grouped_mm:  # of a mixture's experts, which torch does not count
+        return 2 * _grouped_products(args[0].shape, args[1].shape)
     return 0
+
+
+def _grouped_products(first: torch.Size, second: torch.Size) -> int:
+    """Return the multiplications of a grouped product, of whose shapes one with two sizes is split among the groups."""
+    return prod(second) * first[-2] if len(first) > len(second) else prod(first) * second[-1]
 
 
 def _attention_products(query: Any, key: Any, value: Any, is_causal: bool) -> int:
