@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.checks import check_accumulation, check_combinations, check_streamed
@@ -69,13 +69,32 @@ def changes_that_fit(plan: Plan) -> list[Plan]:
     config, tried = plan.config, []
     for stage in (single_changes, _joint_savings, _smaller_training, _more_machines):
         for overrides in stage(config):
-            if _is_allowed(config, overrides):
-                tried.append(make_plan(config, plan.gpu, overrides))
-                if tried[-1].fits and stage is not single_changes:
+            changed = _plan_of_change(config, plan.gpu, overrides) if _is_allowed(config, overrides) else None
+            if changed is not None:
+                tried.append(changed)
+                if changed.fits and stage is not single_changes:
                     break
         if any(other.fits for other in tried):
             break
     return sorted(tried, key=lambda other: (not other.fits, _seconds_per_token(other), -other.head_room))
+
+
+def _plan_of_change(config: Config, gpu: Gpu, overrides: list[str]) -> Plan | None:
+    """Return the plan of what training would take, None where the model does not go with the change.
+
+    Where the global batch is no multiple of micro-batch x ranks then, it becomes the next one.
+    """
+    values = dict(override.split("=") for override in overrides)
+    micro_batch = int(values.get("train.micro_batch_size", config.train.micro_batch_size))
+    parallel = replace(config.parallel, nodes=int(values.get("parallel.nodes", config.parallel.nodes)))
+    at_once = micro_batch * cluster_dims(parallel).data_ranks
+    whole = at_once if config.optimizer.in_backward else -(-config.train.global_batch_size // at_once) * at_once
+    if whole != config.train.global_batch_size:
+        overrides = [*overrides, f"train.global_batch_size={whole}"]
+    try:
+        return make_plan(config, gpu, overrides)
+    except UserError:
+        return None
 
 
 def _seconds_per_token(plan: Plan) -> float:
@@ -88,8 +107,9 @@ def single_changes(config: Config) -> list[list[str]]:
     """Return the changes that save memory without one of the training, and that ``config`` allows, as overrides."""
     parallel, micro_batch = config.parallel, config.train.micro_batch_size
     kept = "full" if is_block_major(parallel, config.train) else parallel.activation_checkpointing
+    parts = next(parts for parts in range(2, micro_batch + 2) if micro_batch % parts == 0 or parts > micro_batch)
     changes = [
-        (f"train.micro_batch_size={micro_batch // 2}", micro_batch > 1),
+        (f"train.micro_batch_size={micro_batch // parts}", micro_batch > 1),
         ("parallel.activation_checkpointing=selective", kept == "none"),
         ("parallel.activation_checkpointing=full", kept != "full"),
         ("parallel.offload_activations=true", parallel.block_major and not parallel.offload_activations),
@@ -155,37 +175,41 @@ def _more_machines(config: Config) -> list[list[str]]:
 
 
 def search(config: Config, gpu: Gpu) -> list[Plan]:
-    """Return, for each kind of checkpointing, the plan of the largest micro-batch that fits; the fastest first."""
-    found = [_largest_micro_batch(config, gpu, kind) for kind in KINDS]
+    """Return, for each kind of checkpointing, the plan of the largest micro-batch that fits; the fastest first.
+
+    A kind that the model does not go with is left out.
+    """
+    found = [plan for kind in KINDS if (plan := _largest_micro_batch(config, gpu, kind)) is not None]
     return sorted(found, key=lambda plan: (not plan.fits, _seconds_per_token(plan)))
 
 
-def _largest_micro_batch(config: Config, gpu: Gpu, checkpointing: str) -> Plan:
+def _largest_micro_batch(config: Config, gpu: Gpu, checkpointing: str) -> Plan | None:
     """Return the plan of the largest micro-batch that fits; that of a single sequence where none does.
 
-    Each size tried is where a straight line between a size that fits and one that does not meets the limit.
+    Each size tried is where a straight line between a size that fits and one that does not meets the limit; halfway
+    where the one that does not can't be planned, as with ``parallel.offload=auto``.
     The peak is the greatest of several lines, so it is below such a chord, and sizes are found from below.
     """
 
-    def plan(size: int) -> Plan:
+    def plan(size: int) -> Plan | None:
         overrides = [f"parallel.activation_checkpointing={checkpointing}", f"train.micro_batch_size={size}"]
-        return make_plan(config, gpu, overrides)
+        return _plan_of_change(config, gpu, overrides)
 
     low, fitting = 1, plan(1)
-    if not fitting.fits:
+    if fitting is None or not fitting.fits:
         return fitting
     high, beyond = 2, plan(2)
-    while beyond.fits and high < MOST_MICRO_BATCH:
+    while beyond is not None and beyond.fits and high < MOST_MICRO_BATCH:
         slope = max(1, (fitting.head_room - beyond.head_room) // (high - low))
         low, fitting = high, beyond
         high = min(MOST_MICRO_BATCH, high + 1 + fitting.head_room // slope)
         beyond = plan(high)
-    while not beyond.fits and high - low > 1:
-        share = fitting.head_room / (fitting.head_room - beyond.head_room)
+    while (beyond is None or not beyond.fits) and high - low > 1:
+        share = 0.5 if beyond is None else fitting.head_room / (fitting.head_room - beyond.head_room)
         middle = min(high - 1, max(low + 1, low + int((high - low) * share)))
         tried = plan(middle)
-        if tried.fits:
+        if tried is not None and tried.fits:
             low, fitting = middle, tried
         else:
             high, beyond = middle, tried
-    return beyond if beyond.fits else fitting
+    return beyond if beyond is not None and beyond.fits else fitting

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from lisa_dist.config import Config
+from lisa_dist.config import Config, UserError
+from lisa_dist.config.checks import check_accumulation, check_global_batch
 from lisa_dist.config.gpu import Gpu, read_gpu
 from lisa_dist.config.loading import load
 from lisa_dist.planning import changes
@@ -111,12 +112,49 @@ def test_where_no_change_alone_is_enough_they_are_made_together_with_ever_more_m
     monkeypatch.setattr(changes, "make_plan", planner)
     savings = ["parallel.activation_checkpointing=full", "train.micro_batch_size=1"]
     found = changes_that_fit(planner(load([*KEYS, "train.micro_batch_size=4"]), GPU))
-    assert found[0].overrides == [*savings, "parallel.nodes=16"] and [plan.fits for plan in found].count(True) == 1
+    assert found[0].overrides == [*savings, "parallel.nodes=16", "train.global_batch_size=32"]
+    assert [plan.fits for plan in found].count(True) == 1
     tried = [plan.overrides for plan in found]
-    for joint in (savings, [*savings, "parallel.offload=all"], ["parallel.nodes=2"], [*savings, "parallel.nodes=8"]):
+    eight = [*savings, "parallel.nodes=8", "train.global_batch_size=16"]
+    for joint in (
+        savings,
+        [*savings, "parallel.offload=all"],
+        ["parallel.nodes=2", "train.global_batch_size=16"],
+        eight,
+    ):
         assert joint in tried
     fixed = changes_that_fit(planner(load([*KEYS, "parallel.shard=2"]), GPU))
     assert fixed and not any("parallel.nodes" in change for plan in fixed for change in plan.overrides)
+
+
+@pytest.mark.parametrize(
+    "keys", [["train.micro_batch_size=9", "train.global_batch_size=36"], ["optimizer.in_backward=true"]]
+)
+def test_training_takes_what_is_proposed_as_it_is_pasted(keys: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "make_plan", Planner([(3 * ROOM, ROOM // 7)]))
+    monkeypatch.setattr(changes, "vary", with_keys)
+    config = load([*KEYS, *keys, "parallel.nproc_per_node=1"])
+    for plan in (*changes_that_fit(changes.make_plan(config, GPU)), *search(config, GPU)):
+        pasted = with_keys(config, plan.overrides)
+        check_global_batch(pasted.train, pasted.parallel.nodes)
+        check_accumulation(pasted, pasted.parallel.nodes)
+
+
+def test_what_a_model_does_not_go_with_is_not_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner = Planner([(0, ROOM // 37)])
+
+    def refuse(config: Config, gpu: Gpu, overrides: list[str] | None = None) -> Plan:
+        plan = planner(config, gpu, overrides)
+        if plan.config.parallel.activation_checkpointing != "none" or plan.config.train.micro_batch_size > 40:
+            raise UserError("parallel.activation_checkpointing=full: this model can't be checkpointed")
+        return plan
+
+    monkeypatch.setattr(changes, "make_plan", refuse)
+    monkeypatch.setattr(changes, "vary", with_keys)
+    (plan,) = search(load(KEYS), GPU)
+    assert plan.fits and plan.config.train.micro_batch_size == planner.largest("none") == 37
+    proposed = changes_that_fit(refuse(load([*KEYS, "train.micro_batch_size=40"]), GPU))
+    assert proposed and not any("checkpointing" in change for plan in proposed for change in plan.overrides)
 
 
 def test_less_is_trained_at_a_time_before_there_are_more_machines(monkeypatch: pytest.MonkeyPatch) -> None:
