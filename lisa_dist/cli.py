@@ -117,6 +117,8 @@ def _run(arguments: argparse.Namespace, literals: list[str]) -> int:
     if arguments.version:
         print(f"lisa-dist {__version__}")
         return EXIT_DONE
+    if arguments.words[:1] == ["help"]:
+        arguments.help, arguments.words = True, arguments.words[1:]
     if not arguments.words:
         if not arguments.help:
             raise UserError(f"a command is missing, one of {', '.join(COMMANDS)}; see lisa-dist --help")

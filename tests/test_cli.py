@@ -59,13 +59,18 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
+    assert main(["help"]) == 0 and capsys.readouterr().out == shown
     assert all(name in shown and command.summary in shown for name, command in COMMANDS.items())
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_a_command_lists_its_keys(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_a_command_lists_its_words_and_keys(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     shown = capsys.readouterr().out
+    words = {"generate": '[PLACE "PROMPT"] ', "chat": "[PLACE] ", "runs": "[FOLDER] ", "launch": "slurm [FILE.yaml] "}
+    words |= dict.fromkeys(("train", "plan", "bench", "init"), "[FILE.yaml] ")
+    assert shown.startswith(f"lisa-dist {name} {words.get(name, '')}[key=value ...]: {COMMANDS[name].summary}\n")
+    assert main(["help", name]) == 0 and capsys.readouterr().out == shown
     for group in COMMANDS[name].keys:
         part = getattr(Config(), group)
         assert all(f"  {group}.{field.name}" in shown for field in dataclasses.fields(part))

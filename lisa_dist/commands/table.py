@@ -101,21 +101,21 @@ def report(config: Config) -> int:
 
 
 def runs(config: Config) -> int:
-    """Lists the runs below a folder: state, step, losses, speed and the last sign of life: runs FOLDER."""
+    """Lists the runs below a folder: state, step, losses, speed and the last sign of life."""
     from lisa_dist.commands.runs import run
 
     return run(config)
 
 
 def launch(config: Config, overrides: list[str], config_dir: str | None) -> int:
-    """Writes, shows and submits the Slurm job script of a configuration: launch slurm."""
+    """Writes, shows and submits the Slurm job script of a configuration."""
     from lisa_dist.launching.slurm import run
 
     return run(config, overrides, config_dir)
 
 
 def init(config: Config, file: str, groups: tuple[str, ...]) -> int:
-    """Writes a commented configuration file: init [FILE] [key=value ...]."""
+    """Writes a commented configuration file."""
     from lisa_dist.commands.init import run
 
     return run(config, file, groups)
@@ -131,10 +131,11 @@ def doctor(config: Config) -> int:
 
 @dataclass(frozen=True)
 class Command:
-    """A command's function and the keys that its help lists."""
+    """A command's function, and the words and keys that its help lists."""
 
     function: Callable[..., int]  # of a Config, for launch and init of more; returns the exit code
     keys: tuple[str, ...]
+    words: str = ""  # what may stand before key=value
     in_ranks: bool = False  # runs in every rank
     reads_run: bool = False  # takes its configuration from the run in run.dir
     only_reads: bool = False  # records of runs: logs nothing, and needs no torch
@@ -149,17 +150,17 @@ TRAINING_KEYS = (
     "model data sampler update always_active optimizer scheduler train parallel precision checkpoint logger run"
 )
 COMMANDS = {
-    "train": Command(train, tuple(TRAINING_KEYS.split()), in_ranks=True),
-    "plan": Command(plan, ("plan", "model", "train", "parallel", "precision")),
-    "bench": Command(bench, ("bench", "model", "train", "parallel", "precision"), in_ranks=True),
+    "train": Command(train, tuple(TRAINING_KEYS.split()), "[FILE.yaml] ", in_ranks=True),
+    "plan": Command(plan, ("plan", "model", "train", "parallel", "precision"), "[FILE.yaml] "),
+    "bench": Command(bench, ("bench", "model", "train", "parallel", "precision"), "[FILE.yaml] ", in_ranks=True),
     "export": Command(export, ("export", "run"), reads_run=True),
     "evaluate": Command(evaluate, ("evaluate", "run", "parallel"), in_ranks=True, reads_run=True),
-    "generate": Command(generate, ("generate", "run", "parallel"), in_ranks=True, reads_run=True),
-    "chat": Command(chat, ("generate", "run", "parallel"), in_ranks=True, reads_run=True),
+    "generate": Command(generate, ("generate", "run", "parallel"), '[PLACE "PROMPT"] ', in_ranks=True, reads_run=True),
+    "chat": Command(chat, ("generate", "run", "parallel"), "[PLACE] ", in_ranks=True, reads_run=True),
     "report": Command(report, ("run", "report", "sweep"), reads_run=True, only_reads=True),
-    "runs": Command(runs, ("runs",), only_reads=True),
-    "launch": Command(launch, ("launch", "run", "sweep")),
-    "init": Command(init, tuple(TRAINING_KEYS.split())),
+    "runs": Command(runs, ("runs",), "[FOLDER] ", only_reads=True),
+    "launch": Command(launch, ("launch", "run", "sweep"), "slurm [FILE.yaml] "),
+    "init": Command(init, tuple(TRAINING_KEYS.split()), "[FILE.yaml] "),
     "doctor": Command(doctor, ("parallel",)),
 }
 
@@ -184,10 +185,10 @@ lisa-dist COMMAND --help lists the keys of a command."""
 
 
 def command_help_text(name: str) -> str:
-    """Return what ``lisa-dist COMMAND --help`` prints: the groups to choose from and the keys with their defaults."""
+    """Return what ``lisa-dist COMMAND --help`` prints: its words, groups and keys with their defaults."""
     command = COMMANDS[name]
-    lines = [f"lisa-dist {name}{' slurm' if name == 'launch' else ''} [key=value ...]: {command.summary}", ""]
-    if not command.reads_run:
+    lines = [f"lisa-dist {name} {command.words}[key=value ...]: {command.summary}", ""]
+    if not (command.reads_run or command.only_reads):
         lines += ["Groups, one NAME each:"]
         lines += [f"  {group + '=NAME':<18}{', '.join(group_choices(group))}" for group in GROUPS]
         lines += [""]

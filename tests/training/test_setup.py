@@ -33,6 +33,12 @@ def test_sequences_longer_than_the_models_positions_are_warned_of(architecture, 
     assert f"data.sequence_length={positions + 1}: is above the {positions} positions of the model" in caplog.text
 
 
+def test_the_demonstration_begins_without_a_warning(caplog):
+    config = load([])
+    warn_of_positions(config.data.sequence_length, read_architecture(config.model))
+    assert caplog.text == ""
+
+
 def test_a_warm_up_longer_than_the_run_is_warned_of(caplog):
     config = load(["scheduler.warmup_steps=40"])
     warn_of_warmup(config, 40)
