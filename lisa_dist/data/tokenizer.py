@@ -84,6 +84,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding carries no label, so any token does
+    # transformers would warn of errors at the first long text, which is cut, or warned of and refused, further on.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,14 @@ def test_bundled_and_directory():
         tokenizer = load_tokenizer(path)
         assert (tokenizer.eos_token, tokenizer.pad_token) == ("</s>", "<pad>")
         assert encode_prompt(tokenizer, "What is an owl?")[0] == tokenizer.bos_token_id
+
+
+def test_a_long_text_has_no_warning_of_transformers(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("transformers.tokenization_utils_base"), "warning", said.append)
+    tokenizer = load_tokenizer("builtin:demo")
+    assert len(tokenizer("word " * 600).input_ids) > tokenizer.model_max_length
+    assert said == []
 
 
 def test_bare_tokenizer_json(tmp_path):

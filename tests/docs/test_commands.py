@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.docs_pages import PAGES, commands_of
+from tests.support.docs_pages import PAGES, command_lines, commands_of
 
 WITHOUT_TORCH = {"init", "launch", "runs", "report"}
 
@@ -71,3 +72,11 @@ def test_cheap_commands_run_as_pasted(tmp_path: Path) -> None:
     results = json.loads(ran.stdout)
     assert {words[0] for _, words in todo} >= {"init", "launch", "report"}
     assert [(words, said) for (_, words), (code, said) in zip(todo, results) if code != 0] == []
+
+
+def test_commands_mean_the_same_in_every_shell() -> None:
+    """zsh ends with ``no matches found`` where brackets are not in quotes."""
+    bare = {
+        line: re.sub(r"'[^']*'|\"[^\"]*\"|\$\{.*?\}|\s#.*", "", line) for page in PAGES for line in command_lines(page)
+    }
+    assert [line for line, unquoted in bare.items() if re.search(r"[][{}()*?]", unquoted)] == []

@@ -22,15 +22,19 @@ FILLED_IN |= dict.fromkeys(("train.global_batch_size", "bench.steps", "bench.rou
 COMMAND_OF_DOCS = re.compile(r"""^(?:[A-Z_]+=(?:"[^"]*"|'[^']*'|\S*)$|[ ]*lisa-dist .*)""", re.MULTILINE)
 
 
-def commands_of(page: Path, folder: Path) -> list[list[str]]:
-    """The words of every ``lisa-dist COMMAND KEY=VALUE ...`` of a page, as bash hands them over, variables replaced."""
+def command_lines(page: Path) -> list[str]:
+    """Every ``lisa-dist COMMAND KEY=VALUE ...`` of a page as it stands, on one line each, with the variables before."""
     text = page.read_text()
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL) + re.findall(
         r"(?:^    .*\n)+", text, re.MULTILINE
     )
     inline = [" ".join(words.split()) for words in re.findall(r"`(lisa-dist [a-z][^`]*=[^`]*)`", text)]
-    lines = COMMAND_OF_DOCS.findall("\n".join([*blocks, *inline]).replace("\\\n", " "))
-    script = "\n".join(["set -f", "lisa-dist() { printf '%s\\0' \"$@\"; printf '\\n'; }", *lines])
+    return COMMAND_OF_DOCS.findall("\n".join([*blocks, *inline]).replace("\\\n", " "))
+
+
+def commands_of(page: Path, folder: Path) -> list[list[str]]:
+    """The words of every command of a page, as bash hands them over, variables replaced."""
+    script = "\n".join(["set -f", "lisa-dist() { printf '%s\\0' \"$@\"; printf '\\n'; }", *command_lines(page)])
     done = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, check=True)
     return [line.split("\0")[:-1] for line in done.stdout.splitlines()]
 
