@@ -65,6 +65,9 @@ class Lora(Update):
         """Fill A at random, B with zeros, and DoRA's magnitudes with the norms of the base's rows.
 
         Collective: every rank, with DoRA (each base weight is gathered once, by itself).
+
+        Raises:
+            UserError: a base has a row of zeros, with DoRA.
         """
         for name in added:
             parameter = parameters[name]
@@ -77,7 +80,14 @@ class Lora(Update):
             elif ".lora_magnitude_vector." in name:
                 layer = name.partition(".lora_")[0]
                 base = whole(parameters[f"{layer}.base_layer.weight"].detach()).float()
-                fill(parameter, base.norm(dim=0 if layer in self.transposed else 1))
+                norms = base.norm(dim=0 if layer in self.transposed else 1)
+                if not norms.all():
+                    raise UserError(
+                        f"update.dora=true: {layer} has {int((norms == 0).sum())} rows of zeros, and what DoRA trains "
+                        "is divided by the norm of a row, which is no number there; leave such layers out with "
+                        "update.target_modules, or set update.dora=false"
+                    )
+                fill(parameter, norms)
 
     def trainable_parameters(self, names: list[str]) -> list[str]:
         """Return the adapters' names."""

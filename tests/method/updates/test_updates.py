@@ -115,6 +115,22 @@ def test_layers_whose_weights_go_to_a_kernel_get_no_adapters() -> None:
     assert {name for name in adapted if "layers.1" not in name} == {"mixer.in_proj"}
 
 
+def test_dora_refuses_rows_of_zeros_which_it_would_divide_by() -> None:
+    """As of Qwen 3.6's layers of linear attention: the first loss was no number."""
+    model = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    layer = model.model.layers[1].self_attn.o_proj.weight
+    layer.data[3:5] = 0.0
+    update = build_update(LoraUpdateConfig(rank=2, dora=True))
+    update.prepare_model(model, find_layers(model))
+    parameters = {name: parameter for name, parameter in model.named_parameters() if not parameter.is_meta}
+    parameters |= {n: nn.Parameter(torch.empty(p.shape)) for n, p in model.named_parameters() if p.is_meta}
+    added = [name for name in parameters if ".lora_" in name]
+    with pytest.raises(UserError, match=r"layers.1.self_attn.o_proj has 2 rows of zeros.*update.dora=false"):
+        update.initialize(parameters, added, 0)
+    layer.data[3:5] = 0.1
+    update.initialize(parameters, added, 0)
+
+
 def test_lora_fa_trains_the_second_matrix_alone() -> None:
     config = load(["method=lora_fa"]).update
     update, _, names = prepared(config)
