@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import in_one_line
 from lisa_dist.config.paths import model_directory
-from lisa_dist.runtime.files import check_is_whole, stay_offline_where_unreachable
+from lisa_dist.runtime.files import check_is_whole, read_json_object, stay_offline_where_unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,27 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         tokenizer.pad_token = tokenizer.eos_token  # padding carries no label, so any token does
     # transformers would warn of errors at the first long text, which is cut, or warned of and refused, further on.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    _warn_of_passed_over(tokenizer, folder, key)
     return tokenizer
+
+
+def _warn_of_passed_over(tokenizer: PreTrainedTokenizerBase, folder: Path, key: str) -> None:
+    """Say which file of a directory gives another template, or another begin or end, than the one that comes first.
+
+    chat_template.jinja comes before tokenizer_config.json, and with tokens special_tokens_map.json does, unless
+    tokenizer_config.json lists the added ones.
+    """
+    for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        fields = read_json_object(file, key) if file.is_file() else {}
+        for name in ("chat_template", "eos_token", "bos_token"):
+            said, taken = fields.get(name), getattr(tokenizer, name)
+            said = said.get("content") if isinstance(said, dict) else said
+            if isinstance(said, str) and isinstance(taken, str) and said.strip() != taken.strip():
+                logger.warning(
+                    "%s: %s gives another %s than is used, which another file of the directory gives; edit that one, "
+                    "or make them say the same",
+                    *(key, file.name, name),
+                )
 
 
 def _load(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -54,6 +54,39 @@ def test_bare_tokenizer_json_with_files_beside_it(tmp_path, eos):
     assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "a<pad>"
 
 
+@pytest.mark.parametrize(
+    ("file", "fields", "named"),
+    [
+        (
+            "tokenizer_config.json",
+            {"chat_template": "{{ 'mine' }}"},
+            "tokenizer_config.json gives another chat_template ",
+        ),
+        (
+            "special_tokens_map.json",
+            {"eos_token": {"content": "<pad>"}},
+            "tokenizer_config.json gives another eos_token ",
+        ),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {}, "eos_token": "<pad>"},
+            "special_tokens_map.json gives an",
+        ),
+        ("tokenizer_config.json", {"padding_side": "left"}, ""),
+    ],
+)
+def test_files_of_a_directory_that_say_different_things_are_told(tmp_path, caplog, file, fields, named):
+    tokenizer = load_tokenizer("builtin:demo")
+    tokenizer.chat_template = "{{ 'first' }}"
+    tokenizer.save_pretrained(tmp_path)  # with the template in a file of its own
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>"}))
+    before = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps({**before, **fields}))
+    assert load_tokenizer(str(tmp_path)).chat_template == "{{ 'first' }}"
+    told = [record.getMessage() for record in caplog.records if "gives another" in record.getMessage()]
+    assert len(told) == bool(named) and all(f"{tmp_path}: {named}" in message for message in told)
+
+
 def test_bare_sentencepiece_model(tmp_path):
     text = (DEMO.parents[1] / "data" / "demo" / "train.jsonl").read_text()
     (tmp_path / "text.txt").write_text(text)
