@@ -4,7 +4,7 @@
   frozen linear layer's weight, for which its input would be needed, is never computed.
 - ``full`` keeps the block's input alone (Chen et al., arXiv 1604.06174).
 - ``selective`` keeps the outputs of matrix products and of attention, and computes the cheap operators between
-  them again.
+  them again. So it does the products of a mixture's experts, whose outputs some models change in place.
 - ``auto`` chooses one of these for each block in each period: what fits and computes least again.
 """
 

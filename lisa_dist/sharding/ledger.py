@@ -167,7 +167,8 @@ class Ledger(TorchDispatchMode):
             dtype = args[0].dtype
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 0
         kwargs = kwargs or {}
-        result = operator(*args, **kwargs)
+        unknown = operator is aten._grouped_mm.default and args[0].dtype != torch.bfloat16
+        result = _result_of_groups(*args, **kwargs) if unknown else operator(*args, **kwargs)
         if self._infers_shapes:
             return result
         for tensor in _tensors(result):
@@ -257,6 +258,12 @@ def _device_of(tensor: torch.Tensor) -> torch.device:
     if not isinstance(tensor, FakeTensor):
         return tensor.device
     return torch.device("meta") if tensor.fake_mode.in_kernel_invocation else tensor.fake_device
+
+
+def _result_of_groups(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor | None, *_: Any) -> torch.Tensor:
+    """Return a result for ``_grouped_mm``, of which torch infers those in bfloat16 alone and computes others too."""
+    groups = () if first.dim() != second.dim() else (len(first) if offsets is None else len(offsets),)
+    return first.new_empty((*groups, first.shape[-2], second.shape[-1]))
 
 
 def _tensors(tree: Any) -> Iterable[torch.Tensor]:

@@ -217,12 +217,17 @@ def _measure(config: Config, whole: nn.Module, update: PreparesBlocks, trains: b
     """Return the bytes a block keeps, and all operations of its backward pass."""
     architecture: Any = copy.deepcopy(whole.config)
     set_depth(architecture, 1)
+    compute = dtype_of(config.precision.compute)
+    with torch.device("meta"):  # peft moves the adapters that it makes, which torch refuses for most fake tensors
+        model: Any = original_class(whole)._from_config(architecture, dtype=compute)
+    layers = find_layers(model.train(), config.model.blocks)
+    update.prepare_model(model, layers)
+    model.requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.to(compute)
     masks = nullcontext() if config.data.packing else one_sample_a_row()
-    with FakeTensorMode(), masks, Ledger(ranks_per_node=1) as ledger:
-        model: Any = original_class(whole)._from_config(architecture, dtype=dtype_of(config.precision.compute))
-        model.train().requires_grad_(False)
-        layers = find_layers(model, config.model.blocks)
-        update.prepare_model(model, layers)
+    with FakeTensorMode(allow_non_fake_inputs=True), masks, Ledger(ranks_per_node=1) as ledger:
+        model.to_empty(device="cpu")
         block, kept = layers.blocks[0], _Kept(ledger)
         names = [f"{layers.block_names[0]}.{name}" for name, _ in block.named_parameters()]
         for name in update.trainable_parameters(names) if trains else []:

@@ -10,9 +10,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lisa_dist.config import Config, UserError
+from lisa_dist.config.updates import LoraUpdateConfig
 from lisa_dist.method.updates import build_update
+from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.sharding.activation_checkpointing import KINDS, OPERATIONS_PER_BYTE, Cost, choose, set_checkpointing
 from lisa_dist.sharding.memory_policy import measure_costs
+from tests.support.families import tiny_config
 from tests.support.ranks import run_on_ranks
 from tests.support.small_training import PERIOD, make_config, train_on_rank
 
@@ -54,6 +57,16 @@ def test_full_computes_the_products_again_and_selective_only_the_rest(costs: dic
         assert kinds["none"].recompute == 0 < kinds["selective"].recompute
         rest = kinds["selective"].recompute
         assert kinds["full"].recompute - rest == pytest.approx(products + attention, abs=OPERATIONS_PER_BYTE * 10)
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "float32"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_block_with_adapters_is_measured(family: str, compute: str) -> None:
+    config = make_config(precision={"compute": compute})
+    config.update = LoraUpdateConfig(rank=2)
+    model = build_meta_model(config.model, tiny_config(family))
+    active, frozen = (measure_costs(config, model, lambda: build_update(config.update), it) for it in (True, False))
+    assert active["none"].bytes > frozen["none"].bytes and active["full"] == frozen["full"]
 
 
 @pytest.mark.parametrize("budget", [0, 4, 30, 47, 60, 75, 90, 1000])

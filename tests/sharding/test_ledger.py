@@ -57,11 +57,12 @@ def test_work_is_counted_operator_by_operator() -> None:
     assert (rest.flops, rest.other_bytes) == (0, 2 * 4 * 300)
 
 
-def test_products_with_the_experts_of_a_mixture_are_counted_both_ways() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_with_the_experts_of_a_mixture_are_counted_both_ways(dtype: torch.dtype) -> None:
     """32 rows with 4 experts of 64 x 48: the product, the gradient of the rows and that of the experts."""
     with FakeTensorMode(), Ledger(1) as ledger:
         ledger.scope = "it"
-        rows, experts = (torch.nn.Parameter(torch.empty(*shape).bfloat16()) for shape in ((32, 64), (4, 64, 48)))
+        rows, experts = (torch.nn.Parameter(torch.empty(*shape, dtype=dtype)) for shape in ((32, 64), (4, 64, 48)))
         product = torch._grouped_mm(rows, experts, offs=torch.empty(4, dtype=torch.int32))
         product.backward(torch.empty_like(product))
     assert ledger.work["it"].flops == 3 * 2 * 32 * 64 * 48
