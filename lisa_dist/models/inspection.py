@@ -77,6 +77,8 @@ def inspect_weights(config: ModelConfig, architecture: PretrainedConfig, directo
     parameters = dict(replica.named_parameters())
     stored = _stored_dtypes(weights, {target: one for target, one in sources.items() if target in parameters})
     _say_dtypes(directory, stored, getattr(torch, frozen))
+    exact = [name for name in parameters if name in sources and _is_used_exactly(replica, name)]
+    _warn_of_rounded(directory, [name for name in exact if _holds_float32(sources[name], weights)], frozen)
     return Findings(bool(pairs), max(stored, key=lambda dtype: stored[dtype]))
 
 
@@ -234,4 +236,24 @@ def _say_dtypes(directory: Path, stored: Counter[torch.dtype], kept: torch.dtype
             "model.path=%s: the weights are stored as %s, and are rounded to %s where they are frozen "
             "(precision.frozen)",
             *(directory, names, kind),
+        )
+
+
+def _is_used_exactly(replica: Any, name: str) -> bool:
+    """Whether transformers uses a parameter in float32 where it loads the rest in bfloat16, as weights of routers."""
+    return any(re.search(re.escape(pattern), name) for pattern in replica._keep_in_fp32_modules_strict or ())
+
+
+def _holds_float32(source: WeightSource, weights: SafetensorsDirectory) -> bool:
+    return any(weights.dtype(name) == torch.float32 for names in source.names.values() for name in names)
+
+
+def _warn_of_rounded(directory: Path, exact: list[str], kept: str) -> None:
+    if exact and kept != "float32":
+        more = f" and {len(exact) - 1} more" if len(exact) > 1 else ""
+        logger.warning(
+            "model.path=%s: transformers uses %s%s in float32, as stored, whatever the rest is in; here they are "
+            "rounded to %s, so that experts may be chosen otherwise; precision.frozen=float32 with "
+            "precision.compute=float32 keeps them",
+            *(directory, exact[0], more, kept),
         )

@@ -159,6 +159,30 @@ def test_rounding_to_the_frozen_dtype_is_said(tmp_path: Path, caplog: pytest.Log
     assert "stored as 100.0% float16, and are rounded to bfloat16" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("family", "stored", "frozen", "told"),
+    [
+        ("ernie4_5_moe", torch.float32, "bfloat16", True),
+        ("ernie4_5_moe", torch.float32, "float32", False),
+        ("ernie4_5_moe", torch.bfloat16, "bfloat16", False),
+        ("qwen3_moe", torch.float32, "bfloat16", False),
+    ],
+)
+def test_weights_of_routers_that_transformers_does_not_round_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str, stored: torch.dtype, frozen: str, told: bool
+) -> None:
+    tensors = write_model(tmp_path, family)
+    gates = [name for name in tensors if name.endswith("mlp.gate.weight")]
+    rest = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    rewrite(tmp_path, {**rest, **{name: tensors[name].to(stored) for name in gates}})
+    pretrained_architecture(ModelConfig(path=str(tmp_path)), frozen)
+    says = f"transformers uses {gates[0]} and {len(gates) - 1} more in float32"
+    assert (says in caplog.text) == told
+    if told:
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+        assert loaded[gates[0]].dtype == torch.float32 and torch.equal(loaded[gates[0]], tensors[gates[0]])
+
+
 def _cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
