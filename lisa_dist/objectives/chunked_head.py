@@ -110,8 +110,12 @@ def _router_loss(model: nn.Module) -> Callable[[Any, Tensor], Tensor]:
     """
     config: Any = model.config
     balance = getattr(inspect.getmodule(type(model)), "load_balancing_loss_func", None)
-    if balance is None or not hasattr(config, "router_aux_loss_coef"):
-        raise UserError(f"model.router_aux_loss=true: {type(model).__name__} has no router loss; leave the key false")
+    takes = [] if balance is None else list(inspect.signature(balance).parameters)  # Doge's counts keys, too
+    if balance is None or takes[2:] != ["top_k", "attention_mask"] or not hasattr(config, "router_aux_loss_coef"):
+        raise UserError(
+            f"model.router_aux_loss=true: {type(model).__name__} has no router loss that is known here; "
+            "leave the key false"
+        )
     experts, chosen, coefficient = model.num_experts, config.num_experts_per_tok, config.router_aux_loss_coef
 
     def weighted(router_logits: Any, labels: Tensor) -> Tensor:

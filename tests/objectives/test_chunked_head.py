@@ -301,7 +301,9 @@ def test_router_loss_is_added_for_each_label_token(name: str) -> None:
     torch.testing.assert_close(model.eval()(**given), without * count)  # a held-out loss is the cross-entropy alone
 
 
-def test_router_loss_of_a_dense_model_is_refused() -> None:
-    model = _model(tiny_config("llama"))
+@pytest.mark.parametrize("family", ["llama", "doge"])
+def test_router_loss_of_a_dense_model_and_of_one_with_a_loss_of_its_own_kind_is_refused(family: str) -> None:
+    doge = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "is_moe": True, "vocab_size": 64}
+    model = _model(tiny_config("llama") if family == "llama" else AutoConfig.for_model("doge", **doge))
     with pytest.raises(UserError, match=r"model\.router_aux_loss"):
         install_loss_head(model, find_layers(model), 4, router_aux_loss=True)
