@@ -90,12 +90,13 @@ def initialize(config: ParallelConfig) -> None:
     timeout = datetime.timedelta(seconds=config.timeout)
     if dist.is_initialized():
         return
+    if has_ranks():
+        _check_launcher()
     here = device()
     if here.type == "cuda":
         torch.cuda.set_device(here)
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
     if has_ranks():
-        _check_launcher()
         _choose_interface()
         store, rank, world_size = meet(timeout)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
@@ -110,6 +111,12 @@ def _check_launcher() -> None:
         raise UserError(
             f"{missing[0]}: must be set for a rank (RANK={os.environ['RANK']}); torchrun does so, and the script of "
             "lisa-dist launch slurm: start by one of them, or unset RANK"
+        )
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and not {"LOCAL_RANK", "SLURM_LOCALID"} & os.environ.keys():
+        raise UserError(
+            f"LOCAL_RANK: must be set for a rank (RANK={os.environ['RANK']}) that sees {gpus} GPUs, else each takes "
+            "the first; torchrun on each machine does so, or show each rank its own by CUDA_VISIBLE_DEVICES"
         )
 
 

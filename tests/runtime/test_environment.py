@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from lisa_dist.config import ParallelConfig, UserError
@@ -44,3 +45,15 @@ def test_a_rank_needs_all_that_a_launcher_tells_it(monkeypatch: pytest.MonkeyPat
         missing = {"RANK": "WORLD_SIZE", "WORLD_SIZE": "MASTER_ADDR", "MASTER_ADDR": "MASTER_PORT"}[name]
         with pytest.raises(UserError, match=rf"^{missing}: must be set for a rank \(RANK=0\)"):
             initialize(ParallelConfig(cpu_threads="1"))
+
+
+def test_a_rank_that_sees_several_gpus_is_told_which_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    told = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"^LOCAL_RANK: must be set for a rank \(RANK=0\) that sees 8 GPUs"):
+        initialize(ParallelConfig(cpu_threads="1"))
