@@ -16,12 +16,15 @@ from lisa_dist.config.errors import check_choice
 from lisa_dist.config.gpu import read_gpu
 from lisa_dist.config.idle_options import options_without_effect
 from lisa_dist.config.loading import group_choices
+from lisa_dist.config.paths import begins_with
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.planning.changes import Plan, changes_that_fit, make_plan, search
 from lisa_dist.planning.simulation import cluster_dims, micro_batches_per_step
 from lisa_dist.runtime.files import to_json, write_atomically
 from lisa_dist.runtime.units import format_bytes, format_count, format_duration
 from lisa_dist.sharding.memory_policy import RESERVED_BYTES
+
+PLAN_STARTS = ('{"persistent_bytes":', '{"step_seconds_range":')  # of the file that a run's report reads
 
 
 def run(config: Config) -> int:
@@ -46,7 +49,10 @@ def run(config: Config) -> int:
         found = search(config, gpu) if config.plan.search else []
     if config.run.dir is not None and (run := RunDirectory.of(config)).config.is_file():
         try:
-            write_atomically(run.plan, to_json(_numbers(plan)) + "\n")  # for the run's report
+            if begins_with(run.plan, *PLAN_STARTS):
+                write_atomically(run.plan, to_json(_numbers(plan)) + "\n")  # for the run's report
+            else:
+                print(f"lisa-dist: {run.plan} is not written, it holds something else; move that", file=sys.stderr)
         except OSError as error:
             print(f"lisa-dist: {run.plan} is not written, {error.strerror}", file=sys.stderr)
     if config.plan.format == "json":

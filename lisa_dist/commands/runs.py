@@ -80,7 +80,7 @@ def line_of(path: Path) -> RunLine:
         changed = max(last_change(run.metrics), last_change(run.summary))
         closed = isinstance(error, PermissionError)
         name, reason = ("unknown", "its record may not be read") if closed else ("failed", "its record is damaged")
-        return RunLine(str(path), name, reason, None, None, None, None, None, time.time() - changed)
+        return RunLine(str(path), name, reason, None, None, None, None, None, max(0.0, time.time() - changed))
     return RunLine(
         run=str(path),
         state=state.name,

@@ -27,6 +27,10 @@ def local_path(text: str) -> Path:
     try:
         return path.expanduser()
     except RuntimeError:  # ~NAME of nobody
+        if path.parts[0] == "~":
+            raise UserError(
+                f"{text}: this account has no home directory; set HOME, or write the path without ~"
+            ) from None
         return path
 
 
@@ -135,11 +139,17 @@ def check_may_replace(file: Path, key: str, beginning: str) -> None:
     """Raise :class:`UserError` where ``file``, which ``key`` names, holds what does not begin as its kind does."""
     if file.is_dir():
         raise UserError(f"{key}={file}: is a folder, name a file in it")
-    if file.is_file() and file.stat().st_size:
-        with file.open("rb") as opened:
-            found = opened.read(len(beginning.encode()))
-        if found != beginning.encode():
-            raise UserError(f"{key}={file}: holds something else, which is not written over; name a new file")
+    if not begins_with(file, beginning):
+        raise UserError(f"{key}={file}: holds something else, which is not written over; name a new file")
+
+
+def begins_with(file: Path, *beginnings: str) -> bool:
+    """Whether a file begins with one of these texts; so does one that is not there, or empty."""
+    if not file.is_file() or not file.stat().st_size:
+        return True
+    with file.open("rb") as opened:
+        found = opened.read(max(len(beginning.encode()) for beginning in beginnings))
+    return found.startswith(tuple(beginning.encode() for beginning in beginnings))
 
 
 def model_directory(path: str, key: str = "model.path") -> Path | None:

@@ -42,6 +42,16 @@ def _are_numbers(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_number, value.values()))
 
 
+def _is_amount(value: Any) -> bool:
+    return _is_number(value) or _are_numbers(value)  # whole, or by part
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        _are_numbers(found) if name == "left_out" else _is_number(found) for name, found in value.items()
+    )
+
+
 # What the values of a record are that its readers count with, by key.
 KINDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("step", "final_step", "max_steps", "evaluated_since", "num_blocks"), _is_number),
@@ -49,6 +59,10 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("tokens_per_second", "label_tokens_per_second", "peak_memory_gib"), _is_number),
     **dict.fromkeys(("step_seconds", "data_seconds", "wall_seconds"), _is_number),
     **dict.fromkeys(("event", "text"), _is_text),
+    **dict.fromkeys(("law_bytes", "peak_bytes"), _is_number),
+    **dict.fromkeys(("persistent_bytes", "trained_parameters"), _is_amount),
+    **dict.fromkeys(("rows", "validation_rows"), _are_rows),
+    "resumed_from": lambda value: isinstance(value, list) and all(isinstance(step, int) for step in value),
     "part_seconds": _are_numbers,
     "weight_norms": lambda value: _are_numbers(value) and all(block.isdigit() for block in value),
     "active_layers": lambda value: isinstance(value, list) and all(isinstance(block, int) for block in value),

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from lisa_dist.cli import main
+from lisa_dist.commands.plan import PLAN_STARTS
 from lisa_dist.config import Config
 from lisa_dist.config.gpu import Gpu, read_gpu
 from lisa_dist.config.loading import conf_dir, vary
+from lisa_dist.config.paths import begins_with
 from lisa_dist.models.kernels import has_liger
 from lisa_dist.planning import changes
 from lisa_dist.planning.changes import Plan
@@ -53,6 +55,7 @@ def test_json_holds_the_figures_that_the_law_and_arithmetic_give(
     figures = plan(capsys, "method=lisa", "plan.compare=[full]", f"run.dir={tmp_path}")
     left = json.loads((tmp_path / "plan.json").read_text())
     assert left.items() <= figures.items() and left["peak_bytes"], "for the run's report"
+    assert begins_with(tmp_path / "plan.json", *PLAN_STARTS), "so that it is written anew"
     assert figures["persistent_bytes"] == {
         "frozen_parameters": 2 * (PARAMETERS - ACTIVE) // 2,
         "active_parameters": 4 * ACTIVE // 2,

@@ -182,6 +182,8 @@ def test_rows_with_nulls_and_missing_keys_and_a_torn_last_line(tmp_path):
         ({"metrics.jsonl": '{"step": 1, "loss": "low"}\n'}, "metrics.jsonl, line 1: loss=low is nothing that a run"),
         ({"metrics.jsonl": '{"step": 1}\n', "layers.jsonl": '{"step": 1}\n'}, "layers.jsonl, line 1: has no active_la"),
         ({"metrics.jsonl": '{"step": 1}\n', "events.jsonl": '{"step": 1}\n'}, "events.jsonl, line 1: has no event"),
+        ({"summary.json": '{"persistent_bytes": {"gradients": "1"}}'}, "persistent_bytes=.* is nothing that a run wr"),
+        ({"summary.json": '{"rows": {"left_out": 3}}'}, "summary.json: rows=.* is nothing that a run writes"),
         ({"summary.json": '{"weight_norms": [1]}'}, "summary.json: weight_norms=.1. is nothing that a run writes"),
         ({"metrics.jsonl": '{"step": 1}\n', "config.yaml": "a: [1\n"}, "config.yaml is damaged"),
     ],
@@ -338,3 +340,16 @@ def test_a_full_disk_is_told(key, writes, tmp_path, monkeypatch):
     getattr(config, key).dir = str(tmp_path)
     with pytest.raises(UserError, match=f"^{key}.dir={tmp_path}: its pages? can't be written, No space left on device"):
         report.run(config)
+
+
+def test_a_summary_and_a_plan_that_lack_keys_are_shown_without(tmp_path):
+    summary = {"law_bytes": 2**20, "weight_norms": {"0": 1.0}, "rows": {"read": 3}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "plan.json").write_text('{"peak_bytes": 1073741824}')
+    page = page_of(tmp_path)
+    assert "<td>persistent, by the law</td>" in page and "<td>peak, planned</td>" in page
+    assert page_of(tmp_path) == page, "a page of a run is written anew"
+    (tmp_path / "report.html").write_text("<html>mine")
+    with pytest.raises(UserError, match=r"holds a report\.html of another program, which is kept"):
+        page_of(tmp_path)
+    assert (tmp_path / "report.html").read_text() == "<html>mine"

@@ -18,6 +18,7 @@ from plotly.offline import get_plotlyjs
 from lisa_dist.runtime.files import to_json
 
 # Distinguishable with every kind of colour blindness: Okabe and Ito, https://jfly.uni-koeln.de/color/; lighter on dark.
+PAGE_START = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
 STYLE = """
 :root { color-scheme: light dark; --back: #f6f7f9; --card: #fff; --text: #1b2130; --soft: #5b6472; --rule: #dfe3ea;
   --colors: #0072b2 #d55e00 #009e73 #cc79a7 #b07d00 #56b4e9 #7a7a7a; }
@@ -109,8 +110,7 @@ def render_page(
     """
     boxes = "".join(f"<div><b>{escape(text)}</b><span>{escape(name)}</span></div>" for name, text in numbers.items())
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'{PAGE_START} content="width=device-width, initial-scale=1">'
         + (f'<meta http-equiv="refresh" content="{refresh}">' if refresh else "")
         + f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body><main>'
         f"<h1>{escape(title)}</h1>"

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from lisa_dist.config import UserError
+from lisa_dist.config.paths import begins_with
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.units import GIB, format_bytes, format_count, format_duration, format_ranges
@@ -36,7 +37,7 @@ from lisa_dist.telemetry.reports.charts import (
     smoothed,
     stacked_chart,
 )
-from lisa_dist.telemetry.reports.page import Card, chart, folded_text, render_page, table
+from lisa_dist.telemetry.reports.page import PAGE_START, Card, chart, folded_text, render_page, table
 
 SECONDS_BETWEEN_PAGES = 10  # of a run that goes on
 SPEED_NOTE = "Padding is left out. Label tokens are those with loss."
@@ -107,6 +108,8 @@ def write_report(run: RunDirectory, *, live: bool = False) -> Path:
             f"run.dir={run.path}: must hold the record of a run, and there is neither a step in {run.metrics.name} "
             f"nor a {run.summary.name}"
         )
+    if not begins_with(run.report, PAGE_START):
+        raise UserError(f"run.dir={run.path}: holds a {run.report.name} of another program, which is kept; move that")
     write_atomically(run.report, _page(record, live))
     return run.report
 
@@ -231,8 +234,9 @@ def _norm_card(record: Record) -> list[Card]:
     rows = [row for row in record.layers if row.get("weight_norms")]
     steps = [row["step"] - 1 for row in rows]
     norms = [{int(block): norm for block, norm in row["weight_norms"].items()} for row in rows]
-    if final := record.summary.get("weight_norms"):
-        steps.append(record.summary["final_step"])
+    final, final_step = record.summary.get("weight_norms"), record.summary.get("final_step")
+    if final and final_step is not None:
+        steps.append(final_step)
         norms.append({int(block): norm for block, norm in final.items()})
     figure = norm_map(steps, norms, record.num_blocks)
     return [Card("Weight norm of each block", chart(figure), NORM_NOTE, wide=True)] if figure else []
@@ -243,7 +247,7 @@ def _memory_card(record: Record) -> Card:
     summary, plan = record.summary, record.plan
     rows: list[list[str]] = []
     if law := summary.get("law_bytes"):
-        rows.append([f"persistent, by the law {summary['law']}", format_bytes(law)])
+        rows.append([f"persistent, by the law {summary.get('law', '')}".rstrip(), format_bytes(law)])
     for name, known in (("planned", plan.get("persistent_bytes")), ("counted", summary.get("persistent_bytes"))):
         if isinstance(known, dict):
             rows.append([f"persistent, {name}", format_bytes(sum(known.values()))])
@@ -251,7 +255,8 @@ def _memory_card(record: Record) -> Card:
         elif known:
             rows.append([f"persistent, {name}", format_bytes(known)])
     if peak := plan.get("peak_bytes"):
-        rows.append([f"peak, planned (in {plan['peak_at']})", format_bytes(peak)])
+        at = f" (in {plan['peak_at']})" if "peak_at" in plan else ""
+        rows.append([f"peak, planned{at}", format_bytes(peak)])
     if peaks := [value for value in _column([*record.steps, summary], "peak_memory_gib") if value is not None]:
         rows.append(["peak, measured", format_bytes(max(peaks) * GIB)])
     note = "" if plan else f"lisa-dist plan run.dir={record.run.path} adds what is planned."
@@ -263,8 +268,8 @@ def _rows_cards(summary: MetricsRow) -> list[Card]:
     cards = []
     for key, heading in (("rows", "Rows of the data"), ("validation_rows", "Rows of the validation data")):
         if counts := summary.get(key):
-            named = [(name, counts[name]) for name in ("read", "used", "cut")]
-            named += [(f"left out: {reason}", count) for reason, count in counts["left_out"].items()]
+            named = [(name, counts[name]) for name in ("read", "used", "cut") if name in counts]
+            named += [(f"left out: {reason}", count) for reason, count in counts.get("left_out", {}).items()]
             cards.append(Card(heading, table(["", "rows"], [[name, str(count)] for name, count in named])))
     return cards
 
