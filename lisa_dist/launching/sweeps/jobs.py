@@ -45,6 +45,11 @@ def read_sweep(overrides: list[str], config_dir: str | None) -> tuple[Space, Con
             f"{intervals[0]}: an interval has no list of values, write A,B or set sweep.trials=N to let Optuna choose"
         )
     directory = followed(config.sweep.dir or str(Path("sweeps") / name_by_time()))
+    if "checkpoint.resume" in space and config.checkpoint.resume == "none" and path_exists(directory / JOBS_FILE):
+        raise UserError(
+            f"checkpoint.resume=none: the jobs in sweep.dir={directory} go on from their newest checkpoints; leave it "
+            "out, or choose another directory to begin anew"
+        )
     theirs = next((name for name in (CSV_FILE, PAGE_FILE) if path_exists(directory / name)), None)
     if theirs is not None and not (directory / JOBS_FILE).exists():
         raise UserError(

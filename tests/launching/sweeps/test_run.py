@@ -92,6 +92,15 @@ def test_other_values_in_the_same_directory(tmp_path: Path) -> None:
     jobs_of("train.seed=1,2", f"sweep.dir={tmp_path}", "sweep.parallel=2")  # how, not what
 
 
+def test_jobs_that_go_on_are_not_asked_to_begin_anew(tmp_path: Path) -> None:
+    anew = ["train.seed=1,2", f"sweep.dir={tmp_path}", "checkpoint.resume=none"]
+    read_sweep(anew, None)
+    (tmp_path / "jobs.txt").touch()
+    read_sweep(anew[:2], None)
+    with pytest.raises(UserError, match=f"^checkpoint.resume=none: the jobs in sweep.dir={tmp_path} go on from their"):
+        read_sweep(anew, None)
+
+
 @pytest.mark.parametrize("theirs", ["index.html", "sweep.csv"])
 def test_what_no_sweep_wrote_is_not_replaced(theirs: str, tmp_path: Path) -> None:
     (tmp_path / theirs).write_text("mine")
