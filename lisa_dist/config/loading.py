@@ -307,9 +307,15 @@ def _read(path: Path) -> DictConfig:
     if not isinstance(content, DictConfig):
         raise UserError(f"{path}: must hold a configuration, as the config.yaml of a run does")
     config = OmegaConf.structured(_Schema)
+    for name, own in content.items():
+        if own and not isinstance(own, Mapping) and is_dataclass(getattr(Config(), str(name), None)):
+            raise UserError(f"{path}: {name!s}={own}: must hold keys, as in the config.yaml of a run")
     for group in SCHEMAS:
         config[group] = _schema_of(group, content.get(group) or {}, f"{path}: {group}")
-    return _one_sentence(lambda: OmegaConf.merge(config, content))  # type: ignore[return-value]
+    try:
+        return _one_sentence(lambda: OmegaConf.merge(config, content))  # type: ignore[return-value]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _schema_of(group: str, content: Mapping[str, Any], key: str) -> DictConfig:

@@ -328,6 +328,8 @@ def test_config_yaml_repeats_the_run(tmp_path: Path) -> None:
         ("sampler:\n  name: nothing\n", "sampler.name=nothing"),
         ("sampler:\n  name: fixed\n  eta: 1\n", "sampler.eta"),
         ("- 1\n", "must hold a configuration"),
+        ("model: 3\n", "config.yaml: model=3: must hold keys"),
+        ("sampler: 3\n", "config.yaml: sampler=3: must hold keys"),
         ("a: [\n", "cannot be read as YAML"),
         ("train: !!python/object/apply:os.getpid []\n", "cannot be read as YAML"),
     ],
