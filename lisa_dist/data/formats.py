@@ -302,8 +302,9 @@ def choose_format(name: str, columns: dict[str, str], first: Mapping[str, Any]) 
 def _detect(columns: dict[str, str], first: Mapping[str, Any]) -> RowFormat:
     have = ", ".join(map(str, first))
     preferences = [column for column in PREFERENCES if column in first and column not in columns.values()]
-    # Whether the completion is a wanted one; tables may hold it as a number or a text.
-    if "completion" in first and "label" not in columns.values() and str(first.get("label")).lower() in TRUTHS:
+    # Whether the answer is a wanted one; beside a completion tables may hold it as a number or a text.
+    label = None if "label" in columns.values() else first.get("label")
+    if isinstance(label, bool) or ("completion" in first and str(label).lower() in TRUTHS):
         preferences.append("label")
     if preferences:
         raise UserError(

@@ -97,6 +97,7 @@ def test_columns_rename(name):
         ("auto", {}, {"prompt": "q", "completion": "a", "label": False}, "column label belongs to preferences"),
         ("auto", {}, {"prompt": "q", "completion": "a", "label": "False"}, "column label belongs to preferences"),
         ("auto", {}, {"prompt": "q", "completion": "a", "label": 0}, "column label belongs to preferences"),
+        ("auto", {}, {"messages": ASKED, "label": False}, "column label belongs to preferences"),
         (
             "alpaca",
             {},
