@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from transformers import TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from lisa_dist.commands.generate import prompt_ids, settings_of
 from lisa_dist.commands.inference import open_model
@@ -17,6 +17,8 @@ from lisa_dist.telemetry.logs import setup_logging
 from lisa_dist.training.generation import Answerer
 
 ASK = "> "
+CHANNEL = "<|channel|>"  # of gpt-oss, which thinks in other channels
+FINAL = f"{CHANNEL}final<|message|>"
 HELP = "Type what you want to say. /new begins another conversation, /end or Ctrl-D ends the chat."
 
 
@@ -58,9 +60,21 @@ def run(config: Config) -> int:
         if len(found) == answerer.room(ids, settings.max_new_tokens):
             _say(f"(cut after {len(found)} tokens; generate.max_new_tokens sets how many)")
         turn += 1
-        answer = str(tokenizer.decode(found, skip_special_tokens=True)).strip()
-        messages = [*asked, {"role": "assistant", "content": answer}]
+        messages = [*asked, {"role": "assistant", "content": spoken(found, tokenizer)}]
     return EXIT_DONE
+
+
+def spoken(answer: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what of an answer goes into the history: of gpt-oss what is in its last channel ``final``.
+
+    Its template writes content into that channel, and no thoughts of earlier turns
+    (https://cookbook.openai.com/articles/openai-harmony).
+    """
+    text = str(tokenizer.decode(answer, skip_special_tokens=False))
+    if CHANNEL in tokenizer.all_special_tokens and CHANNEL in text:
+        final = text.rpartition(FINAL)[2] if FINAL in text else ""
+        answer = tokenizer(final, add_special_tokens=False).input_ids
+    return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
 
 def _read() -> str | None:

@@ -413,3 +413,19 @@ def test_messages_of_prompts_are_read_as_those_of_training_data(stubbed: Any, tm
     for message, told in (({"role": "gpt", "content": "b"}, "ends with an answer .role gpt"), ({}, "must have a role")):
         with pytest.raises(UserError, match=told):
             generate.as_in_training([*rows[0], message])
+
+
+@pytest.mark.parametrize(
+    ("answer", "kept"),
+    [
+        ("<|channel|>analysis<|message|>add<|end|><|start|>assistant<|channel|>final<|message|>four<|return|>", "four"),
+        ("<|channel|>analysis<|message|>cut off", ""),
+        ("four<|return|>", "four"),
+    ],
+)
+def test_thoughts_of_gpt_oss_do_not_go_into_the_history_of_a_chat(answer: str, kept: str) -> None:
+    tokenizer = load_tokenizer("builtin:demo")
+    special = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    ids = tokenizer(answer, add_special_tokens=False).input_ids
+    assert chat.spoken(ids, tokenizer) == kept
