@@ -187,6 +187,8 @@ def _header(config: Config, name: str, output: str, *more: str) -> list[str]:
     for option in launch.options:
         if not option.startswith("-"):
             raise UserError(f"launch.options: {option} must be an option of sbatch, such as --mem=100G")
+        if re.match(r"--time(?!-)|-t", option):
+            raise UserError(f"launch.options: {option} is set by launch.time, by which the run is told when to save")
     # The last of two options counts, so the user's win.
     lines = [f"#SBATCH {_option(option)}" for option in [*options, *launch.options]]
     return ["#!/bin/bash", MARK, *lines, "", *(["# launch.setup", *launch.setup, ""] if launch.setup else [])]
@@ -288,6 +290,8 @@ def _hand_over(script: str, path: Path, launch: LaunchConfig, where: str) -> int
         ) from None
     if result.returncode:
         reason = (result.stderr.strip() or result.stdout.strip()).replace("\n", "; ")
+        if "Invalid job array specification" in reason:
+            reason += " (MaxArraySize, which `scontrol show config` tells, must be above the number of jobs)"
         raise UserError(f"launch slurm: sbatch refused {path}, {reason}")
     sys.stderr.write(result.stderr)  # what the site has to say to a job that it takes
     job = result.stdout.strip().rpartition("\n")[2].partition(";")[0]

@@ -170,6 +170,8 @@ def test_short_limit_leaves_time_to_train() -> None:
     [
         ("launch.time=soon", "launch.time=soon: must be a time"),
         ("launch.options=[mem]", "launch.options: mem must be an option of sbatch"),
+        ("launch.options=['--time=0:05:00']", "launch.options: --time=0:05:00 is set by launch.time"),
+        ("launch.options=[-t10]", "launch.options: -t10 is set by launch.time"),
         ('launch.options=["--comment=a\nb"]', "must be one line"),
         ("launch.tasks_per_node=9", "launch.tasks_per_node=9: must be at most launch.gpus_per_node=8"),
     ],
@@ -222,6 +224,17 @@ def test_what_the_ranks_would_refuse_is_told_before_the_job_waits(
     assert main([*launch, f"run.dir={tmp_path / 'run'}"]) == 2
     assert named in capsys.readouterr().err and not (tmp_path / "run").exists()
     assert main([*launch, f"run.dir={tmp_path / 'run'}", "launch.options=['--nodes=1','--ntasks-per-node=1']"]) == 0
+
+
+def test_an_array_that_is_too_large_is_told_with_its_limit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "sbatch: error: Batch job submission failed: Invalid job array specification"
+    (tmp_path / "sbatch").write_text(f"#!/bin/bash\necho '{said}' >&2\nexit 1\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert main(["launch", "slurm", "--multirun", "train.seed=1,2", f"sweep.dir={tmp_path / 'sweep'}"]) == 2
+    assert f"{said} (MaxArraySize, " in capsys.readouterr().err
 
 
 def test_what_the_site_says_to_a_job_that_it_takes_is_shown(
