@@ -20,6 +20,7 @@ from lisa_dist.sharding.fsdp2 import fsdp_groups, refresh_group, reshard_all
 
 logger = logging.getLogger(__name__)
 
+FROZEN = "_frozen_by_lisa"  # an attribute of the parameters that a callback froze, for now
 RECORD = "lisa_active_layers"  # the key of a switch in the trainer's log history
 
 
@@ -48,7 +49,10 @@ class LisaCallback(TrainerCallback):
         self.period = -1  # none drawn yet
         self._layers: LayerMap | None = None
         self._sampler: RankSynchronizedSampler | None = None
-        self._frozen: list[nn.Parameter] = []  # by this callback, for now
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Thaw what an earlier training of the model left frozen, because it was broken off."""
+        _thaw(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -97,8 +101,10 @@ class LisaCallback(TrainerCallback):
         period = state.global_step // self.config.period
         if period == self.period:
             return
-        for number in range(self.period + 1, period + 1):  # more than one after a resume
-            self.active_blocks = self._sampler.draw(number)
+        # More than one after a resume.
+        drawn = {number: self._sampler.draw(number) for number in range(self.period + 1, period + 1)}
+        self._tell_of_others(state.log_history, drawn)
+        self.active_blocks = drawn[period]
         self.period = period
         self._switch(kwargs["model"], kwargs["optimizer"])
         if state.global_step % self.config.period == 0:  # else it was recorded before the resume
@@ -110,9 +116,21 @@ class LisaCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Thaw what the callback froze: the next trainer of this model makes its optimizer of what is not frozen."""
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
+        _thaw(kwargs["model"])
         self._refresh(kwargs["model"])
+
+    def _tell_of_others(self, history: list[dict[str, Any]], drawn: dict[int, list[int]]) -> None:
+        """Warn where a run that is resumed drew other blocks than are drawn for its periods now."""
+        for row in history:
+            now = drawn.get(row.get("lisa_period", -1))
+            step = row.get("lisa_period", 0) * self.config.period
+            if now is not None and (row["step"], row[RECORD]) != (step, now):
+                logger.warning(
+                    "resumed with another sampler, period or seed: period %d began at step %d with blocks %s, and is "
+                    "reckoned to have begun at step %d with blocks %s",
+                    *(row["lisa_period"], row["step"], row[RECORD], step, now),
+                )
+                return
 
     def _switch(self, model: nn.Module, optimizer: Any) -> None:
         """Freeze and thaw, and drop the state of what is frozen. No communication."""
@@ -120,7 +138,6 @@ class LisaCallback(TrainerCallback):
             reshard_all(model)
         # What is not stepped, as the base below adapters, must have no gradient: it would count in the norm that clips.
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        self._frozen = []
         for name, parameter in model.named_parameters():
             trained = id(parameter) in stepped and self._trains(name)
             parameter.requires_grad_(trained)
@@ -128,7 +145,7 @@ class LisaCallback(TrainerCallback):
                 parameter.grad = None
                 optimizer.state.pop(parameter, None)
                 if id(parameter) in stepped:
-                    self._frozen.append(parameter)
+                    setattr(parameter, FROZEN, True)
         self._refresh(model)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what was freed is in pieces of other sizes
@@ -157,6 +174,14 @@ def _other_stacks(model: nn.Module, blocks_path: str) -> list[str]:
         if is_stack and any(parameter.requires_grad for parameter in module.parameters()):
             found.append(name)
     return found
+
+
+def _thaw(model: nn.Module) -> None:
+    """Thaw what a callback froze."""
+    for parameter in model.parameters():
+        if hasattr(parameter, FROZEN):
+            parameter.requires_grad_(True)
+            delattr(parameter, FROZEN)
 
 
 def _is_sharded(model: nn.Module) -> bool:

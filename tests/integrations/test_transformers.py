@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,6 +172,32 @@ def test_a_second_trainer_of_the_model_finds_nothing_frozen(tmp_path: Path) -> N
     Trainer(model=model, args=arguments, train_dataset=make_data(), callbacks=callbacks).train()
     assert watcher.rows[0]["trained"] < before
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == before
+
+
+class BreakOff(TrainerCallback):
+    """Ends a training as Ctrl-C does."""
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_trainer_after_one_that_was_broken_off_trains_every_block(tmp_path: Path) -> None:
+    model, arguments = make_model(), make_arguments(tmp_path, steps=1, save_steps=1000)
+    for others in ([BreakOff()], []):
+        callbacks = [LisaCallback(UniformSamplerConfig(active_layers=1)), *others]
+        trainer = Trainer(model=model, args=arguments, train_dataset=make_data(), callbacks=callbacks)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        with pytest.raises(KeyboardInterrupt) if others else nullcontext():
+            trainer.train()
+
+
+def test_a_resume_with_another_period_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for steps, period, told in ((3, 2, False), (4, 2, False), (5, 3, True)):
+        callbacks = [LisaCallback(UniformSamplerConfig(active_layers=1, period=period))]
+        arguments = make_arguments(tmp_path, steps=steps, save_steps=steps)
+        trainer = Trainer(model=make_model(), args=arguments, train_dataset=make_data(), callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=steps > 3)
+        assert ("resumed with another sampler, period or seed: period 1 began at step 2" in caplog.text) == told
 
 
 def test_blocks_that_are_not_drawn_are_told(caplog: pytest.LogCaptureFixture) -> None:
