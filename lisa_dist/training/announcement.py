@@ -13,8 +13,10 @@ from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import Config
 from lisa_dist.data.batches import GlobalBatches
 from lisa_dist.data.prepare import PreparedData
+from lisa_dist.data.sequences import Sequences
 from lisa_dist.method.module import TrainModule
 from lisa_dist.models.generation import positions_of
+from lisa_dist.models.masking import rotary_limits
 from lisa_dist.models.quantization import count_weights
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.units import format_count
@@ -86,6 +88,19 @@ def warn_of_positions(sequence_length: int, architecture: PretrainedConfig) -> N
             sequence_length,
             positions,
         )
+
+
+def warn_of_rotary_limits(sequences: Sequences, architecture: PretrainedConfig) -> None:
+    """Warn where the longest row of a micro-batch gives its shorter ones other numbers than they have alone."""
+    for name, limit in rotary_limits(architecture).items():
+        longer = int((sequences.lengths > limit).sum())
+        if 0 < longer < len(sequences):
+            logger.warning(
+                "%d of %d rows have more than %d tokens, and give shorter rows of their micro-batch other numbers than "
+                "alone (%s of the model's config.json); train.micro_batch_size=1 or data.sequence_length=%d keeps them "
+                "apart, data.group_by_length=true most of them",
+                *(longer, len(sequences), limit, name, limit),
+            )
 
 
 def warn_of_warmup(config: Config, max_steps: int) -> None:

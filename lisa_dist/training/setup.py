@@ -40,7 +40,7 @@ from lisa_dist.runtime.redaction import public_yaml
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.telemetry.recorder import Recorder
 from lisa_dist.telemetry.run_lock import hold_run
-from lisa_dist.training.announcement import announce_run, warn_of_positions, warn_of_warmup
+from lisa_dist.training.announcement import announce_run, warn_of_positions, warn_of_rotary_limits, warn_of_warmup
 from lisa_dist.training.generation import Answerer
 from lisa_dist.training.limits import check_positions, check_streaming, check_tokens, open_tokenizer
 
@@ -137,6 +137,8 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
         for sequences in filter(None, (data.train, data.validation)):
             check_tokens(sequences, tokenizer, architecture.vocab_size)
     warn_of_positions(config.data.sequence_length, architecture)
+    if config.train.micro_batch_size > 1 and not config.data.packing and distributed.is_main():
+        warn_of_rotary_limits(data.train, architecture)
     show_preview(config.data, data, tokenizer)
     pad = int(tokenizer.pad_token_id or 0)
     batches = make_batches(config, dims, data.train, pad, order_seed)

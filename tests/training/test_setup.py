@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pytest
+from transformers import Qwen3Config
 
 from lisa_dist.config import DataConfig, ModelConfig, UserError
 from lisa_dist.config.loading import load
 from lisa_dist.data.prepare import prepare_data
+from lisa_dist.data.sequences import Sequences
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.models.architecture import read_architecture
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.training import setup
-from lisa_dist.training.announcement import warn_of_positions, warn_of_warmup
+from lisa_dist.training.announcement import warn_of_positions, warn_of_rotary_limits, warn_of_warmup
 from lisa_dist.training.setup import rows_of
 
 
@@ -37,6 +40,14 @@ def test_the_demonstration_begins_without_a_warning(caplog):
     config = load([])
     warn_of_positions(config.data.sequence_length, read_architecture(config.model))
     assert caplog.text == ""
+
+
+def test_rows_across_a_limit_of_rotary_frequencies_are_told(caplog):
+    built = Qwen3Config(max_position_embeddings=32, rope_parameters={"rope_type": "dynamic", "factor": 2.0})
+    for lengths, told in (([20, 32], ""), ([33, 40], ""), ([20, 33, 20], "1 of 3 rows have more than 32 tokens, and")):
+        columns = {"input_ids": [[1]] * len(lengths), "labels": [[1]] * len(lengths), "length": lengths}
+        warn_of_rotary_limits(Sequences(datasets.Dataset.from_dict(columns)), built)
+        assert caplog.text == "" if not told else told in caplog.text
 
 
 def test_a_warm_up_longer_than_the_run_is_warned_of(caplog):
