@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lisa_dist.config.paths import refusal
+from lisa_dist.config import UserError
+from lisa_dist.config.paths import local_path, refusal
 
 REMEDY = "name a path that this account may use"
 
@@ -41,3 +42,11 @@ def test_a_full_disk_is_told_with_what_to_do() -> None:
     assert refusal(full, ["run.dir=/a"]) == f"run.dir=/a: No space left on device (/a/x); {told}"
     over_quota = OSError(errno.EDQUOT, "Error writing. Detail: 122")
     assert refusal(over_quota) == f"what is written or printed: Disk quota exceeded; {told}"
+
+
+def test_an_account_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    with pytest.raises(UserError, match=r"^~/x: this account has no home directory; set HOME"):
+        local_path("~/x")
+    assert local_path("~nobody_of_that_name/x") == Path("~nobody_of_that_name/x")
