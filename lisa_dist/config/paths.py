@@ -61,7 +61,7 @@ def refusal(error: BaseException, words: Iterable[str] = ()) -> str | None:
         return None
     said, remedy = os.strerror(error.errno), "name a path that this account may use"
     if error.errno in FULL:
-        remedy = "make room there, or name a path with more"
+        remedy = "free space there, or name a path with more"
     if not isinstance(error.filename, str):  # of a file that is open already
         return f"what is written or printed: {said}; {remedy}" if error.errno in FULL else None
     path = Path(error.filename).absolute()

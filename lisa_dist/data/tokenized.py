@@ -145,7 +145,7 @@ def _tokenize_into(
         if error.errno not in FULL:
             raise
         full = os.strerror(error.errno)
-        raise UserError(f"data.cache_dir={folder.parent}: {full}; make room there, or name another") from error
+        raise UserError(f"data.cache_dir={folder.parent}: {full}; free space there, or name another") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

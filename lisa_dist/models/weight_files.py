@@ -13,7 +13,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lisa_dist.config import UserError
-from lisa_dist.config.paths import check_has_weights, model_directory
+from lisa_dist.config.paths import (
+    ADAPTER_CONFIG,
+    MODEL_CONFIG,
+    check_has_weights,
+    check_model_directory,
+    model_directory,
+)
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.files import check_is_whole, read_json_object
 
@@ -21,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-WEIGHT_FILES = ["*.safetensors", INDEX_FILE, "config.json"]
+DOWNLOADED = ["*.safetensors", INDEX_FILE, MODEL_CONFIG, ADAPTER_CONFIG]
 DTYPES = {  # by safetensors' names
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
@@ -141,7 +147,11 @@ class SafetensorsDirectory:
 
 
 def weights_directory(path: str) -> Path:
-    """Return the directory with the weights of ``path``, downloaded first if it is a hub id. Collective: every rank."""
+    """Return the directory with the weights of ``path``, downloaded first if it is a hub id. Collective: every rank.
+
+    Raises:
+        UserError: it can't be downloaded, or holds an adapter too.
+    """
     directory = model_directory(path)
     if directory is not None:
         return directory
@@ -149,10 +159,12 @@ def weights_directory(path: str) -> Path:
     def download() -> Path:
         try:
             # "consolidated" files are the same weights in another layout
-            return Path(snapshot_download(path, allow_patterns=WEIGHT_FILES, ignore_patterns=["consolidated*"]))
+            found = Path(snapshot_download(path, allow_patterns=DOWNLOADED, ignore_patterns=["consolidated*"]))
         except OSError as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"model.path={path}: can't be downloaded from the hub ({reason})") from error
+        check_model_directory(found, f"model.path={path}")
+        return found
 
     distributed.on_local_rank_zero(download)
     return download()  # from the cache of this machine

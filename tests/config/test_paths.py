@@ -38,7 +38,7 @@ def test_other_errors_are_no_refusals() -> None:
 
 
 def test_a_full_disk_is_told_with_what_to_do() -> None:
-    full, told = OSError(errno.ENOSPC, "No space left on device", "/a/x"), "make room there, or name a path with more"
+    full, told = OSError(errno.ENOSPC, "No space left on device", "/a/x"), "free space there, or name a path with more"
     assert refusal(full, ["run.dir=/a"]) == f"run.dir=/a: No space left on device (/a/x); {told}"
     over_quota = OSError(errno.EDQUOT, "Error writing. Detail: 122")
     assert refusal(over_quota) == f"what is written or printed: Disk quota exceeded; {told}"

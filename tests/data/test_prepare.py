@@ -422,6 +422,6 @@ def test_a_template_that_writes_the_day_writes_one_and_says_which(tmp_path, monk
 def test_a_full_disk_names_the_cache_and_leaves_nothing_there(tmp_path, monkeypatch):
     open_file = tokenized.pa.OSFile
     monkeypatch.setattr(tokenized.pa, "OSFile", lambda path, mode: open_file("/dev/full", mode))
-    with pytest.raises(UserError, match=f"^data.cache_dir={tmp_path}/cache: No space left on device; make room there"):
+    with pytest.raises(UserError, match=f"^data.cache_dir={tmp_path}/cache: No space left on device; free space there"):
         prepare(tmp_path)
     assert not list((tmp_path / "cache").iterdir())

@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lisa_dist.config import UserError
+from lisa_dist.models import weight_files
 from lisa_dist.models.conversion import export_conversion
 from lisa_dist.models.loading import initialize_random, load_pretrained, restore_buffers
 from tests.support.families import FAMILIES, tiny_config
@@ -178,6 +179,21 @@ def test_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(UserError, match=r"model\.path=nobody/nothing: can't be downloaded from the hub") as caught:
         load_pretrained(allocated(tiny_config("llama")), "nobody/nothing")
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_beside_the_weights_of_a_hub_id_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def download(_: str, allow_patterns: list[str], **more: object) -> str:
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(weight_files, "snapshot_download", download)
+    (tmp_path / "config.json").touch()
+    assert weight_files.weights_directory("a/b") == tmp_path and "adapter_config.json" in asked
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(UserError, match=r"^model\.path=a/b: the directory holds an adapter"):
+        weight_files.weights_directory("a/b")
 
 
 def test_tied_weight_is_read_under_either_name(tmp_path: Path) -> None:

@@ -316,7 +316,8 @@ def test_a_disk_that_is_full_in_the_midst_ends_the_run_in_a_sentence_with_the_fi
     (told,) = run_on_ranks(1, train_until_full, make_config(tmp_path, "checkpoint.every=0"))
     place = "in between steps of step 2)"
     assert (
-        told == f"{tmp_path}/metrics.jsonl: No space left on device; make room there, or name a path with more ({place}"
+        told
+        == f"{tmp_path}/metrics.jsonl: No space left on device; free space there, or name a path with more ({place}"
     )
 
 
