@@ -112,9 +112,17 @@ def set_depth(architecture: PretrainedConfig, num_blocks: int) -> None:
 
 
 def head_size(architecture: Any) -> int | None:
-    """Return how many numbers an attention head has; None of an architecture without attention, as Mamba and RWKV."""
+    """Return how many numbers an attention head has; None of an architecture without attention, as Mamba and RWKV.
+
+    Of layers whose heads differ, as Gemma 4's, those of the largest.
+    """
     heads = getattr(architecture, "num_attention_heads", None)
-    return None if heads is None else getattr(architecture, "head_dim", None) or architecture.hidden_size // heads
+    if heads is None:
+        return None
+    try:
+        return getattr(architecture, "head_dim", None) or architecture.hidden_size // heads
+    except RuntimeError:  # how transformers 5.24 answers where they differ
+        return max(layer.head_dim for layer in architecture.per_layer_config)
 
 
 def original_class(model: nn.Module) -> Any:

@@ -19,28 +19,38 @@ from lisa_dist.models.quantization import count_weights
 
 logger = logging.getLogger(__name__)
 
+KINDS_OF_LAYERS = ("layer_types", "layers_block_type")  # where architectures name them, one for each layer
+EXPERTS = (  # how architectures name the experts of a layer, and those that a token visits
+    ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    ("num_experts_per_tok", "top_k_experts", "moe_top_k"),
+)
+
 
 def parameter_flops_per_token(train_module: TrainModule) -> float:
     """Return the matrix operations that a token costs in the parameters that train now and in the frozen ones.
 
     A parameter costs 2 in the forward pass, 2 for the gradient of its input and, where it trains, 2 for its own
     gradient. Where the embeddings are frozen the backward pass ends at the lowest active block, so a block below
-    costs its forward pass only. Embedding tables are looked up, not multiplied, unless the head is tied to them;
-    of a mixture's experts those are counted that a token visits.
+    costs its forward pass only. Embedding tables are looked up, not multiplied, but for the one that the head is tied
+    to; of a mixture's experts those are counted that a token visits.
     """
     store, trained = train_module.store, train_module.optimizer.parameters
     layers = store.layers
     lowest = store.lowest_reached()
     architecture = store.module.config
-    share = (getattr(architecture, "num_experts_per_tok", None) or 1) / _experts(architecture)
+    experts, per_token = _experts(architecture)
+    head = getattr(layers.head, "weight", None)
+    tables = zip([*layers.embedding_names, layers.head_name], [*layers.embeddings, layers.head])
+    multiplied = {f"{name}.weight" for name, module in tables if getattr(module, "weight", None) is head}
     total = 0.0
     for name in store.names:
         part = layers.group_of(name)
-        if part == EMBEDDINGS and not layers.tied:
+        if part == EMBEDDINGS and name not in multiplied:
             continue
         block = block_of(part)
         below = block is not None and block < lowest
-        visited = share if ".experts." in name else 1.0
+        shape = store.parameter(name).shape
+        visited = per_token / experts if ".experts." in name or (len(shape) == 3 and shape[0] == experts) else 1.0
         total += (2 if below else 6 if name in trained else 4) * visited * count_weights(name, store.parameter(name))
     return total
 
@@ -55,14 +65,16 @@ def attention_flops(train_module: TrainModule, lengths: np.ndarray) -> float:
 
     12 x layers x heads x head size x tokens for each token (arXiv 2204.02311, appendix B): every query with every
     key, as is the custom, though causal attention needs but half. 4 of the 12 are of the forward pass, all that a layer
-    costs below the lowest one that gradients reach.
+    costs below the lowest one that gradients reach. Layers of a hybrid that scan or convolve have none.
     """
     architecture: Any = train_module.store.module.config
     size = head_size(architecture)
     width = 0 if size is None else architecture.num_attention_heads * size
     squares = float(np.square(lengths, dtype=np.float64).sum())
-    blocks, below = len(train_module.store.layers.blocks), train_module.store.lowest_reached()
-    return (12.0 * (blocks - below) + 4.0 * below) * width * squares
+    blocks, lowest = len(train_module.store.layers.blocks), train_module.store.lowest_reached()
+    kinds: list[str] = next((found for name in KINDS_OF_LAYERS if (found := getattr(architecture, name, None))), [])
+    attending = [_attends(kind) for kind in kinds] if len(kinds) == blocks else [True] * blocks
+    return (12.0 * sum(attending[lowest:]) + 4.0 * sum(attending[:lowest])) * width * squares
 
 
 def peak_rate(device: torch.device) -> float | None:
@@ -90,6 +102,13 @@ def preset_named(device_name: str) -> Gpu | None:
     return None
 
 
-def _experts(architecture: object) -> int:
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    return next((count for name in names if (count := getattr(architecture, name, None))), 1)
+def _attends(kind: str) -> bool:
+    """Whether a layer of this kind, as architectures name them, has softmax attention."""
+    return kind == "hybrid" or ("attention" in kind and not kind.startswith("linear"))
+
+
+def _experts(architecture: Any) -> tuple[int, int]:
+    """Return the experts of a mixture's layer, and how many of them a token visits; 1 and 1 of other models."""
+    part = getattr(architecture, "ffn_config", architecture)  # DBRX's
+    found = (next((count for name in names if (count := getattr(part, name, None))), 1) for names in EXPERTS)
+    return tuple(found)  # type: ignore[return-value]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import re
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lisa_dist import cli
 from lisa_dist.commands import table
@@ -25,6 +27,8 @@ from lisa_dist.commands.bench.targets import FsdpBaseline
 from lisa_dist.config import UserError
 from lisa_dist.config.loading import load, vary
 from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
+from lisa_dist.models.architecture import head_size
+from lisa_dist.models.layer_map import find_layers
 from lisa_dist.runtime import distributed
 from lisa_dist.training.flops import attention_flops, parameter_flops_per_token, preset_named
 from tests.support.bench import BLOCK, BLOCKS, HEAD, HIDDEN, TINY, TOKENS, printed_by_bench
@@ -113,6 +117,57 @@ def test_a_model_without_attention_has_no_operations_of_it(kind: str) -> None:
     train_module.store.module.config = AutoConfig.for_model(kind)
     train_module.store.layers.blocks, train_module.store.lowest_reached.return_value = range(4), 1
     assert attention_flops(train_module, np.full(3, TOKENS)) == 0
+
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "part", "share"),
+    [
+        pytest.param("gpt2", {}, r"\.wpe\.", 0.0, id="positions are looked up beside tied embeddings"),
+        pytest.param("jetmoe", EXPERTS, r"\.experts\.|put_linear", 0.25, id="experts, whatever their module is called"),
+        pytest.param(
+            "jetmoe", {"num_experts": 4, "top_k_experts": 2}, r"\.experts\.|put_linear", 0.5, id="Gemma 4's names"
+        ),
+        pytest.param(
+            "jetmoe",
+            {"ffn_config": SimpleNamespace(moe_num_experts=4, moe_top_k=3)},
+            r"\.experts\.|put_linear",
+            0.75,
+            id="DBRX's",
+        ),
+    ],
+)
+def test_operations_are_those_of_what_a_token_is_multiplied_with(
+    kind: str, names: dict[str, Any], part: str, share: float
+) -> None:
+    config = AutoConfig.for_model(kind, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, **EXPERTS)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    train_module = mock.MagicMock()
+    store = train_module.store
+    store.layers, store.parameter, store.module.config = (
+        find_layers(model),
+        model.get_parameter,
+        SimpleNamespace(**names),
+    )
+    counted = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    store.names, store.lowest_reached.return_value, train_module.optimizer.parameters = list(counted), 0, {}
+    expected = 4 * sum((share if re.search(part, name) else 1.0) * count for name, count in counted.items())
+    assert expected < 4 * sum(counted.values()) and parameter_flops_per_token(train_module) == expected
+
+
+def test_of_layers_whose_heads_differ_the_largest_count() -> None:
+    assert head_size(AutoConfig.for_model("gemma4_text", head_dim=16, global_head_dim=32)) == 32
+
+
+def test_layers_of_a_hybrid_that_scan_have_no_attention() -> None:
+    train_module = mock.MagicMock()
+    config = SimpleNamespace(num_attention_heads=2, hidden_size=8, layer_types=["linear_attention", "full_attention"])
+    train_module.store.module.config = config
+    train_module.store.layers.blocks, train_module.store.lowest_reached.return_value = range(2), 0
+    assert attention_flops(train_module, np.full(3, TOKENS)) == 12 * 8 * 3 * TOKENS**2
 
 
 def refusals(lines: list[list[str]]) -> list[str]:
