@@ -223,7 +223,8 @@ def _chat_turn(turn: dict[str, Any]) -> Turn:
     if not isinstance(turn.get("role"), str):
         raise BadRowError(f"a message must have a role, found {', '.join(map(str, turn)) or 'an empty one'}")
     speaker = turn["role"].strip().lower()
-    role = speaker if speaker == "observation" else SPEAKERS.get(speaker, speaker)  # some templates know that word
+    known = {**SPEAKERS, "observation": "observation", "function": "tool"}  # some templates know the first word
+    role = known.get(speaker, speaker)
     return read_turn(turn, speaker, role)
 
 

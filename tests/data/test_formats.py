@@ -67,6 +67,11 @@ SYSTEM = {"role": "system", "content": "s"}
             [{"role": "developer", "content": "s"}, *ASKED, {"role": "observation", "content": "o"}],
         ),
         (
+            {"messages": [ASKED[0], {"role": "function", "name": "f", "content": "12"}, ASKED[1]]},
+            "chat",
+            [ASKED[0], {"role": "tool", "name": "f", "content": "12"}, ASKED[1]],
+        ),
+        (
             {"system": "s", "conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]},
             "sharegpt",
             [{"role": "system", "content": "s"}, *ASKED],
