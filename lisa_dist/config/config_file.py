@@ -41,10 +41,13 @@ def split_words(words: list[str]) -> tuple[str | None, list[str]]:
     """Return the configuration file among the words of a command line, None where there is none, and the other words.
 
     Raises:
-        UserError: there are several files.
+        UserError: there are several files, or other words without a value.
     """
     files = [word for word in words if names_config_file(word)]
     if len(files) > 1:
+        for word in files:
+            if not word.endswith(SUFFIXES):
+                raise UserError(f"{word}: must be KEY=VALUE without blanks around =, or a YAML file")
         raise UserError(f"{files[1]}: one configuration file is read, and {files[0]} is given already")
     return (files[0] if files else None), [word for word in words if word not in files]
 

@@ -132,6 +132,9 @@ def _parse(text: str) -> KeyOverride:
     try:
         override: Override = PARSER.parse_override(text)
     except HydraException:
+        if "=" not in text:
+            run = f"; the directory of a run is named by run.dir={text}" if local_path(text).is_dir() else ""
+            raise UserError(f"{text}: must be KEY=VALUE{run}") from None
         raise UserError(
             f"{text}: cannot be read, it must be KEY=VALUE where a value that holds brackets, commas or = "
             "stands in quotes, as in 'run.name=\"a=b\"'"

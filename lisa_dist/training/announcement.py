@@ -103,6 +103,15 @@ def warn_of_rotary_limits(sequences: Sequences, architecture: PretrainedConfig) 
             )
 
 
+def warn_of_demonstration(config: Config) -> None:
+    """Warn where a model of the user's own trains on the data of the package, as it does without ``data.path``."""
+    if config.data.path == "builtin:demo" and config.model.path != "builtin:demo":
+        logger.warning(
+            "data.path=builtin:demo: model.path=%s is trained on the demonstration's questions; data.path names yours",
+            config.model.path,
+        )
+
+
 def warn_of_warmup(config: Config, max_steps: int) -> None:
     """Warn where the run ends before the learning rate is the one that was asked for."""
     warmup = config.scheduler.warmup_steps

@@ -40,7 +40,13 @@ from lisa_dist.runtime.redaction import public_yaml
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.telemetry.recorder import Recorder
 from lisa_dist.telemetry.run_lock import hold_run
-from lisa_dist.training.announcement import announce_run, warn_of_positions, warn_of_rotary_limits, warn_of_warmup
+from lisa_dist.training.announcement import (
+    announce_run,
+    warn_of_demonstration,
+    warn_of_positions,
+    warn_of_rotary_limits,
+    warn_of_warmup,
+)
 from lisa_dist.training.generation import Answerer
 from lisa_dist.training.limits import check_positions, check_streaming, check_tokens, open_tokenizer
 
@@ -137,6 +143,7 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
         for sequences in filter(None, (data.train, data.validation)):
             check_tokens(sequences, tokenizer, architecture.vocab_size)
     warn_of_positions(config.data.sequence_length, architecture)
+    warn_of_demonstration(config)
     if config.train.micro_batch_size > 1 and not config.data.packing and distributed.is_main():
         warn_of_rotary_limits(data.train, architecture)
     show_preview(config.data, data, tokenizer)

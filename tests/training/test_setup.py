@@ -16,7 +16,12 @@ from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.models.architecture import read_architecture
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.training import setup
-from lisa_dist.training.announcement import warn_of_positions, warn_of_rotary_limits, warn_of_warmup
+from lisa_dist.training.announcement import (
+    warn_of_demonstration,
+    warn_of_positions,
+    warn_of_rotary_limits,
+    warn_of_warmup,
+)
 from lisa_dist.training.setup import rows_of
 
 
@@ -36,8 +41,16 @@ def test_sequences_longer_than_the_models_positions_are_warned_of(architecture, 
     assert f"data.sequence_length={positions + 1}: is above the {positions} positions of the model" in caplog.text
 
 
+def test_a_model_of_ones_own_on_the_demonstrations_data_is_warned_of(caplog):
+    warn_of_demonstration(load(["model.path=/models/mine", "data.path=rows.json"]))
+    assert caplog.text == ""
+    warn_of_demonstration(load(["model.path=/models/mine"]))
+    assert "model.path=/models/mine is trained on the demonstration's questions" in caplog.text
+
+
 def test_the_demonstration_begins_without_a_warning(caplog):
     config = load([])
+    warn_of_demonstration(config)
     warn_of_positions(config.data.sequence_length, read_architecture(config.model))
     assert caplog.text == ""
 
