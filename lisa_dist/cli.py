@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import shutil
 import sys
 import tempfile
@@ -75,6 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     except (UserError, OSError) as error:
         if isinstance(error, BrokenPipeError):
+            if not _nobody_reads():  # a pipe to a process of our own, which is a fault of the program
+                raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is not written yet
         mistake = str(error) if isinstance(error, UserError) else refusal(error, words)
         if mistake is None:
@@ -89,6 +92,14 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lisa-dist: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output or error is a pipe whose reader is gone."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:

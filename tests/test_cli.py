@@ -104,6 +104,16 @@ def test_output_that_nobody_reads_any_more_ends_in_a_sentence() -> None:
     assert len(ran.stderr.splitlines()) == 1
 
 
+def test_a_broken_pipe_to_another_process_is_no_mistake_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose_process(*arguments: object) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("lisa_dist.cli._run", lose_process)
+    monkeypatch.setattr("os.dup2", lambda *descriptors: None)
+    with pytest.raises(BrokenPipeError):
+        main(["train"])
+
+
 def test_help_and_mistakes_do_not_wait_for_torch() -> None:
     """Importing torch, transformers and datasets takes seconds; a process of its own, for here they are imported."""
     code = (
