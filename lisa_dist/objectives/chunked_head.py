@@ -97,7 +97,9 @@ def _loss_head(head: nn.Module, transform: LogitTransform, chunk_tokens: int, in
     def forward(hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
             return product(hidden)
-        inputs: Any = hidden.flatten(0, 1), head.weight, head.bias, shift_labels(labels).flatten(), transform
+        weight: Any = head.weight
+        hidden = hidden.flatten(0, 1).to(weight.dtype)  # Mamba's are float32, which its own forward casts so too
+        inputs: Any = hidden, weight, head.bias, shift_labels(labels).flatten(), transform
         return ChunkedCrossEntropy.apply(*inputs, chunk_tokens, in_place, torch.is_grad_enabled())
 
     return forward

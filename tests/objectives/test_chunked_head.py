@@ -78,6 +78,17 @@ def test_equals_the_models_own_loss(name: str) -> None:
         assert (ours.grad - theirs.grad).abs().max() <= 2e-5 * scale + 1e-7, parameter_name
 
 
+def test_hidden_states_in_float32_are_cast_to_a_head_in_bfloat16_as_the_model_does() -> None:
+    plain = _model(AutoConfig.for_model("mamba", vocab_size=128, hidden_size=16, num_hidden_layers=1))
+    chunked, (input_ids, labels) = copy.deepcopy(plain), _batch()
+    assert install_loss_head(chunked, find_layers(chunked), chunk_tokens=5) is not None
+    plain.bfloat16(), chunked.bfloat16()  # as weights are stored once the model is built
+    expected = plain(input_ids=input_ids, labels=labels).loss * (labels[:, 1:] != -100).sum()
+    loss = chunked(input_ids=input_ids, labels=labels)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_finds_on_meta_what_it_finds_with_weights(name: str) -> None:
     model, on_meta = _model(copy.deepcopy(CASES[name])), build_meta_model(ModelConfig(), copy.deepcopy(CASES[name]))
