@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import Config
+from lisa_dist.config.idle_options import options_without_effect
 from lisa_dist.data.batches import GlobalBatches
 from lisa_dist.data.prepare import PreparedData
 from lisa_dist.data.sequences import Sequences
@@ -76,6 +77,25 @@ def describe_padding(batches: GlobalBatches) -> str:
         f"{format_count(grouped)} tokens of the first epoch, grouped by length; {format_count(ungrouped - grouped)} "
         f"fewer than the {format_count(ungrouped)} without data.group_by_length"
     )
+
+
+def warn_of_data(config: Config, architecture: PretrainedConfig, sequences: Sequences) -> None:
+    """Warn, on rank 0, of rows that may not be what was meant for the model."""
+    if not distributed.is_main():
+        return
+    warn_of_positions(config.data.sequence_length, architecture)
+    warn_of_demonstration(config)
+    if config.train.micro_batch_size > 1 and not config.data.packing:
+        warn_of_rotary_limits(sequences, architecture)
+
+
+def warn_of_settings(config: Config, data_ranks: int, has_validation: bool, max_steps: int) -> None:
+    """Warn, on rank 0, of options without effect and of a warm-up that is longer than the run."""
+    if not distributed.is_main():
+        return
+    for sentence in options_without_effect(config, data_ranks, has_validation):
+        logger.warning(sentence)
+    warn_of_warmup(config, max_steps)
 
 
 def warn_of_positions(sequence_length: int, architecture: PretrainedConfig) -> None:

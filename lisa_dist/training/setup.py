@@ -23,7 +23,6 @@ from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.checkpoint.state import Progress, read_state
 from lisa_dist.config import Config, TrainConfig, UserError
 from lisa_dist.config.checks import check_global_batch, check_validation
-from lisa_dist.config.idle_options import options_without_effect
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free, resolve_run_dir
 from lisa_dist.data.batches import GlobalBatches, MicroBatch
 from lisa_dist.data.prepare import PreparedData, fingerprint, hash_of_rows, prepare_data
@@ -40,13 +39,7 @@ from lisa_dist.runtime.redaction import public_yaml
 from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.telemetry.recorder import Recorder
 from lisa_dist.telemetry.run_lock import hold_run
-from lisa_dist.training.announcement import (
-    announce_run,
-    warn_of_demonstration,
-    warn_of_positions,
-    warn_of_rotary_limits,
-    warn_of_warmup,
-)
+from lisa_dist.training.announcement import announce_run, warn_of_data, warn_of_settings
 from lisa_dist.training.generation import Answerer
 from lisa_dist.training.limits import check_positions, check_streaming, check_tokens, open_tokenizer
 
@@ -142,10 +135,7 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
         described = distributed.on_rank_zero(lambda: fingerprint(config.data, data, tokenizer))
         for sequences in filter(None, (data.train, data.validation)):
             check_tokens(sequences, tokenizer, architecture.vocab_size)
-    warn_of_positions(config.data.sequence_length, architecture)
-    warn_of_demonstration(config)
-    if config.train.micro_batch_size > 1 and not config.data.packing and distributed.is_main():
-        warn_of_rotary_limits(data.train, architecture)
+    warn_of_data(config, architecture, data.train)
     show_preview(config.data, data, tokenizer)
     pad = int(tokenizer.pad_token_id or 0)
     batches = make_batches(config, dims, data.train, pad, order_seed)
@@ -165,18 +155,11 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
             load_initial_weights(train_module, device)
         else:
             progress = go_on(train_module, checkpoints, newest, device, described)
-            if progress.forget_best_of_others(evaluated) and distributed.is_main():
-                logger.warning(
-                    "the held-out loss is of other rows than before (data.validation, train.eval_batches, or the "
-                    "number of ranks), so the best one is looked for anew"
-                )
+            look_for_the_best_anew(progress, evaluated)
             distributed.on_rank_zero(lambda: settle_run_directory(config, settings, tokenizer))
     max_steps = planned_steps(config.train, batches, progress)
     announce_run(config, train_module, data, batches, max_steps, progress)
-    if distributed.is_main():
-        for sentence in options_without_effect(config, dims.data_ranks, validation is not None):
-            logger.warning(sentence)
-        warn_of_warmup(config, max_steps)
+    warn_of_settings(config, dims.data_ranks, validation is not None, max_steps)
     heartbeat = Heartbeat(RunDirectory.of(config), config.parallel.timeout, max_steps)
     recorder = make_recorder(config, max_steps, len(train_module.store.layers.blocks), started, progress, heartbeat)
     recorder.summary |= rows_of(data)
@@ -300,3 +283,12 @@ def go_on(
     if changes and distributed.is_main():
         logger.info("%s", table_of(changes))
     return progress
+
+
+def look_for_the_best_anew(progress: Progress, evaluated: str | None) -> None:
+    """Forget the best held-out loss, and say so, where it was of other rows than those that are evaluated now."""
+    if progress.forget_best_of_others(evaluated) and distributed.is_main():
+        logger.warning(
+            "the held-out loss is of other rows than before (data.validation, train.eval_batches, or the number of "
+            "ranks), so the best one is looked for anew"
+        )
