@@ -19,11 +19,11 @@ from lisa_dist.config.loading import load
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.stops import stop_ids
 from lisa_dist.data.tokenizer import load_tokenizer
-from lisa_dist.method.module import build_train_module, load_initial_weights
 from lisa_dist.models.architecture import read_architecture
 from tests.support.private_memory import give_freed_tensors_back_at_once, peak_private_bytes
 from tests.support.ranks import run_on_fresh_ranks, run_on_ranks
 from tests.support.runs import make_config, tensors_of, train
+from tests.support.small_training import build_and_load
 
 MIB = 2**20
 
@@ -116,8 +116,7 @@ def exported_with_buffers(folder: str) -> dict[str, torch.dtype]:
     run = RunDirectory.of(config)
     write_tokenizer(run.tokenizer, config.model, load_tokenizer("builtin:demo"))
     write_description(run, config.model, read_architecture(config.model))
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config)
     CheckpointSaver(train_module, run.checkpoints, "").save(Progress(step=1))
     export_checkpoint(config, find_checkpoint(run.checkpoints, 1), Path(folder) / "hf")
     return {name: tensor.dtype for name, tensor in load_file(Path(folder) / "hf" / "model.safetensors").items()}
@@ -146,8 +145,7 @@ def peak_while_exporting(folder: str) -> tuple[int, int, int]:
     config.run.dir = folder
     write_tokenizer(RunDirectory.of(config).tokenizer, config.model, load_tokenizer("builtin:demo"))
     write_description(RunDirectory.of(config), config.model, read_architecture(config.model))
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config)
     saver = CheckpointSaver(train_module, Path(folder), "")
     saver.save(Progress(step=1))
     sizes = [4 * train_module.store.parameter(name).numel() for name in train_module.store.names]

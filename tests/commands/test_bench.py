@@ -26,13 +26,14 @@ from lisa_dist.commands.bench.stopwatch import PeakMemory, spread_of
 from lisa_dist.commands.bench.targets import FsdpBaseline
 from lisa_dist.config import UserError
 from lisa_dist.config.loading import load, vary
-from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
+from lisa_dist.method.module import begin_period
 from lisa_dist.models.architecture import head_size
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.runtime import distributed
 from lisa_dist.training.flops import attention_flops, parameter_flops_per_token, preset_named
 from tests.support.bench import BLOCK, BLOCKS, HEAD, HIDDEN, TINY, TOKENS, printed_by_bench
 from tests.support.ranks import run_on_ranks
+from tests.support.small_training import build_and_load
 
 
 def test_json_holds_speed_parts_and_memory_of_every_method(tmp_path: Path) -> None:
@@ -87,8 +88,7 @@ def test_a_sweep_measures_each_line(tmp_path: Path) -> None:
 
 def counted_flops(overrides: list[str]) -> tuple[list[int], float, float]:
     """The active blocks, the operations a token, those of attention. Runs on a rank."""
-    train_module = build_train_module(load(overrides))
-    load_initial_weights(train_module, distributed.device())
+    train_module = build_and_load(load(overrides), distributed.device())
     begin_period(train_module, 0)
     return (
         train_module.active.blocks,

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from lisa_dist.checkpoint.manifest import checkpoint_name
-from lisa_dist.config import Config, UserError
+from lisa_dist.config import Config
 from tests.support.ranks import run_on_ranks
-from tests.support.runs import Kill, make_config, metrics, resuming, train, train_here
+from tests.support.runs import Kill, make_config, metrics, refusal, resuming, train, train_here
 from tests.support.tiny import read_summary
 
 
@@ -90,9 +90,3 @@ def test_other_placements_go_on(placements: list[Placement], tmp_path: Path) -> 
 def test_a_fresh_start_wants_whole_micro_batches(tmp_path: Path) -> None:
     for message in run_on_ranks(3, refusal, exact_config(tmp_path, Placement(3), steps=1)):
         assert message.startswith("train.global_batch_size=8: must be a multiple")
-
-
-def refusal(config: Config) -> str:
-    with pytest.raises(UserError) as caught:
-        train_here(config)
-    return str(caught.value)

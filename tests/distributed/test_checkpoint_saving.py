@@ -25,7 +25,7 @@ from lisa_dist.checkpoint.background import CheckpointError
 from lisa_dist.checkpoint.manifest import checkpoint_name, list_checkpoints, verify
 from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.checkpoint.shards import Piece, ShardedTensors, WrittenFile, write_pieces
-from lisa_dist.config import Config, UserError
+from lisa_dist.config import Config
 from lisa_dist.runtime import distributed
 from lisa_dist.telemetry.records import read_rows
 from tests.support import runs
@@ -35,6 +35,7 @@ from tests.support.runs import (
     STEPS,
     Kill,
     assert_same_run,
+    refusal,
     resuming,
     step_written,
     tensors_of,
@@ -153,12 +154,6 @@ def test_a_damaged_newest_falls_back_and_is_written_anew(plain: Path, tmp_path: 
     assert_same_run(tmp_path / "run", plain)
     assert read_summary(tmp_path / "run")["resumed_from"] == [4]
     assert verify(checkpoint(tmp_path / "run", 5)) is None
-
-
-def refusal(config: Config) -> str:
-    with pytest.raises(UserError) as caught:
-        train_here(config)
-    return str(caught.value)
 
 
 def test_never_silently_from_scratch(plain: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tests.support import planned
 from tests.support.compared import STEPS, compare, train_on_rank
 from tests.support.plain_methods import adam, plain_model
 from tests.support.ranks import run_on_ranks
-from tests.support.small_training import make_config, make_global_batches
+from tests.support.small_training import build_and_load, make_config, make_global_batches
 
 CPU = torch.device("cpu")
 ENDS = {"model.embed_tokens.weight", "lm_head.weight"}
@@ -93,8 +93,7 @@ def test_a_run_goes_on_with_the_end_that_it_trained(tmp_path: Path) -> None:
 
 def bytes_of_draws(config: Config) -> list[tuple[list[str], int]]:
     """What was drawn in each period, and the persistent bytes. Runs on every rank."""
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, CPU)
+    train_module = build_and_load(config)
     ids = torch.zeros((1, 8), dtype=torch.int64)
     batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(8)[None]}
     found = []
@@ -120,8 +119,7 @@ def test_the_plan_is_that_of_the_draw_that_needs_most() -> None:
 
 def losses_of(config: Config) -> list[float]:
     """Twelve epochs of six batches. Runs on one rank."""
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, CPU)
+    train_module = build_and_load(config)
     losses = []
     for step in range(12 * STEPS):
         if step % config.sampler.period == 0:

@@ -11,12 +11,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lisa_dist.config.optimization import PARTS
-from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
+from lisa_dist.method.module import TrainModule, begin_period
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding import fsdp2
 from lisa_dist.training.step import accumulate_gradients, train_step
 from tests.support.ranks import run_on_ranks
-from tests.support.small_training import make_config, make_global_batches
+from tests.support.small_training import build_and_load, make_config, make_global_batches
 
 BF16 = {"frozen": "bfloat16", "compute": "bfloat16"}
 
@@ -89,8 +89,7 @@ def account(train_module: TrainModule, before: set[int]) -> dict[str, Any]:
 
 def ten_periods() -> list[dict[str, Any]]:
     """Account after each switch and after each last backward pass of a period. Runs on every rank."""
-    train_module = build_train_module(make_config(precision=BF16, sampler={"period": 2}))
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(make_config(precision=BF16, sampler={"period": 2}))
     batches = make_global_batches(1)[0][distributed.rank() :: distributed.world_size()]
     before = {tensor.untyped_storage().data_ptr() for batch in batches for tensor in batch.values()}
     seen = []
@@ -142,8 +141,7 @@ def tiny_periods(count: int, frozen: str, on_freeze: str, replicate: int) -> dic
         parallel={"replicate": replicate},
     )
     config.model.architecture["num_hidden_layers"] = 2
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config)
     names = [name for block in range(2) for name in train_module.store.block_parameters(block)]
 
     def shards() -> torch.Tensor:

@@ -13,7 +13,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from lisa_dist.config import Config
 from lisa_dist.config.sampling import SAMPLER_CONFIGS
 from lisa_dist.config.updates import UPDATE_CONFIGS, AlwaysActiveConfig
-from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
+from lisa_dist.method.module import begin_period, build_train_module
 from lisa_dist.models.quantization import dequantize
 from lisa_dist.runtime import distributed
 from lisa_dist.training.step import train_step
@@ -22,6 +22,7 @@ from tests.support.families import tiny_config
 from tests.support.plain_methods import PlainGaLore, adam, plain_model
 from tests.support.ranks import run_on_ranks
 from tests.support.small_training import (
+    build_and_load,
     changed_by_step,
     full_parameters,
     make_config,
@@ -104,8 +105,7 @@ def test_adapters_start_alike_at_any_number_of_ranks_and_from_different_values()
 
 def initial_weights(config: Config) -> dict[str, torch.Tensor]:
     """All parameters before training, whole. Runs on every rank."""
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config)
     return full_parameters(train_module)
 
 
@@ -206,8 +206,7 @@ def thawed_adapters(update: str) -> dict[str, Any]:
     """The trained adapters of a block before it is frozen and after it is thawed again. Runs on every rank."""
     config = make_method("sweep", update, always=False, rank=RANK)
     config.precision = dataclasses.replace(config.precision, frozen="bfloat16")
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config)
     kept, dtypes = [], []
 
     def values() -> dict[str, torch.Tensor]:
@@ -279,8 +278,7 @@ def train_every_sampler(update: str) -> dict[str, list[tuple[set[str], set[str]]
         config = make_method(sampler, update, always=False)
         settings = {"active_layers": 1, "period": 1, **SAMPLER_SETTINGS.get(sampler, {})}
         config.sampler = schema(**settings)
-        train_module = build_train_module(config)
-        load_initial_weights(train_module, torch.device("cpu"))
+        train_module = build_and_load(config)
         batches = [step[distributed.rank() :: distributed.world_size()][:2] for step in make_global_batches(2)]
         found[sampler] = []
         for step, micro_batches in enumerate(batches):

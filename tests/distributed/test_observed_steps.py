@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from lisa_dist.config import Config
 from lisa_dist.config.sampling import BanditSamplerConfig
 from lisa_dist.config.updates import LowRankUpdateConfig
-from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
+from lisa_dist.method.module import begin_period
 from lisa_dist.runtime import distributed
 from lisa_dist.training.step import train_step
 from tests.support.plain_methods import mean_loss, plain_model
 from tests.support.ranks import run_on_ranks
-from tests.support.small_training import full_parameters, make_config, make_global_batches
+from tests.support.small_training import build_and_load, full_parameters, make_config, make_global_batches
 
 RANKS = 4
 STEPS = [step[:RANKS] for step in make_global_batches(3)]  # one sequence a rank
@@ -30,8 +29,7 @@ def make_bandit(**changes: Any) -> Config:
 
 def observe_on_rank(config: Config) -> dict[str, Any]:
     """Train a period and a step; what the sampler of this rank was told, and its state. Runs on every rank."""
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config)
     initial = full_parameters(train_module)
     seen: list[dict[int, float]] = []
     sampler = train_module.sampler.sampler

@@ -22,14 +22,14 @@ from lisa_dist.config.checks import check_combinations
 from lisa_dist.config.optimization import OPTIMIZER_CONFIGS
 from lisa_dist.config.sampling import SAMPLER_CONFIGS
 from lisa_dist.config.updates import UPDATE_CONFIGS
-from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
+from lisa_dist.method.module import begin_period, build_train_module
 from lisa_dist.method.optim.schedule import learning_rate
 from lisa_dist.models.quantization import dequantize
 from lisa_dist.runtime import distributed
 from lisa_dist.training.step import train_step
 from tests.support.plain_methods import Batch, PlainAdamW, PlainGaLore, adam, plain_model, train_by_hand
 from tests.support.ranks import run_on_ranks
-from tests.support.small_training import full_parameters, make_config, make_global_batches
+from tests.support.small_training import build_and_load, full_parameters, make_config, make_global_batches
 
 BLOCKS, STEPS, PERIOD = 2, 5, 2
 RANK, ALPHA, ADAPTED = 3, 5.0, ["q_proj", "down_proj"]
@@ -119,8 +119,7 @@ def make_row(row: dict[str, Any], ranks: int = 2) -> Config:
 
 def train_row(config: Config, steps: int = STEPS) -> dict[str, Any]:
     """Train and return what is compared. Runs on every rank."""
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config)
     seen: dict[str, Any] = {
         "initial": full_parameters(train_module),
         "losses": [],

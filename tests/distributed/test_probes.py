@@ -10,19 +10,18 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.sampling import PROBE_KINDS, SAMPLER_CONFIGS, ProbeRequest
 from lisa_dist.config.updates import UPDATE_CONFIGS
 from lisa_dist.method import probes
-from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
+from lisa_dist.method.module import TrainModule, begin_period
 from lisa_dist.runtime import distributed
 from tests.support.families import tiny_config
-from tests.support.plain_methods import mean_loss
+from tests.support.plain_methods import mean_loss, plain_model
 from tests.support.ranks import run_on_ranks
-from tests.support.small_training import full_parameters, make_config, make_global_batches
+from tests.support.small_training import build_and_load, full_parameters, make_config, make_global_batches
 
 BLOCKS, BATCHES, THRESHOLD, FACTOR = 3, 2, 2.0, 0.25
 SETS = [[0, 2], [1]]
@@ -39,8 +38,7 @@ def make_probed(update: str, replicate: int = 1, family: str | None = None) -> C
 
 def learner_between_periods(config: Config) -> TrainModule:
     """A module with block 1 active, and adapters that do something."""
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config)
     begin_period_with(train_module, [1])
     for name in train_module.store.names:
         if ".lora_B." in name:
@@ -115,8 +113,7 @@ def joined(batch: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 def plain_probes(config: Config, parameters: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The same numbers from a plain model with the same weights (adapters merged), by the formulas."""
-    fields = dict(config.model.architecture)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields)).eval()
+    model: Any = plain_model(config).eval()
     base = {name: value for name, value in parameters.items() if ".lora_" not in name}
     model.load_state_dict({name.replace(".base_layer", ""): value for name, value in base.items()}, strict=False)
     blocks = list(model.transformer.h if hasattr(model, "transformer") else model.model.layers)
@@ -237,16 +234,14 @@ def test_with_adapters_gradients_and_suppression_are_those_of_the_adapters() -> 
 
 
 def plain_loss(config: Config, weights: dict[str, torch.Tensor]) -> float:
-    fields = dict(config.model.architecture)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields)).eval()
+    model: Any = plain_model(config).eval()
     model.load_state_dict(weights, strict=False)
     return float(mean_loss(model, [micro for batch in global_batches() for micro in batch]).detach())
 
 
 def draw_with_data(config: Config) -> tuple[list[float] | None, list[int], str]:
     """A first draw with calibration data, and the complaint without any. Runs on every rank."""
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config)
     complaint = ""
     period = 0 if config.sampler.name != "importance" else 1
     try:

@@ -18,7 +18,7 @@ from lisa_dist.config.paths import MODELS
 from lisa_dist.telemetry.records import read_rows
 from lisa_dist.training import loop
 from tests.support.ranks import run_on_ranks
-from tests.support.runs import Kill, final_state, make_config, resuming, train_here
+from tests.support.runs import Kill, final_state, make_config, refusal, resuming, train_here
 
 ROWS = 20
 START = ["train.max_steps=2", "train.global_batch_size=4", "data.sequence_length=32", "sampler.period=2"]
@@ -55,12 +55,6 @@ def base(begun: Path, tmp_path: Path) -> Path:
     """A copy of the begun run, rows and tokenizer moved with it."""
     shutil.copytree(begun, tmp_path / "moved")
     return tmp_path / "moved"
-
-
-def refusal(config: Config) -> str:
-    with pytest.raises(UserError) as caught:
-        train_here(config)
-    return str(caught.value)
 
 
 def train_and_tell(config: Config) -> list[set[tuple[int, ...]]]:

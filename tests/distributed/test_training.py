@@ -13,9 +13,7 @@ from lisa_dist.config.optimization import PARTS
 from lisa_dist.config.sampling import UniformSamplerConfig
 from lisa_dist.method.module import (
     begin_period,
-    build_train_module,
     count_persistent_bytes,
-    load_initial_weights,
 )
 from lisa_dist.method.sampling import build_sampler
 from lisa_dist.method.switch import DisagreementError, RankSynchronizedSampler, checksum, verify_agreement
@@ -29,6 +27,7 @@ from tests.support.ranks import run_on_ranks
 from tests.support.small_training import (
     PERIOD,
     ROUNDED,
+    build_and_load,
     changed_by_step,
     make_config,
     make_global_batches,
@@ -79,9 +78,7 @@ def test_bf16_storage_follows_the_fp32_losses_and_reduces_in_fp32() -> None:
 
 def storage_over_periods(config: Config) -> list[dict[str, Any]]:
     """Dtypes, bytes and frozen bits around each switch. Runs on every rank."""
-    device = torch.device("cpu")
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, device)
+    train_module = build_and_load(config)
     store, seen = train_module.store, []
     for step, micro_batches in enumerate(make_global_batches()):
         if step % PERIOD == 0:
@@ -192,8 +189,7 @@ def train_two_periods(architecture: dict[str, Any]) -> list[tuple[set[str], set[
         sampler={"period": 1, "active_layers": 1},
         model={"architecture": architecture},
     )
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config)
     found = []
     for step, micro_batches in enumerate(make_global_batches(2)):
         begin_period(train_module, step)

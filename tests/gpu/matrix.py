@@ -23,13 +23,13 @@ from lisa_dist.commands import evaluate, export, generate, report
 from lisa_dist.config import Config
 from lisa_dist.config.loading import load, load_run
 from lisa_dist.config.run_directory import RunDirectory
-from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
+from lisa_dist.method.module import begin_period
 from lisa_dist.method.updates.sharded import whole
 from lisa_dist.runtime import distributed
 from lisa_dist.training.loop import train
 from lisa_dist.training.step import accumulate_gradients
 from tests.support.families import _COMMON, _FIELDS, FAMILIES, tiny_config
-from tests.support.small_training import full_parameters
+from tests.support.small_training import build_and_load, full_parameters
 from tests.support.tiny import TINY, rows_of_steps
 
 STEPS, PERIOD = 6, 2
@@ -188,8 +188,7 @@ def family(name: str) -> str:
     fixed = ["method=full", "model.kernels=eager", "precision.compute=float32", "parallel.nproc_per_node=1"]
     config = load(["model=custom", "model.init=random", "data=custom", *fixed])
     config.model.architecture = {**_COMMON, **fields, "model_type": kind}
-    module = build_train_module(config)
-    load_initial_weights(module, distributed.device())
+    module = build_and_load(config, distributed.device())
     begin_period(module, 0)
     ids = torch.randint(3, 128, (2, 48), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(48).expand(2, 48).contiguous()

@@ -44,6 +44,7 @@ from tests.support.left_out import leave_out
 from tests.support.small_training import (
     PERIOD,
     STEPS,
+    build_and_load,
     full_parameters,
     make_config,
     make_global_batches,
@@ -81,8 +82,7 @@ def one_rank() -> Iterator[None]:
 
 def train_here(config: Config) -> dict[str, Any]:
     """Three periods on the GPU: first and last parameters on the CPU, losses, draws, dtypes of the reductions."""
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, distributed.device())
+    train_module = build_and_load(config, distributed.device())
     initial = {name: tensor.cpu() for name, tensor in full_parameters(train_module).items()}
     losses, draws, dtypes = [], [], []
     for step, micro_batches in enumerate(make_global_batches()):
@@ -125,8 +125,7 @@ def test_blocks_that_come_from_host_memory_train_as_those_that_stay(prefetch: in
 
 def test_persistent_bytes_obey_the_law_and_the_allocator_holds_little_more() -> None:
     before = torch.cuda.memory_allocated()
-    train_module = build_train_module(load(MIDDLING))
-    load_initial_weights(train_module, distributed.device())
+    train_module = build_and_load(load(MIDDLING), distributed.device())
     ids = torch.randint(0, 32000, (1, 64))
     batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(64)[None]}
     for period in range(3):
@@ -142,8 +141,7 @@ def test_persistent_bytes_obey_the_law_and_the_allocator_holds_little_more() -> 
 
 
 def test_the_host_waits_for_the_gpu_nowhere_in_a_step() -> None:
-    train_module = build_train_module(load(MIDDLING))
-    load_initial_weights(train_module, distributed.device())
+    train_module = build_and_load(load(MIDDLING), distributed.device())
     begin_period(train_module, 0)
     ids = torch.randint(0, 32000, (2, 64))
     batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(64).expand(2, 64).contiguous()}
@@ -283,8 +281,7 @@ def test_adamw_steps_by_a_kernel_as_torchs_own() -> None:
 
 
 def test_the_step_itself_writes_what_the_model_computes_with() -> None:
-    train_module = build_train_module(make_config(precision=MIXED))
-    load_initial_weights(train_module, distributed.device())
+    train_module = build_and_load(make_config(precision=MIXED), distributed.device())
     begin_period(train_module, 0)
     store, optimizer = train_module.store, train_module.optimizer
     copied = {
@@ -306,8 +303,7 @@ def test_norm_and_step_of_1_5_billion_parameters_take_18_ms() -> None:
     if "H100" not in torch.cuda.get_device_name():
         pytest.skip("the time is one of an H100")
     config = load([*MIDDLING, "method=full", "optimizer.decay_norms_and_biases=true"])
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, distributed.device())
+    train_module = build_and_load(config, distributed.device())
     begin_period(train_module, 0)
     trained = sum(parameter.numel() for parameter in train_module.optimizer.parameters.values())
     zero, rates = torch.zeros((), device="cuda"), learning_rates(config.scheduler, config.optimizer, 0, 2)

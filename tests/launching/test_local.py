@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -20,10 +19,7 @@ from tests.support import programs
 from tests.support.forkserver import FORKSERVER
 from tests.support.launcher import Launcher, local_ranks
 from tests.support.processes import PATIENCE, send_output_to
-
-
-def summary(run_dir: Path) -> dict[str, object]:
-    return json.loads((run_dir / "summary.json").read_text())
+from tests.support.tiny import read_summary
 
 
 @contextmanager
@@ -108,7 +104,10 @@ def test_first_failure_alone_is_shown(launch: Callable[..., Launcher]) -> None:
     assert "a connection was lost" in (launcher.run_dir / "logs" / "rank_0.log").read_text()
     assert "the first failure" in (launcher.run_dir / "logs" / "rank_1.log").read_text()
     # Rank 0 has summed up with a reason of its own, which only follows from the first.
-    assert summary(launcher.run_dir) == {"exit_reason": "failed: ValueError: the first failure", "resumed_from": [3]}
+    assert read_summary(launcher.run_dir) == {
+        "exit_reason": "failed: ValueError: the first failure",
+        "resumed_from": [3],
+    }
 
 
 def test_killed_rank_is_the_first_failure(launch: Callable[..., Launcher]) -> None:
@@ -129,14 +128,14 @@ def test_memory_that_runs_out_is_told_in_a_sentence(launch: Callable[..., Launch
     assert shown.splitlines()[-1].startswith("lisa-dist: rank 0 failed: out of memory in forward of step 3, ")
     assert shown.endswith(f"its log is {log}\n") and "Traceback" not in shown
     assert log.read_text().count("Traceback") == 1 and "MemoryError: all of it" in log.read_text()
-    assert str(summary(launcher.run_dir)["exit_reason"]).startswith("failed: out of memory in forward of step 3, ")
+    assert read_summary(launcher.run_dir)["exit_reason"].startswith("failed: out of memory in forward of step 3, ")
 
 
 def test_mistake_of_the_user_is_raised_once(launch: Callable[..., Launcher], tmp_path: Path) -> None:
     (tmp_path / "run" / "summary.json").write_text('{"exit_reason": "finished"}')
     launcher = launch(programs.mistake)
     assert launcher.finish() == (2, "data.path=nowhere: must be a file\n")
-    assert summary(launcher.run_dir)["exit_reason"] == "finished"  # a mistake writes over nothing
+    assert read_summary(launcher.run_dir)["exit_reason"] == "finished"  # a mistake writes over nothing
 
 
 def test_what_the_system_refuses_a_rank_is_a_mistake(launch: Callable[..., Launcher]) -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
-import pytest
+from tests.support.interpreted import run_interpreted
 
 CODE = """
 import itertools, torch
@@ -37,5 +33,4 @@ for (casting, offset), adds, trains in itertools.product(kinds, (False, True), (
 
 
 def test_sums_norms_and_gradients_are_those_of_torch() -> None:
-    pytest.importorskip("triton", reason="needs triton, which comes with torch for GPUs")
-    subprocess.run([sys.executable, "-c", CODE], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    run_interpreted(CODE)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
-import pytest
+from tests.support.interpreted import run_interpreted
 
 CODE = """
 import itertools, torch
@@ -59,5 +55,4 @@ assert torch.equal(multiplied, tensor * 0.5)
 
 
 def test_losses_and_gradients_are_those_of_torch() -> None:
-    pytest.importorskip("triton", reason="needs triton, which comes with torch for GPUs")
-    subprocess.run([sys.executable, "-c", CODE], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    run_interpreted(CODE)

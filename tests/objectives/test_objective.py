@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from lisa_dist.config import Config
 from lisa_dist.data.batches import MicroBatch
-from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
+from lisa_dist.method.module import begin_period
 from lisa_dist.method.probes import gradient_norms, mean_loss
 from lisa_dist.objectives.supervised import supervised
 from lisa_dist.runtime import distributed
 from lisa_dist.training.step import train_step
 from tests.support.ranks import run_on_ranks
+from tests.support.small_training import build_and_load
 
 ARCHITECTURE = {
     "model_type": "llama",
@@ -43,8 +44,7 @@ def ask(objective: Any, in_backward: bool) -> dict[str, Any]:
     config.model.architecture, config.model.init = dict(ARCHITECTURE), "random"
     config.precision.frozen = config.precision.compute = "float32"
     config.optimizer.grad_clip, config.optimizer.in_backward = 0.0, in_backward
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config)
     begin_period(train_module, 0)
     train_module.objective = objective
     generator = torch.Generator().manual_seed(3)

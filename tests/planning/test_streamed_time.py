@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lisa_dist.config import Config
 from lisa_dist.config.gpu import Gpu
 from lisa_dist.config.sampling import FixedSamplerConfig
-from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
+from lisa_dist.method.module import begin_period
 from lisa_dist.planning.estimate import HOST_EFFICIENCY, MATRIX_EFFICIENCY, estimate
 from lisa_dist.planning.simulation import simulate
 from lisa_dist.sharding import ledger, streamed
@@ -21,7 +21,7 @@ from lisa_dist.sharding.link import Slot
 from lisa_dist.training.step import train_step
 from tests.support.ranks import run_on_ranks
 from tests.support.simulated_link import SimulatedLink
-from tests.support.small_training import make_config
+from tests.support.small_training import build_and_load, make_config
 
 RATE = 1e12  # operations a second
 LENGTH = 32
@@ -105,8 +105,7 @@ def configured(
 def events_of_a_step(config: Config) -> tuple[list[tuple[str, int, int, int]], int, int]:
     """What the store asked of its link in the second step of a period; operations and copied bytes of the step."""
     with mock.patch.object(streamed, "link_to", lambda device: WatchedLink()):
-        train_module = build_train_module(config)
-        load_initial_weights(train_module, torch.device("cpu"))
+        train_module = build_and_load(config)
     link: Any = train_module.store.link  # type: ignore[attr-defined]
     ids = torch.arange(2 * LENGTH).view(2, LENGTH)
     row = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(LENGTH).expand(2, LENGTH).contiguous()}

@@ -24,7 +24,7 @@ from lisa_dist.checkpoint.restore import restore_checkpoint
 from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import load, to_yaml
-from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
+from lisa_dist.method.module import TrainModule, begin_period, load_initial_weights
 from lisa_dist.planning.simulation import simulate
 from lisa_dist.runtime.units import GIB
 from lisa_dist.sharding import streamed
@@ -37,7 +37,7 @@ from tests.support.planned import make_config as make_planned
 from tests.support.planned import measure
 from tests.support.ranks import run_on_ranks
 from tests.support.simulated_link import SimulatedLink
-from tests.support.small_training import ROUNDED, make_global_batches
+from tests.support.small_training import ROUNDED, build_and_load, make_global_batches
 from tests.support.streamed_training import BF16, CPU, FROZEN_ENDS, TIED, built, configured, run_steps, weights
 
 WIDE = {"hidden_size": 48}  # of which a tiny copy can be made
@@ -291,8 +291,7 @@ def test_a_model_without_a_tiny_copy_is_refused() -> None:
 
 def bytes_of_two_steps(config: Config) -> list[int]:
     """The bytes that the first two steps of a period copy to the device. Runs on one rank."""
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, CPU)
+    train_module = build_and_load(config)
     begin_period(train_module, 0)
     batches = make_global_batches(2, config.train.global_batch_size)
     return [train_step(train_module, batch, 0, 2).link_bytes for batch in batches]

@@ -15,7 +15,7 @@ from lisa_dist.method.module import begin_period, build_train_module, load_initi
 from lisa_dist.method.probes import mean_loss
 from lisa_dist.training.step import train_step
 from tests.support.ranks import run_on_ranks
-from tests.support.small_training import ARCHITECTURE, make_config
+from tests.support.small_training import ARCHITECTURE, build_and_load, make_config
 
 ROWS = ((2, 16), (2, 8), (3, 24), (2, 40), (2, 16), (4, 8))  # rows and tokens of each period's micro-batch
 
@@ -37,8 +37,7 @@ def train_periods(kernels: str, periods: int, parallel: dict[str, Any]) -> dict[
         parallel=parallel,
         sampler={"period": 1, "active_layers": 1},
     )
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config)
     losses, drawn = [], []
     for period in range(periods):
         begin_period(train_module, period)

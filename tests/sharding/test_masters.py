@@ -16,9 +16,7 @@ from lisa_dist.config.optimization import PARTS
 from lisa_dist.method.module import (
     TrainModule,
     begin_period,
-    build_train_module,
     count_persistent_bytes,
-    load_initial_weights,
     probe,
 )
 from lisa_dist.planning.changes import single_changes
@@ -28,7 +26,7 @@ from lisa_dist.runtime.distributed import local_shard
 from lisa_dist.training.step import accumulate_gradients
 from tests.support import planned, runs
 from tests.support.ranks import run_on_ranks
-from tests.support.small_training import PERIOD, make_config, make_global_batches, train_on_rank
+from tests.support.small_training import PERIOD, build_and_load, make_config, make_global_batches, train_on_rank
 
 RANKS, REPLICAS = 4, 2
 BF16 = {"frozen": "bfloat16", "compute": "bfloat16"}
@@ -60,8 +58,7 @@ def count_over_periods(parallel: dict[str, Any], state_on_freeze: str) -> list[d
     """Bytes and elements of this rank after each switch, and after gradients were accumulated. Runs on every rank."""
     config = make_config(parallel=parallel, precision=BF16, optimizer={"state_on_freeze": state_on_freeze})
     config.model.architecture["num_hidden_layers"] = 3
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config)
     seen = []
     for period, micro_batches in enumerate(make_global_batches(2, RANKS)):
         begin_period(train_module, period)
@@ -164,8 +161,7 @@ def probe_twice(optimizer_shard: str) -> list[float]:
     config.model.architecture["num_hidden_layers"] = 3
     config.sampler = load(["sampler=gradient"]).sampler
     config.sampler.active_layers = 2
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config)
 
     def coming(count: int) -> list[dict[str, torch.Tensor]]:
         return make_global_batches(1)[0][distributed.rank() :: RANKS][:count]

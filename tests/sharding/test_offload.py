@@ -6,17 +6,16 @@ from typing import Any
 
 import torch
 
-from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
+from lisa_dist.method.module import begin_period
 from lisa_dist.planning.simulation import simulate
 from tests.support.planned import make_config as make_planned_config
 from tests.support.ranks import run_on_ranks
-from tests.support.small_training import PERIOD, make_config, train_on_rank
+from tests.support.small_training import PERIOD, build_and_load, make_config, train_on_rank
 
 
 def places_after_switches() -> list[bool]:
     """Whether exactly the frozen parameters are marked as lying in host memory. Runs on every rank."""
-    train_module = build_train_module(make_config(parallel={"offload": "frozen"}))
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(make_config(parallel={"offload": "frozen"}))
     right = []
     for period in range(3):
         begin_period(train_module, period)

@@ -20,7 +20,7 @@ from lisa_dist.checkpoint.restore import restore_checkpoint
 from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config.loading import load, to_yaml
-from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
+from lisa_dist.method.module import TrainModule, begin_period, build_train_module
 from lisa_dist.models.layer_map import LayerMap
 from lisa_dist.planning.simulation import simulate
 from lisa_dist.runtime import distributed
@@ -34,6 +34,7 @@ from tests.support.small_training import (
     PERIOD,
     ROUNDED,
     STEPS,
+    build_and_load,
     make_config,
     make_global_batches,
     train_on_rank,
@@ -80,8 +81,7 @@ def drive(
     with mock.patch("lisa_dist.sharding.stay_whole", lambda *_: kind == "resident"):
         result: dict[str, Any] = {}
         if directory is not None:
-            train_module = build_train_module(config)
-            load_initial_weights(train_module, CPU)
+            train_module = build_and_load(config)
             losses = run_steps(train_module, 0, LAST, directory)
             plain = [not isinstance(tensor, DTensor) for tensor in train_module.optimizer.moment_tensors().values()]
             assert all(plain) if kind == "resident" else not any(plain)
@@ -136,8 +136,7 @@ def test_replicas_in_bf16_stay_equal_and_follow_two_shards() -> None:
 def error_of_a_frequent_token(kind: str) -> float:
     """By how much the gradient of a token that fills the batch misses the sum over its places. Runs on one rank."""
     with mock.patch("lisa_dist.sharding.stay_whole", lambda *_: kind == "resident"):
-        train_module = build_train_module(make_config(precision=BF16))
-        load_initial_weights(train_module, CPU)
+        train_module = build_and_load(make_config(precision=BF16))
         incoming: list[torch.Tensor] = []
         embeddings = train_module.store.layers.embeddings[0]
         embeddings.register_forward_hook(lambda module, args, rows: rows.register_hook(incoming.append) and None)
@@ -157,8 +156,7 @@ def head_gradient(tied: bool) -> torch.Tensor:
     """The gradient of a head in bf16 whose master is in fp32, a sum of many products. Runs on one rank."""
     config = make_config(precision=BF16, model={"loss_chunk": "2"})
     config.model.architecture["tie_word_embeddings"] = tied
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, CPU)
+    train_module = build_and_load(config)
     ids = torch.arange(64)[None] % 127
     accumulate_gradients(train_module, [{"input_ids": ids, "labels": ids, "position_ids": torch.arange(64)[None]}])
     return train_module.optimizer.gradients()["model.embed_tokens.weight" if tied else "lm_head.weight"]
@@ -173,8 +171,7 @@ def test_the_gradient_of_the_head_reaches_its_master_unrounded(tied: bool) -> No
 
 def gradients_of_two_micro_batches(in_place: bool) -> dict[str, Any]:
     """The head's gradient after a step's micro-batches, where it lay after the first, and a scaled loss. On a rank."""
-    train_module = build_train_module(make_config(precision=BF16))
-    load_initial_weights(train_module, CPU)
+    train_module = build_and_load(make_config(precision=BF16))
     begin_period(train_module, 0)
     store, name = cast(ResidentStore, train_module.store), "lm_head.weight"
     if in_place:  # as on a GPU
@@ -225,8 +222,7 @@ class Collectives(TorchDispatchMode):
 
 def traffic_of_a_step(micro_batches: int, bucket_bytes: int) -> Collectives:
     """What the forward and backward passes of a step send. Runs on every rank."""
-    train_module = build_train_module(make_config(precision=BF16, parallel=REPLICAS))
-    load_initial_weights(train_module, CPU)
+    train_module = build_and_load(make_config(precision=BF16, parallel=REPLICAS))
     begin_period(train_module, 0)
     batches = make_global_batches(1, 2 * micro_batches)[0][distributed.rank() :: 2]
     with (

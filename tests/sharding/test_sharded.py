@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
+from lisa_dist.method.module import begin_period
 from lisa_dist.runtime import distributed
 from lisa_dist.training.step import accumulate_gradients
 from tests.support.ranks import run_on_ranks
-from tests.support.small_training import make_config, make_global_batches
+from tests.support.small_training import build_and_load, make_config, make_global_batches
 
 BLOCKS = 4
 FROZEN_OUTSIDE = {"embeddings": False, "norm": False, "head": False}
@@ -47,8 +47,7 @@ def gathers_of_steps(prefetch: int, tied: bool, outside: dict[str, bool]) -> lis
     """What forward and backward passes of three periods gather. Runs on every rank."""
     config = make_config(parallel={"prefetch": prefetch}, always_active=outside)
     config.model.architecture |= {"num_hidden_layers": BLOCKS, "tie_word_embeddings": tied}
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config)
     batch = make_global_batches(1)[0][distributed.rank()]
     seen = []
     for period in range(3):

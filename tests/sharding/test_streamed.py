@@ -23,7 +23,6 @@ from lisa_dist.method.module import (
     add_trained_params,
     allocate,
     begin_period,
-    build_train_module,
     load_initial_weights,
 )
 from lisa_dist.planning.phases import SWITCH
@@ -36,7 +35,7 @@ from lisa_dist.sharding.streamed import StreamedStore
 from lisa_dist.training.step import train_step
 from tests.support.ranks import run_on_ranks
 from tests.support.simulated_link import SimulatedLink
-from tests.support.small_training import make_global_batches
+from tests.support.small_training import build_and_load, make_global_batches
 from tests.support.streamed_training import BF16, CPU, FROZEN_ENDS, TIED, built, configured, run_steps, weights
 
 KIB = 2**-20  # in GiB
@@ -142,8 +141,7 @@ def test_blocks_that_no_gradient_reaches_travel_once() -> None:
 
 def copied_in_steps(config: Config) -> list[int]:
     """The bytes that the first two steps of a period copy to the device. Runs on one rank."""
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, CPU)
+    train_module = build_and_load(config)
     begin_period(train_module, 0)
     return [
         train_step(train_module, batch, 0, 2).link_bytes

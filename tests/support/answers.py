@@ -9,11 +9,10 @@ import torch
 
 from lisa_dist.config import Config
 from lisa_dist.config.updates import LoraUpdateConfig
-from lisa_dist.method.module import build_train_module, load_initial_weights
 from lisa_dist.runtime import distributed
 from lisa_dist.training.generation import Answerer, AnswerSettings
 from tests.support.families import tiny_config
-from tests.support.small_training import make_config
+from tests.support.small_training import build_and_load, make_config
 
 LENGTHS = (17, 9, 21, 4, 13)  # of the prompts: above and below the sliding window
 NEW_TOKENS = 8
@@ -59,8 +58,7 @@ def prompts() -> list[list[int]]:
 
 
 def answerer_of(name: str, **changes: Any) -> Answerer:
-    train_module = build_train_module(case_config(name, **changes))
-    load_initial_weights(train_module, distributed.device())
+    train_module = build_and_load(case_config(name, **changes), distributed.device())
     store = train_module.store
     for parameter in store.names:
         if "lora_B" in parameter:

@@ -10,20 +10,19 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lisa_dist.config import Config
-from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
+from lisa_dist.method.module import begin_period
 from lisa_dist.method.optim.schedule import learning_rate
 from lisa_dist.runtime import distributed
 from lisa_dist.training.step import train_step
 from tests.support.plain_methods import train_by_hand
-from tests.support.small_training import GLOBAL_BATCH, full_parameters, make_global_batches
+from tests.support.small_training import GLOBAL_BATCH, build_and_load, full_parameters, make_global_batches
 
 STEPS = 6
 
 
 def train_on_rank(config: Config, size: int = GLOBAL_BATCH) -> dict[str, Any]:
     """Train and return what the tests compare. Runs on every rank."""
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config)
     initial = full_parameters(train_module)
     losses, draws, trained = [], [], []
     for step, micro_batches in enumerate(make_global_batches(STEPS, size)):

@@ -23,9 +23,10 @@ from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import Config
 from lisa_dist.config.loading import load
-from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
+from lisa_dist.method.module import TrainModule, begin_period
 from lisa_dist.runtime import distributed
 from lisa_dist.training.step import train_step
+from tests.support.small_training import build_and_load
 
 ROUNDS = 7
 ARCHITECTURE = (
@@ -35,8 +36,7 @@ ARCHITECTURE = (
 
 
 def make_learner(config: Config) -> TrainModule:
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config)
     begin_period(train_module, 0)
     return train_module
 

@@ -135,4 +135,5 @@ def plain_model(config: Config) -> nn.Module:
 
 
 def adam(optimizer: Any, name: str, gradient: torch.Tensor) -> torch.Tensor:
+    """The direction of a plain optimizer by itself, AdamW's or Lion's."""
     return optimizer.direction(name, gradient)

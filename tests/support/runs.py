@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
 from lisa_dist.checkpoint.manifest import checkpoint_name, list_checkpoints
 from lisa_dist.checkpoint.shards import Piece, ShardedTensors, WrittenFile, write_pieces
 from lisa_dist.checkpoint.state import open_weights
-from lisa_dist.config import Config
+from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import load
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.telemetry.records import read_rows, read_summary
@@ -120,6 +121,13 @@ def train_here(config: Config, kill: Kill | None = None) -> int | None:
             return loop.train(config)
         except Killed:
             return None
+
+
+def refusal(config: Config) -> str:
+    """Return why training in this rank is refused."""
+    with pytest.raises(UserError) as caught:
+        train_here(config)
+    return str(caught.value)
 
 
 def train(world_size: int, config: Config, *kills: Kill) -> None:

@@ -7,7 +7,6 @@ import random
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from lisa_dist.config import Config
 from lisa_dist.method.module import (
@@ -23,6 +22,7 @@ from lisa_dist.sharding import fsdp2
 from lisa_dist.sharding.sharded import ShardedStore
 from lisa_dist.training.step import train_step
 from tests.support.plain_lisa import train_plainly
+from tests.support.plain_methods import plain_model
 
 # No size is divisible by two ranks, let alone by four.
 ARCHITECTURE = {
@@ -79,6 +79,13 @@ def make_global_batches(steps: int = STEPS, size: int = GLOBAL_BATCH) -> list[li
     return batches
 
 
+def build_and_load(config: Config, device: torch.device | str = "cpu") -> TrainModule:
+    """The model with everything that changes it, filled with the weights to start from. Collective: every rank."""
+    train_module = build_train_module(config)
+    load_initial_weights(train_module, torch.device(device))
+    return train_module
+
+
 def full_parameters(train_module: TrainModule) -> dict[str, torch.Tensor]:
     """All parameters, whole, in fp32. Collective."""
     fsdp2.reshard_all(train_module.store.module)
@@ -123,9 +130,7 @@ def to_be_trained(train_module: TrainModule) -> set[str]:
 
 def train_on_rank(config: Config, steps: int = STEPS, size: int = GLOBAL_BATCH) -> dict[str, Any]:
     """Build, train, and return what the tests compare. Runs on every rank."""
-    device = torch.device("cpu")
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, device)
+    train_module = build_and_load(config)
     initial = full_parameters(train_module)
     losses, grad_norms, draws, reduce_dtypes, bytes_counted = [], [], [], [], []
     for step, micro_batches in enumerate(make_global_batches(steps, size)):
@@ -152,8 +157,7 @@ def train_on_rank(config: Config, steps: int = STEPS, size: int = GLOBAL_BATCH) 
 def train_reference(
     config: Config, initial: dict[str, torch.Tensor], draws: list[list[int]]
 ) -> tuple[Any, list[float]]:
-    fields = dict(config.model.architecture)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+    model: Any = plain_model(config)
     model.load_state_dict(initial, strict=False)
     ends = [p for name, p in model.named_parameters() if ".layers." not in name]
     rates = [learning_rate(config.scheduler, config.optimizer.lr, step, STEPS) for step in range(STEPS)]

@@ -12,20 +12,19 @@ from lisa_dist.checkpoint.manifest import list_checkpoints
 from lisa_dist.checkpoint.restore import restore_checkpoint
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.checks import check_accumulation, check_combinations
-from lisa_dist.method.module import begin_period, build_train_module, count_persistent_bytes, load_initial_weights
+from lisa_dist.method.module import begin_period, build_train_module, count_persistent_bytes
 from lisa_dist.runtime import distributed
 from lisa_dist.training.step import train_step
 from tests.support import runs
 from tests.support.ranks import run_on_ranks
-from tests.support.small_training import full_parameters, make_config, make_global_batches
+from tests.support.small_training import build_and_load, full_parameters, make_config, make_global_batches
 
 
 def states_over_periods() -> dict[str, Any]:
     """The state of a block before its freeze, while frozen and after its return. Runs on every rank."""
     config = make_config(optimizer={"state_on_freeze": "offload"}, sampler={"active_layers": 1, "seed": 1})
     config.model.architecture["num_hidden_layers"] = 3
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config)
     batches = make_global_batches(2)
     seen: list[dict[str, Any]] = []
     for period in range(5):
@@ -46,8 +45,7 @@ def states_over_periods() -> dict[str, Any]:
 
 def copies_after_a_step(writes: bool) -> tuple[int, int]:
     """How many parameters have a copy apart, and how many of these hold what the optimizer wrote. Runs on a rank."""
-    train_module = build_train_module(make_config(precision={"frozen": "bfloat16", "compute": "bfloat16"}))
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(make_config(precision={"frozen": "bfloat16", "compute": "bfloat16"}))
     begin_period(train_module, 0)
     stepper: Any = train_module.optimizer._stepper
     masters = {name: train_module.store.master(name) for name in train_module.optimizer.parameters}
@@ -96,8 +94,7 @@ def test_offloaded_state_returns_bit_for_bit_and_is_counted() -> None:
 def train_in_backward(in_backward: bool, parallel: dict[str, Any]) -> dict[str, Any]:
     """Two periods of one sequence a rank, unclipped. Runs on every rank."""
     config = make_config(optimizer={"in_backward": in_backward, "grad_clip": 0.0}, parallel=parallel)
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config)
     results = []
     for step, micro_batches in enumerate(make_global_batches(4)):
         if step % 2 == 0:

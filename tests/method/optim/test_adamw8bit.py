@@ -11,13 +11,13 @@ import torch
 from lisa_dist.config import UserError
 from lisa_dist.config.checks import check_combinations
 from lisa_dist.config.optimization import OPTIMIZER_CONFIGS
-from lisa_dist.method.module import begin_period, build_train_module, count_persistent_bytes, load_initial_weights
+from lisa_dist.method.module import begin_period, count_persistent_bytes
 from lisa_dist.method.optim import optimizer_spec
 from lisa_dist.planning.simulation import simulate
 from lisa_dist.runtime import distributed
 from lisa_dist.training.step import train_step
 from tests.support.ranks import run_on_ranks
-from tests.support.small_training import make_config, make_global_batches
+from tests.support.small_training import build_and_load, make_config, make_global_batches
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
 
@@ -40,8 +40,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def train(name: str) -> dict[str, Any]:
     """Six steps in three periods. Runs on every rank."""
-    train_module = build_train_module(config_of(name))
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config_of(name))
     losses, sizes = [], []
     with torch.compiler.set_stance("force_eager"):
         for step, micro_batches in enumerate(make_global_batches(6)):

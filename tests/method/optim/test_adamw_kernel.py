@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
-import pytest
+from tests.support.interpreted import run_interpreted
 
 CODE = """
 import importlib, torch
@@ -42,5 +38,4 @@ for divisor, left_out in ((None, None), (7.0, None), (7.0, 2)):
 
 
 def test_steps_are_those_of_torch_and_gradients_stay() -> None:
-    pytest.importorskip("triton", reason="needs triton, which comes with torch for GPUs")
-    subprocess.run([sys.executable, "-c", CODE], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    run_interpreted(CODE)

@@ -13,16 +13,16 @@ from lisa_dist.config import Config
 from lisa_dist.config.loading import load, vary
 from lisa_dist.config.optimization import OPTIMIZER_CONFIGS
 from lisa_dist.config.updates import LowRankUpdateConfig
-from lisa_dist.method.module import begin_period, build_train_module, count_persistent_bytes, load_initial_weights
+from lisa_dist.method.module import begin_period, count_persistent_bytes
 from lisa_dist.method.optim import optimizer_spec
 from lisa_dist.method.optim.schedule import learning_rate
 from lisa_dist.planning.simulation import simulate
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding.memory_policy import activation_budget
 from lisa_dist.training.step import train_step
-from tests.support.plain_methods import PlainAdamW, PlainGaLore, plain_model, train_by_hand
+from tests.support.plain_methods import PlainAdamW, PlainGaLore, adam, plain_model, train_by_hand
 from tests.support.ranks import run_on_ranks
-from tests.support.small_training import full_parameters, make_config, make_global_batches
+from tests.support.small_training import build_and_load, full_parameters, make_config, make_global_batches
 
 STEPS, PERIOD, RANK = 4, 3, 3
 
@@ -44,8 +44,7 @@ def trained(name: str, world_size: int) -> dict[str, Any]:
 
 def train(config: Config) -> dict[str, Any]:
     """Train for a period and a step. Runs on every rank."""
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config)
     seen: dict[str, Any] = {"initial": full_parameters(train_module), "trained": [], "losses": []}
     for step, micro_batches in enumerate(make_global_batches(STEPS)):
         if step % PERIOD == 0:
@@ -88,12 +87,8 @@ def assert_equals_plain_lion(config: Config, result: dict[str, Any], direction: 
 def test_steps_are_those_of_the_formula(world_size: int) -> None:
     config, result = config_of("lion"), trained("lion", world_size)
     assert set(result["trained"][0]) != set(result["trained"][-1]), "a seed whose draws differ is needed"
-    assert_equals_plain_lion(config, result, by_formula)
+    assert_equals_plain_lion(config, result, adam)
     assert result["kinds"] == {"exp_avg"}
-
-
-def by_formula(optimizer: PlainAdamW, name: str, gradient: torch.Tensor) -> torch.Tensor:
-    return optimizer.direction(name, gradient)
 
 
 def test_its_one_moment_follows_the_projection_of_a_low_rank_update() -> None:
@@ -104,7 +99,7 @@ def test_its_one_moment_follows_the_projection_of_a_low_rank_update() -> None:
 
     def direction(optimizer: PlainAdamW, name: str, gradient: torch.Tensor) -> torch.Tensor:
         if ".layers." not in name or gradient.dim() != 2:
-            return by_formula(optimizer, name, gradient)
+            return adam(optimizer, name, gradient)
         if name not in optimizer.state:
             galore.steps[name] = 0  # frozen since
         return galore.direction(optimizer, name, gradient)

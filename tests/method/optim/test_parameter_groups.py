@@ -15,7 +15,7 @@ from lisa_dist.config.loading import load
 from lisa_dist.config.optimization import OPTIMIZER_CONFIGS, PARTS
 from lisa_dist.config.sampling import SAMPLER_CONFIGS
 from lisa_dist.config.updates import UPDATE_CONFIGS
-from lisa_dist.method.module import begin_period, build_train_module, load_initial_weights
+from lisa_dist.method.module import begin_period, build_train_module
 from lisa_dist.method.optim.active_optimizer import ActiveOptimizer
 from lisa_dist.method.optim.parameter_groups import ParameterGroups, norms_and_biases
 from lisa_dist.method.optim.schedule import learning_rate
@@ -25,7 +25,7 @@ from lisa_dist.training.step import train_step
 from tests.support.families import FAMILIES, tiny_config
 from tests.support.plain_methods import mean_loss, plain_model
 from tests.support.ranks import run_on_ranks
-from tests.support.small_training import full_parameters, make_config, make_global_batches
+from tests.support.small_training import build_and_load, full_parameters, make_config, make_global_batches
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,8 +87,7 @@ def config_with_rates(**part_lr: float) -> Config:
 
 def train_with_rates(config: Config) -> dict[str, Any]:
     """Train and return the weights and the recorded learning rates. Runs on every rank."""
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config)
     initial, lrs = full_parameters(train_module), []
     begin_period(train_module, 0)
     for step, batches in enumerate(make_global_batches(STEPS)):
@@ -166,8 +165,7 @@ def test_tied_weights_have_the_rate_of_the_embeddings_and_no_other() -> None:
 def rates_of_a_step(config: Config) -> dict[str, float]:
     """The learning rate of each parameter, on a schedule that is constant. Runs on every rank."""
     config.scheduler.name, config.scheduler.warmup_steps = "constant", 0
-    train_module = build_train_module(config)
-    load_initial_weights(train_module, torch.device("cpu"))
+    train_module = build_and_load(config)
     begin_period(train_module, 0)
     batches = make_global_batches(1)[0]
     before = full_parameters(train_module)
