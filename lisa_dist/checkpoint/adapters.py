@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,15 +19,20 @@ from lisa_dist.checkpoint.description import described_model
 from lisa_dist.checkpoint.shards import ShardedTensors, write_safetensors
 from lisa_dist.checkpoint.state import open_weights
 from lisa_dist.config import Config, UserError
-from lisa_dist.config.paths import local_path
+from lisa_dist.config.paths import model_directory
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.config.updates import LoraUpdateConfig
 from lisa_dist.method.updates.lora import ADAPTER, adapter_config, merge, scaling_of
 from lisa_dist.models.architecture import build_meta_model
+from lisa_dist.models.conversion import find_sources, join_tied
 from lisa_dist.models.layer_map import find_layers
 from lisa_dist.models.quantization import dequantize
+from lisa_dist.models.weight_files import SafetensorsDirectory
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+ROWS = 16  # of each weight that are compared with those of the base
 
 
 def merged_tensors(
@@ -60,7 +67,8 @@ def write_adapter(config: Config, checkpoint: Path, directory: Path) -> list[str
     """Write the adapters of a checkpoint as a directory that peft loads, and return the files of weights.
 
     Raises:
-        UserError: the run has no adapters, more than adapters was trained, or they belong to weights that no file has.
+        UserError: the run has no adapters, more than adapters was trained, or they belong to weights that no file has,
+            or that ``model.path`` no longer has.
     """
     if config.update.adapters is None:
         raise UserError(f"export.adapter=true: this run has no adapters, its update is {config.update.name}")
@@ -74,24 +82,67 @@ def write_adapter(config: Config, checkpoint: Path, directory: Path) -> list[str
             "export.adapter=true: the adapters belong to weights that began at random and are in no file; leave the "
             "key out to export all, merged"
         )
-    dtype = getattr(torch, config.export.dtype or "float32")
-    tensors = open_weights(checkpoint)
+    tensors, model = open_weights(checkpoint), build_meta_model(described_model(RunDirectory.of(config), config.model))
+    base = name_of_base(str(config.model.path), tensors, model)
     names = [name for name in tensors if ".lora_" in name]
+    dtype = getattr(torch, config.export.dtype or "float32")
     described = {_peft_name(name): torch.empty(tensors.shape(name), dtype=dtype, device="meta") for name in names}
     contents = (tensors.read(name).to(dtype) for name in names)
     write_safetensors(described, directory / WEIGHTS_FILE, {"format": "pt"}, contents)
-    model = build_meta_model(described_model(RunDirectory.of(config), config.model))
     written = adapter_config(config.update.adapters, find_layers(model, config.model.blocks))
     if put_in_by_peft(written, model) != set(names):
         raise UserError(
             f"export.adapter=true: peft puts the adapters of {type(model).__name__} into other layers where it loads "
             "them; leave the key out to export all, merged"
         )
-    base = local_path(str(config.model.path))  # a relative one would be looked for where the adapter is loaded
-    written.base_model_name_or_path = str(base.resolve()) if base.is_dir() else config.model.path
+    written.base_model_name_or_path = base
     written.inference_mode = True
     written.save_pretrained(str(directory))
     return [WEIGHTS_FILE]
+
+
+def name_of_base(path: str, tensors: ShardedTensors, model: nn.Module) -> str:
+    """Return how adapters name the directory or hub id of their base: a relative path would be looked for elsewhere.
+
+    Raises:
+        UserError: it holds other weights by now than the checkpoint.
+    """
+    directory = base = None
+    with suppress(UserError, OSError, ValueError):  # the last one of a text that is no hub id either
+        directory = model_directory(path)
+        base = directory or Path(snapshot_download(path, local_files_only=True))
+    if base is None or not any(base.glob("*.safetensors")):
+        logger.warning(
+            "export.adapter=true: no weights of model.path=%s are found from here, so whether they are still those "
+            "that the adapters were trained on is not known; the adapter names its base as it is written",
+            path,
+        )
+    elif other := other_weight(tensors, base, model):
+        raise UserError(
+            f"export.adapter=true: model.path={path} holds other weights than those that the adapters were trained on "
+            f"({other} differs); name by model.path where these are, or leave the key out to export all, merged"
+        )
+    return path if directory is None else str(directory.resolve())
+
+
+def other_weight(tensors: ShardedTensors, base: Path, model: nn.Module) -> str | None:
+    """Return the name of a weight of which a directory has other numbers than a checkpoint, None where there is none.
+
+    The first rows of each are compared, of what is kept as a directory has it: neither quantised nor joined.
+    """
+    weights = SafetensorsDirectory(base)
+    sources, _ = find_sources(model, weights.file_of)
+    join_tied(model, sources)
+    for name in tensors:
+        source = sources.get(name.replace(".base_layer.", "."))
+        if source is None or source.converter is not None or f"{name}_scale" in tensors.pieces:
+            continue
+        kept = tensors.read(name)
+        rows = (slice(ROWS),) if kept.dim() else ()
+        same_shape = weights.shape(source.name) == tuple(kept.shape)
+        if not same_shape or not torch.equal(weights.read(source.name, rows).to(kept.dtype), kept[rows]):
+            return source.name
+    return None
 
 
 def put_in_by_peft(written: Any, model: nn.Module) -> set[str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lisa_dist.checkpoint.export import export_checkpoint, find_checkpoint
@@ -97,6 +99,24 @@ def test_both_exports_answer_as_the_trained_model(family: str, overrides: list[s
     )
     adapted = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     torch.testing.assert_close(adapted(input_ids=IDS).logits, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_base_that_is_another_by_now_is_refused_and_one_that_is_gone_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    config = make_run(tmp_path / "run", base, "method=lora", "precision.frozen=bfloat16", "export.adapter=true")
+    train(1, config)
+    checkpoint = find_checkpoint(tmp_path / "run" / "checkpoints", None)
+    export_checkpoint(config, checkpoint, tmp_path / "of the same")
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1.1  # as a further training that was exported there
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"holds other weights than .* \(model.layers.1.mlp.up_proj.weight differs\)"):
+        export_checkpoint(config, checkpoint, tmp_path / "of another")
+    shutil.rmtree(base)
+    export_checkpoint(config, checkpoint, tmp_path / "of none")
+    assert f"no weights of model.path={base} are found from here" in caplog.text
 
 
 @pytest.mark.parametrize(
