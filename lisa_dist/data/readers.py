@@ -15,6 +15,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -107,14 +108,10 @@ def _read_json(file: Path) -> Iterator[Row | BrokenRow]:
     try:
         with _open_text(file) as text:
             content = json.load(text, object_pairs_hook=keys_once)
-    except BadRowError as error:
-        raise UserError(f"{file}: {error}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{file}, line {error.lineno}: not valid JSON ({error.msg})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets within brackets
-        raise UserError(f"{file}: not valid JSON ({error})") from error
+    except (BadRowError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: {_what_is_wrong(error)}") from error
     rows = content.get("data") if isinstance(content, dict) else content
     if not isinstance(rows, list):
         found = f"an object with {', '.join(map(str, content))}" if isinstance(content, dict) else type(rows).__name__
@@ -124,6 +121,17 @@ def _read_json(file: Path) -> Iterator[Row | BrokenRow]:
             yield Row(values, str(file), index + 1, "row")
         else:
             yield BrokenRow(f"{file}, row {index + 1}", f"must be an object, found {type(values).__name__}")
+
+
+def _what_is_wrong(error: Exception) -> str:
+    """Return why something is no JSON, by what reading it has raised."""
+    if isinstance(error, BadRowError):
+        return str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 text (byte {error.start})"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON ({error.msg} at character {error.pos + 1})"
+    return f"not valid JSON ({error})"  # a number of thousands of digits, brackets within brackets
 
 
 def _is_json(text: bytes) -> bool:
@@ -144,17 +152,8 @@ def _read_json_lines(file: Path) -> Iterator[Row | BrokenRow]:
             place = f"{file}, line {number}"
             try:
                 values = json.loads(line, object_pairs_hook=keys_once)
-            except BadRowError as error:
-                yield BrokenRow(place, str(error))
-                continue
-            except UnicodeDecodeError as error:
-                yield BrokenRow(place, f"not UTF-8 text (byte {error.start})")
-                continue
-            except json.JSONDecodeError as error:
-                yield BrokenRow(place, f"not valid JSON ({error.msg} at character {error.pos + 1})")
-                continue
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets within brackets
-                yield BrokenRow(place, f"not valid JSON ({error})")
+            except (BadRowError, ValueError, RecursionError) as error:
+                yield BrokenRow(place, _what_is_wrong(error))
                 continue
             if isinstance(values, dict):
                 yield Row(values, str(file), number)
@@ -215,21 +214,14 @@ def _read_parquet(file: Path) -> Iterator[Row | BrokenRow]:
 
 def _read_text(file: Path) -> Iterator[Row | BrokenRow]:
     """Read plain text: paragraphs, with blank lines between them, are rows with the one column ``text``."""
-    paragraph: list[str] = []
-    start = 1
     try:
         with _open_text(file) as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    start = start if paragraph else number
-                    paragraph.append(line)
-                elif paragraph:
-                    yield Row({"text": "".join(paragraph).rstrip("\n")}, str(file), start)
-                    paragraph = []
+            for is_blank, numbered in groupby(enumerate(stream, start=1), key=lambda line: not line[1].strip()):
+                if not is_blank:
+                    numbers, lines = zip(*numbered)
+                    yield Row({"text": "".join(lines).rstrip("\n")}, str(file), numbers[0])
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text") from error
-    if paragraph:
-        yield Row({"text": "".join(paragraph).rstrip("\n")}, str(file), start)
 
 
 READERS = {
