@@ -265,20 +265,11 @@ def begin_period(train_module: TrainModule, period: int, coming: ComingBatches |
     request = train_module.sampler.request(period)
     if request is not None:
         train_module.sampler.observe(probe(train_module, request, coming))
-    layers = train_module.store.layers
-    modules = drawable_modules(train_module.config.sampler, layers)
-    blocks, drawn_modules = drawn_parts(train_module.sampler.draw(period), len(layers.blocks), modules)
-    switch_active_blocks(
-        train_module.store,
-        train_module.optimizer,
-        train_module.update,
-        train_module.active,
-        blocks,
-        period,
-        train_module.config.train.seed,
-        drawn_modules,
-    )
-    train_module.memory.apply(train_module.store, train_module.active.blocks, bool(train_module.active.drawn))
+    store, update, active, config = train_module.store, train_module.update, train_module.active, train_module.config
+    modules = drawable_modules(config.sampler, store.layers)
+    drawn = drawn_parts(train_module.sampler.draw(period), len(store.layers.blocks), modules)
+    switch_active_blocks(store, train_module.optimizer, update, active, drawn, period, config.train.seed)
+    train_module.memory.apply(store, active.blocks, bool(active.drawn))
 
 
 def probe(train_module: TrainModule, request: ProbeRequest, coming: ComingBatches | None) -> list[float]:

@@ -154,12 +154,11 @@ def switch_active_blocks(
     optimizer: ActiveOptimizer,
     update: Update,
     active: ActiveSet,
-    blocks: list[int],
+    drawn: tuple[list[int], list[str]],
     period: int,
     seed: int,
-    modules: Iterable[str] = (),
 ) -> None:
-    """Make ``blocks`` the active ones, and ``modules``: freeze those that leave, thaw those that enter.
+    """Make what was drawn the active parts: freeze those that leave, thaw those that enter.
 
     Collective, every rank, where the store splits masters among replicas; else without communication.
 
@@ -172,11 +171,11 @@ def switch_active_blocks(
         optimizer: holds state for exactly the trained parameters, before and after.
         update: names which parameters of a block train.
         active: changed in place.
-        blocks: the period's draw.
+        drawn: for the period: the blocks, and the modules outside them.
         period: counted from 0; keys the rounding noise.
         seed: the run's seed; keys the rounding noise.
-        modules: the parts outside the blocks that were drawn too.
     """
+    blocks, modules = drawn
     before, after = active.drawn, parts_of(blocks, modules)
     leaving = [part for part in before if part not in after]
     entering = [part for part in after if part not in before]
@@ -188,4 +187,4 @@ def switch_active_blocks(
         names = _trained_in(store, update, part)
         store.set_trainable(names, trained=True)
         optimizer.add_params({name: store.master(name) for name in names})
-    active.blocks, active.modules, active.period = list(blocks), list(modules), period
+    active.blocks, active.modules, active.period = blocks, modules, period
