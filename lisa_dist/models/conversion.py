@@ -43,6 +43,11 @@ class WeightSource:
         return next(iter(self.names.values()))[0]
 
     @property
+    def all_names(self) -> list[str]:
+        """Every tensor that it is made of."""
+        return [name for names in self.names.values() for name in names]
+
+    @property
     def by_expert(self) -> bool:
         """Whether the first dimension counts tensors of the checkpoint, untouched by the later operations."""
         first, *rest = self.converter.operations

@@ -64,7 +64,7 @@ def inspect_weights(config: ModelConfig, architecture: PretrainedConfig, directo
     if pairs:
         replica = _untied_replica(config, architecture, pairs, sources)
         sources, unexpected = find_sources(replica, weights.file_of)
-    used = {name for source in sources.values() for names in source.names.values() for name in names}
+    used = {name for source in sources.values() for name in source.all_names}
     join_tied(replica, sources)
     state = named_state(replica)
     missing = (
@@ -181,7 +181,7 @@ def _check_source(
     directory: Path, target: str, source: WeightSource, tensor: Tensor, weights: SafetensorsDirectory
 ) -> None:
     plain = source.names.get("", [])  # those that need no conversion, of which there can be one, and nothing else
-    others = [name for names in source.names.values() for name in names if name not in plain[:1]]
+    others = [name for name in source.all_names if name not in plain[:1]]
     differing = next((other for other in others if plain and not _are_equal(plain[0], other, weights)), None)
     if differing is not None:
         raise UserError(
@@ -194,7 +194,7 @@ def _check_source(
         check_experts(directory, target, source, tensor)
     if not tensor.is_floating_point():
         return
-    for name in (name for names in source.names.values() for name in names):
+    for name in source.all_names:
         if not weights.dtype(name).is_floating_point:
             raise UserError(
                 f"model.path={directory}: {name} is stored as {weights.stored_type(name)}, which is no plain "
@@ -218,7 +218,7 @@ def _stored_dtypes(weights: SafetensorsDirectory, sources: dict[str, WeightSourc
     """Count the numbers of each floating-point dtype that the model is filled with."""
     sizes: Counter[torch.dtype] = Counter()
     for source in sources.values():
-        for name in (name for names in source.names.values() for name in names):
+        for name in source.all_names:
             dtype = weights.dtype(name)
             if dtype.is_floating_point:
                 sizes[dtype] += torch.Size(weights.shape(name)).numel()
@@ -245,7 +245,7 @@ def _is_used_exactly(replica: Any, name: str) -> bool:
 
 
 def _holds_float32(source: WeightSource, weights: SafetensorsDirectory) -> bool:
-    return any(weights.dtype(name) == torch.float32 for names in source.names.values() for name in names)
+    return any(weights.dtype(name) == torch.float32 for name in source.all_names)
 
 
 def _warn_of_rounded(directory: Path, exact: list[str], kept: str) -> None:
