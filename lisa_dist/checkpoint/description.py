@@ -22,16 +22,11 @@ from transformers.utils import logging as transformers_logging
 from lisa_dist.checkpoint.code_files import GENERATE, copy_code
 from lisa_dist.config import ModelConfig, UserError
 from lisa_dist.config.errors import in_one_line
-from lisa_dist.config.paths import model_directory
+from lisa_dist.config.paths import MODEL_CONFIG, model_directory
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.stops import ids_of, stop_ids
 from lisa_dist.data.tokenizer import load_tokenizer
-from lisa_dist.models.architecture import (
-    CONFIG_FILE,
-    build_meta_model,
-    from_fields,
-    read_architecture,
-)
+from lisa_dist.models.architecture import build_meta_model, from_fields, read_architecture
 from lisa_dist.runtime.files import new_folder, read_json_object, write_json_object
 
 logger = logging.getLogger(__name__)
@@ -52,14 +47,16 @@ def described_model(run: RunDirectory, model: ModelConfig) -> ModelConfig:
     Raises:
         UserError: the run directory has none.
     """
-    if not (run.model / CONFIG_FILE).is_file():
-        raise UserError(f"run.dir={run.path}: has no {run.model.name}/{CONFIG_FILE}, which a run writes when it starts")
+    if not (run.model / MODEL_CONFIG).is_file():
+        raise UserError(
+            f"run.dir={run.path}: has no {run.model.name}/{MODEL_CONFIG}, which a run writes when it starts"
+        )
     return replace(model, path=str(run.model), init=model.initialization, architecture={})
 
 
 def was_untied(run: RunDirectory) -> bool:
     """Whether the run was started with a head of its own where config.json ties it to the embeddings."""
-    file = run.model / CONFIG_FILE
+    file = run.model / MODEL_CONFIG
     return file.is_file() and read_json_object(file, f"run.dir={run.path}").get("tie_word_embeddings") is False
 
 
@@ -68,7 +65,7 @@ def check_same_architecture(run: RunDirectory, model: ModelConfig, architecture:
 
     Weights of the same shapes may be there for other frequencies, scales or norms, and an export has the first ones.
     """
-    if not (run.model / CONFIG_FILE).is_file():
+    if not (run.model / MODEL_CONFIG).is_file():
         return
     began = read_architecture(described_model(run, model))
     then, now = (json.loads(one.to_json_string(use_diff=False)) for one in (began, architecture))
@@ -97,7 +94,7 @@ def write_description(run: RunDirectory, model: ModelConfig, architecture: Pretr
             fields = _config_fields(model, architecture, source)
             if source is not None:
                 copy_code(partial(source_file, source), fields, unfinished, GENERATE)
-            write_json_object(fields, unfinished / CONFIG_FILE)
+            write_json_object(fields, unfinished / MODEL_CONFIG)
             generation = _generation_fields(model, architecture, source, fields)
             write_json_object(generation, unfinished / GENERATION_FILE)
     except OSError as error:
@@ -158,9 +155,9 @@ def _config_fields(model: ModelConfig, architecture: PretrainedConfig, source: s
     if source is None:
         fields = json.loads(from_fields(model.architecture).to_json_string(use_diff=True))
     else:
-        file = source_file(source, CONFIG_FILE)
+        file = source_file(source, MODEL_CONFIG)
         if file is None:
-            raise UserError(f"model.path={model.path}: its {CONFIG_FILE} can't be read again")
+            raise UserError(f"model.path={model.path}: its {MODEL_CONFIG} can't be read again")
         fields = read_json_object(file, f"model.path={model.path}")
     dtype = torch.bfloat16 if model.initialization == "random" else architecture.dtype
     set_dtype(fields, dtype)
@@ -181,7 +178,7 @@ def _generation_fields(
     file = None if source is None else source_file(source, GENERATION_FILE)
     if file is not None:
         return repaired(read_json_object(file, f"model.path={model.path}"), GENERATION_FILE)
-    return repaired(generation_fields({**architecture.to_dict(), "use_cache": None, **fields}), CONFIG_FILE)
+    return repaired(generation_fields({**architecture.to_dict(), "use_cache": None, **fields}), MODEL_CONFIG)
 
 
 def generation_fields(fields: dict[str, Any]) -> dict[str, Any]:

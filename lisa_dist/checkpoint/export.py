@@ -16,10 +16,10 @@ from lisa_dist.checkpoint.manifest import check_format, checkpoint_name, list_ch
 from lisa_dist.checkpoint.shards import write_safetensors
 from lisa_dist.checkpoint.state import open_weights
 from lisa_dist.config import Config, UserError
-from lisa_dist.config.paths import check_is_new
+from lisa_dist.config.paths import MODEL_CONFIG, check_is_new
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.tokenizer import load_tokenizer
-from lisa_dist.models.architecture import CONFIG_FILE, build_meta_model, read_architecture
+from lisa_dist.models.architecture import build_meta_model, read_architecture
 from lisa_dist.models.conversion import export_conversion
 from lisa_dist.models.weight_files import INDEX_FILE, SINGLE_FILE
 from lisa_dist.runtime.files import new_folder, read_json_object, write_json_object
@@ -95,7 +95,7 @@ def write_model(config: Config, checkpoint: Path, directory: Path) -> list[str]:
     generation = read_json_object(directory / GENERATION_FILE, f"run.dir={config.run.dir}")
     add_ends(generation, load_tokenizer(str(run.tokenizer), config.model.trust_remote_code))
     write_json_object(generation, directory / GENERATION_FILE)
-    fields = read_json_object(directory / CONFIG_FILE, f"run.dir={config.run.dir}")
+    fields = read_json_object(directory / MODEL_CONFIG, f"run.dir={config.run.dir}")
     if config.export.dtype is not None:
         set_dtype(fields, getattr(torch, config.export.dtype))
     dtype = getattr(torch, fields.get("dtype") or fields["torch_dtype"])
@@ -109,7 +109,7 @@ def write_model(config: Config, checkpoint: Path, directory: Path) -> list[str]:
     )
     files = write_files(stream, directory, parse_size(config.export.max_shard_size))
     fields["architectures"] = [type(model).__name__]
-    write_json_object(fields, directory / CONFIG_FILE)
+    write_json_object(fields, directory / MODEL_CONFIG)
     return files
 
 

@@ -108,11 +108,7 @@ def _header(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes
     start = 0
     for name, tensor in tensors.items():
         stop = start + tensor.nbytes
-        entries[name] = {
-            "dtype": TYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, stop],
-        }
+        entries[name] = {"dtype": TYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)

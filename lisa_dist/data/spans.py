@@ -83,11 +83,7 @@ class _Search:
     """The search in one conversation."""
 
     def __init__(
-        self,
-        finder: AnswerFinder,
-        messages: list[Message],
-        tools: list[dict[str, Any]] | None,
-        prompt: bool = False,
+        self, finder: AnswerFinder, messages: list[Message], tools: list[dict[str, Any]] | None, prompt: bool = False
     ) -> None:
         self.finder = finder
         self.messages = messages

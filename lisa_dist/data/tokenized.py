@@ -113,12 +113,7 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _tokenize_into(
-    folder: Path,
-    config: DataConfig,
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    key: str,
-    limit: int | None,
+    folder: Path, config: DataConfig, source: Source, tokenizer: PreTrainedTokenizerBase, key: str, limit: int | None
 ) -> None:
     """Tokenize ``source`` and put the result at ``folder``, whole or not at all."""
     reader = RowReader(config, source, key, limit)

@@ -16,13 +16,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from lisa_dist.config import ModelConfig, UserError
 from lisa_dist.config.errors import in_one_line, nearest
-from lisa_dist.config.paths import check_model_directory, model_directory
+from lisa_dist.config.paths import MODEL_CONFIG, check_model_directory, model_directory
 from lisa_dist.models.model_kinds import check_is_decoder
 from lisa_dist.runtime.files import read_json_object, stay_offline_where_unreachable
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.json"
 POSITION_FIELDS = ("max_position_embeddings", "max_seq_len", "n_positions")  # how many positions a model was made for
 _OTHER_MODALITY = re.compile("vision|visual|image|img|audio|speech|video")
 
@@ -143,21 +142,21 @@ def _read(config: ModelConfig, directory: Path | None) -> PretrainedConfig:
     if directory is not None:
         key = f"model.path={config.path}"
         check_model_directory(directory, key)
-        fields = read_json_object(directory / CONFIG_FILE, key)
+        fields = read_json_object(directory / MODEL_CONFIG, key)
     else:
         stay_offline_where_unreachable()
         try:
             fields, _ = PretrainedConfig.get_config_dict(config.path)
         except OSError as error:
             raise UserError(
-                f"model.path={config.path}: no such directory, and the hub's {CONFIG_FILE} can't be read "
+                f"model.path={config.path}: no such directory, and the hub's {MODEL_CONFIG} can't be read "
                 f"({_first_line(error)})"
             ) from error
     _check_fields(config, fields)
     try:
         return AutoConfig.from_pretrained(str(directory or config.path), trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises many kinds, and code that comes with a model any
-        raise UserError(f"model.path={config.path}: {CONFIG_FILE} can't be used ({in_one_line(error)})") from error
+        raise UserError(f"model.path={config.path}: {MODEL_CONFIG} can't be used ({in_one_line(error)})") from error
 
 
 def _text_alone(config: ModelConfig, architecture: PretrainedConfig) -> PretrainedConfig:
@@ -199,7 +198,7 @@ def _check_fields(config: ModelConfig, fields: dict[str, Any]) -> None:
     if quantized:
         method = quantized.get("quant_method", "unnamed") if isinstance(quantized, dict) else quantized
         raise UserError(
-            f"model.path={config.path}: its weights are stored quantised (quantization_config of {CONFIG_FILE}: "
+            f"model.path={config.path}: its weights are stored quantised (quantization_config of {MODEL_CONFIG}: "
             f"{method}), which can't be trained here; choose the model's unquantised weights, which "
             "model.quantization=nf4 or int8 quantises for adapters"
         )
@@ -214,7 +213,7 @@ def _check_fields(config: ModelConfig, fields: dict[str, Any]) -> None:
             "model.trust_remote_code=true, after you have read it"
         )
     if not config.trust_remote_code:
-        _check_type(f"model.path={config.path}: model_type of {CONFIG_FILE}", fields.get("model_type"))
+        _check_type(f"model.path={config.path}: model_type of {MODEL_CONFIG}", fields.get("model_type"))
 
 
 def _check_type(key: str, model_type: str | None) -> None:

@@ -38,11 +38,7 @@ def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def install_loss_head(
-    model: nn.Module,
-    layer_map: LayerMap,
-    chunk_tokens: int,
-    router_aux_loss: bool = False,
-    in_place: bool = False,
+    model: nn.Module, layer_map: LayerMap, chunk_tokens: int, router_aux_loss: bool = False, in_place: bool = False
 ) -> LogitTransform | None:
     """Make ``model(input_ids=..., labels=...)`` return the summed loss, computed in chunks of ``chunk_tokens`` tokens.
 

@@ -16,18 +16,13 @@ from transformers import PretrainedConfig
 
 from lisa_dist.config import Config, ModelConfig, ParallelConfig, UserError
 from lisa_dist.config.checks import check_accumulation, check_combinations
-from lisa_dist.config.paths import model_directory
+from lisa_dist.config.paths import MODEL_CONFIG, model_directory
 from lisa_dist.config.placement import inputs_wait_in_host_memory, is_block_major
 from lisa_dist.config.sampling import FixedSamplerConfig, SamplerConfig, UniformSamplerConfig
 from lisa_dist.data.batches import MicroBatch
-from lisa_dist.method.module import (
-    add_trained_params,
-    allocate,
-    begin_period,
-    build_train_module,
-)
+from lisa_dist.method.module import add_trained_params, allocate, begin_period, build_train_module
 from lisa_dist.method.sampling import build_sampler
-from lisa_dist.models.architecture import CONFIG_FILE, read_architecture, set_depth
+from lisa_dist.models.architecture import read_architecture, set_depth
 from lisa_dist.models.inspection import ties_differ
 from lisa_dist.planning.phases import (
     STREAMED_BACKWARD,
@@ -115,7 +110,7 @@ def architecture_of(config: ModelConfig) -> PretrainedConfig:
                 found = f"model.path={directory}: planned with a head of its own, as in the weights"
                 warnings.warn(found, stacklevel=1)
         except UserError as error:
-            warnings.warn(f"planned as {CONFIG_FILE} says, whatever the weights are: {error}", stacklevel=1)
+            warnings.warn(f"planned as {MODEL_CONFIG} says, whatever the weights are: {error}", stacklevel=1)
     return architecture
 
 

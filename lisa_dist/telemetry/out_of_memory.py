@@ -12,11 +12,7 @@ from contextlib import contextmanager, suppress
 import torch
 
 from lisa_dist.config import Config, OutOfMemoryError, UserError
-from lisa_dist.config.checks import (
-    check_accumulation,
-    check_combinations,
-    check_streamed,
-)
+from lisa_dist.config.checks import check_accumulation, check_combinations, check_streamed
 from lisa_dist.config.idle_options import options_without_effect
 from lisa_dist.config.loading import vary
 from lisa_dist.config.run_directory import RunDirectory

@@ -13,11 +13,7 @@ from time import perf_counter
 
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, Config, UserError
 from lisa_dist.config.checks import check_accumulation
-from lisa_dist.method.module import (
-    begin_period,
-    count_trained_parameters,
-    trained_norms,
-)
+from lisa_dist.method.module import begin_period, count_trained_parameters, trained_norms
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.distributed import now
 from lisa_dist.runtime.garbage import garbage_collected_when_asked
@@ -34,14 +30,7 @@ from lisa_dist.training.evaluation import (
     show_answers,
     tell_of_best,
 )
-from lisa_dist.training.record import (
-    MadeStep,
-    announce_trained,
-    count_step,
-    last_lines,
-    law_bytes,
-    write_row,
-)
+from lisa_dist.training.record import MadeStep, announce_trained, count_step, last_lines, law_bytes, write_row
 from lisa_dist.training.recovery import is_spike, remember_loss, roll_back, skip_nonfinite_step
 from lisa_dist.training.setup import Run, forget_start, open_run_directory, prepare_run
 from lisa_dist.training.step import dry_run_batch, train_step

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -17,9 +16,8 @@ from lisa_dist.method.optim.schedule import learning_rates
 from lisa_dist.runtime import distributed
 from lisa_dist.runtime.host_copy import HostCopy
 from lisa_dist.sharding import block_major
+from lisa_dist.sharding.block_major import PhaseTimer
 from lisa_dist.training.record import StepResult
-
-PhaseTimer = Callable[[str], AbstractContextManager[None]]  # names the part of a step that its body is
 
 
 def no_timer(part: str) -> AbstractContextManager[None]:

@@ -15,12 +15,7 @@ import pytest
 
 from lisa_dist.cli import main
 from lisa_dist.config import UserError
-from lisa_dist.config.checks import (
-    check_accumulation,
-    check_combinations,
-    check_global_batch,
-    check_streamed,
-)
+from lisa_dist.config.checks import check_accumulation, check_combinations, check_global_batch, check_streamed
 from lisa_dist.config.commands import GenerateConfig
 from lisa_dist.config.gpu import read_gpu
 from lisa_dist.config.idle_options import options_without_effect

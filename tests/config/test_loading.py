@@ -12,16 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lisa_dist.config import Config, UserError
-from lisa_dist.config.loading import (
-    GROUPS,
-    conf_dir,
-    group_choices,
-    load,
-    load_run,
-    resume_run,
-    to_yaml,
-    vary,
-)
+from lisa_dist.config.loading import GROUPS, conf_dir, group_choices, load, load_run, resume_run, to_yaml, vary
 from lisa_dist.config.other_trainers import KEYS_HERE
 from lisa_dist.config.overrides import PATH_KEYS, SCHEMAS, all_keys, parse_overrides
 from lisa_dist.config.sampling import SAMPLER_CONFIGS, AllSamplerConfig, FixedSamplerConfig, UniformSamplerConfig

@@ -11,10 +11,7 @@ from torch.distributed.tensor import DTensor
 from lisa_dist.config import Config
 from lisa_dist.config.optimization import PARTS
 from lisa_dist.config.sampling import UniformSamplerConfig
-from lisa_dist.method.module import (
-    begin_period,
-    count_persistent_bytes,
-)
+from lisa_dist.method.module import begin_period, count_persistent_bytes
 from lisa_dist.method.sampling import build_sampler
 from lisa_dist.method.switch import DisagreementError, RankSynchronizedSampler, checksum, verify_agreement
 from lisa_dist.runtime import distributed

@@ -13,12 +13,7 @@ from lisa_dist.config import UserError
 from lisa_dist.config.checks import check_combinations
 from lisa_dist.config.loading import load
 from lisa_dist.config.optimization import PARTS
-from lisa_dist.method.module import (
-    TrainModule,
-    begin_period,
-    count_persistent_bytes,
-    probe,
-)
+from lisa_dist.method.module import TrainModule, begin_period, count_persistent_bytes, probe
 from lisa_dist.planning.changes import single_changes
 from lisa_dist.planning.simulation import simulate
 from lisa_dist.runtime import distributed

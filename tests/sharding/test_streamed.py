@@ -19,12 +19,7 @@ from lisa_dist.checkpoint.restore import restore_checkpoint
 from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import load, to_yaml
-from lisa_dist.method.module import (
-    add_trained_params,
-    allocate,
-    begin_period,
-    load_initial_weights,
-)
+from lisa_dist.method.module import add_trained_params, allocate, begin_period, load_initial_weights
 from lisa_dist.planning.phases import SWITCH
 from lisa_dist.planning.simulation import simulate
 from lisa_dist.runtime.units import GIB

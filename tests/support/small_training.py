@@ -9,12 +9,7 @@ from typing import Any
 import torch
 
 from lisa_dist.config import Config
-from lisa_dist.method.module import (
-    TrainModule,
-    begin_period,
-    build_train_module,
-    load_initial_weights,
-)
+from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
 from lisa_dist.method.optim.schedule import learning_rate
 from lisa_dist.method.updates.sharded import whole
 from lisa_dist.runtime import distributed

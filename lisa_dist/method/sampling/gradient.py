@@ -62,11 +62,7 @@ class GradientSampler(Sampler):
         return None if self.norms is None else list(self.norms)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            **super().state_dict(),
-            "norms": self.scores(),
-            "trained_since_probe": sorted(self.trained_since_probe),
-        }
+        return {**super().state_dict(), "norms": self.scores(), "trained_since_probe": sorted(self.trained_since_probe)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

@@ -15,15 +15,7 @@ from lisa_dist.config.paths import begins_with
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.units import GIB, format_bytes, format_count, format_duration, format_ranges
-from lisa_dist.telemetry.history import (
-    MetricsRow,
-    RunState,
-    comparable,
-    course_of,
-    max_steps_of,
-    read_rows,
-    state_of,
-)
+from lisa_dist.telemetry.history import MetricsRow, RunState, comparable, course_of, max_steps_of, read_rows, state_of
 from lisa_dist.telemetry.reports.charts import (
     MAX_MARKS,
     MAX_POINTS,
