@@ -54,7 +54,7 @@ class Pass:
     device: torch.device  # that computes
     arguments: Form
     result: Form | None = None
-    random: list[Tensor] = field(default_factory=list)
+    random: list[Tensor] = field(default_factory=list)  # the states of the generators that it draws from
 
     def run(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Make the pass with these tensors as arguments; return those of the result."""
@@ -105,7 +105,9 @@ class _Recomputed(torch.autograd.Function):
         ctx.made, ctx.trained = made, tensors[:num_trained]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[num_trained:])
-        made.random = _random_states(made.device)
+        made.random = [torch.get_rng_state()]
+        if made.device.type == "cuda":
+            made.random.append(torch.cuda.get_rng_state(made.device))
         with made.visit():
             return tuple(made.run(tensors[num_trained:]))
 
@@ -183,11 +185,6 @@ def _again(passes: Sequence[ModelPass], blocks: Sequence[nn.Module]) -> list[Ten
 def _recomputing(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     trained = list(block.parameters())
     return recompute(forward, args, kwargs, trained, lambda: nullcontext(trained), torch.device("cpu"))
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    """Return the states of the generators that a pass draws from."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 @contextmanager

@@ -139,10 +139,6 @@ class ResidentStore(ParameterStore):
             copies = [self.parameter(name).detach() for name in apart]
             torch._foreach_copy_(copies, [self.master(name).detach() for name in apart])
 
-    def thaw_replaces(self, name: str) -> bool:
-        """Whether the dtype changes, so that master and copy are new ones."""
-        return self._storage_dtype(name, trained=True) != self._storage_dtype(name, trained=False)
-
     def on_host(self, name: str) -> bool:
         """No parameter lies in host memory beside its device."""
         return False

@@ -137,10 +137,6 @@ class ShardedStore(ParameterStore):
         fsdp2.reshard_all(self.module)
         return super().tensors()
 
-    def thaw_replaces(self, name: str) -> bool:
-        """Whether the dtype changes, so that the shard does."""
-        return self._storage_dtype(name, trained=True) != self._storage_dtype(name, trained=False)
-
     def on_host(self, name: str) -> bool:
         """Whether the shard lies in host memory."""
         return fsdp2.is_on_host(self.handles[name][0])

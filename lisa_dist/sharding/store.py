@@ -119,7 +119,14 @@ class ParameterStore(Protocol):
         }
 
     def thaw_replaces(self, name: str) -> bool:
-        """Whether a thaw gives a frozen parameter another tensor, so that the one it has now is not written again."""
+        """Whether a thaw gives a frozen parameter another tensor, so that the one it has now is not written again.
+
+        It does where the dtype changes.
+        """
+        return self._storage_dtype(name, trained=True) != self._storage_dtype(name, trained=False)
+
+    def _storage_dtype(self, name: str, trained: bool) -> torch.dtype:
+        """Return the dtype in which a parameter is stored that trains, or is frozen."""
         ...
 
     def on_host(self, name: str) -> bool:

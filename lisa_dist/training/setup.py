@@ -127,8 +127,10 @@ def prepare_run(config: Config, dims: ParallelDims) -> Run:
             check_global_batch(config.train, dims.data_ranks)
         architecture = open_architecture(config)
     tokenizer = open_tokenizer(config.model)
-    with distributed.longer_timeout(config.parallel.timeout):
-        order_seed = config.train.seed if newest is None else first_seed(newest)
+    order_seed = config.train.seed
+    if newest is not None:  # that of the run's first start
+        with distributed.longer_timeout(config.parallel.timeout):
+            order_seed = distributed.on_rank_zero(lambda: read_state(newest)["progress"]["order_seed"])
     data = prepare_data(config.data, tokenizer, order_seed)  # waits by itself, as long as it takes
     check_validation(config, data.validation is not None)
     with distributed.longer_timeout(config.parallel.timeout):
@@ -204,15 +206,6 @@ def open_architecture(config: Config) -> PretrainedConfig:
     architecture = pretrained_architecture(config.model, config.precision.frozen)
     distributed.on_rank_zero(lambda: write_description(RunDirectory.of(config), config.model, architecture))
     return architecture
-
-
-def first_seed(checkpoint: Path) -> int:
-    """Return ``train.seed`` of the run's first start, which its data are ordered by. Collective: every rank.
-
-    Raises:
-        UserError: the checkpoint is of another format.
-    """
-    return distributed.on_rank_zero(lambda: read_state(checkpoint)["progress"]["order_seed"])
 
 
 def settle_run_directory(config: Config, settings: str, tokenizer: PreTrainedTokenizerBase) -> None:
