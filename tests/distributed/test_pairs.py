@@ -167,11 +167,7 @@ def train_plainly(
             a = weights[name.replace("lora_B", "lora_A")]
             inverse = torch.linalg.inv(a @ a.T + 1e-8 * torch.eye(RANK))
             return adam(optimizer, name, (RANK / ALPHA) ** 2 * gradient @ inverse)
-        if update == "low_rank" and ".layers." in name and gradient.dim() == 2:
-            if name not in optimizer.state:
-                galore.steps[name] = 0  # frozen since: moments and projector are gone
-            return galore.direction(optimizer, name, gradient)
-        return adam(optimizer, name, gradient)
+        return galore.in_blocks(optimizer, name, gradient) if update == "low_rank" else adam(optimizer, name, gradient)
 
     rates = [learning_rate(config.scheduler, config.optimizer.lr, step, STEPS) for step in range(STEPS)]
     decay, clip = config.optimizer.weight_decay, config.optimizer.grad_clip or float("inf")

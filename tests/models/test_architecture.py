@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from lisa_dist.config import ModelConfig, UserError
 from lisa_dist.config.paths import model_directory
 from lisa_dist.models.architecture import build_meta_model, meta_replica, read_architecture, set_depth
-from tests.support.families import tiny_config
+from tests.support.families import meta_model, tiny_config
 
 TINY = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16}
 
@@ -94,8 +94,8 @@ def test_quantised_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_attention_kernel_is_the_models_own_choice_unless_named() -> None:
-    assert build_meta_model(ModelConfig(), tiny_config("llama")).config._attn_implementation == "sdpa"
-    assert build_meta_model(ModelConfig(), tiny_config("gemma2")).config._attn_implementation == "eager"
+    assert meta_model("llama").config._attn_implementation == "sdpa"
+    assert meta_model("gemma2").config._attn_implementation == "eager"
     with pytest.raises(UserError, match=r"model\.attention=sdpa: this model has no such kernel"):
         build_meta_model(ModelConfig(attention="sdpa"), tiny_config("gemma2"))
 

@@ -18,24 +18,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
-from lisa_dist.config import ModelConfig, UserError
+from lisa_dist.config import UserError
 from lisa_dist.models import kernels
-from lisa_dist.models.architecture import build_meta_model
 from lisa_dist.models.joined_linears import join_linears
 from lisa_dist.models.kernels import LIGER_FAMILIES, choose_kernels, install_liger
 from lisa_dist.runtime import distributed
 from lisa_dist.sharding.ledger import Ledger
-from tests.support.families import FAMILIES, tiny_config
+from tests.support.families import FAMILIES, meta_model, tiny_config
 
 LIGER_ONES = [family for family in FAMILIES if tiny_config(family).model_type in LIGER_FAMILIES]
 
 
-def _meta(family: str) -> Any:
-    return build_meta_model(ModelConfig(), tiny_config(family))
-
-
 def test_auto_is_eager_without_a_gpu() -> None:
-    assert choose_kernels("auto", _meta("llama"), may_compile=True) == "eager"
+    assert choose_kernels("auto", meta_model("llama"), may_compile=True) == "eager"
 
 
 @pytest.mark.parametrize(
@@ -53,7 +48,7 @@ def test_auto_on_a_gpu_takes_what_was_measured_faster(
     monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda"))
     monkeypatch.setattr(kernels, "has_liger", lambda: installed)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    model = _meta(family)
+    model = meta_model(family)
     model._can_compile_fullgraph = True
     assert choose_kernels("auto", model, may_compile=may_compile) == chosen
     monkeypatch.setattr(shutil, "which", lambda name: None)
@@ -77,7 +72,7 @@ def test_kernels_that_can_not_run_are_refused_with_the_remedy(
     monkeypatch.setattr(kernels, "has_liger", lambda: installed)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UserError, match=f"model.kernels={wanted}: .*{told}"):
-        choose_kernels(wanted, _meta(family), may_compile=True)
+        choose_kernels(wanted, meta_model(family), may_compile=True)
 
 
 @pytest.mark.parametrize("family", LIGER_ONES)

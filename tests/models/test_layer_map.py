@@ -5,22 +5,17 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from lisa_dist.config import ModelConfig, UserError
-from lisa_dist.models.architecture import build_meta_model
+from lisa_dist.config import UserError
 from lisa_dist.models.layer_map import LayerMap, find_layers
-from tests.support.families import FAMILIES, tiny_config
+from tests.support.families import FAMILIES, meta_model
 
 STACKS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}  # all others: model.layers
 TIED = {"qwen2", "gemma", "gemma2", "gemma3", "gpt2"}
 
 
-def _meta(family: str) -> nn.Module:
-    return build_meta_model(ModelConfig(), tiny_config(family))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parts_of_every_family(family: str) -> None:
-    model = _meta(family)
+    model = meta_model(family)
     layers = find_layers(model)
     assert layers.blocks_path == STACKS.get(family, "model.layers")
     assert len(layers.blocks) == model.config.num_hidden_layers
@@ -38,7 +33,7 @@ def test_parts_of_every_family(family: str) -> None:
 
 
 def test_parameters_added_to_a_block_belong_to_it() -> None:
-    layers = find_layers(_meta("llama"))
+    layers = find_layers(meta_model("llama"))
     assert layers.group_of("model.layers.12.self_attn.q_proj.lora_A.default.weight") == "block:12"
     assert layers.group_of("model.layers.1.self_attn.q_proj.base_layer.weight") == "block:1"
 

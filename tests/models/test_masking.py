@@ -20,7 +20,7 @@ from lisa_dist.models.packed_attention import fits_flash
 from lisa_dist.models.tiny_copy import NoTinyCopyError, tiny_copy
 from lisa_dist.objectives.chunked_head import install_loss_head
 from lisa_dist.runtime import distributed
-from tests.support.families import FAMILIES, tiny_config
+from tests.support.families import FAMILIES, meta_model, tiny_config
 
 # Published sizes, or nearly: what is tried is the tiny copy that the check makes of them.
 WITHOUT_POSITIONS: dict[str, dict[str, Any]] = {
@@ -53,7 +53,7 @@ def _separation(model: Any) -> str:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_need_no_more_than_positions_or_borders(family: str) -> None:
-    model = build_meta_model(ModelConfig(), tiny_config(family))
+    model = meta_model(family)
     assert _separation(model) == "positions"
     if family in ("gemma2", "gpt_oss"):  # soft caps, sinks
         with pytest.raises(UserError, match="has no masks, soft caps or sinks"):
@@ -105,7 +105,7 @@ def test_kernels_of_a_gpu_are_preferred_in_order(
 
 
 def test_why_a_kernel_is_not_taken_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    model = build_meta_model(ModelConfig(), tiny_config("gemma2"))
+    model = meta_model("gemma2")
     with caplog.at_level(logging.INFO):
         assert separate_packed_samples(Config(data=DataConfig(packing=True)), model, find_layers(model)) == "positions"
     (said,) = caplog.messages
@@ -191,7 +191,7 @@ def test_what_can_not_be_tried_is_refused_with_the_reason(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(masking, "tiny_copy", fail)
     with pytest.raises(UserError, match=r"LlamaForCausalLM .* can't be tried.*7,000,000,000.*data\.packing=false"):
-        _separation(build_meta_model(ModelConfig(), tiny_config("llama")))
+        _separation(meta_model("llama"))
 
 
 def test_a_copy_in_which_no_token_sees_another_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +204,7 @@ def test_a_copy_in_which_no_token_sees_another_shows_nothing(monkeypatch: pytest
 
     monkeypatch.setattr(masking, "tiny_copy", blind)
     with pytest.raises(UserError, match="no token sees another"):
-        _separation(build_meta_model(ModelConfig(), tiny_config("llama")))
+        _separation(meta_model("llama"))
 
 
 def test_tiny_copy_has_every_kind_of_block_and_few_parameters() -> None:

@@ -22,7 +22,7 @@ from lisa_dist.models.loading import restore_buffers
 from lisa_dist.objectives import chunked_cross_entropy
 from lisa_dist.objectives.chunked_cross_entropy import ChunkedCrossEntropy, LogitTransform
 from lisa_dist.objectives.chunked_head import install_loss_head
-from tests.support.families import FAMILIES, tiny_config
+from tests.support.families import FAMILIES, meta_model, tiny_config
 
 LLAMA_SHAPE = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
 GPTJ_SHAPE = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8}
@@ -109,7 +109,7 @@ def test_transforms_are_those_of_the_configuration() -> None:
 
 def test_whole_model_runs_under_fake_tensors() -> None:
     """As the planner does: built and installed on meta, then run without memory."""
-    model = build_meta_model(ModelConfig(), tiny_config("gemma2"))
+    model = meta_model("gemma2")
     install_loss_head(model, find_layers(model), 4)
     with FakeTensorMode():
         for module in model.modules():

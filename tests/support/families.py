@@ -6,6 +6,9 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from lisa_dist.config import ModelConfig
+from lisa_dist.models.architecture import build_meta_model
+
 _COMMON: dict[str, Any] = {
     "vocab_size": 128,
     "pad_token_id": 0,
@@ -80,3 +83,8 @@ def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
     """Return a fresh tiny configuration of ``family``, with ``changes`` to its fields."""
     model_type, fields = _FIELDS[family]
     return AutoConfig.for_model(model_type, **{**_COMMON, **fields, **changes})
+
+
+def meta_model(family: str) -> Any:
+    """Return the tiny model of ``family`` on ``meta``."""
+    return build_meta_model(ModelConfig(), tiny_config(family))

@@ -70,6 +70,14 @@ class PlainGaLore:
             return self.scale * adam.direction(name, gradient @ basis) @ basis.mT
         return self.scale * basis @ adam.direction(name, basis.mT @ gradient)
 
+    def in_blocks(self, adam: PlainAdamW, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """The direction where matrices in blocks are projected; one that was frozen since begins anew."""
+        if ".layers." not in name or gradient.dim() != 2:
+            return adam.direction(name, gradient)
+        if name not in adam.state:
+            self.steps[name] = 0  # its moments are gone, and so is its projector
+        return self.direction(adam, name, gradient)
+
     @staticmethod
     def carry(state: list[Any], overlap: torch.Tensor, tall: bool) -> None:
         """Express the moments, [step, first] or [step, first, second], in the new basis, by P_old^T P_new."""
