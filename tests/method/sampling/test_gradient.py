@@ -5,7 +5,7 @@ import pytest
 from lisa_dist.config import UserError
 from lisa_dist.config.sampling import GradientSamplerConfig
 from lisa_dist.method.sampling import build_sampler
-from tests.support.sampler_checks import chi_square, chi_square_limit
+from tests.support.sampler_checks import check_frequencies
 
 
 def expected_probabilities(norms, temperature):
@@ -20,10 +20,7 @@ def test_first_draws_follow_the_softmax_of_the_norms():
     sampler.observe(norms)
     expected = expected_probabilities(norms, 0.5)
     assert sampler.probabilities() == pytest.approx(expected)
-    counts = [0] * 4
-    for period in range(4000):
-        counts[sampler.draw(period)[0]] += 1
-    assert chi_square(counts, [4000 * p for p in expected]) < chi_square_limit(degrees=3)
+    check_frequencies(sampler, {(block,): chance for block, chance in enumerate(expected)})
 
 
 def test_only_blocks_that_trained_move_by_the_moving_average():

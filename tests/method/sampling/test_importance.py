@@ -5,7 +5,7 @@ import pytest
 from lisa_dist.config import UserError
 from lisa_dist.config.sampling import ImportanceSamplerConfig
 from lisa_dist.method.sampling import build_sampler
-from tests.support.sampler_checks import chi_square, chi_square_limit
+from tests.support.sampler_checks import check_frequencies
 
 
 def test_the_papers_numbers_are_the_defaults():
@@ -45,10 +45,7 @@ def test_blocks_train_in_proportion_to_sigmoid_of_minus_the_score():
     sampler = build_sampler(ImportanceSamplerConfig(active_layers=1, seed=6), num_blocks=3)
     sampler.unimportance = [2.0, 0.0, -1.0]
     weights = [1 / (1 + math.exp(score)) for score in (2.0, 0.0, -1.0)]
-    counts = [0] * 3
-    for period in range(3000):
-        counts[sampler.draw(period)[0]] += 1
-    assert chi_square(counts, [3000 * w / sum(weights) for w in weights]) < chi_square_limit(degrees=2)
+    check_frequencies(sampler, {(block,): weight / sum(weights) for block, weight in enumerate(weights)}, draws=3000)
 
 
 def test_probes_come_every_so_many_periods_but_not_before_the_first():

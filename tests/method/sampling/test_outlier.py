@@ -2,7 +2,7 @@ import pytest
 
 from lisa_dist.config.sampling import OutlierSamplerConfig, ProbeRequest
 from lisa_dist.method.sampling import build_sampler
-from tests.support.sampler_checks import chi_square, chi_square_limit
+from tests.support.sampler_checks import check_frequencies
 
 SHARES = [0.004, 0.001, 0.002, 0.003]
 
@@ -14,13 +14,7 @@ SHARES = [0.004, 0.001, 0.002, 0.003]
 def test_blocks_are_drawn_by_their_share_of_outliers(reverse, weights):
     sampler = build_sampler(OutlierSamplerConfig(active_layers=1, reverse=reverse, seed=4), num_blocks=4)
     sampler.observe(SHARES)
-    counts = [0] * 4
-    for period in range(4000):
-        counts[sampler.draw(period)[0]] += 1
-    possible = [index for index in range(4) if weights[index]]
-    assert all(counts[index] == 0 for index in range(4) if not weights[index])
-    expected = [4000 * weights[index] / sum(weights) for index in possible]
-    assert chi_square([counts[index] for index in possible], expected) < chi_square_limit(len(possible) - 1)
+    check_frequencies(sampler, {(block,): weight / sum(weights) for block, weight in enumerate(weights)})
 
 
 def test_outliers_are_measured_once_before_the_first_draw():
@@ -37,10 +31,7 @@ def test_a_model_without_outliers_is_drawn_from_uniformly_which_is_said(caplog):
     assert caplog.text == ""
     sampler.observe([0.0] * 4)
     assert "nothing is above sampler.threshold=13 times the mean, so blocks are drawn uniformly" in caplog.text
-    counts = [0] * 4
-    for period in range(2000):
-        counts[sampler.draw(period)[0]] += 1
-    assert chi_square(counts, [500.0] * 4) < chi_square_limit(degrees=3)
+    check_frequencies(sampler, {(block,): 1 / 4 for block in range(4)}, draws=2000)
 
 
 def test_a_block_without_outliers_fills_the_draw_only_when_nothing_else_is_left():

@@ -5,16 +5,12 @@ import pytest
 from lisa_dist.config import UserError
 from lisa_dist.config.sampling import UniformSamplerConfig
 from lisa_dist.method.sampling import build_sampler
-from tests.support.sampler_checks import chi_square, chi_square_limit
+from tests.support.sampler_checks import check_frequencies
 
 
 def test_every_subset_is_equally_likely():
     sampler = build_sampler(UniformSamplerConfig(active_layers=2, seed=3), num_blocks=5)
-    subsets = list(combinations(range(5), 2))
-    counts = dict.fromkeys(subsets, 0)
-    for period in range(5000):
-        counts[tuple(sampler.draw(period))] += 1
-    assert chi_square(list(counts.values()), [500.0] * 10) < chi_square_limit(degrees=9)
+    check_frequencies(sampler, dict.fromkeys(combinations(range(5), 2), 1 / 10), draws=5000)
 
 
 def test_draws_are_fresh_each_period_and_depend_on_the_seed():
