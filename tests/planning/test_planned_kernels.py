@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
+from unittest import mock
 
 import pytest
 
 from lisa_dist.config import Config
 from lisa_dist.config.loading import load
 from lisa_dist.models import kernels
-from lisa_dist.planning.simulation import simulate
+from lisa_dist.planning.simulation import Trace, simulate
 
 HIDDEN, INTERMEDIATE, LENGTH, SEQUENCES = 64, 160, 512, 2
 
@@ -22,6 +24,13 @@ def configured(chosen: str, model_type: str = "llama") -> Config:
     sizes = [f"data.sequence_length={LENGTH}", f"train.micro_batch_size={SEQUENCES}", "train.global_batch_size=2"]
     keys = ["model=custom", f"model.architecture={architecture}", "data=custom", "sampler.active_layers=1"]
     return load([*keys, *sizes, f"model.kernels={chosen}", "model.loss_chunk=64", "parallel.nproc_per_node=1"])
+
+
+@functools.cache
+def planned(chosen: str, installed: bool = True, model_type: str = "llama") -> Trace:
+    """The plan of a shallow model, where Liger's package is ``installed`` or not."""
+    with mock.patch.object(kernels, "has_liger", lambda: installed):
+        return simulate(configured(chosen, model_type), 2)
 
 
 def of_a_frozen_block(config: Config) -> tuple[int, int]:
@@ -48,9 +57,8 @@ def test_a_second_micro_batch_needs_no_second_gradient_of_the_head() -> None:
     assert peaks[0] <= peaks[1] < peaks[0] + 4 * HIDDEN * (1 << 16) // 4
 
 
-def test_kernels_change_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "has_liger", lambda: True)
-    traces = [simulate(configured(each), 2) for each in ("eager", "auto", "compile")]
+def test_kernels_change_no_product() -> None:
+    traces = [planned(each) for each in ("eager", "auto", "compile")]
     assert [trace.kernels for trace in traces] == ["eager", "liger", "compile"]
     eager, liger, compiled = (trace.work for trace in traces)
     assert eager.flops == liger.flops == compiled.flops
@@ -58,7 +66,7 @@ def test_kernels_change_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "installed", "model_type", "planned"),
+    ("wanted", "installed", "model_type", "found"),
     [
         ("auto", True, "llama", "liger"),
         ("auto", False, "llama", "compile"),
@@ -67,7 +75,6 @@ def test_kernels_change_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_auto_is_planned_as_on_a_gpu_with_the_packages_of_here(
-    wanted: str, installed: bool, model_type: str, planned: str, monkeypatch: pytest.MonkeyPatch
+    wanted: str, installed: bool, model_type: str, found: str
 ) -> None:
-    monkeypatch.setattr(kernels, "has_liger", lambda: installed)
-    assert simulate(configured(wanted, model_type), 2).kernels == planned
+    assert planned(wanted, installed, model_type).kernels == found

@@ -24,7 +24,7 @@ from lisa_dist.checkpoint.restore import restore_checkpoint
 from lisa_dist.checkpoint.save import CheckpointSaver
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.loading import load, to_yaml
-from lisa_dist.method.module import TrainModule, begin_period, load_initial_weights
+from lisa_dist.method.module import TrainModule, begin_period
 from lisa_dist.planning.simulation import simulate
 from lisa_dist.runtime.units import GIB
 from lisa_dist.sharding import streamed
@@ -38,7 +38,7 @@ from tests.support.planned import measure
 from tests.support.ranks import run_on_ranks
 from tests.support.simulated_link import SimulatedLink
 from tests.support.small_training import ROUNDED, build_and_load, make_global_batches
-from tests.support.streamed_training import BF16, CPU, FROZEN_ENDS, TIED, built, configured, run_steps, weights
+from tests.support.streamed_training import BF16, CPU, FROZEN_ENDS, TIED, configured, filled, run_steps, weights
 
 WIDE = {"hidden_size": 48}  # of which a tiny copy can be made
 FIXED = ["sampler=fixed", "sampler.blocks=[3]"]  # of five blocks
@@ -57,8 +57,7 @@ def trainable(
     config.train = dataclasses.replace(config.train, global_batch_size=size, micro_batch_size=1)
     with mock.patch.object(streamed, "link_to", lambda device: SimulatedLink()):
         keys = {"block_major": block_major, "offload_activations": offload_activations}
-        train_module = built(config, offload, slots, **keys)
-        load_initial_weights(train_module, CPU)
+        train_module = filled(config, offload, slots, **keys)
     return train_module
 
 

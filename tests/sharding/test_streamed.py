@@ -31,20 +31,18 @@ from lisa_dist.training.step import train_step
 from tests.support.ranks import run_on_ranks
 from tests.support.simulated_link import SimulatedLink
 from tests.support.small_training import build_and_load, make_global_batches
-from tests.support.streamed_training import BF16, CPU, FROZEN_ENDS, TIED, built, configured, run_steps, weights
+from tests.support.streamed_training import BF16, CPU, FROZEN_ENDS, TIED, built, configured, filled, run_steps, weights
 
 KIB = 2**-20  # in GiB
 
 
 def train_in_each_store(config: Config, slots: list[int]) -> None:
     """Compare losses, weights and what samplers saw of the stores. Runs on one rank."""
-    resident = built(config, "none")
-    load_initial_weights(resident, CPU)
+    resident = filled(config, "none")
     expected = run_steps(resident)
     for count in slots:
         with mock.patch.object(streamed, "link_to", lambda device: SimulatedLink()):
-            train_module = built(config, "frozen", count)
-            load_initial_weights(train_module, CPU)
+            train_module = filled(config, "frozen", count)
         assert run_steps(train_module) == expected
         assert train_module.store.link_bytes > 0
         # Squares of gradients are summed in the order in which they arrive, which is another one.
@@ -84,8 +82,7 @@ def resume_across(directory: Path) -> None:
     config.checkpoint = load(["checkpoint.keep=0", "checkpoint.full_every=3", "checkpoint.async=true"]).checkpoint
     expected = None
     for offload, other in (("none", "frozen"), ("frozen", "none")):
-        train_module, path = built(config, offload), directory / offload
-        load_initial_weights(train_module, CPU)
+        train_module, path = filled(config, offload), directory / offload
         saver = CheckpointSaver(train_module, path, to_yaml(config))
         losses = run_steps(train_module, saver=saver)
         saver.finish(stop_on_error=True)
@@ -106,8 +103,7 @@ def test_checkpoints_in_the_background_go_into_the_store_and_out_of_it(tmp_path:
 def journeys(overrides: list[str], slots: int) -> Any:
     """What happens to which block in the three micro-batches of a second step, and all misses. Runs on one rank."""
     with mock.patch.object(streamed, "link_to", lambda device: SimulatedLink()):
-        train_module = built(configured(overrides, {}, "llama"), "frozen", slots)
-        load_initial_weights(train_module, CPU)
+        train_module = filled(configured(overrides, {}, "llama"), "frozen", slots)
     begin_period(train_module, 0)
     batches, store = make_global_batches(2, 3), train_module.store
     assert isinstance(store, StreamedStore) and isinstance(store.link, SimulatedLink)
@@ -210,8 +206,7 @@ def train_within(limits: list[float]) -> list[tuple[list[int], list[float]]]:
         config = configured(["method=lisa"], BF16, "llama")
         # So that a block that stays costs its weights, some 48 KiB, and nothing besides.
         config.parallel = dataclasses.replace(config.parallel, memory_limit=limit, activation_checkpointing="full")
-        train_module = built(config, "auto")
-        load_initial_weights(train_module, CPU)
+        train_module = filled(config, "auto")
         losses = run_steps(train_module)
         store = train_module.store
         streaming = [block for block in range(5) if store.recomputes(block)]
@@ -236,8 +231,7 @@ def test_as_many_frozen_blocks_stay_on_the_device_as_fit_with_the_same_numbers()
 
 def train_beside_a_small_host(config: Config, free: int) -> tuple[list[set[int]], list[int]]:
     """The blocks that stay, in turn, and the bytes in host memory, of which ``free`` are there. Runs on one rank."""
-    resident = built(config, "none")
-    load_initial_weights(resident, CPU)
+    resident = filled(config, "none")
     expected = run_steps(resident)
     kept: list[set[int]] = []
     hosted: list[int] = []
@@ -259,9 +253,8 @@ def train_beside_a_small_host(config: Config, free: int) -> tuple[list[set[int]]
         mock.patch.object(StreamedStore, "_pack", watch_hosted),
     ):
         with pytest.raises(UserError, match=r"the frozen blocks that stream need .* parallel.offload=auto"):
-            load_initial_weights(built(config, "frozen"), CPU)
-        train_module = built(config, "auto")
-        load_initial_weights(train_module, CPU)
+            filled(config, "frozen")
+        train_module = filled(config, "auto")
         assert run_steps(train_module) == expected
     for (name, tensor), other in zip(weights(train_module).items(), weights(resident).values()):
         assert torch.equal(tensor, other), name

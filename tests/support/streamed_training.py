@@ -12,7 +12,7 @@ from lisa_dist.checkpoint.state import Progress
 from lisa_dist.config import Config
 from lisa_dist.config.loading import load
 from lisa_dist.method import probes
-from lisa_dist.method.module import TrainModule, begin_period, build_train_module
+from lisa_dist.method.module import TrainModule, begin_period, build_train_module, load_initial_weights
 from lisa_dist.sharding.resident import ResidentStore
 from lisa_dist.sharding.streamed import StreamedStore
 from lisa_dist.training.step import train_step
@@ -42,6 +42,13 @@ def built(config: Config, offload: str, slots: int = 2, **parallel_keys: Any) ->
     parallel = dataclasses.replace(config.parallel, offload=offload, prefetch=slots - 1, **parallel_keys)
     train_module = build_train_module(dataclasses.replace(config, parallel=parallel))
     assert type(train_module.store) is (ResidentStore if offload == "none" else StreamedStore)
+    return train_module
+
+
+def filled(config: Config, offload: str, slots: int = 2, **parallel_keys: Any) -> TrainModule:
+    """The same, with the weights to start from."""
+    train_module = built(config, offload, slots, **parallel_keys)
+    load_initial_weights(train_module, CPU)
     return train_module
 
 
