@@ -33,12 +33,7 @@ CHOICES = [
     {"text": "Before", "choices": [" six", " five comes", " low", " coat"], "answer": 1},
 ]
 # Five windows, two at a time: of two ranks one has a pass more than the other.
-TEXTS = [
-    {"text": "A shark is a kind of fish."},
-    {"text": LONG + "then a coat."},
-    {"text": "Berlin"},
-    {"text": "Six"},
-]
+TEXTS = [{"text": "A shark is a kind of fish."}, {"text": LONG + "then a coat."}, {"text": "Berlin"}, {"text": "Six"}]
 QUESTIONS = [
     {"text": "Name what comes after Tuesday.", "answer": "After Tuesday comes Wednesday."},
     {"text": LONG, "answer": "There are three."},  # is cut

@@ -136,10 +136,7 @@ REFUSED = [
         ["model.quantization=int8", "update=lora", "sampler=weighted", "sampler.law=weight_norm"],
         "sampler=weighted looks at weights",
     ),
-    (
-        ["parallel.optimizer_shard=world", "update=low_rank"],
-        "update=low_rank steps something else than",
-    ),
+    (["parallel.optimizer_shard=world", "update=low_rank"], "update=low_rank steps something else than"),
     (["parallel.optimizer_shard=world", "optimizer.in_backward=true"], "needs optimizer.in_backward=false"),
     (["parallel.optimizer_shard=world", "parallel.offload=all"], "parallel.offload must be none or frozen"),
     (["parallel.offload=auto", "parallel.activation_checkpointing=auto"], "auto: shares out the memory"),

@@ -38,11 +38,7 @@ def test_no_key_is_varied() -> None:
 
 
 def test_ways_to_write_values(tmp_path: Path) -> None:
-    assert varied(["train.seed=range(1,4)"]) == [
-        ["train.seed=1"],
-        ["train.seed=2"],
-        ["train.seed=3"],
-    ]
+    assert varied(["train.seed=range(1,4)"]) == [["train.seed=1"], ["train.seed=2"], ["train.seed=3"]]
     assert varied(["train.seed=choice(7,9)"]) == [["train.seed=7"], ["train.seed=9"]]
     names = [job[0] for job in split_sweep(["sampler=glob(*)"])]
     assert names == [f"sampler={name}" for name in group_choices("sampler")]

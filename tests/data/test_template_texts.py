@@ -47,10 +47,7 @@ def test_texts_agree_in_whole_tokens_and_tags(one, other, shared):
         ("{% if add_generation_prompt %}{{ messages[0].role }}{% endif %}", False),
         ("{% set n = namespace(x=1) %}{% if add_generation_prompt %}{{ n.x }}{% endif %}", False),
         ("{% set x = 'a' %}{% if add_generation_prompt %}{% if x %}a{% endif %}{% endif %}", False),
-        (
-            "{% macro x() %}{{ tools }}{% endmacro %}{% if add_generation_prompt %}{{ x() }}{% endif %}",
-            False,
-        ),
+        ("{% macro x() %}{{ tools }}{% endmacro %}{% if add_generation_prompt %}{{ x() }}{% endif %}", False),
         ("{% if add_generation_prompt %}", False),
     ],
 )

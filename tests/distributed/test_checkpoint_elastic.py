@@ -25,11 +25,7 @@ class Placement:
 
 
 # More ranks and fewer, plain and hybrid sharding, each kind of offload, the resident store in between.
-PLACEMENTS = [
-    Placement(4, replicate=2, offload="all"),
-    Placement(1),
-    Placement(3, offload="frozen"),
-]
+PLACEMENTS = [Placement(4, replicate=2, offload="all"), Placement(1), Placement(3, offload="frozen")]
 # Plain and hybrid sharding one after the other; and each kind of offload after each other one.
 MORE = [
     Placement(4, replicate=2, offload="all"),

@@ -52,10 +52,7 @@ from tests.support.small_training import (
     train_reference,
 )
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")]
 
 MIXED = {"frozen": "bfloat16", "compute": "bfloat16"}
 MIDDLING = [

@@ -32,11 +32,7 @@ def train(kernels: str, machine_code: bool = False, **parallel: Any) -> dict[str
 
 def train_periods(kernels: str, periods: int, parallel: dict[str, Any]) -> dict[str, Any]:
     """Periods of one step each, of rows of another length and number, with an evaluation after it."""
-    config = make_config(
-        model={"kernels": kernels},
-        parallel=parallel,
-        sampler={"period": 1, "active_layers": 1},
-    )
+    config = make_config(model={"kernels": kernels}, parallel=parallel, sampler={"period": 1, "active_layers": 1})
     train_module = build_and_load(config)
     losses, drawn = [], []
     for period in range(periods):

@@ -317,11 +317,7 @@ def test_a_probe_is_shown_each_experts_own_gradient_whatever_each_replica_sends_
 
 @pytest.mark.parametrize(
     ("ranks", "setting"),
-    [
-        (1, "lisa"),
-        pytest.param(1, "full, two micro-batches", marks=pytest.mark.soak),
-        (2, "full, two micro-batches"),
-    ],
+    [(1, "lisa"), pytest.param(1, "full, two micro-batches", marks=pytest.mark.soak), (2, "full, two micro-batches")],
 )
 def test_a_plan_knows_the_bytes(ranks: int, setting: str) -> None:
     config = planned.make_config("llama", setting)

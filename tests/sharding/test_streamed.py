@@ -262,8 +262,7 @@ def train_beside_a_small_host(config: Config, free: int) -> tuple[list[set[int]]
 
 
 @pytest.mark.parametrize(
-    "ends",
-    [pytest.param([], id="ends train"), pytest.param(FROZEN_ENDS, marks=pytest.mark.soak, id="ends frozen")],
+    "ends", [pytest.param([], id="ends train"), pytest.param(FROZEN_ENDS, marks=pytest.mark.soak, id="ends frozen")]
 )
 def test_what_stays_on_the_device_needs_no_host_memory(ends: list[str]) -> None:
     config = configured(["method=lisa", *ends], BF16, "llama", num_hidden_layers=9)

@@ -65,10 +65,7 @@ def train_undisturbed(run_dir: str) -> None:
 
 
 def test_signal_before_the_limit_requeues_and_the_job_goes_on(
-    cluster: Cluster,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = tmp_path / "run"
     for name, value in held(HELD_AT, tmp_path / "requeued").items():

@@ -10,12 +10,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
 
 # What the docs write in capitals where a reader puts something of their own, and no text will do.
-FILLED_IN = {
-    "method": "lisa",
-    "model": "llama2_7b",
-    "experiment": "demo",
-    "plan.gpu": "h100_80gb",
-}
+FILLED_IN = {"method": "lisa", "model": "llama2_7b", "experiment": "demo", "plan.gpu": "h100_80gb"}
 FILLED_IN |= {"parallel.optimizer_shard": "world", "parallel.activation_checkpointing": "full"}
 FILLED_IN |= dict.fromkeys(("parallel.nodes", "parallel.replicate", "parallel.nproc_per_node"), "2")
 FILLED_IN |= dict.fromkeys(("train.global_batch_size", "bench.steps", "bench.rounds"), "8")

@@ -60,10 +60,7 @@ _FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_SHAPE, **_EXPERTS, "num_local_experts": 4, "head_dim": 16, "sliding_window": 32}
         | {"layer_types": ["full_attention"] * 3, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     ),
-    "qwen3_moe": (
-        "qwen3_moe",
-        {**_SHAPE, **_EXPERTS, "num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
-    ),
+    "qwen3_moe": ("qwen3_moe", {**_SHAPE, **_EXPERTS, "num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16}),
     "glm4_moe": (
         "glm4_moe",
         {**_SHAPE, "head_dim": 16, "moe_intermediate_size": 32, "first_k_dense_replace": 1}

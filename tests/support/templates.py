@@ -100,9 +100,7 @@ FAMILIES = {
     ),
     # Llama 3 as it first came: an opened answer at the end of any text.
     "always opened": Template(
-        OPEN_HEADERS + "<|start|>assistant<|stop|>",
-        ("<|start|>", "<|stop|>", "<|eot|>"),
-        "<|eot|>",
+        OPEN_HEADERS + "<|start|>assistant<|stop|>", ("<|start|>", "<|stop|>", "<|eot|>"), "<|eot|>"
     ),
     # Command A: likewise, and its default system message ends as every turn does.
     "always opened, two tokens at the end": Template(

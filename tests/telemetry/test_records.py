@@ -95,11 +95,7 @@ def test_summary_replaces_the_old_one_whole(tmp_path):
     run = RunDirectory(tmp_path)
     write_summary(run, exit_reason="signal", resumed_from=[])
     write_summary(run, exit_reason="finished", resumed_from=[100], trained_parameters=7)
-    assert read_summary(run) == {
-        "exit_reason": "finished",
-        "resumed_from": [100],
-        "trained_parameters": 7,
-    }
+    assert read_summary(run) == {"exit_reason": "finished", "resumed_from": [100], "trained_parameters": 7}
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 

@@ -42,11 +42,7 @@ SHARING = {
 
 @pytest.mark.parametrize(
     ("shared", "overrides", "refused"),
-    [
-        (2, ["method=lisa"], True),
-        (2, ["method=lisa", "parallel.offload=none"], False),
-        (0, ["method=lisa"], False),
-    ],
+    [(2, ["method=lisa"], True), (2, ["method=lisa", "parallel.offload=none"], False), (0, ["method=lisa"], False)],
 )
 def test_blocks_that_share_keys_and_values_do_not_stream(shared, overrides, refused):
     config = load(["precision.frozen=float32", "precision.compute=float32", "parallel.offload=frozen", *overrides])

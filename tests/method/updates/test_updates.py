@@ -36,11 +36,7 @@ METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "grass": ("gradient", "full_rank", {"sampler.period": 25}),
     "owlore": ("outlier", "low_rank", {"sampler.active_layers": 5, "sampler.period": 50, "update.preset_rank": 256}),
     "ist": ("importance", "lora", {"sampler.suppression_factor": 0.25, "sampler.active_layers": None}),
-    "badam": (
-        "sweep",
-        "full_rank",
-        {"sampler.active_layers": 1, "sampler.order": "descending", "optimizer.lr": 1e-6},
-    ),
+    "badam": ("sweep", "full_rank", {"sampler.active_layers": 1, "sampler.order": "descending", "optimizer.lr": 1e-6}),
 }
 
 
