@@ -6,13 +6,12 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException
 
 from lisa_dist.config.errors import UserError
 from lisa_dist.config.loading import GROUPS, group_choices
-from lisa_dist.config.overrides import PATH_KEYS, literal_path, parse_overrides
+from lisa_dist.config.overrides import PARSER, PATH_KEYS, literal_path, parse_overrides
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,8 @@ def varies(values: list[str] | Interval) -> bool:
 def _values(text: str, config_dir: str | None) -> tuple[str, list[str] | Interval]:
     """Return the key of an override and its text for every value, or its interval."""
     key = text.lstrip("+").partition("=")[0]
-    parser = OverridesParser.create()
     try:
-        override: Override = parser.parse_override(text)
+        override: Override = PARSER.parse_override(text)
         if literal_path(text) is not None or not override.is_sweep_override():
             return parse_overrides([text])[0].key, [text]
         key, value = override.get_key_element(), override.value()
@@ -87,7 +85,7 @@ def _values(text: str, config_dir: str | None) -> tuple[str, list[str] | Interva
         else:
             values = list(override.sweep_string_iterator())
             if key in PATH_KEYS:  # meant as they are written, and Hydra escapes blanks and colons
-                paths = [parser.parse_override(f"{key}={value}").value() for value in values]
+                paths = [PARSER.parse_override(f"{key}={value}").value() for value in values]
                 values = [path if isinstance(path, str) else value for path, value in zip(paths, values)]
     except HydraException:
         if key in PATH_KEYS:

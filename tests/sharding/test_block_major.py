@@ -57,8 +57,7 @@ def trainable(
     config.train = dataclasses.replace(config.train, global_batch_size=size, micro_batch_size=1)
     with mock.patch.object(streamed, "link_to", lambda device: SimulatedLink()):
         keys = {"block_major": block_major, "offload_activations": offload_activations}
-        train_module = filled(config, offload, slots, **keys)
-    return train_module
+        return filled(config, offload, slots, **keys)
 
 
 def train_in_each_order(config: Config, slots: int, exact: bool, offload_activations: bool = False) -> None:
