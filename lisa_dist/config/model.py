@@ -32,6 +32,11 @@ class ModelConfig:
         check_choices("model", self, attention=attention, kernels=["auto", "eager", "liger", "compile"])
         check_auto_or_count("model.loss_chunk", self.loss_chunk)
 
+    @property
+    def named(self) -> str:
+        """What says which model it is, for the begin of a sentence."""
+        return "model.architecture" if self.path is None else f"model.path={self.path}"
+
     def check_is_named(self) -> None:
         """Raise :class:`UserError` where neither a path nor the fields of an architecture say which model."""
         if self.path is None and not self.architecture:

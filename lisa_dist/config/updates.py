@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from lisa_dist.config.errors import UserError, check_above_zero, check_choices, check_fraction, check_minimums
+from lisa_dist.config.errors import (
+    UserError,
+    as_written,
+    check_above_zero,
+    check_choices,
+    check_fraction,
+    check_minimums,
+)
 
 
 @dataclass
@@ -123,6 +130,6 @@ class AlwaysActiveConfig:
         """Raise :class:`UserError` where tied weights would be both trained and frozen."""
         if tied and self.embeddings != self.head:
             raise UserError(
-                f"always_active.embeddings={self.embeddings} and always_active.head={self.head}: this model ties "
-                "its head to its embeddings, so both keys must be equal"
+                f"always_active.embeddings={as_written(self.embeddings)} and always_active.head="
+                f"{as_written(self.head)}: this model ties its head to its embeddings, so both keys must be equal"
             )

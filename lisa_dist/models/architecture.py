@@ -44,7 +44,7 @@ def read_architecture(config: ModelConfig, *, without_weights: bool = False) -> 
     else:
         architecture = _read(config, directory)
     whole, architecture = architecture, _text_alone(config, architecture)
-    check_is_decoder(config.path, whole)
+    check_is_decoder(config.named, whole)
     architecture.use_cache = False
     if hasattr(architecture, "output_router_logits"):
         architecture.output_router_logits = False  # the loss head adds the router's loss where it is asked for
@@ -79,10 +79,10 @@ def build_meta_model(config: ModelConfig, architecture: PretrainedConfig | None 
             raise UserError(
                 f"model.attention={config.attention}: this model has no such kernel; auto chooses"
             ) from error
-        raise UserError(f"model.path={config.path}: is no causal language model that can be built: {reason}") from error
+        raise UserError(f"{config.named}: is no causal language model that can be built: {reason}") from error
     except Exception as error:  # transformers raises whatever its code runs into where a field is missing or wrong
         raise UserError(
-            f"model.path={config.path}: model_type={architecture.model_type} can't be built from its configuration, "
+            f"{config.named}: model_type={architecture.model_type} can't be built from its configuration, "
             f"a field is missing or wrong ({type(error).__name__}: {_first_line(error)})"
         ) from error
     model.tie_weights()  # transformers 5.0 leaves that out on meta
@@ -115,13 +115,11 @@ def head_size(architecture: Any) -> int | None:
 
     Of layers whose heads differ, as Gemma 4's, those of the largest.
     """
-    heads = getattr(architecture, "num_attention_heads", None)
-    if heads is None:
-        return None
     try:
-        return getattr(architecture, "head_dim", None) or architecture.hidden_size // heads
+        heads = getattr(architecture, "num_attention_heads", None)
+        return None if heads is None else getattr(architecture, "head_dim", None) or architecture.hidden_size // heads
     except RuntimeError:  # how transformers 5.24 answers where they differ
-        return max(layer.head_dim for layer in architecture.per_layer_config)
+        return max(head_size(layer) or 0 for layer in architecture.per_layer_config)
 
 
 def original_class(model: nn.Module) -> Any:
@@ -169,7 +167,7 @@ def _text_alone(config: ModelConfig, architecture: PretrainedConfig) -> Pretrain
         if text is architecture or architecture.is_encoder_decoder:
             return text
     raise UserError(
-        f"model.path={config.path}: model_type={architecture.model_type} is a language model and more "
+        f"{config.named}: model_type={architecture.model_type} is a language model and more "
         f"({', '.join(parts)}); here its language model alone could be trained, and an export would lack the rest, "
         "so choose a directory that holds a text-only model"
     )

@@ -32,16 +32,16 @@ _KINDS = (  # the first table that holds a model names it
 )
 
 
-def check_is_decoder(path: str | None, architecture: PretrainedConfig) -> None:
+def check_is_decoder(named: str, architecture: PretrainedConfig) -> None:
     """Refuse what is no causal language model by the name of what it is.
 
-    ``architecture`` is what the config.json of ``model.path`` says, whole.
+    ``architecture`` is what the config.json, or the key, that ``named`` names says, whole.
 
     Raises:
         UserError: it is an encoder, an encoder-decoder, or a model of no text.
     """
     model_type = architecture.model_type
-    key = f"model.path={path}: model_type={model_type} is"
+    key = f"{named}: model_type={model_type} is"
     only = "only causal language models (decoders) can be trained"
     if architecture.is_encoder_decoder:
         raise UserError(f"{key} an encoder-decoder; {only}")

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 KINDS_OF_LAYERS = ("layer_types", "layers_block_type")  # where architectures name them, one for each layer
 EXPERTS = (  # how architectures name the experts of a layer, and those that a token visits
     ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
-    ("num_experts_per_tok", "top_k_experts", "moe_top_k"),
+    ("num_experts_per_tok", "top_k_experts", "moe_top_k", "moe_topk"),
 )
 
 
@@ -68,13 +68,13 @@ def attention_flops(train_module: TrainModule, lengths: np.ndarray) -> float:
     costs below the lowest one that gradients reach. Layers of a hybrid that scan or convolve have none.
     """
     architecture: Any = train_module.store.module.config
-    size = head_size(architecture)
-    width = 0 if size is None else architecture.num_attention_heads * size
     squares = float(np.square(lengths, dtype=np.float64).sum())
     blocks, lowest = len(train_module.store.layers.blocks), train_module.store.lowest_reached()
+    widths = _attention_widths(architecture, blocks)
     kinds: list[str] = next((found for name in KINDS_OF_LAYERS if (found := getattr(architecture, name, None))), [])
-    attending = [_attends(kind) for kind in kinds] if len(kinds) == blocks else [True] * blocks
-    return (12.0 * sum(attending[lowest:]) + 4.0 * sum(attending[:lowest])) * width * squares
+    if len(kinds) == blocks:
+        widths = [width if _attends(kind) else 0 for kind, width in zip(kinds, widths)]
+    return (12.0 * sum(widths[lowest:]) + 4.0 * sum(widths[:lowest])) * squares
 
 
 def peak_rate(device: torch.device) -> float | None:
@@ -102,9 +102,18 @@ def preset_named(device_name: str) -> Gpu | None:
     return None
 
 
+def _attention_widths(architecture: Any, blocks: int) -> list[int]:
+    """Return heads x head size of each layer; zeros of an architecture without attention."""
+    try:
+        width = (getattr(architecture, "num_attention_heads", None) or 0) * (head_size(architecture) or 0)
+    except RuntimeError:  # as above
+        return [layer.num_attention_heads * (head_size(layer) or 0) for layer in architecture.per_layer_config]
+    return [width] * blocks
+
+
 def _attends(kind: str) -> bool:
     """Whether a layer of this kind, as architectures name them, has softmax attention."""
-    return kind == "hybrid" or ("attention" in kind and not kind.startswith("linear"))
+    return kind.startswith("hybrid") or ("attention" in kind and not kind.startswith("linear"))
 
 
 def _experts(architecture: Any) -> tuple[int, int]:

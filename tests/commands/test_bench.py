@@ -137,6 +137,7 @@ EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 1}
             0.75,
             id="DBRX's",
         ),
+        pytest.param("jetmoe", {"moe_num_experts": 4, "moe_topk": 2}, r"\.experts\.|put_linear", 0.5, id="Aria's"),
     ],
 )
 def test_operations_are_those_of_what_a_token_is_multiplied_with(
@@ -158,16 +159,34 @@ def test_operations_are_those_of_what_a_token_is_multiplied_with(
     assert expected < 4 * sum(counted.values()) and parameter_flops_per_token(train_module) == expected
 
 
-def test_of_layers_whose_heads_differ_the_largest_count() -> None:
+def test_of_layers_whose_heads_differ_the_largest_is_what_kernels_must_take() -> None:
     assert head_size(AutoConfig.for_model("gemma4_text", head_dim=16, global_head_dim=32)) == 32
 
 
-def test_layers_of_a_hybrid_that_scan_have_no_attention() -> None:
+class Heterogeneous(SimpleNamespace):
+    """As transformers 5.24 answers for layers that have other numbers of heads (dots.3)."""
+
+    @property
+    def num_attention_heads(self) -> int:
+        raise RuntimeError
+
+
+LAYERS = [SimpleNamespace(num_attention_heads=heads, head_dim=heads) for heads in (2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "widths"),
+    [
+        (SimpleNamespace(num_attention_heads=2, hidden_size=8, layer_types=["linear_attention", "attention"]), 8),
+        (SimpleNamespace(num_attention_heads=2, hidden_size=8, layer_types=["hybrid", "hybrid_sliding"]), 16),
+        (Heterogeneous(per_layer_config=LAYERS), 4 + 16),
+    ],
+)
+def test_attention_is_counted_of_each_layer_that_has_some(architecture: Any, widths: int) -> None:
     train_module = mock.MagicMock()
-    config = SimpleNamespace(num_attention_heads=2, hidden_size=8, layer_types=["linear_attention", "full_attention"])
-    train_module.store.module.config = config
+    train_module.store.module.config = architecture
     train_module.store.layers.blocks, train_module.store.lowest_reached.return_value = range(2), 0
-    assert attention_flops(train_module, np.full(3, TOKENS)) == 12 * 8 * 3 * TOKENS**2
+    assert attention_flops(train_module, np.full(3, TOKENS)) == 12 * widths * 3 * TOKENS**2
 
 
 def refusals(lines: list[list[str]]) -> list[str]:

@@ -180,6 +180,8 @@ def test_code_that_comes_with_a_model_is_refused(tmp_path: Path, caplog: pytest.
     ],
 )
 def test_what_is_no_decoder_is_named_as_what_it_is(fields: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^model.architecture: {message}"):
+        read_architecture(ModelConfig(architecture=fields))
     with pytest.raises(UserError, match=message):
         read_architecture(ModelConfig(path=_write(tmp_path, fields)))
 
