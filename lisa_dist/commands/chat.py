@@ -71,7 +71,7 @@ def spoken(answer: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     (https://cookbook.openai.com/articles/openai-harmony).
     """
     text = str(tokenizer.decode(answer, skip_special_tokens=False))
-    if CHANNEL in tokenizer.all_special_tokens and CHANNEL in text:
+    if CHANNEL in tokenizer.get_added_vocab() and CHANNEL in text:
         final = text.rpartition(FINAL)[2] if FINAL in text else ""
         answer = tokenizer(final, add_special_tokens=False).input_ids
     return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()

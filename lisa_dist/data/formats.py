@@ -303,9 +303,9 @@ def choose_format(name: str, columns: dict[str, str], first: Mapping[str, Any]) 
 def _detect(columns: dict[str, str], first: Mapping[str, Any]) -> RowFormat:
     have = ", ".join(map(str, first))
     preferences = [column for column in PREFERENCES if column in first and column not in columns.values()]
-    # Whether the answer is a wanted one; beside a completion tables may hold it as a number or a text.
+    # Whether the answer is a wanted one, not the class of a text; beside a completion it may be a number or a text.
     label = None if "label" in columns.values() else first.get("label")
-    if isinstance(label, bool) or ("completion" in first and str(label).lower() in TRUTHS):
+    if (isinstance(label, bool) and "text" not in first) or ("completion" in first and str(label).lower() in TRUTHS):
         preferences.append("label")
     if preferences:
         raise UserError(

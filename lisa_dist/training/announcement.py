@@ -127,8 +127,8 @@ def warn_of_demonstration(config: Config) -> None:
     """Warn where a model of the user's own trains on the data of the package, as it does without ``data.path``."""
     if config.data.path == "builtin:demo" and config.model.path != "builtin:demo":
         logger.warning(
-            "data.path=builtin:demo: model.path=%s is trained on the demonstration's questions; data.path names yours",
-            config.model.path,
+            "data.path=builtin:demo: the model %s is trained on the demonstration's questions; data.path names yours",
+            config.model.path or config.model.name,
         )
 
 

@@ -426,6 +426,7 @@ def test_messages_of_prompts_are_read_as_those_of_training_data(stubbed: Any, tm
 def test_thoughts_of_gpt_oss_do_not_go_into_the_history_of_a_chat(answer: str, kept: str) -> None:
     tokenizer = load_tokenizer("builtin:demo")
     special = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.add_tokens(special, special_tokens=True)
+    assert not set(special) & set(tokenizer.all_special_tokens), "as in its tokenizer_config.json, which lists none"
     ids = tokenizer(answer, add_special_tokens=False).input_ids
     assert chat.spoken(ids, tokenizer) == kept

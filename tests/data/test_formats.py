@@ -76,6 +76,7 @@ SYSTEM = {"role": "system", "content": "s"}
             "sharegpt",
             [{"role": "system", "content": "s"}, *ASKED],
         ),
+        ({"text": "a", "label": True}, "text", "a"),
     ],
 )
 def test_every_format_is_found_and_converted(row, name, sample):

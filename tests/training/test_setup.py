@@ -45,7 +45,7 @@ def test_a_model_of_ones_own_on_the_demonstrations_data_is_warned_of(caplog):
     warn_of_demonstration(load(["model.path=/models/mine", "data.path=rows.json"]))
     assert caplog.text == ""
     warn_of_demonstration(load(["model.path=/models/mine"]))
-    assert "model.path=/models/mine is trained on the demonstration's questions" in caplog.text
+    assert "the model /models/mine is trained on the demonstration's questions" in caplog.text
 
 
 def test_the_demonstration_begins_without_a_warning(caplog):
