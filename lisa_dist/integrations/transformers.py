@@ -60,10 +60,16 @@ class LisaCallback(TrainerCallback):
         """Find the blocks, and freeze what never trains.
 
         Raises:
-            UserError: the sampler would need calibration data, which a callback has none of; or data parallelism
-                would wait for the gradients of frozen blocks.
+            UserError: the sampler would need calibration data, which a callback has none of; data parallelism would
+                wait for the gradients of frozen blocks; or the optimizer lacks what an earlier training left frozen.
         """
         model: nn.Module = kwargs["model"]
+        frozen = {id(parameter) for parameter in model.parameters() if hasattr(parameter, FROZEN)}
+        if frozen and not frozen <= _stepped(kwargs["optimizer"]):
+            raise UserError(
+                "add_callback: a training of this model that was broken off left blocks frozen, which the optimizer "
+                "lacks; give the LisaCallback in callbacks=[...] of the Trainer, which thaws them first"
+            )
         if distributed.world_size() > 1 and not _is_sharded(model) and not args.ddp_find_unused_parameters:
             raise UserError(
                 "ddp_find_unused_parameters=False: data parallelism would wait for the gradients of frozen blocks; "
@@ -137,7 +143,7 @@ class LisaCallback(TrainerCallback):
         if _is_sharded(model):
             reshard_all(model)
         # What is not stepped, as the base below adapters, must have no gradient: it would count in the norm that clips.
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        stepped = _stepped(optimizer)
         for name, parameter in model.named_parameters():
             trained = id(parameter) in stepped and self._trains(name)
             parameter.requires_grad_(trained)
@@ -182,6 +188,10 @@ def _thaw(model: nn.Module) -> None:
         if hasattr(parameter, FROZEN):
             parameter.requires_grad_(True)
             delattr(parameter, FROZEN)
+
+
+def _stepped(optimizer: Any) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -191,6 +191,20 @@ def test_a_trainer_after_one_that_was_broken_off_trains_every_block(tmp_path: Pa
             trainer.train()
 
 
+def test_a_callback_that_comes_too_late_to_thaw_is_refused(tmp_path: Path) -> None:
+    model, arguments = make_model(), make_arguments(tmp_path, steps=1, save_steps=1000)
+    callbacks = [LisaCallback(UniformSamplerConfig(active_layers=1)), BreakOff()]
+    broken_off = Trainer(model=model, args=arguments, train_dataset=make_data(), callbacks=callbacks)
+    with pytest.raises(KeyboardInterrupt):
+        broken_off.train()
+    trainer = Trainer(model=model, args=arguments, train_dataset=make_data())
+    trainer.add_callback(LisaCallback(UniformSamplerConfig(active_layers=1)))
+    with pytest.raises(UserError, match=r"^add_callback: a training of this model that was broken off left blocks fro"):
+        trainer.train()
+    broken_off.remove_callback(callbacks[1])
+    broken_off.train()  # whose optimizer has them all
+
+
 def test_a_resume_with_another_period_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for steps, period, told in ((3, 2, False), (4, 2, False), (5, 3, True)):
         callbacks = [LisaCallback(UniformSamplerConfig(active_layers=1, period=period))]
