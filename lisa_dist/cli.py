@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import select
 import shutil
 import sys
 import tempfile
@@ -53,7 +52,9 @@ class _Parser(argparse.ArgumentParser):
         unknown = message.partition("unrecognized arguments: ")[2].split()
         if unknown:
             option = unknown[0].partition("=")[0]
-            raise UserError(f"{option}: is no option, keys are written KEY=VALUE{key_here(option)}")
+            is_file = option in ("-c", "--config", "--config-file", "--config_file")
+            file = ", and a configuration file is a word of its own: lisa-dist train FILE.yaml" if is_file else ""
+            raise UserError(f"{option}: is no option, keys are written KEY=VALUE{file or key_here(option)}")
         raise UserError(f"{message}; see lisa-dist --help")
 
 
@@ -75,13 +76,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(end="", flush=True)  # what nobody reads any more is told here, and not when Python ends
         return code
     except (UserError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            if not _nobody_reads():  # a pipe to a process of our own, which is a fault of the program
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is not written yet
         mistake = str(error) if isinstance(error, UserError) else refusal(error, words)
         if mistake is None:
             raise
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is not written yet
         # torchrun and srun end every rank as soon as one leaves, so rank 0 comes first: it says what all have found.
         if environment_rank() == 0 or not stops_within(SECONDS_FOR_RANK_0):
             print(f"lisa-dist: {mistake}", file=sys.stderr)
@@ -92,14 +91,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lisa-dist: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-
-
-def _nobody_reads() -> bool:
-    """Whether standard output or error is a pipe whose reader is gone."""
-    poll = select.poll()
-    for descriptor in (1, 2):
-        poll.register(descriptor, 0)
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -338,7 +338,7 @@ def test_plan_of_a_run_takes_its_settings(
     config = calls[-1][1]
     assert (config.train.micro_batch_size, config.method, config.data.sequence_length) == (4, "full", 99)
     assert "settings that are not given here are those of" in capsys.readouterr().err
-    assert main(["plan", f"run.dir={tmp_path}/none"]) == 7
+    assert main(["plan", f"run.dir={tmp_path}/none", "method=lisa"]) == 7
     assert calls[-1][1].method == "lisa", "where no run is, its directory is one more key"
 
 

@@ -32,6 +32,11 @@ def configuration_of(name: str, overrides: list[str], config_dir: str | None) ->
     goes_on = name == "plan" or (name in ("train", "launch") and given.get("checkpoint.resume") == "auto")
     settings = RunDirectory(local_path(run_dir)).config
     if not goes_on or not settings.is_file():
+        if name == "plan" and {key.partition(".")[0] for key in given} <= {"run", "plan"}:  # of no other model
+            raise UserError(
+                f"run.dir={run_dir}: must be the directory of a run, which has a {settings.name}, or a model must be "
+                "named beside it"
+            )
         return load(overrides, config_dir)
     if name != "plan" and RunDirectory(settings.parent).foreign() is not None:  # refused by name before it starts
         return load(overrides, config_dir)
@@ -87,6 +92,8 @@ def answering_configuration(
     else:
         config = configuration_of(name, overrides, config_dir)
     choice = config.generate
+    if name == "generate" and place is not None and not (prompts or choice.prompts):
+        raise UserError(f'generate: {place} is taken for the model, and there is no prompt: generate PLACE "PROMPT"')
     if prompts and "generate.prompts" in keys:
         raise UserError(f"generate.prompts: stands beside the prompt {prompts[0]!r}; leave one of the two out")
     for prompt in prompts if environment_rank() == 0 else ():

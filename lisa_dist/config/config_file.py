@@ -14,7 +14,7 @@ from omegaconf._utils import get_yaml_loader
 from lisa_dist.config import Config
 from lisa_dist.config.errors import UserError, as_written, in_one_line
 from lisa_dist.config.loading import load
-from lisa_dist.config.overrides import PATH_KEYS, SCHEMAS, Written, write_override
+from lisa_dist.config.overrides import PATH_KEYS, SCHEMAS, Written, of_a_directory, write_override
 from lisa_dist.config.paths import local_path, nearest_path
 
 SUFFIXES = (".yaml", ".yml")
@@ -69,7 +69,7 @@ def file_overrides(word: str, others: list[str], config_dir: str | None = None) 
     path = local_path(word)
     if not path.is_file():
         near = nearest_path(path) if word.endswith(SUFFIXES) else ""
-        raise UserError(f"{word}: must be KEY=VALUE, or a YAML file that exists{near}")
+        raise UserError(f"{word}: must be KEY=VALUE, or a YAML file that exists{near or of_a_directory(word)}")
     content = _read(path, word)
     if "defaults" in content:
         raise UserError(f"{word}: defaults: a preset is chosen by its group's name, as in method: lora, without a list")

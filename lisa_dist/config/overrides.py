@@ -126,6 +126,11 @@ def _path_override(text: str) -> KeyOverride | None:
     return KeyOverride(key, path, text)
 
 
+def of_a_directory(word: str) -> str:
+    """Return how the directory of a run is named where ``word`` is a directory, else an empty string."""
+    return f"; the directory of a run is named by run.dir={word}" if local_path(word).is_dir() else ""
+
+
 def _parse(text: str) -> KeyOverride:
     if (literal := _path_override(text)) is not None:
         return literal
@@ -133,8 +138,7 @@ def _parse(text: str) -> KeyOverride:
         override: Override = PARSER.parse_override(text)
     except HydraException:
         if "=" not in text:
-            run = f"; the directory of a run is named by run.dir={text}" if local_path(text).is_dir() else ""
-            raise UserError(f"{text}: must be KEY=VALUE{run}") from None
+            raise UserError(f"{text}: must be KEY=VALUE{of_a_directory(text)}") from None
         raise UserError(
             f"{text}: cannot be read, it must be KEY=VALUE where a value that holds brackets, commas or = "
             "stands in quotes, as in 'run.name=\"a=b\"'"

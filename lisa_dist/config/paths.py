@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import select
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -56,7 +57,8 @@ def refusal(error: BaseException, words: Iterable[str] = ()) -> str | None:
         words: of the command line, of which one may have named the path, or a folder that it lies in.
     """
     if isinstance(error, BrokenPipeError):
-        return "nobody reads any more what is printed, as after a pipe into head"
+        # Else it is a pipe to another process, which is a fault of the program.
+        return "nobody reads any more what is printed, as after a pipe into head" if _nobody_reads() else None
     if not isinstance(error, OSError) or error.errno is None or error.errno not in REFUSALS | FULL:
         return None
     said, remedy = os.strerror(error.errno), "name a path that this account may use"
@@ -72,6 +74,14 @@ def refusal(error: BaseException, words: Iterable[str] = ()) -> str | None:
             inside = "" if named == path else f" ({path})"
             return f"{word}: {said}{inside}; {remedy}"
     return f"{path}: {said}; {remedy}"
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output or error is a pipe whose reader is gone."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def nearest_path(path: Path) -> str:

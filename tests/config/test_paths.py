@@ -35,6 +35,7 @@ def test_other_errors_are_no_refusals() -> None:
     assert refusal(FileNotFoundError(errno.ENOENT, "No such file or directory", "/a")) is None
     assert refusal(PermissionError(errno.EPERM, "Operation not permitted")) is None, "of no path"
     assert refusal(ValueError("/a")) is None
+    assert refusal(BrokenPipeError(errno.EPIPE, "Broken pipe")) is None, "of a process of the program's own"
 
 
 def test_a_full_disk_is_told_with_what_to_do() -> None:
