@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from lisa_dist.config import EXIT_DONE, Config
+from lisa_dist.config import EXIT_DONE, Config, UserError
 from lisa_dist.config.errors import check_choice
-from lisa_dist.config.gpu import read_gpu
+from lisa_dist.config.gpu import Gpu, read_gpu
 from lisa_dist.config.idle_options import options_without_effect
 from lisa_dist.config.loading import group_choices
 from lisa_dist.config.paths import begins_with
 from lisa_dist.config.run_directory import RunDirectory
-from lisa_dist.planning.changes import Plan, changes_that_fit, make_plan, search
+from lisa_dist.planning.changes import Plan, changes_that_fit, check_plan_streams, make_plan, search
 from lisa_dist.planning.simulation import cluster_dims, micro_batches_per_step
 from lisa_dist.runtime.files import to_json, write_atomically
 from lisa_dist.runtime.units import format_bytes, format_count, format_duration
@@ -38,13 +38,14 @@ def run(config: Config) -> int:
     for method in config.plan.compare:
         check_choice("plan.compare", method, group_choices("method"))
     with Console(stderr=True).status("planning") as status:  # on a terminal; each plan takes seconds
-        plan = make_plan(config, gpu)
+        check_plan_streams(config)
+        plan = _plan_with_room(config, gpu, [])
         changes = []
         if not plan.fits:
             status.update("it does not fit: planning changes")
-            changes = changes_that_fit(plan)
+            changes = [replace(it, overrides=[*plan.overrides, *it.overrides]) for it in changes_that_fit(plan)]
         status.update("planning other methods")
-        compared = {method: make_plan(config, gpu, [f"method={method}"]) for method in config.plan.compare}
+        compared = {method: _plan_with_room(config, gpu, [f"method={method}"]) for method in config.plan.compare}
         status.update("looking for the largest micro-batch")
         found = search(config, gpu) if config.plan.search else []
     if config.run.dir is not None and (run := RunDirectory.of(config)).config.is_file():
@@ -60,6 +61,18 @@ def run(config: Config) -> int:
     else:
         _print_tables(plan, changes, compared, found)
     return EXIT_DONE
+
+
+def _plan_with_room(config: Config, gpu: Gpu, overrides: list[str]) -> Plan:
+    """Return the plan; where ``parallel.offload=auto`` finds no room, that with every frozen block in host memory."""
+    try:
+        return make_plan(config, gpu, overrides)
+    except UserError as error:
+        if config.parallel.offload != "auto":
+            raise
+        plan = make_plan(config, gpu, [*overrides, "parallel.offload=frozen"])
+        print(f"lisa-dist: {error}; planned with parallel.offload=frozen", file=sys.stderr)
+        return plan
 
 
 def notes_on(plan: Plan) -> list[str]:
@@ -182,7 +195,7 @@ def _table_of(plan: Plan) -> Table:
         f"{format_bytes(plan.head_room)} of {format_bytes(plan.gpu.memory_bytes)} left, with "
         f"{format_bytes(RESERVED_BYTES)} set aside for CUDA, NCCL and fragmentation",
     )
-    checkpointing = config.parallel.activation_checkpointing
+    checkpointing, micro_batches = config.parallel.activation_checkpointing, micro_batches_per_step(config)
     table.add_row(
         "blocks",
         f"{trace.num_active} of {trace.num_blocks} train, {checkpointing} checkpointing, {trace.kernels} kernels",
@@ -190,7 +203,8 @@ def _table_of(plan: Plan) -> Table:
     table.add_row(
         "step",
         f"{format_count(trace.tokens)} tokens: {config.train.micro_batch_size} x {config.data.sequence_length} a "
-        f"micro-batch, {micro_batches_per_step(config)} micro-batches on each of {ranks} ranks",
+        f"micro-batch, {micro_batches} micro-batch{'es' * (micro_batches > 1)} on "
+        f"{'one rank' if ranks == 1 else f'each of {ranks} ranks'}",
     )
     sent = ", ".join(f"{format_bytes(size)} {collective}" for collective, size in work.sent.items()) or "nothing"
     table.add_row("sent by a rank a step", sent)

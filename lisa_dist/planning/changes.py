@@ -11,10 +11,11 @@ from lisa_dist.config.loading import vary
 from lisa_dist.config.placement import is_block_major
 from lisa_dist.planning.estimate import Estimate, estimate
 from lisa_dist.planning.prediction import predict_over_draws
-from lisa_dist.planning.simulation import Trace, cluster_dims
+from lisa_dist.planning.simulation import Trace, architecture_of, cluster_dims
 from lisa_dist.runtime.units import GIB
 from lisa_dist.sharding.activation_checkpointing import KINDS
 from lisa_dist.sharding.memory_policy import RESERVED_BYTES
+from lisa_dist.training.limits import check_streaming
 
 MOST_MICRO_BATCH = 1024
 MOST_NODES = 1024
@@ -92,9 +93,16 @@ def _plan_of_change(config: Config, gpu: Gpu, overrides: list[str]) -> Plan | No
     if whole != config.train.global_batch_size:
         overrides = [*overrides, f"train.global_batch_size={whole}"]
     try:
+        if "parallel.offload=frozen" in overrides:
+            check_plan_streams(vary(config, overrides))
         return make_plan(config, gpu, overrides)
     except UserError:
         return None
+
+
+def check_plan_streams(config: Config) -> None:
+    """Raise :class:`UserError` where training would: frozen blocks come from host memory, with wrong gradients."""
+    check_streaming(config, architecture_of(config.model), cluster_dims(config.parallel).num_ranks)
 
 
 def _seconds_per_token(plan: Plan) -> float:

@@ -12,7 +12,7 @@ import pytest
 
 from lisa_dist.cli import main
 from lisa_dist.commands.plan import PLAN_STARTS
-from lisa_dist.config import Config
+from lisa_dist.config import Config, UserError
 from lisa_dist.config.gpu import Gpu, read_gpu
 from lisa_dist.config.loading import conf_dir, vary
 from lisa_dist.config.paths import begins_with
@@ -33,6 +33,12 @@ TINY = ["model=custom", ARCHITECTURE, "data.sequence_length=256", "parallel.npro
 TINY += ["train.global_batch_size=4", "plan.gpu=rtx4090", "model.loss_chunk=65536"]
 SHALLOW = [ARCHITECTURE.replace("num_hidden_layers:4", "num_hidden_layers:2"), "sampler.active_layers=1"]
 SHALLOW += ["train.global_batch_size=2"]
+SHARING = (
+    "model.architecture={model_type:gemma4_text,vocab_size:128,hidden_size:64,intermediate_size:96,num_hidden_layers:4,"
+    "num_attention_heads:4,num_key_value_heads:2,head_dim:16,global_head_dim:16,num_kv_shared_layers:2,"
+    "layer_types:[sliding_attention,full_attention,sliding_attention,full_attention],"
+    "hidden_size_per_layer_input:8,vocab_size_per_layer_input:128}"
+)
 PARAMETERS = 2 * 4096 * 512 + 4 * (4 * 512**2 + 3 * 512 * 1024 + 2 * 512) + 512
 ACTIVE = 2 * 4096 * 512 + 2 * (4 * 512**2 + 3 * 512 * 1024 + 2 * 512) + 512
 
@@ -104,11 +110,11 @@ def made_up(lines: list[tuple[str, int]], needed: int) -> Any:
 def test_what_does_not_fit_says_by_how_much_and_what_would(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = plan(capsys, *SHALLOW, "train.micro_batch_size=2")["peak_bytes"]
+    of_two = [*SHALLOW, "train.micro_batch_size=2", "train.global_batch_size=4"]
+    needed = plan(capsys, *of_two)["peak_bytes"]
     lines = [("train.micro_batch_size=1", 2 * 10**6), ("parallel.activation_checkpointing=full", 3 * 10**6)]
     monkeypatch.setattr(changes, "make_plan", made_up(lines, needed))
-    keys = [*SHALLOW, "train.micro_batch_size=2", smaller_gpu(tmp_path, needed - 10**6), "plan.search=true"]
-    figures = plan(capsys, *keys)
+    figures = plan(capsys, *of_two, smaller_gpu(tmp_path, needed - 10**6), "plan.search=true")
     assert not figures["fits"] and figures["head_room_bytes"] == -(10**6)
     assert any("976.6 KiB too much on each rank, 1.9 MiB on the cluster" in note for note in figures["notes"])
     fitting = [change for change in figures["changes"] if change["fits"]]
@@ -118,6 +124,29 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(
     }
     kinds = [f"parallel.activation_checkpointing={kind}" for kind in ("none", "selective", "full")]
     assert sorted(entry["overrides"][0] for entry in figures["search"]) == sorted(kinds)
+
+
+def test_what_does_not_fit_with_every_block_that_auto_may_stream_has_proposals_too(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planner = made_up([("train.micro_batch_size=1", RESERVED_BYTES)], RESERVED_BYTES)
+
+    def make(config: Config, gpu: Gpu, overrides: list[str] | None = None) -> Plan:
+        made: Plan = planner(config, gpu, overrides)
+        if made.config.parallel.offload == "auto":
+            raise UserError("parallel.offload=auto: needs 1 KiB more with every frozen block in host memory")
+        return made
+
+    monkeypatch.setattr(changes, "make_plan", make)
+    monkeypatch.setattr("lisa_dist.commands.plan.make_plan", make)
+    one_rank = [*SHALLOW, "parallel.nproc_per_node=1", "parallel.offload=auto", "train.micro_batch_size=2"]
+    assert main(["plan", *TINY, *one_rank, smaller_gpu(tmp_path, 10**6)]) == 0
+    printed = capsys.readouterr()
+    assert "with every frozen block in host memory" in printed.err
+    assert "; planned with parallel.offload=frozen\n" in printed.err
+    figures = json.loads(printed.out)
+    assert not figures["fits"] and figures["changes"]
+    assert all(change["overrides"][0] == "parallel.offload=frozen" for change in figures["changes"])
 
 
 @pytest.mark.soak
@@ -147,10 +176,12 @@ def test_search_finds_the_largest_micro_batch_that_fits(capsys: pytest.CaptureFi
         ("plan.gpu=a100", "plan.gpu=a100: must be one of a100_40gb, a100_80gb"),
         ("plan.compare=[lissa]", "did you mean lisa?"),
         ("parallel.replicate=3", "parallel.replicate=3: must divide the number of ranks, 2"),
+        ("parallel.offload=frozen", "Gemma4ForCausalLM gets other gradients"),
     ],
 )
 def test_mistakes_are_exit_2(override: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", *TINY, override]) == 2
+    sharing = ["parallel.nproc_per_node=1", SHARING] if "offload" in override else []
+    assert main(["plan", *TINY, *sharing, override]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 
@@ -133,6 +134,7 @@ def test_where_no_change_alone_is_enough_they_are_made_together_with_ever_more_m
 def test_training_takes_what_is_proposed_as_it_is_pasted(keys: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(changes, "make_plan", Planner([(3 * ROOM, ROOM // 7)]))
     monkeypatch.setattr(changes, "vary", with_keys)
+    monkeypatch.setattr(changes, "check_plan_streams", mock.Mock())
     config = load([*KEYS, *keys, "parallel.nproc_per_node=1"])
     for plan in (*changes_that_fit(changes.make_plan(config, GPU)), *search(config, GPU)):
         pasted = with_keys(config, plan.overrides)
@@ -153,8 +155,12 @@ def test_what_a_model_does_not_go_with_is_not_proposed(monkeypatch: pytest.Monke
     monkeypatch.setattr(changes, "vary", with_keys)
     (plan,) = search(load(KEYS), GPU)
     assert plan.fits and plan.config.train.micro_batch_size == planner.largest("none") == 37
-    proposed = changes_that_fit(refuse(load([*KEYS, "train.micro_batch_size=40"]), GPU))
-    assert proposed and not any("checkpointing" in change for plan in proposed for change in plan.overrides)
+    for told in (None, UserError("parallel.offload=frozen: other gradients")):
+        monkeypatch.setattr(changes, "check_plan_streams", mock.Mock(side_effect=told))
+        config = load([*KEYS, "parallel.nproc_per_node=1", "train.micro_batch_size=40"])
+        proposed = [change for plan in changes_that_fit(refuse(config, GPU)) for change in plan.overrides]
+        assert proposed and not any("checkpointing" in change for change in proposed)
+        assert ("parallel.offload=frozen" in proposed) == (told is None)
 
 
 def test_less_is_trained_at_a_time_before_there_are_more_machines(monkeypatch: pytest.MonkeyPatch) -> None:
