@@ -253,7 +253,7 @@ def _warn_of_rounded(directory: Path, exact: list[str], kept: str) -> None:
         more = f" and {len(exact) - 1} more" if len(exact) > 1 else ""
         logger.warning(
             "model.path=%s: transformers uses %s%s in float32, as stored, whatever the rest is in; here they are "
-            "rounded to %s, so that experts may be chosen otherwise; precision.frozen=float32 with "
-            "precision.compute=float32 keeps them",
+            "rounded to %s, so that the model computes something else (a router may choose other experts); "
+            "precision.frozen=float32 with precision.compute=float32 keeps them",
             *(directory, exact[0], more, kept),
         )
