@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import nn
@@ -102,6 +106,21 @@ def find_layers(model: nn.Module, blocks_path: str | None = None) -> LayerMap:
 def linear_layers(block: nn.Module) -> dict[str, nn.Linear | Conv1D]:
     """Return the linear layers inside a block by their names in it; GPT-2's hold their weight transposed."""
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+@functools.cache
+def weights_read(kind: type[nn.Module], *, dtype_too: bool = False) -> frozenset[str]:
+    """Return the layers of a module whose weights its code reads itself, as Mamba's does for its kernels on a GPU.
+
+    With ``dtype_too`` also those of which it looks at the weight alone, as at its dtype, or sets its values.
+    """
+    found: set[str] = set()
+    # Of a part of it, weight[...], Bloom's code alone makes use, where slow_but_exact asks for that.
+    but = r"\[" if dtype_too else r"\[|\.(?:dtype|device|shape|data)\b"
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        with suppress(OSError, TypeError):  # a class without source
+            found.update(re.findall(rf"\bself\.(\w+)\.weight\b(?!{but})", inspect.getsource(base)))
+    return frozenset(found)
 
 
 def _largest_stack(model: nn.Module) -> str:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lisa_dist.models.layer_map import weights_read
 from lisa_dist.runtime.distributed import as_sharded, computed_on, local_shard
 
 BLOCK = 64  # inputs of a row that share one scale in nf4, or the largest power of two below that divides them
@@ -117,14 +118,19 @@ class QuantizedLinear(nn.Linear):
 def quantize_linears(blocks: list[nn.Module], kind: str) -> int:
     """Put :class:`QuantizedLinear` in the place of the blocks' linear layers, on ``meta``; return how many.
 
-    Adapters stay as they are, and so do fused experts and GPT-2's transposed layers.
+    Adapters stay as they are, and so do fused experts, GPT-2's transposed layers, and layers whose weights the model
+    reads itself, as Mamba's, or whose dtype, which would be those of codes.
     """
     count = 0
     for block in blocks:
         for name, layer in list(block.named_modules()):
             halves = kind == "nf4" and isinstance(layer, nn.Linear) and layer.in_features % 2
+            parent, _, attribute = name.rpartition(".")
+            reader, _, read = name.removesuffix(".base_layer").rpartition(".")
+            kind_of_reader: Any = type(block.get_submodule(reader))  # it has a hash
+            if read in weights_read(kind_of_reader, dtype_too=True):
+                continue
             if type(layer) is nn.Linear and ".lora_" not in f".{name}" and not halves:
-                parent, _, attribute = name.rpartition(".")
                 setattr(block.get_submodule(parent), attribute, QuantizedLinear(layer, kind))
                 count += 1
     return count

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lisa_dist.models.layer_map import weights_read
 from lisa_dist.models.quantization import (
     QuantizedLinear,
     block_size,
@@ -86,3 +87,19 @@ def test_product_and_gradient_are_those_of_the_dequantised_weight(kind: str) -> 
     output.square().sum().backward()
     expected.square().sum().backward()
     torch.testing.assert_close(inputs.grad, plain.grad)
+
+
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(4, 4, device="meta") for _ in range(3))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden @ self.gate.weight.type(torch.float32)  # as LongCat Flash's router
+        return self.down(self.up(hidden.to(self.up.weight.dtype)))  # as DeepSeek V3.2's indexer
+
+
+def test_layers_whose_weights_the_model_reads_itself_are_left_as_they_are() -> None:
+    block = Reader()
+    assert weights_read(Reader) == {"gate"}  # what adapters leave out
+    assert quantize_linears([block], "nf4") == 1 and isinstance(block.down, QuantizedLinear)

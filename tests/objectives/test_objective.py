@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lisa_dist.config import Config
+from lisa_dist.config import Config, UserError
 from lisa_dist.data.batches import MicroBatch
 from lisa_dist.method.module import begin_period
 from lisa_dist.method.probes import gradient_norms, mean_loss
@@ -75,3 +75,14 @@ def test_steps_validation_and_probes_take_loss_and_divisor_from_the_objective(in
     assert other["probe"] == pytest.approx([of_first * value for value in plain["probe"]], rel=1e-2)
     if not in_backward:
         assert other["validation"] == pytest.approx(2 * TOKENS / len(LENGTHS) * plain["validation"], rel=1e-2)
+
+
+class Mixing(nn.Linear):
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.linear(input_ids.float(), self.weight)  # as in MiniMax a buffer, which stays float32
+
+
+def test_a_model_that_mixes_float32_into_bfloat16_is_refused_by_name() -> None:
+    batch = {"input_ids": torch.ones(1, 4), "labels": torch.ones(1, 4)}
+    with pytest.raises(UserError, match=r"precision\.compute=bfloat16: the code of Mixing mixes .* set precision"):
+        supervised(Mixing(4, 4, dtype=torch.bfloat16), batch)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from lisa_dist.config.errors import nearest
 from lisa_dist.config.updates import LoraUpdateConfig
 from lisa_dist.method.updates.base import OptimizedParam, Update
 from lisa_dist.method.updates.sharded import keyed_generator, whole
-from lisa_dist.models.layer_map import NORM, LayerMap, linear_layers
+from lisa_dist.models.layer_map import NORM, LayerMap, linear_layers, weights_read
 from lisa_dist.models.quantization import count_weights
 from lisa_dist.runtime.distributed import fill, local_shard
 from lisa_dist.runtime.units import format_count
@@ -214,17 +212,6 @@ def adapter_config(config: LoraUpdateConfig, layers: LayerMap) -> Any:
         use_dora=config.dora,
         task_type="CAUSAL_LM",
     )
-
-
-@functools.cache
-def weights_read(kind: type[nn.Module]) -> frozenset[str]:
-    """Return the layers of a module whose weights its code reads itself, as Mamba's does for its kernels on a GPU."""
-    found: set[str] = set()
-    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-        with suppress(OSError, TypeError):  # a class without source
-            # Of a part of it, weight[...], Bloom's code alone makes use, where slow_but_exact asks for that.
-            found.update(re.findall(r"\bself\.(\w+)\.weight\b(?![.\[])", inspect.getsource(base)))
-    return frozenset(found)
 
 
 def merge(
