@@ -282,8 +282,10 @@ def _tried(small: Any, kernel: str | None) -> float | str:
         if kernel is not None:
             verbosity = transformers.logging.get_verbosity()
             transformers.logging.set_verbosity_error()  # that it can't be set shows in the numbers
-            small.set_attn_implementation(kernel)
-            transformers.logging.set_verbosity(verbosity)
+            try:
+                small.set_attn_implementation(kernel)
+            finally:
+                transformers.logging.set_verbosity(verbosity)
         difference, joined = packed_difference(small, alone), packed_difference(small, alone, joined=True)
     except Exception as error:  # whatever a foreign forward pass raises
         return f"{type(error).__name__}: {in_one_line(error)}"
