@@ -88,7 +88,9 @@ def find_layers(model: nn.Module, blocks_path: str | None = None) -> LayerMap:
         if name != path and not name.startswith(f"{path}.") and next(module.parameters(recurse=False), None) is not None
     }
     embeddings = {name: module for name, module in outside.items() if isinstance(module, nn.Embedding)}
-    norm = {name: module for name, module in outside.items() if name not in embeddings and module is not head}
+    within = tuple(f"{name}." for name in [*embeddings, head_name])  # Inkling's embeddings have a norm of their own
+    others = (name for name, module in outside.items() if name not in embeddings and module is not head)
+    norm = {name: outside[name] for name in others if not name.startswith(within)}
     return LayerMap(
         blocks_path=path,
         blocks=list(stack.children()),

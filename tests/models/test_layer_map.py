@@ -32,6 +32,14 @@ def test_parts_of_every_family(family: str) -> None:
     assert layers.group_of(f"{layers.head_name}.weight") == ("embeddings" if layers.tied else "head")
 
 
+def test_a_norm_inside_the_embeddings_is_a_part_of_them() -> None:
+    model = meta_model("llama")
+    model.model.embed_tokens.embed_norm = nn.LayerNorm(48, device="meta")  # as Inkling's
+    layers = find_layers(model)
+    assert layers.group_of("model.embed_tokens.embed_norm.weight") == "embeddings"
+    assert layers.norm_names == ["model.norm"]  # FSDP2 wants a parameter in one group only
+
+
 def test_parameters_added_to_a_block_belong_to_it() -> None:
     layers = find_layers(meta_model("llama"))
     assert layers.group_of("model.layers.12.self_attn.q_proj.lora_A.default.weight") == "block:12"
