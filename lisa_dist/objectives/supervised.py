@@ -14,7 +14,7 @@ from lisa_dist.models.layer_map import LayerMap
 from lisa_dist.objectives import Objective
 from lisa_dist.objectives.chunked_head import install_loss_head
 
-_MIXED = re.compile(r"(same dtype|scalar type).*BFloat16")  # how torch refuses a product of two dtypes
+_MIXED = re.compile(r"(same dtype|scalar type).*BFloat16|mixed dtype")  # how torch refuses two dtypes at once
 
 
 def prepare_supervised(model: nn.Module, layers: LayerMap, config: ModelConfig, in_place: bool) -> Objective:

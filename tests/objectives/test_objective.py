@@ -77,12 +77,20 @@ def test_steps_validation_and_probes_take_loss_and_divisor_from_the_objective(in
         assert other["validation"] == pytest.approx(2 * TOKENS / len(LENGTHS) * plain["validation"], rel=1e-2)
 
 
-class Mixing(nn.Linear):
+class Product(nn.Linear):
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         return nn.functional.linear(input_ids.float(), self.weight)  # as in MiniMax a buffer, which stays float32
 
 
-def test_a_model_that_mixes_float32_into_bfloat16_is_refused_by_name() -> None:
+class Norm(nn.LayerNorm):
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.layer_norm(input_ids, (4,), self.weight)  # as of XGLM's positions, in float32
+
+
+@pytest.mark.parametrize("model", [Product(4, 4, dtype=torch.bfloat16), Norm(4, dtype=torch.bfloat16)])
+def test_a_model_that_mixes_float32_into_bfloat16_is_refused_by_name(model: nn.Module) -> None:
     batch = {"input_ids": torch.ones(1, 4), "labels": torch.ones(1, 4)}
-    with pytest.raises(UserError, match=r"precision\.compute=bfloat16: the code of Mixing mixes .* set precision"):
-        supervised(Mixing(4, 4, dtype=torch.bfloat16), batch)
+    with pytest.raises(
+        UserError, match=r"precision\.compute=bfloat16: the code of (Product|Norm) mixes .* set precision"
+    ):
+        supervised(model, batch)
