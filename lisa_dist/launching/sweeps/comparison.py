@@ -14,12 +14,13 @@ from typing import Any
 from urllib.parse import quote
 
 from lisa_dist.config import EXIT_DONE, EXIT_STOPPED, UserError
+from lisa_dist.config.paths import begins_with
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.units import format_count
 from lisa_dist.telemetry.history import MetricsRow, read_rows, read_summary
 from lisa_dist.telemetry.reports.charts import Series, line_chart, scatter_chart, smoothed
-from lisa_dist.telemetry.reports.page import Card, Link, chart, render_page, table
+from lisa_dist.telemetry.reports.page import PAGE_START, Card, Link, chart, render_page, table
 from lisa_dist.telemetry.reports.run_page import write_report
 
 JOBS_FILE = "jobs.txt"  # a line a job, quoted for the shell: its folder, its overrides, RESUME and run.dir=
@@ -67,10 +68,12 @@ class JobRecord:
         return told.removeprefix("failed: ") if told.startswith("failed") else last_words(self.run_dir)
 
     @property
-    def page_is_new(self) -> bool:
-        """Whether the job has a page of its own, written since it ended."""
+    def needs_page(self) -> bool:
+        """Whether the job has ended and left a record, and no page since; one of another program is kept."""
         page, ended = RunDirectory(self.run_dir).report, self.run_dir / EXIT_CODE_FILE
-        return page.is_file() and ended.is_file() and page.stat().st_mtime >= ended.stat().st_mtime
+        is_new = page.is_file() and ended.is_file() and page.stat().st_mtime >= ended.stat().st_mtime
+        has_record = self.exit_code is not None and bool(self.metrics or self.summary)
+        return has_record and not is_new and begins_with(page, PAGE_START)
 
     @property
     def final_loss(self) -> float | None:
@@ -105,7 +108,7 @@ def write_comparison(sweep_dir: Path) -> list[JobRecord]:
     """
     jobs = read_jobs(sweep_dir)
     for job in jobs:
-        if job.exit_code is not None and (job.metrics or job.summary) and not job.page_is_new:
+        if job.needs_page:
             write_report(RunDirectory(job.run_dir))
     write_atomically(sweep_dir / CSV_FILE, _csv(jobs))
     write_atomically(sweep_dir / PAGE_FILE, _page(sweep_dir, jobs))
@@ -201,7 +204,8 @@ def _page(sweep_dir: Path, jobs: list[JobRecord]) -> str:
 def _name(job: JobRecord, marked: str) -> str | Link:
     page = RunDirectory(job.run_dir).report
     text = f"{job.number}{marked}"
-    return Link(text, quote(f"{job.run_dir.name}/{page.name}")) if page.is_file() else text
+    is_ours = page.is_file() and begins_with(page, PAGE_START)
+    return Link(text, quote(f"{job.run_dir.name}/{page.name}")) if is_ours else text
 
 
 def _varied_cards(jobs: list[JobRecord]) -> list[Card]:

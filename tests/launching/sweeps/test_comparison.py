@@ -14,6 +14,7 @@ import pytest
 
 from lisa_dist.config import UserError
 from lisa_dist.launching.sweeps.comparison import COLUMNS, best_job, read_jobs, write_comparison
+from lisa_dist.telemetry.reports.page import PAGE_START
 
 
 def make_job(
@@ -117,14 +118,18 @@ def test_each_job_that_has_ended_and_left_a_record_has_a_page_that_is_written_on
     pages = sorted(page.parent.name for page in sweep_dir.glob("*/report.html"))
     assert pages == ["0_a", "1_b", "2_c", "3_d"]
     page = sweep_dir / "0_a" / "report.html"
-    page.write_text("as it was")
+    page.write_text(f"{PAGE_START}> as it was")
     write_comparison(sweep_dir)
-    assert page.read_text() == "as it was"
+    assert page.read_text().endswith("as it was")
     (sweep_dir / "0_a" / "exit_code").write_text("0\n")  # it ran again
     later = page.stat().st_mtime + 5
     os.utime(sweep_dir / "0_a" / "exit_code", (later, later))
     write_comparison(sweep_dir)
     assert "<h1>0_a</h1>" in page.read_text()
+    page.write_text("of another program")
+    os.utime(page, (0, 0))
+    write_comparison(sweep_dir)
+    assert page.read_text() == "of another program"
 
 
 def test_sweep_that_was_moved(sweep_dir: Path) -> None:
