@@ -17,8 +17,8 @@ from plotly.offline import get_plotlyjs
 
 from lisa_dist.runtime.files import to_json
 
-# Distinguishable with every kind of colour blindness: Okabe and Ito, https://jfly.uni-koeln.de/color/; lighter on dark.
 PAGE_START = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
+# Distinguishable with every kind of colour blindness: Okabe and Ito, https://jfly.uni-koeln.de/color/; lighter on dark.
 STYLE = """
 :root { color-scheme: light dark; --back: #f6f7f9; --card: #fff; --text: #1b2130; --soft: #5b6472; --rule: #dfe3ea;
   --colors: #0072b2 #d55e00 #009e73 #cc79a7 #b07d00 #56b4e9 #7a7a7a; }
