@@ -46,7 +46,8 @@ def lean_config(seed: int, tied: bool = False) -> Config:
     config.model.architecture |= {"num_hidden_layers": 3, "tie_word_embeddings": tied}
     config.sampler = UniformSamplerConfig(active_layers=2, period=2, seed=seed, non_block_modules=True)
     config.always_active = AlwaysActiveConfig(embeddings=False, head=False)
-    config.optimizer.lr = 1e-2
+    # Else entries whose gradient is rounding errors make whole steps, whose direction depends on the processor.
+    config.optimizer.lr, config.optimizer.eps = 1e-2, 1e-6
     return config
 
 
@@ -59,8 +60,7 @@ def test_training_equals_plain_pytorch_on_what_was_drawn(seed: int, tied: bool, 
     assert [ENDS & set(names) for names in result["trained"][::2]] == ends
     for names, blocks in zip(result["trained"][::2], result["draws"]):
         assert len(blocks) + len(ENDS & set(names)) == 2 and "model.norm.weight" in names
-    # An entry whose gradient is next to nothing may go the other way: one of 2,916 made 0.7% of its matrix's way.
-    compare(result, plain_model(config), config, adam, tolerance=2e-2)
+    compare(result, plain_model(config), config, adam)
 
 
 def resume(directory: Path) -> list[Any]:

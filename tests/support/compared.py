@@ -67,6 +67,7 @@ def compare(
         config.optimizer.weight_decay,
         config.optimizer.grad_clip,
         direction,
+        eps=config.optimizer.eps,
     )
     assert result["losses"] == pytest.approx(losses, rel=1e-5)
     reference = dict(model.named_parameters())

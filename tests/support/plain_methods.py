@@ -20,8 +20,8 @@ Batch = dict[str, torch.Tensor]
 class PlainAdamW:
     """AdamW (arXiv 1711.05101, Algorithm 2) on one tensor at a time."""
 
-    def __init__(self, weight_decay: float) -> None:
-        self.weight_decay = weight_decay
+    def __init__(self, weight_decay: float, eps: float = EPS) -> None:
+        self.weight_decay, self.eps = weight_decay, eps
         self.state: dict[str, list[Any]] = {}
 
     def direction(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
@@ -31,7 +31,7 @@ class PlainAdamW:
         first = BETAS[0] * first + (1 - BETAS[0]) * gradient
         second = BETAS[1] * second + (1 - BETAS[1]) * gradient**2
         self.state[name] = [step, first, second]
-        return (first / (1 - BETAS[0] ** step)) / ((second / (1 - BETAS[1] ** step)).sqrt() + EPS)
+        return (first / (1 - BETAS[0] ** step)) / ((second / (1 - BETAS[1] ** step)).sqrt() + self.eps)
 
 
 class PlainLion(PlainAdamW):
@@ -97,6 +97,7 @@ def train_by_hand(
     direction: Callable[[PlainAdamW, str, torch.Tensor], torch.Tensor],
     keeps_state: bool = False,
     lion: bool = False,
+    eps: float = EPS,
 ) -> list[float]:
     """Train ``model`` in place and return the losses.
 
@@ -105,8 +106,9 @@ def train_by_hand(
         direction: the step of a parameter along its (clipped) gradient.
         keeps_state: of parameters that do not train; else it is forgotten.
         lion: instead of AdamW.
+        eps: AdamW's.
     """
-    adam = PlainLion(weight_decay) if lion else PlainAdamW(weight_decay)
+    adam = PlainLion(weight_decay) if lion else PlainAdamW(weight_decay, eps)
     parameters = dict(model.named_parameters())
     losses = []
     for step, lr in enumerate(learning_rates):
