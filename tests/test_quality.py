@@ -139,6 +139,14 @@ def schemas() -> set[type[Any]]:
     return {*groups, WandbConfig, *SAMPLER_CONFIGS.values(), *UPDATE_CONFIGS.values(), *OPTIMIZER_CONFIGS.values()}
 
 
+def test_every_folder_says_what_lives_there_and_what_may_not() -> None:
+    """A folder without an ``__init__`` is passed over by the contract on imports too."""
+    for folder in {file.parent for file in (ROOT / "lisa_dist").rglob("*.py")} - {ROOT / "lisa_dist"}:
+        start = folder / "__init__.py"
+        said = (ast.get_docstring(ast.parse(start.read_text())) or "") if start.exists() else ""
+        assert "\n\n" in said and said.count(".") >= 2, f"{folder} does not say what it is for, and what is not"
+
+
 def test_what_tests_share_lies_in_support() -> None:
     shared = re.compile(
         r"^from tests(?:\.\w+)*\.test_\w+ import|^from tests\.(?!support|mutations|golden|gpu)", re.MULTILINE
