@@ -84,7 +84,8 @@ def find_files(folder: Path, path: str, split: str, subset: str | None, key: str
     else:
         base = folder / str((chosen or {}).get("data_dir") or "")
         every = _list(base, "**")
-        splits = _by_name(base, [file for file in every if kind_of(file) and not _is_known(file)])
+        named = {file: file.relative_to(base).as_posix() for file in every if kind_of(file) and not _is_known(file)}
+        splits = _by_name(named)
     if not splits:
         raise UserError(f"{key}={path}: the directory holds no file that ends in one of {', '.join(READERS)}")
     name = find_split(splits, split)
@@ -101,6 +102,8 @@ def find_files(folder: Path, path: str, split: str, subset: str | None, key: str
             f"{key}={path}: split {name} has {splits[name][0].name}, and its files must end in one of "
             f"{', '.join(READERS)}, in the same one as those of the other splits"
         )
+    if listed is None:
+        notes += _in_capitals(named, name, read)
     others = {file for files in splits.values() for file in files if _module(file) == kind}
     unread = sorted(os.path.relpath(file, folder) for file in every if file not in others and not _is_known(file))
     if unread:
@@ -178,9 +181,18 @@ def _is_known(file: Path) -> bool:
     return file.name in NOT_DATA or bool(stray) or (file.suffix.lower() in OF_THE_REPOSITORY)
 
 
-def _by_name(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
+def _in_capitals(names: dict[Path, str], split: str, read: list[Path]) -> list[str]:
+    """Return what to say of files that are read for ``split``, and in small letters would be of another one."""
+    meant = _by_name({file: name.lower() for file, name in names.items()}).get(split.lower(), [])
+    strays = [names[file] for file in read if file not in meant]
+    if not strays:
+        return []
+    shown = ", ".join(strays[:5]) + (", ..." if len(strays) > 5 else "")
+    return [f"{shown}: read for {split}, for names of splits count in small letters alone, as datasets reads them"]
+
+
+def _by_name(names: dict[Path, str]) -> dict[str, list[Path]]:
     """Return the files of each split by their names: of shards, of folders, of files; else all are for training."""
-    names = {file: file.relative_to(folder).as_posix() for file in files}
     shards = [(file, match[1]) for file, name in names.items() if (match := SHARD.fullmatch(name))]
     if shards:
         return {split: [file for file, of in shards if of == split] for split in sorted({of for _, of in shards})}
@@ -191,11 +203,11 @@ def _by_name(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
         }
         if any(found.values()):
             return {split: matching for split, matching in found.items() if matching}
-    return {"train": files} if files else {}
+    return {"train": list(names)} if names else {}
 
 
 def _names_split(split: str, part: str) -> bool:
-    return bool(re.search(rf"(^|[-._ 0-9])({'|'.join(KEYWORDS[split])})($|[-._ 0-9])", part, re.IGNORECASE))
+    return bool(re.search(rf"(^|[-._ 0-9])({'|'.join(KEYWORDS[split])})($|[-._ 0-9])", part))
 
 
 def _module(file: Path) -> str:

@@ -27,6 +27,8 @@ FOLDERS = [
     ["en/train.jsonl", "de/train.jsonl"],
     ["a.txt", "b.txt"],
     ["train.jsonl.gz", "b/test.jsonl"],
+    ["Train.csv", "Test.csv"],
+    ["Test/train.jsonl", "x/test.jsonl"],
 ]
 
 
@@ -50,6 +52,14 @@ def test_files_go_to_the_splits_that_datasets_gives_them(tmp_path, names):
     files = datasets.load_dataset_builder(str(tmp_path)).config.data_files
     expected = {str(split): sorted(os.path.relpath(file, tmp_path) for file in files[split]) for split in files}
     assert split_by_us(tmp_path) == expected
+
+
+def test_files_that_name_another_split_in_capitals_are_told(tmp_path):
+    """``datasets`` reads both for training, which a user of these names does not expect."""
+    for name in ("Train.csv", "Test.csv"):
+        (tmp_path / name).write_text("text\na\n")
+    files, notes = find_files(tmp_path, "x", "train", None, "data.path")
+    assert len(files) == 2 and len(notes) == 1 and notes[0].startswith("Test.csv: read for train")
 
 
 @pytest.mark.parametrize("subset", ["one", "two", "three"])
