@@ -79,6 +79,19 @@ def parse_json(text: str, what: str) -> Any:
         raise BadRowError(f"{what} must be valid JSON, found {describe(text)}") from None
 
 
+def check_json(value: Any, what: str) -> None:
+    """Refuse dates, decimals and bytes, which Arrow has and JSON has not: templates get ``<date>`` in their place.
+
+    Raises:
+        BadRowError: ``value`` holds one; ``what`` names it for the message.
+    """
+
+    def refuse(other: object) -> None:
+        raise BadRowError(f"{what} must hold texts, numbers, true and false alone, found {describe(other)}")
+
+    json.dumps(value, default=refuse)
+
+
 def read_turn(turn: dict[str, Any], speaker: str, role: str) -> tuple[Message, bool]:
     """Return a turn as a message, and whether it is one whose tokens carry loss.
 
@@ -162,7 +175,9 @@ def _tool_call(call: object) -> dict[str, Any]:
             other = next(key for key in function if key != "name")
             raise BadRowError(f"a tool call's arguments must be an object under arguments, found {describe(other)}")
         function = {("arguments" if key == given else key): value for key, value in function.items()}
-    return {"type": "function", **outside, "function": {**function, "arguments": _arguments(function.get("arguments"))}}
+    read = {"type": "function", **outside, "function": {**function, "arguments": _arguments(function.get("arguments"))}}
+    check_json(read, "a tool call")
+    return read
 
 
 def _arguments(value: object) -> dict[str, Any]:
@@ -189,7 +204,9 @@ def read_tools(value: object) -> list[dict[str, Any]] | None:
         tools = [tools]
     if not isinstance(tools, list):
         raise BadRowError(f"column tools must be a list of functions or its JSON text, found {describe(value)}")
-    return [_tool(tool) for tool in tools]
+    read = [_tool(tool) for tool in tools]
+    check_json(read, "a tool")
+    return read
 
 
 def _tool(tool: object) -> dict[str, Any]:

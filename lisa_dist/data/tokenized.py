@@ -25,7 +25,7 @@ from lisa_dist.runtime.distributed import on_local_rank_zero
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 10  # to be raised when the same rows give other tokens
+CACHE_VERSION = 11  # to be raised when the same rows give other tokens
 TOKENS = pa.list_(pa.int32())
 SCHEMA = pa.schema({"input_ids": TOKENS, "labels": TOKENS, "length": pa.int32()})
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import datetime
 import json
+from decimal import Decimal
 
 import pyarrow as pa
 import pytest
@@ -145,6 +147,11 @@ def test_columns_that_do_not_fit(name, columns, row, message):
         ("chat", {"messages": [SYSTEM, *ASKED], "system": "other"}, "two different system prompts, found 'other'"),
         ("text", {"text": ["t"]}, "column text must be text"),
         ("chat", {"messages": []}, "column messages must be a list of turns, found nothing"),
+        (
+            "chat",
+            {"messages": ASKED, "tools": [{"name": "x", "parameters": {"default": Decimal("1.5")}}]},
+            "a tool must hold texts, numbers, true and false alone, found Decimal '1.5'",
+        ),
         ("chat", {"messages": "hi"}, "column messages must be a list of turns, found str 'hi'"),
         ("chat", {"messages": [{"content": "a"}]}, "must have a role, found content"),
         ("chat", {"messages": [{"role": "assistant"}]}, "content must be text, found nothing"),
@@ -274,6 +281,10 @@ def test_nulls_that_arrow_padded_are_removed():
             "a key with two values, found str 'a'",
         ),
         ({"role": "assistant", "tool_calls": [{"name": "x", "city": "Oslo"}]}, "under arguments, found str 'city'"),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "x", "arguments": {"a": [datetime.date(2024, 1, 2)]}}]},
+            "a tool call must hold texts, numbers, true and false alone, found date '2024-01-02'",
+        ),
         ({"role": "tool_call", "content": "call x"}, "the text of a tool_call must be valid JSON"),
         ({"role": "tool_call", "content": "[]"}, "must be a call or a list of calls"),
         ({"role": "assistant", "content": "a", "weight": 0.5}, "weight must be 0 or 1, .*found float '0.5'"),
