@@ -64,8 +64,8 @@ class AnswerFinder:
         found = search.answers()
         if search.words_lost:
             self.rendered["words"] = "the chat template leaves out an answer's text where a tool call stands beside it"
-        template, tags = self.tokenizer.get_chat_template(tools=search.tools), self.texts.whole_words
-        asked = (search.messages, search.tools, search.whole, template, tags, search.marks.free_word)
+        template = self.tokenizer.get_chat_template(tools=search.tools)
+        asked = (search.messages, search.tools, search.whole, template, search.marks.free_word)
         note_unrendered(self.rendered, Rendered(*asked, self.render_or_none))
         return found
 

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lisa_dist.data.marks import insert, text_of
+from lisa_dist.data.marks import insert
 from lisa_dist.data.messages import Message
 
 Tools = list[dict[str, Any]] | None
 
 NOT_RENDERED = "the chat template does not render {}, so the model neither sees nor learns them"
 OF_RESULTS = (("tool", "name"), ("tool", "tool_call_id"))  # say which call a result is of; templates go by the order
+TAG = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{1,40}\]")  # as <think>, [/THINK]
+TAGS_PROBED = 3  # of an answer: a second thought, and what stands around both
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what data and templates call a message's thoughts
 
 
@@ -25,7 +27,6 @@ class Rendered:
     tools: Tools
     text: str
     template: str
-    tags: re.Pattern[str]  # of words that are whole, such as <think>
     free_word: str  # one that is not in the text
     render: Callable[[list[Message], Tools], str | None]  # None: the template refuses the messages
 
@@ -63,11 +64,10 @@ def note_unrendered(noted: dict[str, str], rendered: Rendered) -> None:
 def _probes(rendered: Rendered) -> Iterator[tuple[str, int, Message]]:
     """Yield parts of answers that may be left out: a name, the message's index, and it with the free word in there."""
     word, last = rendered.free_word, rendered.messages[-1]
-    tag = rendered.tags.match(text_of(last["content"]).lstrip())
-    if tag and last["role"] == "assistant" and isinstance(last["content"], str):
-        marked = tag.group() + insert(tag.string[tag.end() :], word, at_end=False)
-        what = f"the words behind {tag.group()} that begin a last answer"
-        yield what, len(rendered.messages) - 1, {**last, "content": marked}
+    if last["role"] == "assistant" and isinstance(last["content"], str):
+        for form, marked in _marked_between_tags(rendered, last["content"]):
+            what = f"the words at * in last answers of the form {form}"
+            yield what, len(rendered.messages) - 1, {**last, "content": marked}
     for index, message in enumerate(rendered.messages):
         *others, call = message.get("tool_calls") or [{}]
         function = call.get("function", {})
@@ -75,3 +75,25 @@ def _probes(rendered: Rendered) -> Iterator[tuple[str, int, Message]]:
             function = {**function, "arguments": {**arguments, list(arguments)[-1]: word}}
             calls = [*others, {**call, "function": function}]
             yield "the arguments of tool calls", index, {**message, "tool_calls": calls}
+
+
+def _marked_between_tags(rendered: Rendered, content: str) -> Iterator[tuple[str, str]]:
+    """Yield how words stand between the first tags of a text that the template looks for, and it with the free word.
+
+    The form of ``a<think>b`` is ``*<think>...`` where the word is in front of ``a``, ``...<think>*`` where it is in
+    front of ``b``.
+    """
+
+    def is_known(tag: str) -> bool:
+        bare = tag.replace("/", "", 1)
+        return bare in rendered.template or f"{bare[0]}/{bare[1:]}" in rendered.template
+
+    tags = [match for match in TAG.finditer(content) if is_known(match.group())][:TAGS_PROBED]
+    ends = [0, *(tag.end() for tag in tags)]
+    parts = [content[end : tag.start()].strip() and "..." for end, tag in zip(ends, tags)]
+    parts.append(content[ends[-1] :].strip() and "...")
+    for number, part in enumerate(parts):
+        if part and tags:
+            shown = [*parts[:number], "*", *parts[number + 1 :]]
+            form = "".join(words + tag for words, tag in zip(shown, [*(tag.group() for tag in tags), ""]))
+            yield form, content[: ends[number]] + insert(content[ends[number] :], rendered.free_word, at_end=False)

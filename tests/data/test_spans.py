@@ -203,8 +203,15 @@ def test_thoughts_and_arguments_that_the_template_leaves_out_are_noted():
     finder = AnswerFinder(tokenizer_with(PREFILLED))
     finder.find(Conversation([user("Hot?"), answer("<b>Cold</b>")]))
     finder.find(Conversation([user("Hot?"), thought]))
-    assert [name for name, text in finder.rendered.items() if text] == [
-        "the words behind <think> that begin a last answer"
+    for content in ("hm\n</think>\n\nCold.", "Well <think>hm</think>Cold.", "<think>hm</think>Cold.</think>Or not."):
+        finder.find(Conversation([user("Hot?"), answer(content)]))
+    assert [name.partition(" form ")[2] for name, text in finder.rendered.items() if text] == [
+        "<think>*</think>...",
+        "*</think>...",
+        "*<think>...</think>...",
+        "...<think>*</think>...",
+        "<think>*</think>...</think>...",
+        "<think>...</think>*</think>...",
     ]
     known = AnswerFinder(tokenizer_with(shipped("qwen3")))
     known.find(Conversation([user("Hot?"), thought]))
