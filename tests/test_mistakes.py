@@ -14,7 +14,7 @@ import pytest
 
 # Arguments (FOLDER is where the test is, LONG a name that no file system takes), and what the sentence must hold. In
 # FOLDER lie: rows.jsonl, list.json, model/ (a model), empty/, used/ (a run that has trained), my.yaml (settings),
-# circle (a link to itself).
+# circle (a link to itself), my.txt, table.tsv, none.jsonl (empty).
 MISTAKES = [
     (["trian"], "command=trian: must be one of train, plan"),
     (["trian"], "did you mean train?"),
@@ -48,6 +48,12 @@ MISTAKES = [
     (["train", "model.path=FOLDER/modle"], "no such directory; did you mean FOLDER/model?"),
     (["train", "model.path=FOLDER/empty"], "has no config.json"),
     (["train", "model.path=FOLDER/rows.jsonl"], "must be a directory or a hub id, not a file"),
+    (["train", "model.path=FOLDER/model", "data=demo"], "model.path=FOLDER/model: model.safetensors is empty"),
+    (["train", "model.path=FOLDER/broken", "data=demo"], "config.json is no valid JSON"),
+    (["train", "model.path=FOLDER/awq", "data=demo"], "its weights are stored quantised (quantization_config of con"),
+    (["train", "model.path=FOLDER/mute", "data=demo"], "model.tokenizer=FOLDER/mute: no tokenizer found"),
+    (["generate", "FOLDER/mute", "Hello"], "model.tokenizer=FOLDER/mute: no tokenizer found"),
+    (["chat", "FOLDER/broken"], "generate.path=FOLDER/broken: config.json is no valid JSON"),
     (["train", "model.path=builtin:dmo"], "did you mean builtin:demo?"),
     (["train", "model.tokenizer=FOLDER/nowhere"], "model.tokenizer=FOLDER/nowhere: no such directory"),
     (["train", "data.path=FOLDER/row.jsonl"], "no such file or directory"),
@@ -55,6 +61,12 @@ MISTAKES = [
     (["train", "data.path=FOLDER/empty"], "holds no file that ends in one of"),
     (["train", "data.path=FOLDER/*.csv"], "no file matches"),
     (["train", "data.path=FOLDER/rows.jsonl", "data.split=test"], "a file has no splits"),
+    (["train", "data.path=FOLDER/table.tsv"], "data.format=auto: no format fits the columns a, b"),
+    (["train", "data.path=FOLDER/rows.jsonl", "data.format=chat"], "needs the column messages, the data have prompt"),
+    (["train", "data.path=FOLDER/rows.jsonl", "data.columns={prompt: ask}"], "data.columns.prompt=ask: no such column"),
+    (["train", "data.path=FOLDER/list.json"], "list.json, row 1: column prompt must be text, found"),
+    (["train", "data.path=FOLDER/my.txt", "data.validation=FOLDER/table.tsv"], "no format fits the columns a, b"),
+    (["train", "data.path=FOLDER/none.jsonl"], "data.path=FOLDER/none.jsonl: the data set is empty"),
     (["train", "data.path=FOLDER/my.yaml"], "the name must end in one of"),
     (["train", "data.validation=FOLDER/nowhere.jsonl"], "data.validation=FOLDER/nowhere.jsonl: no such file"),
     (["train", "data.validation=1.5"], "must lie between 0 and 1"),
@@ -167,7 +179,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "used" / "config.yaml").write_text("method: lisa\n")
     (folder / "used" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     (folder / "my.yaml").write_text("model: demo\n")
-    (folder / "list.json").write_text('[{"prompt": "a"}]')
+    for name, config in {
+        "broken": "{",
+        "awq": '{"quantization_config": {"quant_method": "awq"}}',
+        "mute": "{}",
+    }.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(config)
+        (folder / name / "model.safetensors").write_text("weights")
+    (folder / "my.txt").write_text("A text.")
+    (folder / "table.tsv").write_text("a\tb\n1\t2\n")
+    (folder / "none.jsonl").touch()
+    (folder / "list.json").write_text('[{"prompt": null, "completion": "b"}]')
     return folder
 
 

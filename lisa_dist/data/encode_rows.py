@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lisa_dist.config import DataConfig, UserError
 from lisa_dist.data.encode import Encoded, Encoder
+from lisa_dist.data.first_row import bad_row
 from lisa_dist.data.formats import BadRowError, Conversation, RowFormat, choose_format
 from lisa_dist.data.readers import BrokenRow, Row
 from lisa_dist.data.sources import Source
@@ -223,9 +224,7 @@ class RowReader:
 
     def _bad(self, place: str, reason: str) -> None:
         if self.config.on_bad_row == "error":
-            raise UserError(
-                f"{self.key}={self.source.name}: {place}: {reason}; fix the row, or set data.on_bad_row=skip"
-            )
+            raise bad_row(self.key, self.source.name, place, reason)
         kind = re.split(r", found | \(|; ", reason)[0]  # what follows is of this row alone
         self.counts.leave_out(f"bad: {kind}")
         if sum(count for why, count in self.counts.left_out.items() if why.startswith("bad: ")) <= BAD_ROWS_SHOWN:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from lisa_dist.config import DataConfig, UserError
 from lisa_dist.config.paths import FULL, local_path
 from lisa_dist.data.encode_rows import DataCounts, RowReader
+from lisa_dist.data.first_row import no_rows
 from lisa_dist.data.sources import Source, find_source
 from lisa_dist.data.tokenizer import FALLBACK_TEMPLATE, ensure_chat_template
 from lisa_dist.runtime.distributed import on_local_rank_zero
@@ -149,7 +150,7 @@ def _refuse_unusable(counts: DataCounts, source: Source, config: DataConfig, key
     if counts.used:
         return
     if not counts.read:
-        raise UserError(f"{key}={source.name}: the data set is empty")
+        raise no_rows(key, source.name)
     bad = {reason: count for reason, count in counts.left_out.items() if not reason.startswith("without")}
     if bad and sum(bad.values()) == counts.read:
         raise UserError(f"{key}={source.name}: all {counts.read} rows are bad ({counts.describe()})")

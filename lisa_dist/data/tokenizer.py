@@ -19,13 +19,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from lisa_dist.config import UserError
 from lisa_dist.config.errors import in_one_line
 from lisa_dist.config.paths import model_directory
-from lisa_dist.runtime.files import check_is_whole, read_json_object, stay_offline_where_unreachable
+from lisa_dist.data.tokenizer_files import check_tokenizer_files, no_tokenizer
+from lisa_dist.runtime.files import read_json_object, stay_offline_where_unreachable
 
 logger = logging.getLogger(__name__)
-
-# The files that a tokenizer may be made of.
-FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
-FILES += ["chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"]
 
 # What tokenizers call the token that ends a text, where no configuration says it.
 USUAL_EOS = ["</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<｜end▁of▁sentence｜>", "[SEP]"]
@@ -66,17 +63,16 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     directory = model_directory(path, "model.tokenizer")
     if directory is None:
         stay_offline_where_unreachable()
+    else:
+        check_tokenizer_files(directory, key)
     folder = directory or Path(path)  # of a hub id no file is here
-    for name in FILES:
-        if (folder / name).is_file():
-            check_is_whole(folder / name, key)
     try:
         tokenizer = _load(folder, trust_remote_code)
     except Exception as error:  # transformers raises many kinds; all mean that this is no usable tokenizer
         absent = "is no directory here, and from the hub " if directory is None else ""
         raise UserError(f"{key}: {absent}no tokenizer could be loaded ({in_one_line(error)})") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up where it finds no file
-        raise UserError(f"{key}: no tokenizer found, needed is tokenizer.json or tokenizer.model")
+        raise no_tokenizer(key)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{key}: the tokenizer has no eos_token, without which no answer can end; "

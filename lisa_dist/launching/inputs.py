@@ -6,6 +6,7 @@ What it takes torch, transformers or the hub to know is told by the ranks, as ea
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from lisa_dist.config import Config, ModelConfig, UserError
@@ -25,7 +26,10 @@ from lisa_dist.config.paths import (
 )
 from lisa_dist.config.prompts import check_output, read_prompts
 from lisa_dist.config.run_directory import RunDirectory, check_run_dir_is_free
+from lisa_dist.data.first_row import check_rows
 from lisa_dist.data.locate import check_data, is_local, locate
+from lisa_dist.data.tokenizer_files import check_tokenizer_files
+from lisa_dist.models.directory import check_model_files
 from lisa_dist.runtime.files import make_folder
 from lisa_dist.telemetry.run_lock import check_nobody_trains
 
@@ -50,6 +54,8 @@ def check_read(config: Config) -> None:
     check_data(config.data)
     if config.data.preview_file is not None:
         check_may_replace(local_path(config.data.preview_file), "data.preview_file", PREVIEW_START)
+    check_rows(config.data)
+    _check_files(config.model, config.model.path, "model.path")
 
 
 def check_export(config: Config) -> None:
@@ -72,9 +78,12 @@ def check_evaluate(config: Config) -> None:
         locate(choice.data, key="evaluate.data")
     if choice.tasks:
         check_package("lm_eval", f"evaluate.tasks={as_written(choice.tasks)}", "lm-eval")
+    if choice.data is not None:
+        check_rows(replace(config.data, path=choice.data, split="train", validation=None), "evaluate.data")
     if choice.task_dir is not None and not local_path(choice.task_dir).is_dir():
         near = nearest_path(local_path(choice.task_dir))
         raise UserError(f"evaluate.task_dir={choice.task_dir}: must be a directory that exists{near}")
+    _check_files(config.model, choice.path, "evaluate.path")
 
 
 def results_file(config: Config) -> Path:
@@ -88,6 +97,7 @@ def check_generate(config: Config) -> None:
     check_opened(config, config.generate.path, "generate.path")
     read_prompts(config.generate.prompts)
     check_output(config.generate.output)
+    _check_files(config.model, config.generate.path, "generate.path")
 
 
 def make_room(output: str | None) -> None:
@@ -131,10 +141,29 @@ def _check_directory(path: str, key: str) -> Path | None:
     return directory
 
 
+def _check_files(model: ModelConfig, path: str | None, key: str) -> None:
+    """Raise :class:`UserError` where the directory ``path``, the value of ``key``, holds broken or no files of a model,
+    or its tokenizer's directory none of a tokenizer."""
+    directory = None if path is None else model_directory(path, key)
+    if directory is not None:
+        random = key == "model.path" and model.initialization == "random"
+        check_model_files(directory, f"{key}={path}", weights=not random)
+    source = None if path is None else model.tokenizer or path
+    directory = None if source is None else model_directory(source, "model.tokenizer")
+    if directory is not None:
+        check_tokenizer_files(directory, f"model.tokenizer={source}")
+
+
+def check_chat(config: Config) -> None:
+    """Raise :class:`UserError` where no model to talk with is named, or it is not there."""
+    check_opened(config, config.generate.path, "generate.path")
+    _check_files(config.model, config.generate.path, "generate.path")
+
+
 CHECKS: dict[str, Callable[[Config], None]] = {
     "train": check_training,
     "export": check_export,
     "evaluate": check_evaluate,
     "generate": check_generate,
-    "chat": lambda config: check_opened(config, config.generate.path, "generate.path"),
+    "chat": check_chat,
 }  # by command

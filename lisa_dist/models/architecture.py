@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from lisa_dist.config import ModelConfig, UserError
 from lisa_dist.config.errors import in_one_line, nearest
 from lisa_dist.config.paths import MODEL_CONFIG, check_model_directory, model_directory
+from lisa_dist.models.directory import check_not_quantized
 from lisa_dist.models.model_kinds import check_is_decoder
 from lisa_dist.runtime.files import read_json_object, stay_offline_where_unreachable
 
@@ -192,14 +193,7 @@ def from_fields(fields: dict[str, Any]) -> PretrainedConfig:
 
 def _check_fields(config: ModelConfig, fields: dict[str, Any]) -> None:
     """Refuse weights that are stored quantised, and code that comes with the model unless it may run."""
-    quantized = fields.get("quantization_config") or fields.get("compression_config")
-    if quantized:
-        method = quantized.get("quant_method", "unnamed") if isinstance(quantized, dict) else quantized
-        raise UserError(
-            f"model.path={config.path}: its weights are stored quantised (quantization_config of {MODEL_CONFIG}: "
-            f"{method}), which can't be trained here; choose the model's unquantised weights, which "
-            "model.quantization=nf4 or int8 quantises for adapters"
-        )
+    check_not_quantized(fields, f"model.path={config.path}")
     if config.trust_remote_code and "auto_map" in fields:
         logger.warning(
             "model.trust_remote_code=true: Python code that comes with %s RUNS ON THIS MACHINE, with your rights",
