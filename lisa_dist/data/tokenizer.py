@@ -164,7 +164,11 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Give a tokenizer without a chat template the fallback, and log it; returns whether that was needed.
 
     The template then belongs to the tokenizer, so an exported model answers in the form that it was trained in.
+
+    Raises:
+        UserError: the tokenizer takes control tokens apart.
     """
+    _check_keeps_control_tokens(tokenizer)
     if tokenizer.chat_template:
         return False
     bos = "{{ bos_token }}" if adds_bos(tokenizer) else ""
@@ -173,6 +177,15 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
         "the tokenizer has no chat template; using '### Instruction: ... ### Response: ...%s'", tokenizer.eos_token
     )
     return True
+
+
+def _check_keeps_control_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer to which headers and ends of a chat template are text; no text has them as tokens then."""
+    if getattr(tokenizer, "split_special_tokens", False):
+        raise UserError(
+            f"model.tokenizer={tokenizer.name_or_path}: split_special_tokens in tokenizer_config.json must be false "
+            "for a chat template, whose control tokens would be taken apart as text"
+        )
 
 
 def render(
@@ -259,6 +272,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
     """Return the token ids that a model is asked with: a user's question, or a list of messages.
 
     The same template as in training, so call :func:`ensure_chat_template` before.
+
+    Raises:
+        UserError: the tokenizer takes control tokens apart.
     """
+    _check_keeps_control_tokens(tokenizer)
     messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return tokenizer(render(tokenizer, messages, prompt=True), add_special_tokens=False).input_ids

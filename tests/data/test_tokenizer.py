@@ -172,3 +172,14 @@ def test_files_that_git_lfs_has_not_fetched_are_named(tmp_path, name):
     (tmp_path / name).write_text("")
     with pytest.raises(UserError, match=f"{name} is empty"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_that_takes_control_tokens_apart_has_no_chat_template(tmp_path):
+    shutil.copytree(MODELS / "demo", tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "split_special_tokens": True}))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer("</s>", add_special_tokens=False).input_ids != [tokenizer.eos_token_id]
+    for use in (ensure_chat_template, lambda tokenizer: encode_prompt(tokenizer, "q")):
+        with pytest.raises(UserError, match=f"model.tokenizer={tmp_path}: split_special_tokens .* must be false"):
+            use(tokenizer)
