@@ -21,6 +21,7 @@ from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.tokenizer import load_tokenizer
 from lisa_dist.models.architecture import build_meta_model, read_architecture
 from lisa_dist.models.conversion import export_conversion
+from lisa_dist.models.inspection import is_used_exactly
 from lisa_dist.models.weight_files import INDEX_FILE, SINGLE_FILE
 from lisa_dist.runtime.files import new_folder, read_json_object, write_json_object
 
@@ -102,6 +103,8 @@ def write_model(config: Config, checkpoint: Path, directory: Path) -> list[str]:
     to_checkpoint = export_conversion(model)
     merged = merged_tensors(open_weights(checkpoint), config.update.adapters, config.model.quantization, model)
     exact = {name for name, _ in model.named_buffers()}  # training rounds none, as the biases that choose experts
+    if config.precision.compute == "float32":  # else they were used as rounded
+        exact |= {name for name, _ in model.named_parameters() if is_used_exactly(model, name)}
     stream = (
         pair
         for name, tensor in merged

@@ -77,7 +77,7 @@ def inspect_weights(config: ModelConfig, architecture: PretrainedConfig, directo
     parameters = dict(replica.named_parameters())
     stored = _stored_dtypes(weights, {target: one for target, one in sources.items() if target in parameters})
     _say_dtypes(directory, stored, getattr(torch, frozen))
-    exact = [name for name in parameters if name in sources and _is_used_exactly(replica, name)]
+    exact = [name for name in parameters if name in sources and is_used_exactly(replica, name)]
     _warn_of_rounded(directory, [name for name in exact if _holds_float32(sources[name], weights)], frozen)
     return Findings(bool(pairs), max(stored, key=lambda dtype: stored[dtype]))
 
@@ -239,7 +239,7 @@ def _say_dtypes(directory: Path, stored: Counter[torch.dtype], kept: torch.dtype
         )
 
 
-def _is_used_exactly(replica: Any, name: str) -> bool:
+def is_used_exactly(replica: Any, name: str) -> bool:
     """Whether transformers uses a parameter in float32 where it loads the rest in bfloat16, as weights of routers."""
     return any(re.search(re.escape(pattern), name) for pattern in replica._keep_in_fp32_modules_strict or ())
 

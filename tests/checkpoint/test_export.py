@@ -104,15 +104,16 @@ def test_generation_ends_where_answers_were_trained_to_end(trained: Config, tmp_
         assert found == {**fields, "eos_token_id": expected} and stop_ids(tokenizer) == {2}
 
 
-def exported_with_buffers(folder: str) -> dict[str, torch.dtype]:
-    """The dtypes of an export in bfloat16 of a mixture whose experts are chosen with biases. Runs on a rank."""
+def exported_in_bfloat16(folder: str, compute: str) -> dict[str, torch.dtype]:
+    """The dtypes of an export of a mixture whose experts are chosen with biases. Runs on a rank."""
     architecture = (
         "{model_type:deepseek_v3,vocab_size:1024,hidden_size:16,intermediate_size:16,moe_intermediate_size:16,"
         "num_hidden_layers:2,num_attention_heads:2,num_key_value_heads:2,n_routed_experts:4,num_experts_per_tok:2,"
         "n_group:1,topk_group:1,q_lora_rank:null,kv_lora_rank:16,qk_rope_head_dim:8,qk_nope_head_dim:8,v_head_dim:8,"
         "first_k_dense_replace:1}"
     )
-    config = make_config(folder, f"model.architecture={architecture}", "export.dtype=bfloat16")
+    choices = ["precision.frozen=float32", f"precision.compute={compute}", "export.dtype=bfloat16"]
+    config = make_config(folder, f"model.architecture={architecture}", *choices)
     run = RunDirectory.of(config)
     write_tokenizer(run.tokenizer, config.model, load_tokenizer("builtin:demo"))
     write_description(run, config.model, read_architecture(config.model))
@@ -122,10 +123,16 @@ def exported_with_buffers(folder: str) -> dict[str, torch.dtype]:
     return {name: tensor.dtype for name, tensor in load_file(Path(folder) / "hf" / "model.safetensors").items()}
 
 
-def test_what_training_does_not_round_an_export_does_not(tmp_path: Path) -> None:
-    (dtypes,) = run_on_ranks(1, exported_with_buffers, str(tmp_path))
+@pytest.mark.parametrize(
+    ("compute", "exact"),
+    [("float32", {"weight", "e_score_correction_bias"}), ("bfloat16", {"e_score_correction_bias"})],
+)
+def test_what_neither_training_nor_transformers_rounds_an_export_does_not(
+    tmp_path: Path, compute: str, exact: set[str]
+) -> None:
+    (dtypes,) = run_on_ranks(1, exported_in_bfloat16, str(tmp_path), compute)
     kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
-    assert kept == {"model.layers.1.mlp.gate.e_score_correction_bias"}
+    assert kept == {f"model.layers.1.mlp.gate.{name}" for name in exact}
 
 
 def peak_while_exporting(folder: str) -> tuple[int, int, int]:
