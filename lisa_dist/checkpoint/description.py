@@ -121,13 +121,23 @@ def write_tokenizer(folder: Path, model: ModelConfig, tokenizer: PreTrainedToken
         raise UserError(f"{key}: can't be saved for an export ({in_one_line(error)})") from error
     settings = folder / "tokenizer_config.json"
     source = _model_source(replace(model, path=model.tokenizer or model.path, architecture={}))
-    fields = read_json_object(settings, key)
+    fields = in_words_of_all(read_json_object(settings, key))
     if source is not None and "auto_map" in fields:
         copy_code(partial(source_file, source), fields, folder)
-        write_json_object(fields, settings)
+    write_json_object(fields, settings)
     again = load_tokenizer(str(folder), model.trust_remote_code)
     if again(_PROBE).input_ids != tokenizer(_PROBE).input_ids or again.chat_template != tokenizer.chat_template:
         logger.warning("%s: once saved and read again, it encodes otherwise; an export will hold it as saved", key)
+
+
+def in_words_of_all(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return tokenizer_config.json in names that transformers 4 knows as well as 5, whose new ones 4 fails at."""
+    fields = dict(fields)
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(fields.get("extra_special_tokens"), list):
+        fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+    return fields
 
 
 def _model_source(model: ModelConfig) -> str | None:

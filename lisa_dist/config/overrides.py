@@ -137,8 +137,8 @@ def _parse(text: str) -> KeyOverride:
     try:
         override: Override = PARSER.parse_override(text)
     except HydraException:
-        if "=" not in text:
-            raise UserError(f"{text}: must be KEY=VALUE{of_a_directory(text)}") from None
+        if (named := of_a_directory(text)) or "=" not in text:  # the directories of a sweep's jobs have = in them
+            raise UserError(f"{text}: must be KEY=VALUE{named}") from None
         raise UserError(
             f"{text}: cannot be read, it must be KEY=VALUE where a value that holds brackets, commas or = "
             "stands in quotes, as in 'run.name=\"a=b\"'"
@@ -166,7 +166,8 @@ def apply_override(config: DictConfig, override: KeyOverride) -> None:
     """
     key_exists, inside_mapping = _locate(config, override.key)
     if not key_exists or (override.text.startswith("+") and not inside_mapping):
-        raise UserError(f"{override.text}: there is no key {override.key}{_suggestion(config, override.key)}")
+        near = of_a_directory(override.text) or _suggestion(config, override.key)
+        raise UserError(f"{override.text}: there is no key {override.key}{near}")
     # Keys of a free mapping (data.columns, model.architecture) may be new; every other key exists already.
     node = None if inside_mapping else node_of(config, override.key)
     if isinstance(node, DictConfig) and not _is_mapping(node):

@@ -17,6 +17,7 @@ MODEL_CONFIG = "config.json"  # of a Hugging Face model
 # What the system says of a path as it is named, whoever asks for it: that is the user's to change.
 REFUSALS = {getattr(errno, name) for name in ("EACCES", "EPERM", "EROFS", "ENAMETOOLONG", "ELOOP", "ENOTDIR", "EISDIR")}
 FULL = {errno.ENOSPC, errno.EDQUOT}
+FAILING = {errno.EIO, errno.ESTALE}  # a disk, or the server of a file system
 MODELS = Path(__file__).parents[1] / "models"  # bundled model directories lie here, one a name
 
 
@@ -49,8 +50,8 @@ def path_exists(path: Path) -> bool:
 
 
 def refusal(error: BaseException, words: Iterable[str] = ()) -> str | None:
-    """Return in a sentence that the system refuses a path as it is named, has no room there, or refuses the output;
-    None for any other error.
+    """Return in a sentence that the system refuses a path as it is named, has no room there or fails there, or refuses
+    the output; None for any other error.
 
     Args:
         error: that was raised.
@@ -59,13 +60,16 @@ def refusal(error: BaseException, words: Iterable[str] = ()) -> str | None:
     if isinstance(error, BrokenPipeError):
         # Else it is a pipe to another process, which is a fault of the program.
         return "nobody reads any more what is printed, as after a pipe into head" if _nobody_reads() else None
-    if not isinstance(error, OSError) or error.errno is None or error.errno not in REFUSALS | FULL:
+    if not isinstance(error, OSError) or error.errno is None or error.errno not in REFUSALS | FULL | FAILING:
         return None
     said, remedy = os.strerror(error.errno), "name a path that this account may use"
+    what = "what is written or printed"
     if error.errno in FULL:
         remedy = "free space there, or name a path with more"
+    if error.errno in FAILING:
+        what, remedy = "what is read, written or printed", "the disk or file system fails, see the system's log (dmesg)"
     if not isinstance(error.filename, str):  # of a file that is open already
-        return f"what is written or printed: {said}; {remedy}" if error.errno in FULL else None
+        return None if error.errno in REFUSALS else f"{what}: {said}; {remedy}"
     path = Path(error.filename).absolute()
     for word in words:
         value = word.partition("=")[2] or word

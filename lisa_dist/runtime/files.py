@@ -31,8 +31,12 @@ def check_is_whole(file: Path, key: str) -> None:
 
     ``key`` is what named its directory, as ``model.path=DIR``, for the message.
     """
-    with file.open("rb") as opened:
-        start = opened.read(len(_POINTER))
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(len(_POINTER))
+    except OSError as error:
+        error.filename = str(file)  # which that of a read lacks
+        raise
     if not start:
         raise UserError(f"{key}: {file.name} is empty; copy or download it again")
     if start == _POINTER:

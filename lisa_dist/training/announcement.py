@@ -86,7 +86,7 @@ def warn_of_data(config: Config, architecture: PretrainedConfig, sequences: Sequ
     warn_of_positions(config.data.sequence_length, architecture)
     warn_of_demonstration(config)
     if config.train.micro_batch_size > 1 and not config.data.packing:
-        warn_of_rotary_limits(sequences, architecture)
+        warn_of_rotary_limits(sequences, architecture, grouped=config.data.group_by_length)
 
 
 def warn_of_settings(config: Config, data_ranks: int, has_validation: bool, max_steps: int) -> None:
@@ -110,7 +110,7 @@ def warn_of_positions(sequence_length: int, architecture: PretrainedConfig) -> N
         )
 
 
-def warn_of_rotary_limits(sequences: Sequences, architecture: PretrainedConfig) -> None:
+def warn_of_rotary_limits(sequences: Sequences, architecture: PretrainedConfig, *, grouped: bool) -> None:
     """Warn where the longest row of a micro-batch gives its shorter ones other numbers than they have alone."""
     for name, limit in rotary_limits(architecture).items():
         longer = int((sequences.lengths > limit).sum())
@@ -118,8 +118,8 @@ def warn_of_rotary_limits(sequences: Sequences, architecture: PretrainedConfig) 
             logger.warning(
                 "%d of %d rows have more than %d tokens, and give shorter rows of their micro-batch other numbers than "
                 "alone (%s of the model's config.json); train.micro_batch_size=1 or data.sequence_length=%d keeps them "
-                "apart, data.group_by_length=true most of them",
-                *(longer, len(sequences), limit, name, limit),
+                "apart, data.group_by_length=true %s",
+                *(longer, len(sequences), limit, name, limit, "not all of them" if grouped else "most of them"),
             )
 
 

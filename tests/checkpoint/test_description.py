@@ -166,9 +166,17 @@ def test_a_plan_has_the_head_of_the_weights(tmp_path: Path) -> None:
 def test_tokenizers_are_read_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = make_run(tmp_path / "run", tmp_path)
     tokenizer = load_tokenizer("builtin:demo")
+    marked = "<|marked|>"
+    tokenizer.add_special_tokens({"extra_special_tokens": [marked]})
     write_tokenizer(RunDirectory.of(config).tokenizer, config.model, tokenizer)
     assert not caplog.text
-    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "tokenizer").get_vocab() == tokenizer.get_vocab()
+    again = AutoTokenizer.from_pretrained(tmp_path / "run" / "tokenizer")
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert again.extra_special_tokens == tokenizer.extra_special_tokens == [marked]
+    # transformers 4 has no class TokenizersBackend, and takes extra_special_tokens for a mapping.
+    written = json.loads((tmp_path / "run" / "tokenizer" / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["additional_special_tokens"] == [marked] and "extra_special_tokens" not in written
     tokenizer.save_pretrained = lambda folder: (_ for _ in ()).throw(ValueError("no vocabulary"))
     with pytest.raises(
         UserError, match=r"model\.tokenizer=builtin:demo: can't be saved for an export \(no vocabulary\)"

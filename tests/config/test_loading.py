@@ -392,3 +392,13 @@ def test_another_method_brings_its_sampler_and_what_was_set_stays():
     for more, expected in ([], (1, 50)), (["sampler.period=7"], (1, 7)), (["sampler.active_layers=3"], (3, 50)):
         sampler = vary(load([*base, *more]), ["method=badam"]).sampler
         assert (sampler.active_layers, sampler.period) == expected
+
+
+@pytest.mark.parametrize("name", ["0_lr=0.001", "0_method=lisa_lr=0.001"])
+def test_the_directory_of_a_sweeps_job_is_told_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    with pytest.raises(UserError, match=f"^{name}: .*; the directory of a run is named by run.dir={name}$"):
+        load([name])

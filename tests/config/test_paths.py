@@ -7,6 +7,7 @@ import pytest
 
 from lisa_dist.config import UserError
 from lisa_dist.config.paths import local_path, refusal
+from lisa_dist.runtime.files import check_is_whole
 
 REMEDY = "name a path that this account may use"
 
@@ -43,6 +44,20 @@ def test_a_full_disk_is_told_with_what_to_do() -> None:
     assert refusal(full, ["run.dir=/a"]) == f"run.dir=/a: No space left on device (/a/x); {told}"
     over_quota = OSError(errno.EDQUOT, "Error writing. Detail: 122")
     assert refusal(over_quota) == f"what is written or printed: Disk quota exceeded; {told}"
+
+
+def test_a_disk_or_file_system_that_fails_is_told(tmp_path: Path) -> None:
+    told = "the disk or file system fails, see the system's log (dmesg)"
+    stale = OSError(errno.ESTALE, "Stale file handle", "/a/x")
+    assert refusal(stale, ["run.dir=/a"]) == f"run.dir=/a: Stale file handle (/a/x); {told}"
+    assert refusal(OSError(errno.EIO, "Input/output error")) == (
+        f"what is read, written or printed: Input/output error; {told}"
+    )
+    (tmp_path / "config.json").symlink_to("/proc/self/mem")  # whose first byte can't be read
+    with pytest.raises(OSError, match="Input/output error") as failed:
+        check_is_whole(tmp_path / "config.json", f"model.path={tmp_path}")
+    words = [f"model.path={tmp_path}"]
+    assert refusal(failed.value, words) == f"{words[0]}: Input/output error ({tmp_path}/config.json); {told}"
 
 
 def test_an_account_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

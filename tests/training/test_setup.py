@@ -59,8 +59,11 @@ def test_rows_across_a_limit_of_rotary_frequencies_are_told(caplog):
     built = Qwen3Config(max_position_embeddings=32, rope_parameters={"rope_type": "dynamic", "factor": 2.0})
     for lengths, told in (([20, 32], ""), ([33, 40], ""), ([20, 33, 20], "1 of 3 rows have more than 32 tokens, and")):
         columns = {"input_ids": [[1]] * len(lengths), "labels": [[1]] * len(lengths), "length": lengths}
-        warn_of_rotary_limits(Sequences(datasets.Dataset.from_dict(columns)), built)
+        warn_of_rotary_limits(Sequences(datasets.Dataset.from_dict(columns)), built, grouped=False)
         assert caplog.text == "" if not told else told in caplog.text
+    assert caplog.text.endswith("data.group_by_length=true most of them\n")
+    warn_of_rotary_limits(Sequences(datasets.Dataset.from_dict(columns)), built, grouped=True)
+    assert caplog.text.endswith("data.group_by_length=true not all of them\n")
 
 
 def test_a_warm_up_longer_than_the_run_is_warned_of(caplog):
