@@ -89,7 +89,12 @@ class RowFormat:
         for column in MEDIA:
             if not is_empty(row.get(column)):
                 raise BadRowError(f"column {column} has content, and only text can be trained")
-        sample = self.format.to_sample({ours: row.get(name) for ours, name in self._read(row).items()})
+        names = self._read(row)
+        try:
+            sample = self.format.to_sample({ours: row.get(name) for ours, name in names.items()})
+        except BadRowError as error:  # in the file's words
+            reason = re.sub(r"^column (\w+)", lambda found: f"column {names.get(found[1], found[1])}", str(error))
+            raise BadRowError(reason) from None
         if isinstance(sample, Conversation) and not any(message["role"] == "assistant" for message in sample.messages):
             raise BadRowError("no turn is the assistant's, so there is nothing to learn")
         return sample
@@ -107,7 +112,7 @@ class RowFormat:
         """Return which of the row's columns is read for each of the format's."""
         names = {ours: self.names(ours) for ours in self.format.columns}
         return {
-            ours: next((name for name in mine if row.get(name) is not None), mine[0]) for ours, mine in names.items()
+            ours: max(mine, key=lambda name: (row.get(name) is not None, name in row)) for ours, mine in names.items()
         }
 
 

@@ -87,6 +87,23 @@ def test_every_format_is_found_and_converted(row, name, sample):
     assert chosen.to_sample(row) == (Conversation(sample) if isinstance(sample, list) else sample)
 
 
+@pytest.mark.parametrize(
+    ("columns", "row", "message"),
+    [
+        ({}, {"question": 5, "answer": "a"}, "column question must be text, found int '5'"),
+        ({}, {"question": "q", "answer": None}, "column answer must be text, found nothing"),
+        (
+            {"prompt": "ask", "system": "rules"},
+            {"ask": "q", "completion": "a", "rules": 7},
+            "column rules must be text",
+        ),
+    ],
+)
+def test_a_bad_row_is_told_by_the_name_that_its_column_has_in_the_file(columns, row, message):
+    with pytest.raises(BadRowError, match=message):
+        choose_format("prompt_completion", columns, row).to_sample(row)
+
+
 @pytest.mark.parametrize("name", ["auto", "prompt_completion"])
 def test_columns_rename(name):
     columns = {"prompt": "question", "completion": "answer"}
