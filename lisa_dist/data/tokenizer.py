@@ -90,8 +90,14 @@ def _warn_of_passed_over(tokenizer: PreTrainedTokenizerBase, folder: Path, key: 
     """Say which file of a directory gives another template, or another begin or end, than the one that comes first.
 
     chat_template.jinja comes before tokenizer_config.json, and with tokens special_tokens_map.json does, unless
-    tokenizer_config.json lists the added ones.
+    tokenizer_config.json lists the added ones. chat_template.json is read for processors alone.
     """
+    if not tokenizer.chat_template and (folder / "chat_template.json").is_file():
+        logger.warning(
+            "%s: chat_template.json is a processor's and no tokenizer's, so it is passed over; to train and ask with "
+            "its template, save that text as chat_template.jinja",
+            key,
+        )
     for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
         fields = read_json_object(file, key) if file.is_file() else {}
         for name in ("chat_template", "eos_token", "bos_token"):

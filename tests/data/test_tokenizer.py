@@ -87,6 +87,16 @@ def test_files_of_a_directory_that_say_different_things_are_told(tmp_path, caplo
     assert len(told) == bool(named) and all(f"{tmp_path}: {named}" in message for message in told)
 
 
+def test_a_template_that_is_a_processors_alone_is_told(tmp_path, caplog):
+    tokenizer = load_tokenizer("builtin:demo")
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 'first' }}"}))
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).chat_template == tokenizer.chat_template and not caplog.text
+    (tmp_path / "chat_template.jinja").unlink()
+    assert load_tokenizer(str(tmp_path)).chat_template is None
+    assert f"{tmp_path}: chat_template.json is a processor's and no tokenizer's, so it is passed over" in caplog.text
+
+
 def test_bare_sentencepiece_model(tmp_path):
     text = (DEMO.parents[1] / "data" / "demo" / "train.jsonl").read_text()
     (tmp_path / "text.txt").write_text(text)
