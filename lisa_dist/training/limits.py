@@ -61,7 +61,12 @@ def check_token(highest: int, tokenizer: PreTrainedTokenizerBase, known: int, wh
 
 
 def check_positions(config: ModelConfig, architecture: PretrainedConfig, tokens: int) -> None:
-    """Raise :class:`UserError` where rows of so many tokens need positions that the model has no place for."""
+    """Raise :class:`UserError` where the model can't be trained on rows of so many tokens, for want of positions."""
+    if architecture.model_type == "reformer":
+        raise UserError(
+            f"{config.named}: model_type=reformer can't be trained here, since its own backward pass takes rows of "
+            "whole chunks alone, and no shards; choose another model"
+        )
     positions = positions_of(architecture)
     if positions is None or tokens <= positions:
         return

@@ -32,6 +32,12 @@ def test_rows_longer_than_a_table_of_positions_are_refused(fields, refused):
         check_positions(config, architecture, 72)
 
 
+def test_reformer_is_refused():
+    config = ModelConfig(init="random", architecture={"model_type": "reformer", "is_decoder": True})
+    with pytest.raises(UserError, match="model_type=reformer can't be trained here"):
+        check_positions(config, read_architecture(config), 64)
+
+
 SHARING = {
     **{"model_type": "gemma4_text", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16},
