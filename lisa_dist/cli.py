@@ -274,6 +274,9 @@ def _multirun(name: str, overrides: list[str], config_dir: str | None) -> int:
         return submit_sweep(overrides, config_dir)
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1") or has_ranks():
         raise UserError("--multirun: must be started once and not in every rank, so without torchrun or srun")
-    from lisa_dist.launching.sweeps.run import run_sweep
+    from lisa_dist.launching.sweeps.jobs import read_sweep
 
-    return run_sweep(overrides, config_dir)
+    space, config = read_sweep(overrides, config_dir)
+    from lisa_dist.launching.sweeps.run import run_sweep  # needs torch, which a mistake should not wait for
+
+    return run_sweep(space, config, config_dir)

@@ -12,10 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lisa_dist.config import EXIT_DONE, Config, UserError
-from lisa_dist.config.errors import check_choice
 from lisa_dist.config.gpu import Gpu, read_gpu
 from lisa_dist.config.idle_options import options_without_effect
-from lisa_dist.config.loading import group_choices
 from lisa_dist.config.paths import begins_with
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.planning.changes import Plan, changes_that_fit, check_plan_streams, make_plan, search
@@ -31,12 +29,10 @@ def run(config: Config) -> int:
     """Print what the configuration needs of each rank, and how long a step takes by estimate.
 
     Raises:
-        UserError: the GPU or a method is unknown, or the configuration fits neither the model nor the cluster.
+        UserError: the GPU is unknown, or the configuration fits neither the model nor the cluster.
     """
     logging.disable(logging.INFO)  # every simulation builds a model, which would say so
     gpu = read_gpu(config.plan.gpu)
-    for method in config.plan.compare:
-        check_choice("plan.compare", method, group_choices("method"))
     with Console(stderr=True).status("planning") as status:  # on a terminal; each plan takes seconds
         check_plan_streams(config)
         plan = _plan_with_room(config, gpu, [])

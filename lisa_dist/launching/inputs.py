@@ -12,7 +12,9 @@ from pathlib import Path
 from lisa_dist.config import Config, ModelConfig, UserError
 from lisa_dist.config.checks import check_global_batch, check_package, check_streamed
 from lisa_dist.config.data import PREVIEW_START
-from lisa_dist.config.errors import as_written
+from lisa_dist.config.errors import as_written, check_choice
+from lisa_dist.config.gpu import read_gpu
+from lisa_dist.config.loading import group_choices
 from lisa_dist.config.paths import (
     check_has_weights,
     check_is_new,
@@ -65,6 +67,21 @@ def check_export(config: Config) -> None:
     if config.export.path is None:
         raise UserError("export.path=null: name the Hugging Face directory to write")
     check_is_new(followed(config.export.path), "export.path")
+    _check_has_checkpoints(config)
+
+
+def check_bench(config: Config) -> None:
+    """Raise :class:`UserError` where the data to measure with are named, and not there or none."""
+    if config.data.path is not None:
+        check_data(config.data)
+        check_rows(config.data)
+
+
+def check_plan(config: Config) -> None:
+    """Raise :class:`UserError` where no such GPU is known, or no such method to compare with."""
+    read_gpu(config.plan.gpu)
+    for method in config.plan.compare:
+        check_choice("plan.compare", method, group_choices("method"))
 
 
 def check_evaluate(config: Config) -> None:
@@ -119,7 +136,12 @@ def check_opened(config: Config, path: str | None, key: str) -> None:
             check_has_weights(directory, f"{key}={path}")
     elif config.run.dir is None:
         raise UserError(f"{key}=null: name a Hugging Face directory, or a run by run.dir=DIR")
-    elif not path_exists(RunDirectory.of(config).checkpoints):
+    else:
+        _check_has_checkpoints(config)
+
+
+def _check_has_checkpoints(config: Config) -> None:
+    if not path_exists(RunDirectory.of(config).checkpoints):
         raise UserError(f"run.dir={config.run.dir}: has no checkpoint yet")
 
 
@@ -162,6 +184,8 @@ def check_chat(config: Config) -> None:
 
 CHECKS: dict[str, Callable[[Config], None]] = {
     "train": check_training,
+    "plan": check_plan,
+    "bench": check_bench,
     "export": check_export,
     "evaluate": check_evaluate,
     "generate": check_generate,

@@ -23,6 +23,7 @@ import torch
 from lisa_dist.config import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Config
 from lisa_dist.config.overrides import write_override
 from lisa_dist.config.run_directory import RunDirectory
+from lisa_dist.config.sweeps import Space
 from lisa_dist.launching.sweeps.comparison import (
     EXIT_CODE_FILE,
     LOG_FILE,
@@ -31,7 +32,7 @@ from lisa_dist.launching.sweeps.comparison import (
     last_words,
     write_comparison,
 )
-from lisa_dist.launching.sweeps.jobs import hold_sweep, list_jobs, read_sweep, unfinished
+from lisa_dist.launching.sweeps.jobs import hold_sweep, list_jobs, unfinished
 from lisa_dist.launching.sweeps.optuna_search import OptunaSearch
 from lisa_dist.runtime.files import write_atomically
 from lisa_dist.runtime.signals import STOP_SIGNALS, die_with
@@ -51,19 +52,21 @@ class RunningJob:
     started: float  # seconds since the epoch
 
 
-def run_sweep(overrides: list[str], config_dir: str | None) -> int:
+def run_sweep(space: Space, config: Config, config_dir: str | None) -> int:
     """Run every job that has not finished, ``sweep.parallel`` side by side, and compare them all.
 
     A first stop signal lets the running jobs save and stop, a second kills them.
+
+    Args:
+        space, config: as :func:`~lisa_dist.launching.sweeps.jobs.read_sweep` returns them.
+        config_dir: further folder of presets.
 
     Returns:
         0 where every job has finished, 75 where a signal stopped the sweep and no job failed, else 1.
 
     Raises:
-        UserError: the overrides are wrong for every job, ``sweep.dir`` holds another sweep or what none wrote, another
-            process runs it, or Optuna is missing.
+        UserError: ``sweep.dir`` holds another sweep, another process runs it, or Optuna is missing.
     """
-    space, config = read_sweep(overrides, config_dir)
     sweep_dir = Path(str(config.sweep.dir))
     if config.sweep.trials:
         search = OptunaSearch(space, sweep_dir)
