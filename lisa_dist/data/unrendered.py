@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lisa_dist.data.marks import insert
-from lisa_dist.data.messages import Message
+from lisa_dist.data.messages import SPEAKERS, Message
 
 Tools = list[dict[str, Any]] | None
 
@@ -32,7 +32,8 @@ class Rendered:
 
 
 def note_unrendered(noted: dict[str, str], rendered: Rendered) -> None:
-    """Note what the template never renders: tools, thoughts, arguments, other keys of messages.
+    """Note what the template never renders: tools, thoughts, arguments, other keys of messages; and whose words it does
+    render though neither it nor the masks know the role, as ``bot`` beside ``assistant``.
 
     ``noted`` has "" for what it renders, else a sentence that says no; what is in there is not looked at again.
     """
@@ -52,6 +53,10 @@ def note_unrendered(noted: dict[str, str], rendered: Rendered) -> None:
         text = render([*messages[:index], message, *messages[index + 1 :]], tools)
         if text is not None:
             noted[field] = "" if rendered.free_word in text else NOT_RENDERED.format(field)
+    roles = {message["role"] for message in messages} - SPEAKERS.keys()
+    strange = sorted(role for role in roles if not re.search(rf"\b{re.escape(role)}\b", rendered.template))
+    if strange:
+        noted.setdefault("role", f"messages of role {strange[0]} carry no loss: the role of answers is assistant")
     keys = {key for message in messages for key in message if (message["role"], key) not in OF_RESULTS}
     for key in sorted(keys - {"role", "content", "tool_calls"} - noted.keys()):
         if re.search(rf"\b{re.escape(key)}\b", rendered.template):  # in this place or another

@@ -72,8 +72,8 @@ class LisaCallback(TrainerCallback):
             )
         if distributed.world_size() > 1 and not _is_sharded(model) and not args.ddp_find_unused_parameters:
             raise UserError(
-                "ddp_find_unused_parameters=False: data parallelism would wait for the gradients of frozen blocks; "
-                "set it to True, or shard with FSDP2"
+                f"ddp_find_unused_parameters={args.ddp_find_unused_parameters}: must be True, or data parallelism "
+                "would wait for the gradients of frozen blocks; set it so, or shard with FSDP2"
             )
         self._layers = find_layers(model)
         for name in _other_stacks(model, self._layers.blocks_path):

@@ -239,6 +239,9 @@ def test_keys_of_messages_that_the_template_never_renders_are_noted():
     finder.find(Conversation([{**messages[0], "name": "Ann"}, *messages[1:]]))
     assert list(finder.rendered) == ["masked", "name", "reasoning_content", "refusal"]
     assert all(text.startswith("the chat template does not render") for text in finder.rendered.values())
+    named = AnswerFinder(tokenizer_with(TEMPLATES["chatml"]))
+    named.find(Conversation([user("a"), {"role": "bot", "content": "b"}, user("c"), answer("d")]))
+    assert list(named.rendered.values()) == ["messages of role bot carry no loss: the role of answers is assistant"]
     known = AnswerFinder(tokenizer_with(shipped("qwen3")))  # it leaves this thought out, since a question follows
     known.find(Conversation([user("a"), answer("b", reasoning_content="because"), user("c"), answer("d")]))
     assert not known.rendered

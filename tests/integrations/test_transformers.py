@@ -323,7 +323,7 @@ def test_sharded_by_fsdp2_it_equals_one_device() -> None:
 
 def refused_without_unused_parameters() -> str:
     """Runs on every rank."""
-    arguments: Any = SimpleNamespace(ddp_find_unused_parameters=False, seed=0)
+    arguments: Any = SimpleNamespace(ddp_find_unused_parameters=None, seed=0)
     try:
         LisaCallback().on_train_begin(arguments, TrainerState(), TrainerControl(), model=make_model())
     except UserError as error:
@@ -332,4 +332,5 @@ def refused_without_unused_parameters() -> str:
 
 
 def test_data_parallelism_must_allow_frozen_blocks() -> None:
-    assert all("ddp_find_unused_parameters" in text for text in run_on_ranks(2, refused_without_unused_parameters))
+    said = run_on_ranks(2, refused_without_unused_parameters)
+    assert all("ddp_find_unused_parameters=None: must be True" in text for text in said)
