@@ -58,8 +58,12 @@ class ResidentStore(ParameterStore):
             for key, parameter in owner._parameters.items():
                 if parameter is not None:
                     self._owners[names[id(parameter)]].append((owner, key))
+        # Rows are cast behind a forward that only looks them up. One that goes on with them, as Gemma's, which scales
+        # them, has to do so in the dtype of the arithmetic.
         self._looked_up = {
-            name for name, owners in self._owners.items() if all(isinstance(owner, nn.Embedding) for owner, _ in owners)
+            name
+            for name, owners in self._owners.items()
+            if all(type(owner).forward is nn.Embedding.forward for owner, _ in owners)
         }
         for name in self._looked_up:
             for owner, _ in self._owners[name]:

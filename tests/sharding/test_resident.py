@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
@@ -199,6 +200,24 @@ def test_the_gradient_of_the_head_is_added_to_that_of_earlier_micro_batches_wher
 def test_the_gradient_of_embeddings_is_summed_in_fp32() -> None:
     assert run_on_ranks(1, error_of_a_frequent_token, "resident")[0] < 1e-5
     assert run_on_ranks(1, error_of_a_frequent_token, "sharded")[0] > 1e-3, "in bf16, by FSDP2"
+
+
+def scaled_rows() -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of a scaled embedding that trains in bf16, and those of transformers. Runs on one rank."""
+    config = make_config(precision=BF16)
+    config.model.architecture |= {"model_type": "gemma3_text", "tie_word_embeddings": False, "head_dim": 18}
+    train_module = build_and_load(config)
+    begin_period(train_module, 0)
+    ours = cast(nn.Embedding, train_module.store.layers.embeddings[0])
+    theirs = copy.deepcopy(ours).bfloat16()
+    theirs._forward_hooks.clear()
+    ids = torch.arange(ours.num_embeddings)
+    return ours(ids).detach(), theirs(ids).detach()
+
+
+def test_an_embedding_that_scales_its_rows_does_so_in_the_dtype_of_the_arithmetic() -> None:
+    ours, theirs = run_on_ranks(1, scaled_rows)[0]
+    assert torch.equal(ours, theirs)
 
 
 class Collectives(TorchDispatchMode):
