@@ -54,6 +54,7 @@ MISTAKES = [
     (["train", "sampler.blocks=[1]"], "it belongs to sampler=fixed"),
     (["train", "model=FOLDER/model"], "a path goes into model.path=FOLDER/model"),
     (["train", "model.path=FOLDER/modle"], "no such directory; did you mean FOLDER/model?"),
+    (["train", "model.path=my [model]"], "model.path=my [model]: no such directory"),
     (["train", "model.path=FOLDER/empty"], "has no config.json"),
     (["train", "model.path=FOLDER/rows.jsonl"], "must be a directory or a hub id, not a file"),
     (["train", "model.path=FOLDER/model", "data=demo"], "model.path=FOLDER/model: model.safetensors is empty"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import re
 import select
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,8 @@ from lisa_dist.config.errors import UserError, nearest
 BUILTIN_PREFIX = "builtin:"
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
 MODEL_CONFIG = "config.json"  # of a Hugging Face model
+# owner/name, and after a colon a subset of the data set
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$")
 # What the system says of a path as it is named, whoever asks for it: that is the user's to change.
 REFUSALS = {getattr(errno, name) for name in ("EACCES", "EPERM", "EROFS", "ENAMETOOLONG", "ELOOP", "ENOTDIR", "EISDIR")}
 FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -179,6 +182,6 @@ def model_directory(path: str, key: str = "model.path") -> Path | None:
         if directory.is_dir():
             return directory
         raise UserError(f"{key}={path}: must be a directory or a hub id, not a file; did you mean {directory.parent}?")
-    if directory.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
+    if not HUB_ID.match(path):
         raise UserError(f"{key}={path}: no such directory{nearest_path(directory)}")
     return None

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import glob
-import re
 from contextlib import suppress
 from pathlib import Path
 
 from lisa_dist.config import DataConfig, UserError
-from lisa_dist.config.paths import BUILTIN_PREFIX, builtin_directory, local_path, nearest_path, path_exists
+from lisa_dist.config.paths import BUILTIN_PREFIX, HUB_ID, builtin_directory, local_path, nearest_path, path_exists
 from lisa_dist.data.folders import find_files, subsets_of
 from lisa_dist.data.readers import READERS, kind_of
-
-# owner/name, and after a colon a subset of the data set
-HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$")
 
 
 def check_data(config: DataConfig) -> None:
