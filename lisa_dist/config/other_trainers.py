@@ -1,4 +1,4 @@
-"""The words of transformers' Trainer, TRL, Axolotl, LLaMA-Factory, LMFlow and PEFT for what a key is called here."""
+"""What a key is called here: for the words of Trainer, TRL, Axolotl, LLaMA-Factory, LMFlow, PEFT and LISA's paper."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ KEYS_HERE = {
     "micro_batch_size": "train.micro_batch_size",
     "per_device_eval_batch_size": "train.micro_batch_size",
     "gradient_accumulation_steps": _BATCH,
+    "gradient_accumulation": _BATCH,
     "train_batch_size": _BATCH,
     "batch_size": _BATCH,
     "max_seq_length": "data.sequence_length",
@@ -26,6 +27,8 @@ KEYS_HERE = {
     "sample_packing": "data.packing",
     "train_on_inputs": "data.train_on_prompt",
     "train_on_prompt": "data.train_on_prompt",
+    "assistant_only_loss": "data.train_on_prompt, which is false by itself",
+    "completion_only_loss": "data.train_on_prompt, which is false by itself",
     "val_set_size": "data.validation",
     "val_size": "data.validation",
     "validation_split_percentage": "data.validation, as a fraction",
@@ -56,10 +59,13 @@ KEYS_HERE = {
     "adapter": "method",
     "lora_r": "update.rank",
     "lora_rank": "update.rank",
+    "r": "update.rank",
+    "rank": "update.rank",
     "lora_alpha": "update.alpha",
     "lora_dropout": "update.dropout",
     "lora_target": "update.target_modules",
     "lora_target_modules": "update.target_modules",
+    "target_modules": "update.target_modules",
     "use_dora": "update.dora",
     "use_rslora": "update.rslora",
     "use_lisa": "method=lisa",
@@ -75,6 +81,8 @@ KEYS_HERE = {
     "lisa_activated_layers": "sampler.active_layers",
     "lisa_step_interval": "sampler.period",
     "lisa_interval_steps": "sampler.period",
+    "gamma": "sampler.active_layers",
+    "k": "sampler.period",
     "optim": "optimizer",
     "adam_beta1": "optimizer.betas",
     "adam_beta2": "optimizer.betas",
