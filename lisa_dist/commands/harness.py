@@ -26,7 +26,7 @@ from lisa_dist.config.errors import as_written, in_one_line, nearest
 from lisa_dist.config.paths import local_path
 from lisa_dist.models.generation import positions_of
 from lisa_dist.runtime import distributed
-from lisa_dist.training.generation import Answerer, AnswerSettings
+from lisa_dist.training.generation import OF_DRAWS, PICKY, Answerer, AnswerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +34,7 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts (None: a 
 
 EVERYTHING = sys.maxsize  # texts or prompts that the harness hands over at once
 BOOTSTRAPS = 100_000  # the harness' own number
-# What a task may say of generation beside those of AnswerSettings, with the values that change nothing.
-NEUTRAL = {"num_beams": 1, "repetition_penalty": 1, "top_p": 1, "top_k": 0, "min_p": 0, "typical_p": 1}
-OF_DRAWS = {"top_p", "top_k", "min_p", "typical_p"}  # nothing without draws, whatever their values
+NEUTRAL = PICKY | OF_DRAWS  # what a task may say beside ANSWER_SETTINGS, with the values that change nothing
 ANSWER_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature"}
 
 

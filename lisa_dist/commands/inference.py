@@ -26,7 +26,7 @@ from lisa_dist.method.module import TrainModule, allocate, build_train_module
 from lisa_dist.models.architecture import read_architecture
 from lisa_dist.models.loading import load_pretrained
 from lisa_dist.runtime import distributed
-from lisa_dist.training.generation import ends_of
+from lisa_dist.training.generation import ends_of, not_followed, own_settings
 from lisa_dist.training.limits import check_token, open_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -83,10 +83,21 @@ def open_model(config: Config, path: str | None, step: int | None, command: str)
 def answer_ends(config: Config, opened: OpenedModel, path: str | None) -> set[int]:
     """Return the tokens that end an answer of the model that :func:`open_model` opened from ``path`` or a run.
 
-    Collective: every rank.
+    Say what else its files ask of answers and do not get. Collective: every rank.
     """
-    source = RunDirectory.of(config).model if path is None else model_directory(path) or path
-    return ends_of(opened.tokenizer, opened.train_module, str(source))
+    source = str(RunDirectory.of(config).model if path is None else model_directory(path) or path)
+    ends = ends_of(opened.tokenizer, opened.train_module, source)
+    temperature = config.generate.temperature
+    ignored = distributed.on_rank_zero(lambda: not_followed(own_settings(opened.train_module, source), temperature))
+    if ignored and distributed.is_main():
+        logger.warning(
+            "%s: its generation settings have %s, which answers here do not follow and those of transformers' generate "
+            "do: here a token is %s",
+            source,
+            ", ".join(f"{name}={str(value)[:40]}" for name, value in ignored.items()),
+            "drawn from softmax(logits / generate.temperature)" if temperature > 0 else "the most likely one",
+        )
+    return ends
 
 
 def without_training(config: Config, path: str | None) -> Config:

@@ -31,6 +31,25 @@ from lisa_dist.runtime import distributed
 
 logger = logging.getLogger(__name__)
 
+# What a model's files may ask of generation and is not done here, with the value, beside none, that changes nothing.
+PICKY: dict[str, Any] = {
+    "repetition_penalty": 1,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "guidance_scale": 1,
+    "exponential_decay_length_penalty": None,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "stop_strings": None,
+}
+OF_DRAWS: dict[str, Any] = {"top_p": 1, "top_k": 0, "min_p": 0, "typical_p": 1}
+
 Asked = tuple[int, list[int], int]  # where the prompt stands among all, its tokens, the key of its draws
 
 
@@ -177,13 +196,29 @@ def ends_of(tokenizer: PreTrainedTokenizerBase, train_module: TrainModule, sourc
     """
 
     def own() -> int | list[int] | None:
-        file = source_file(source, GENERATION_FILE)
-        if file is not None:
-            return GenerationConfig.from_pretrained(file.parent).eos_token_id
-        settings: GenerationConfig | None = train_module.store.module.generation_config  # as transformers finds it
+        settings = own_settings(train_module, source)
         return None if settings is None else settings.eos_token_id
 
     return stop_ids(tokenizer, distributed.on_rank_zero(own))
+
+
+def own_settings(train_module: TrainModule, source: str) -> GenerationConfig | None:
+    """Return how a model's files want it to be asked, see :func:`ends_of`; None where they do not say."""
+    file = source_file(source, GENERATION_FILE)
+    if file is not None:
+        return GenerationConfig.from_pretrained(file.parent)
+    found: GenerationConfig | None = train_module.store.module.generation_config  # as transformers finds it
+    return found
+
+
+def not_followed(settings: GenerationConfig | None, temperature: float) -> dict[str, Any]:
+    """Return those of ``settings`` that change answers of transformers' ``generate`` and none here, with their values.
+
+    ``temperature`` is that of the answers here, 0 for the most likely tokens.
+    """
+    set_ones = {} if settings is None else settings.to_diff_dict()
+    names = PICKY | (OF_DRAWS if temperature > 0 else {})
+    return {name: set_ones[name] for name in names if set_ones.get(name) and set_ones[name] != names[name]}
 
 
 def draw_keys(prompts: list[list[int]], seed: int) -> list[int]:

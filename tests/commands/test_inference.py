@@ -273,15 +273,37 @@ def test_answers_stop_at_what_ends_them_in_training(template: Template, stop: st
 def test_answers_stop_at_the_ends_that_the_files_of_a_model_name(
     fields: dict[str, Any], file: dict[str, Any] | None, ends: set[int], tmp_path: Path
 ) -> None:
+    opened = opened_with(fields, file, tmp_path)
+    assert answer_ends(load([]), opened, str(tmp_path)) == ends | stop_ids(opened.tokenizer)
+
+
+def opened_with(fields: dict[str, Any], file: dict[str, Any] | None, folder: Path) -> Any:
+    """A tiny model without weights, of these fields of config.json, and with such a generation_config.json."""
     if file is not None:
-        (tmp_path / "generation_config.json").write_text(json.dumps(file))
+        (folder / "generation_config.json").write_text(json.dumps(file))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config("llama", **fields))
-    tokenizer = load_tokenizer("builtin:demo")
-    opened: Any = SimpleNamespace(
-        tokenizer=tokenizer, train_module=SimpleNamespace(store=SimpleNamespace(module=model))
-    )
-    assert answer_ends(load([]), opened, str(tmp_path)) == ends | stop_ids(tokenizer)
+    store = SimpleNamespace(module=model)
+    return SimpleNamespace(tokenizer=load_tokenizer("builtin:demo"), train_module=SimpleNamespace(store=store))
+
+
+def test_what_the_files_of_a_model_ask_of_answers_and_do_not_get_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"repetition_penalty": 1.05, "suppress_tokens": [], "num_beams": 1, "do_sample": True, "top_p": 0.8}
+    opened = opened_with({}, settings, tmp_path)
+    told = {}
+    for temperature in (0, 0.7):
+        caplog.clear()
+        answer_ends(load([f"generate.temperature={temperature}"]), opened, str(tmp_path))
+        told[temperature] = [record.getMessage().partition("settings have ")[2] for record in caplog.records]
+    assert [text.partition(", which")[0] for text in told[0] + told[0.7]] == [
+        "repetition_penalty=1.05",
+        "repetition_penalty=1.05, top_p=0.8",
+    ]
+    caplog.clear()
+    answer_ends(load([]), opened_with({}, {"eos_token_id": 5, "num_beams": 1}, tmp_path), str(tmp_path))
+    assert not caplog.records
 
 
 def test_what_a_run_says_of_its_model_is_not_said_of_another() -> None:
