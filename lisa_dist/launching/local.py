@@ -37,13 +37,13 @@ from lisa_dist.config import (
     ResourceError,
     UserError,
 )
+from lisa_dist.config.checks import check_grid
 from lisa_dist.config.paths import refusal
 from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.launching.stop_watcher import StopWatcher
 from lisa_dist.runtime.files import make_folder
 from lisa_dist.runtime.redaction import hide_secrets
 from lisa_dist.runtime.signals import die_with, install_stop_handlers
-from lisa_dist.sharding.dimensions import ParallelDims
 from lisa_dist.telemetry.out_of_memory import advice
 from lisa_dist.telemetry.records import record_failure, summary_is_new
 
@@ -83,7 +83,8 @@ def launch_ranks(config: Config, entry: Entry, log_dir: Path | None = None) -> i
         KeyboardInterrupt: a signal came, and the entry saves nothing.
     """
     ranks = count_local_ranks(config.parallel)
-    ParallelDims.of(config.parallel, ranks)  # refused before there are ranks
+    parallel = config.parallel
+    check_grid(ranks, parallel.replicate, parallel.ranks_of_replica(ranks))  # refused before there are ranks
     run = RunDirectory(log_dir or Path(config.run.dir or "."))
     started = time.time()
     with tempfile.TemporaryDirectory(prefix="lisa-dist-") as folder:
