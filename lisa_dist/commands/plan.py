@@ -91,6 +91,8 @@ def notes_on(plan: Plan) -> list[str]:
             f"does not fit: {format_bytes(-plan.head_room)} too much on each rank, "
             f"{format_bytes(-plan.head_room * dims.num_ranks)} on the cluster"
         )
+    if not plan.fits_without_activations:
+        notes.append("what stays there from step to step is too much by itself: saving activations alone is no remedy")
     return notes
 
 

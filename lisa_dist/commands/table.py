@@ -43,7 +43,9 @@ def train(config: Config) -> int:
 
 def plan(config: Config) -> int:
     """Predicts memory per rank and step time, without weights and without GPUs."""
-    with no_garbage_collection():
+    from rich.console import Console
+
+    with no_garbage_collection(), Console(stderr=True).status("loading"):  # on a terminal
         from lisa_dist.commands.plan import run
 
     return run(config)

@@ -19,6 +19,12 @@ from lisa_dist.training.limits import check_streaming
 
 MOST_MICRO_BATCH = 1024
 MOST_NODES = 1024
+OF_ACTIVATIONS = {  # keys that change what the passes need, and nothing that stays from step to step
+    "train.micro_batch_size",
+    "parallel.activation_checkpointing",
+    "parallel.offload_activations",
+    "parallel.block_major",
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,12 @@ class Plan:
     def fits(self) -> bool:
         """Whether the peak fits into the device's memory."""
         return self.head_room >= 0
+
+    @property
+    def fits_without_activations(self) -> bool:
+        """Whether the weights, gradients and moments on the device fit into its memory."""
+        persistent = sum(self.trace.persistent_bytes.values()) - self.trace.host_bytes
+        return persistent <= self.gpu.memory_bytes - RESERVED_BYTES
 
 
 def make_plan(config: Config, gpu: Gpu, overrides: list[str] | None = None) -> Plan:
@@ -65,11 +77,14 @@ def changes_that_fit(plan: Plan) -> list[Plan]:
     """Return plans of changed configurations, those that fit first, the cheapest in time a token foremost.
 
     Tried are, until something fits: what saves memory and leaves the training as it is, each alone and then together;
-    on top of it what trains less at a time; and more machines.
+    on top of it what trains less at a time; and more machines. Each plan takes a second or more, so what saves
+    activations alone is left out where the rest alone does not fit.
     """
     config, tried = plan.config, []
     for stage in (single_changes, _joint_savings, _smaller_training, _more_machines):
         for overrides in stage(config):
+            if not plan.fits_without_activations and OF_ACTIVATIONS.issuperset(_keys(overrides)):
+                continue
             changed = _plan_of_change(config, plan.gpu, overrides) if _is_allowed(config, overrides) else None
             if changed is not None:
                 tried.append(changed)
@@ -78,6 +93,10 @@ def changes_that_fit(plan: Plan) -> list[Plan]:
         if any(other.fits for other in tried):
             break
     return sorted(tried, key=lambda other: (not other.fits, _seconds_per_token(other), -other.head_room))
+
+
+def _keys(overrides: list[str]) -> set[str]:
+    return {override.partition("=")[0] for override in overrides}
 
 
 def _plan_of_change(config: Config, gpu: Gpu, overrides: list[str]) -> Plan | None:

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 
+from lisa_dist.commands.plan import notes_on
 from lisa_dist.config import Config, UserError
 from lisa_dist.config.checks import check_accumulation, check_global_batch
 from lisa_dist.config.gpu import Gpu, read_gpu
@@ -161,6 +162,26 @@ def test_what_a_model_does_not_go_with_is_not_proposed(monkeypatch: pytest.Monke
         proposed = [change for plan in changes_that_fit(refuse(config, GPU)) for change in plan.overrides]
         assert proposed and not any("checkpointing" in change for change in proposed)
         assert ("parallel.offload=frozen" in proposed) == (told is None)
+
+
+@pytest.mark.parametrize(("on_host", "too_large"), [(0, True), (2, False)])
+def test_what_saves_activations_alone_is_left_out_where_the_rest_is_too_large(
+    on_host: int, too_large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planner = Planner([(7 * ROOM, ROOM)])
+
+    def holding(config: Config, gpu: Gpu, overrides: list[str] | None = None) -> Plan:
+        plan = planner(config, gpu, overrides)
+        return replace(plan, trace=replace(plan.trace, persistent_bytes={"all": ROOM + 1}, host_bytes=on_host))
+
+    monkeypatch.setattr(changes, "make_plan", holding)
+    plan = holding(load([*KEYS, "train.micro_batch_size=4"]), GPU)
+    tried = [other.overrides for other in changes_that_fit(plan)]
+    savings = ["parallel.activation_checkpointing=full", "train.micro_batch_size=1"]
+    for of_activations in (["train.micro_batch_size=2"], savings[:1], savings):
+        assert (of_activations in tried) != too_large
+    assert ["parallel.offload=all"] in tried and [*savings, "parallel.offload=all"] in tried
+    assert any("too much by itself" in note for note in notes_on(plan)) == too_large
 
 
 def test_less_is_trained_at_a_time_before_there_are_more_machines(monkeypatch: pytest.MonkeyPatch) -> None:
