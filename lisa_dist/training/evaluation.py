@@ -15,6 +15,7 @@ from lisa_dist.config.run_directory import RunDirectory
 from lisa_dist.data.preview import Question, sample_questions
 from lisa_dist.method.probes import mean_loss
 from lisa_dist.runtime import distributed
+from lisa_dist.telemetry.history import read_rows
 from lisa_dist.telemetry.progress import print_table
 from lisa_dist.training.generation import AnswerSettings, ends_of
 from lisa_dist.training.setup import Run
@@ -116,8 +117,11 @@ def show_answers(run: Run, title: str) -> None:
         texts = (question.prompt_ids, found, question.answer_ids)
         rows.append([str(run.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in texts])
         table.add_row(*map(Text, rows[-1]))
-    run.recorder.record_event(run.progress.step, "answers", title, answers=[dict(zip(columns, row)) for row in rows])
     if distributed.is_main():
+        made = [dict(zip(columns, row)) for row in rows]
+        known = [event for event in read_rows(run.recorder.run.events) if event["step"] == run.progress.step]
+        if made not in [event.get("answers") for event in known]:  # a run that was at its end already has them
+            run.recorder.record_event(run.progress.step, "answers", title, answers=made)
         print_table(table)
 
 

@@ -328,3 +328,7 @@ def test_sample_prompts_are_answered_in_between_and_change_nothing(tmp_path: Pat
     assert titles == ["answers before training", *between, "answers after training"]
     assert run_on_ranks(1, train_and_collect_titles, make_config(tmp_path / "quiet")) == [[]]
     assert metrics(tmp_path / "asked") == metrics(tmp_path / "quiet")
+    config = resuming(make_config(tmp_path / "asked", *asked))  # has nothing left to do
+    assert run_on_ranks(1, train_and_collect_titles, config) == [["answers after training"]], "shown again"
+    events = [row["text"] for row in read_rows(tmp_path / "asked" / "events.jsonl") if row["event"] == "answers"]
+    assert events == titles, "and recorded once"
