@@ -228,7 +228,9 @@ def _table_of(plan: Plan) -> Table:
 
 def _table_of_several(title: str, plans: dict[str, Plan]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
-    columns = ("", "persistent", "peak", "head-room", "fits", "sent a step", "step, estimate", "tokens/s, estimate")
+    sends = any(plan.trace.work.sent for plan in plans.values())  # else there is room for the others on 80 columns
+    sent = ["sent a step"] if sends else []
+    columns = ("", "persistent", "peak", "head-room", "fits", *sent, "step, estimate", "tokens/s, estimate")
     for column in columns:
         table.add_column(column, justify="left" if not column else "right", overflow="fold")
     for name, plan in plans.items():
@@ -239,7 +241,7 @@ def _table_of_several(title: str, plans: dict[str, Plan]) -> Table:
             format_bytes(trace.peak_bytes),
             format_bytes(plan.head_room),
             "yes" if plan.fits else "no",
-            format_bytes(sum(trace.work.sent.values())),
+            *([format_bytes(sum(trace.work.sent.values()))] if sends else []),
             format_duration(plan.estimate.step_seconds),
             format_count(plan.estimate.tokens_per_second),
         )

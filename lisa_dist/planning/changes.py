@@ -78,25 +78,51 @@ def changes_that_fit(plan: Plan) -> list[Plan]:
 
     Tried are, until something fits: what saves memory and leaves the training as it is, each alone and then together;
     on top of it what trains less at a time; and more machines. Each plan takes a second or more, so what saves
-    activations alone is left out where the rest alone does not fit.
+    activations alone is left out where the rest alone does not fit. Where one rank fits with steps on the CPU alone,
+    which are slow, training less on the device is tried too.
     """
-    config, tried = plan.config, []
-    for stage in (single_changes, _joint_savings, _smaller_training, _more_machines):
+    config, tried = plan.config, list[Plan]()
+    for stage in (single_changes, _joint_savings, _lean_training, _smaller_training, _more_machines):
+        if any(_ends_search(other, stage in (_joint_savings, _lean_training)) for other in tried):
+            break
         for overrides in stage(config):
             if not plan.fits_without_activations and OF_ACTIVATIONS.issuperset(_keys(overrides)):
                 continue
-            changed = _plan_of_change(config, plan.gpu, overrides) if _is_allowed(config, overrides) else None
+            is_idle = _keeps_weights_that_do_not_fit(plan, overrides) or _is_known_from(tried, overrides)
+            if is_idle or not _is_allowed(config, overrides):
+                continue
+            changed = _plan_of_change(config, plan.gpu, overrides)
             if changed is not None:
                 tried.append(changed)
                 if changed.fits and stage is not single_changes:
                     break
-        if any(other.fits for other in tried):
-            break
     return sorted(tried, key=lambda other: (not other.fits, _seconds_per_token(other), -other.head_room))
 
 
 def _keys(overrides: list[str]) -> set[str]:
     return {override.partition("=")[0] for override in overrides}
+
+
+def _ends_search(tried: Plan, is_lean_to_come: bool) -> bool:
+    """Whether it fits, and nothing else is to be tried."""
+    steps_on_cpu = tried.config.parallel.offload == "all"
+    return tried.fits and not (steps_on_cpu and is_lean_to_come and _is_one_rank(tried.config))
+
+
+def _keeps_weights_that_do_not_fit(plan: Plan, overrides: list[str]) -> bool:
+    """Whether the frozen weights stay on the same devices, and are too large for these by themselves."""
+    stay = not any(override.startswith(("parallel.offload=", "parallel.nodes=")) for override in overrides)
+    frozen = plan.trace.persistent_bytes.get("frozen_parameters", 0)
+    return stay and plan.config.parallel.offload == "none" and frozen > plan.gpu.memory_bytes - RESERVED_BYTES
+
+
+def _is_known_from(tried: list[Plan], overrides: list[str]) -> bool:
+    """Whether less saving did where steps are made on the CPU, or more saving did not where a block keeps more."""
+    if "parallel.offload=all" in overrides[1:]:  # with other savings
+        return any(other.fits for other in tried)
+    full = ["parallel.activation_checkpointing=full"]
+    selective = ["parallel.activation_checkpointing=selective"]
+    return overrides == selective and any(other.overrides == full and not other.fits for other in tried)
 
 
 def _plan_of_change(config: Config, gpu: Gpu, overrides: list[str]) -> Plan | None:
@@ -137,8 +163,8 @@ def single_changes(config: Config) -> list[list[str]]:
     parts = next(parts for parts in range(2, micro_batch + 2) if micro_batch % parts == 0 or parts > micro_batch)
     changes = [
         (f"train.micro_batch_size={micro_batch // parts}", micro_batch > 1),
-        ("parallel.activation_checkpointing=selective", kept == "none"),
         ("parallel.activation_checkpointing=full", kept != "full"),
+        ("parallel.activation_checkpointing=selective", kept == "none"),
         ("parallel.offload_activations=true", parallel.block_major and not parallel.offload_activations),
         ("parallel.block_major=false", parallel.block_major),
         ("parallel.optimizer_shard=world", parallel.replicate > 1 and parallel.optimizer_shard == "replica"),
@@ -177,18 +203,45 @@ def _offloaded(config: Config) -> list[str]:
     return [*_savings(config), *(offload if _is_allowed(config, offload) else [])]
 
 
+def _is_one_rank(config: Config) -> bool:
+    return cluster_dims(config.parallel).num_ranks == 1
+
+
 def _joint_savings(config: Config) -> list[list[str]]:
     """Return every saving together, without and with offload; one alone was tried by itself."""
     return [joint for joint in (_savings(config), _offloaded(config)) if len(joint) > 1]
 
 
-def _smaller_training(config: Config) -> list[list[str]]:
-    """Return, with every saving, moments in 8 bits, frozen ends, a single active block, and these together."""
+def _frozen_ends(config: Config) -> list[str]:
     ends = [f"always_active.{part}=false" for part in ("embeddings", "norm", "head")]
-    one_block = ["sampler.active_layers=1"] if (config.sampler.active_layers or 0) > 1 else []
-    frozen_ends = ends if config.always_active.embeddings else []
+    return ends if config.always_active.embeddings else []
+
+
+def _one_block(config: Config) -> list[str]:
+    return ["sampler.active_layers=1"] if (config.sampler.active_layers or 0) > 1 else []
+
+
+def _lean_training(config: Config) -> list[list[str]]:
+    """Return, for one rank with every saving, frozen ends, a single block beside them, and others that stream."""
+    leaner = [*_savings(config), *_frozen_ends(config)]
+    one_block = [*leaner, *_one_block(config)]
+    streamed = [*one_block, *(["parallel.offload=frozen"] if config.parallel.offload == "none" else [])]
+    distinct = dict.fromkeys((*change,) for change in (leaner, one_block, streamed) if change)
+    return [[*change] for change in distinct] if _is_one_rank(config) else []
+
+
+def _smaller_training(config: Config) -> list[list[str]]:
+    """Return, with every saving, what makes a trained parameter smaller, what trains fewer, and these together.
+
+    The former are moments in 8 bits, masters and gradients in bfloat16, and gradients of one block at a time.
+    """
+    frozen_ends, one_block = _frozen_ends(config), _one_block(config)
     moments = ["optimizer=adamw8bit"] if _is_allowed(config, ["optimizer=adamw8bit"]) else []
-    less = [moments, frozen_ends, one_block, [*frozen_ends, *one_block], [*moments, *frozen_ends, *one_block]]
+    masters = [f"precision.{key}=bfloat16" for key in ("active", "reduce")]
+    masters = masters if config.precision.active != "bfloat16" else []
+    in_backward = [] if config.optimizer.in_backward else ["optimizer.in_backward=true"]
+    less = [moments, masters, in_backward, frozen_ends, one_block]
+    less += [[*frozen_ends, *one_block], [*moments, *frozen_ends, *one_block]]
     distinct = dict.fromkeys(tuple(change) for change in less if change)
     return [[*_offloaded(config), *change] for change in distinct]
 

@@ -199,3 +199,43 @@ def test_less_is_trained_at_a_time_before_there_are_more_machines(monkeypatch: p
     assert found[0].fits and found[0].overrides == [*savings, *ends, "sampler.active_layers=1"]
     tried = [plan.overrides for plan in found]
     assert [*savings, *ends] in tried and not any("parallel.nodes" in " ".join(overrides) for overrides in tried)
+
+
+def test_beside_steps_on_the_cpu_one_rank_is_told_what_trains_less_on_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planner = Planner([(ROOM, ROOM // 50)])
+    ends = [f"always_active.{part}=false" for part in ("embeddings", "norm", "head")]
+    lean = ["parallel.activation_checkpointing=full", *ends]
+    frozen_bytes = 0
+
+    def only(config: Config, gpu: Gpu, overrides: list[str] | None = None) -> Plan:
+        plan = planner(config, gpu, overrides)
+        trace = replace(plan.trace, persistent_bytes={"frozen_parameters": frozen_bytes})
+        fits = "parallel.offload=all" in plan.overrides or {*ends, "sampler.active_layers=1"}.issubset(plan.overrides)
+        return replace(plan, trace=replace(trace, peaks={"head": 1}) if fits else trace)
+
+    monkeypatch.setattr(changes, "make_plan", only)
+    monkeypatch.setattr(changes, "check_plan_streams", mock.Mock())
+    config = load([*KEYS, "parallel.nproc_per_node=1", "train.global_batch_size=1"])
+    fitting = [plan.overrides for plan in changes_that_fit(only(config, GPU)) if plan.fits]
+    assert sorted(fitting) == [[*lean, "sampler.active_layers=1"], ["parallel.offload=all"]]
+    frozen_bytes = ROOM + 1  # weights that can't stay there need no plan
+    found = [plan.overrides for plan in changes_that_fit(only(config, GPU))]
+    assert [*lean, "sampler.active_layers=1", "parallel.offload=frozen"] in found
+    assert all(any("offload" in override for override in overrides) for overrides in found)
+
+
+def test_masters_in_bfloat16_and_steps_in_the_backward_pass_are_tried_before_more_machines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planner = Planner([(100 * ROOM, ROOM)])
+    monkeypatch.setattr(changes, "make_plan", planner)
+    monkeypatch.setattr(changes, "vary", with_keys)
+    changes_that_fit(planner(load([*KEYS, "train.global_batch_size=2"]), GPU))
+    masters, machines = (
+        next(place for place, overrides in enumerate(planner.made) if any(key in it for it in overrides))
+        for key in ("precision.active=bfloat16", "parallel.nodes=2")
+    )
+    assert masters < machines
+    assert any("optimizer.in_backward=true" in overrides for overrides in planner.made[:machines])
