@@ -39,9 +39,14 @@ class Plan:
     range: tuple[Estimate, Estimate] | None = None  # of the quickest and of the slowest draw, where it matters
 
     @property
+    def room(self) -> int:
+        """Bytes of the device that tensors may take."""
+        return self.gpu.memory_bytes - RESERVED_BYTES
+
+    @property
     def head_room(self) -> int:
         """Bytes left on the device at the peak; negative where it does not fit."""
-        return self.gpu.memory_bytes - RESERVED_BYTES - self.trace.peak_bytes
+        return self.room - self.trace.peak_bytes
 
     @property
     def fits(self) -> bool:
@@ -51,8 +56,7 @@ class Plan:
     @property
     def fits_without_activations(self) -> bool:
         """Whether the weights, gradients and moments on the device fit into its memory."""
-        persistent = sum(self.trace.persistent_bytes.values()) - self.trace.host_bytes
-        return persistent <= self.gpu.memory_bytes - RESERVED_BYTES
+        return sum(self.trace.persistent_bytes.values()) - self.trace.host_bytes <= self.room
 
 
 def make_plan(config: Config, gpu: Gpu, overrides: list[str] | None = None) -> Plan:
@@ -86,10 +90,8 @@ def changes_that_fit(plan: Plan) -> list[Plan]:
         if any(_ends_search(other, stage in (_joint_savings, _lean_training)) for other in tried):
             break
         for overrides in stage(config):
-            if not plan.fits_without_activations and OF_ACTIVATIONS.issuperset(_keys(overrides)):
-                continue
-            is_idle = _keeps_weights_that_do_not_fit(plan, overrides) or _is_known_from(tried, overrides)
-            if is_idle or not _is_allowed(config, overrides):
+            is_known = _leaves_too_much(plan, overrides) or _is_known_from(tried, overrides)
+            if is_known or not _is_allowed(config, overrides):
                 continue
             changed = _plan_of_change(config, plan.gpu, overrides)
             if changed is not None:
@@ -99,21 +101,19 @@ def changes_that_fit(plan: Plan) -> list[Plan]:
     return sorted(tried, key=lambda other: (not other.fits, _seconds_per_token(other), -other.head_room))
 
 
-def _keys(overrides: list[str]) -> set[str]:
-    return {override.partition("=")[0] for override in overrides}
-
-
 def _ends_search(tried: Plan, is_lean_to_come: bool) -> bool:
     """Whether it fits, and nothing else is to be tried."""
     steps_on_cpu = tried.config.parallel.offload == "all"
     return tried.fits and not (steps_on_cpu and is_lean_to_come and _is_one_rank(tried.config))
 
 
-def _keeps_weights_that_do_not_fit(plan: Plan, overrides: list[str]) -> bool:
-    """Whether the frozen weights stay on the same devices, and are too large for these by themselves."""
-    stay = not any(override.startswith(("parallel.offload=", "parallel.nodes=")) for override in overrides)
-    frozen = plan.trace.persistent_bytes.get("frozen_parameters", 0)
-    return stay and plan.config.parallel.offload == "none" and frozen > plan.gpu.memory_bytes - RESERVED_BYTES
+def _leaves_too_much(plan: Plan, overrides: list[str]) -> bool:
+    """Whether what stays on the device from step to step is too much by itself, and the change leaves it so."""
+    keys = {override.partition("=")[0] for override in overrides}
+    if not plan.fits_without_activations and keys <= OF_ACTIVATIONS:
+        return True
+    frozen = 0 if plan.config.parallel.offload != "none" else plan.trace.persistent_bytes.get("frozen_parameters", 0)
+    return frozen > plan.room and not keys & {"parallel.offload", "parallel.nodes"}
 
 
 def _is_known_from(tried: list[Plan], overrides: list[str]) -> bool:
@@ -239,7 +239,7 @@ def _smaller_training(config: Config) -> list[list[str]]:
     moments = ["optimizer=adamw8bit"] if _is_allowed(config, ["optimizer=adamw8bit"]) else []
     masters = [f"precision.{key}=bfloat16" for key in ("active", "reduce")]
     masters = masters if config.precision.active != "bfloat16" else []
-    in_backward = [] if config.optimizer.in_backward else ["optimizer.in_backward=true"]
+    in_backward = [] if config.optimizer.in_backward else ["optimizer.in_backward=true", "optimizer.grad_clip=0"]
     less = [moments, masters, in_backward, frozen_ends, one_block]
     less += [[*frozen_ends, *one_block], [*moments, *frozen_ends, *one_block]]
     distinct = dict.fromkeys(tuple(change) for change in less if change)
