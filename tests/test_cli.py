@@ -219,7 +219,8 @@ def test_compare_asks_each_model_in_ranks_of_its_own(
     monkeypatch.setattr("lisa_dist.launching.local.launch_ranks", answer)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    (tmp_path / "model" / "model.safetensors").touch()
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / "model" / name).write_text("{}")
     models = ["someone/model", str(tmp_path / "model")]
     assert main(["generate", "--compare", *models, "Which?"]) == 0
     shown = capsys.readouterr().out
@@ -298,6 +299,7 @@ def test_one_task_of_srun_is_no_rank(calls: list[tuple[Any, ...]], monkeypatch: 
 def test_commands_on_a_run_get_its_configuration(calls: list[tuple[Any, ...]], tmp_path: Path) -> None:
     run = load(["train.seed=11", "method=full"])
     (tmp_path / "config.yaml").write_text(to_yaml(run))
+    (tmp_path / "checkpoints").mkdir()
     assert main(["export", f"run.dir={tmp_path}", "export.path=out"]) == 7
     address, config = calls[-1]
     assert address == "lisa_dist.commands.export.run"
@@ -393,7 +395,9 @@ def test_launch_slurm_gets_the_overrides_too(calls: list[tuple[Any, ...]]) -> No
 
 def test_multirun_goes_to_the_sweep(calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["train", "-m", "train.seed=1,2"]) == 7
-    assert calls == [("lisa_dist.launching.sweeps.run.run_sweep", ["train.seed=1,2"], None)]
+    ((address, space, config, config_dir),) = calls
+    assert address == "lisa_dist.launching.sweeps.run.run_sweep" and config_dir is None
+    assert space == {"train.seed": ["train.seed=1", "train.seed=2"]} and config.train.seed == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["train", "-m", "train.seed=1,2"]) == 2
     assert len(calls) == 1

@@ -241,7 +241,9 @@ def test_what_a_model_does_not_train_itself_is_neither_rounded_nor_trained(famil
     exported = load_file(tmp_path / "hf" / "model.safetensors")
     assert exported.keys() == tensors.keys()
     assert all(torch.equal(exported[name], bias) for name, bias in biases.items())
-    assert {tensor.dtype for name, tensor in exported.items() if name not in biases} == {torch.bfloat16}
+    exact = {name for name, tensor in exported.items() if tensor.dtype != torch.bfloat16}
+    # What training computes with in float32, and transformers too: routers as a whole.
+    assert exact == {*biases, *(name for name in exported if name.endswith("mlp.gate.weight"))}
 
 
 @pytest.mark.parametrize(
